@@ -1,0 +1,1 @@
+"""What is true and what happened. Importable alone by any service; it never imports `workers`."""

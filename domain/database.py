@@ -1,0 +1,65 @@
+"""Engines, sessions and the one MetaData every table hangs on.
+
+Everything lives in the Postgres schema `dovecote`, so it shares a database with a service's own tables
+without sharing their names.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import DateTime, Engine, MetaData, Uuid, create_engine, make_url
+from sqlalchemy.orm import Session, registry, sessionmaker
+
+SCHEMA = "dovecote"
+
+metadata = MetaData(
+    schema=SCHEMA,
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+        "ix": "%(table_name)s_%(column_0_name)s_idx",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+    },
+)
+
+# Aggregates stay plain dataclasses; their repositories map them here.
+mapper = registry(metadata=metadata, type_annotation_map={datetime: DateTime(timezone=True), UUID: Uuid})
+
+Sessions = sessionmaker[Session]
+
+
+def connect(
+    url: str,
+    *,
+    pool_size: int = 5,
+    connect_timeout_seconds: int = 5,
+    statement_timeout_ms: int = 30_000,
+    application_name: str = "dovecote",
+    connect_args: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Return an engine for `postgresql://...`; no connection is made yet.
+
+    Every session speaks UTC, and a dead server is noticed by TCP keepalives within about 15 s.
+    """
+    return create_engine(
+        make_url(url).set(drivername="postgresql+psycopg"),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_pre_ping=False,
+        connect_args={
+            "connect_timeout": connect_timeout_seconds,
+            "application_name": application_name,
+            "options": f"-c timezone=UTC -c statement_timeout={statement_timeout_ms}",
+            "keepalives_idle": 5,
+            "keepalives_interval": 3,
+            "keepalives_count": 3,
+            **(connect_args or {}),
+        },
+    )
+
+
+def sessions_for(engine: Engine) -> Sessions:
+    """Return the session factory that `unit_of_work` takes."""
+    return sessionmaker(engine, expire_on_commit=False)

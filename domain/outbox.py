@@ -1,0 +1,129 @@
+"""The outbox table and the one statement a writer needs.
+
+Append only. A row is written in the transaction of the change it tells of; the trigger `announce`
+on the table tells the relay that positions are about to be taken (migrations/sql/0002_outbox.up.sql).
+Do not write into a partition directly: that would bypass the trigger, and the database refuses it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Index,
+    Table,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy import (
+    Sequence as PositionSequence,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Session
+
+from domain.database import metadata
+from domain.errors import InvalidEvent
+from domain.events import Event
+
+# Chosen with the table's checks: a bundle of 500 events of this size still fits one Redis value (512 MB).
+MOST_PAYLOAD_BYTES = 262_144
+MOST_HEADER_BYTES = 16_384
+MOST_AGGREGATE_ID_CHARACTERS = 200
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=func.dovecote.uuid_v7()),
+    Column(
+        "position",
+        BigInteger,
+        PositionSequence("outbox_position", metadata=metadata),
+        nullable=False,
+        server_default=text("nextval('dovecote.outbox_position')"),
+    ),
+    Column("aggregate_type", Text, nullable=False),
+    Column("aggregate_id", Text, nullable=False),
+    Column("event_type", Text, nullable=False),
+    Column("payload", JSONB, nullable=False),
+    Column("headers", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    CheckConstraint("jsonb_typeof(payload) = 'object'", name="outbox_payload_is_an_object"),
+    CheckConstraint(f"pg_column_size(payload) <= {MOST_PAYLOAD_BYTES}", name="outbox_payload_is_small"),
+    Index("outbox_position_idx", "position"),
+    Index("outbox_aggregate_idx", "aggregate_type", "aggregate_id", "position"),
+    postgresql_partition_by="RANGE (id)",
+)
+
+# One statement for any number of events: the trigger fires once, and unnest keeps their order.
+_append = text(
+    """
+    insert into dovecote.outbox (id, aggregate_type, aggregate_id, event_type, payload, headers)
+    select * from unnest(cast(:ids as uuid[]), cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
+                         cast(:event_types as text[]), cast(:payloads as jsonb[]), cast(:headers as jsonb[]))
+    """
+)
+
+
+def append(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows made by `row_for`, in this order, in the session's transaction."""
+    session.execute(
+        _append,
+        {
+            "ids": [row["id"] for row in rows],
+            "aggregate_types": [row["aggregate_type"] for row in rows],
+            "aggregate_ids": [row["aggregate_id"] for row in rows],
+            "event_types": [row["event_type"] for row in rows],
+            "payloads": [row["payload"] for row in rows],
+            "headers": [row["headers"] for row in rows],
+        },
+    )
+
+
+def row_for(event: Event, headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return the outbox row of an event, checked.
+
+    Errors: InvalidEvent when the outbox would refuse it: too large, not JSON, an aggregate without an id.
+    """
+    aggregate_id = event.aggregate_id
+    if not 1 <= len(aggregate_id) <= MOST_AGGREGATE_ID_CHARACTERS:
+        raise InvalidEvent(
+            f"{event.type} {event.event_id}: the aggregate's id must have 1 to "
+            f"{MOST_AGGREGATE_ID_CHARACTERS} characters, got {len(aggregate_id)}"
+        )
+    if event.event_id.version != 7:
+        raise InvalidEvent(f"{event.type}: event_id {event.event_id} is not a UUIDv7; leave it out")
+    return {
+        "id": event.event_id,
+        "aggregate_type": event.aggregate_type,
+        "aggregate_id": _storable(event, "the aggregate's id", aggregate_id),
+        "event_type": event.type,
+        "payload": _json(event, "payload", event.payload(), MOST_PAYLOAD_BYTES),
+        "headers": _json(event, "headers", dict(headers), MOST_HEADER_BYTES),
+    }
+
+
+def _json(event: Event, part: str, value: object, most_bytes: int) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(text.encode())
+    except (TypeError, ValueError) as error:
+        raise InvalidEvent(f"{event.type} {event.event_id}: {part} is not JSON: {error}") from error
+    if size > most_bytes:
+        raise InvalidEvent(
+            f"{event.type} {event.event_id}: {part} has {size} bytes, at most {most_bytes} are taken; "
+            "store the bulk elsewhere and put a reference into the event"
+        )
+    return _storable(event, part, text)
+
+
+def _storable(event: Event, part: str, text: str) -> str:
+    # Postgres keeps no NUL in text or jsonb, however it is written.
+    if "\x00" in text or "\\u0000" in text.replace("\\\\", ""):
+        raise InvalidEvent(f"{event.type} {event.event_id}: {part} contains a NUL character")
+    return text

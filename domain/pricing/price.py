@@ -1,0 +1,58 @@
+"""A quote as it comes in, and the latest price it may become."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+
+from domain.errors import InvalidValue
+from domain.pricing.events import PriceQuoted
+
+MOST_SYMBOL_CHARACTERS = 100
+# The column is numeric(38, 18): beyond it Postgres would refuse or round.
+_MOST_WHOLE_DIGITS = 20
+_MOST_DECIMALS = 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quote:
+    """What a source says a symbol costs at a moment.
+
+    Errors: InvalidValue for a symbol that is empty, longer than 100 characters or not printable; for a
+            price that is not a positive number of at most 20 digits and 18 decimals; for a moment
+            without a time zone.
+    """
+
+    symbol: str
+    price: Decimal
+    as_of: datetime
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.symbol) <= MOST_SYMBOL_CHARACTERS or not self.symbol.isprintable():
+            raise InvalidValue(
+                f"a symbol has 1 to {MOST_SYMBOL_CHARACTERS} printable characters, got {self.symbol[:40]!r}"
+            )
+        if not self.price.is_finite() or self.price <= 0:
+            raise InvalidValue(f"a price is a positive number, got {self.price}")
+        exponent = self.price.as_tuple().exponent
+        assert isinstance(exponent, int), "a finite decimal has a number for exponent"
+        if self.price.adjusted() >= _MOST_WHOLE_DIGITS or -exponent > _MOST_DECIMALS:
+            raise InvalidValue(
+                f"a price has at most {_MOST_WHOLE_DIGITS} digits and {_MOST_DECIMALS} decimals, "
+                f"got {str(self.price)[:60]}"
+            )
+        if self.as_of.tzinfo is None:
+            raise InvalidValue(f"a moment needs a time zone, got {self.as_of}")
+
+    def told(self, at: datetime) -> PriceQuoted:
+        """Return the fact that this quote came in."""
+        return PriceQuoted(symbol=self.symbol, price=self.price, as_of=self.as_of, occurred_at=at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """The latest price of a symbol; `quotes_applied` counts every quote seen, older ones included."""
+
+    symbol: str
+    price: Decimal
+    as_of: datetime
+    quotes_applied: int

@@ -1,0 +1,23 @@
+"""The stories of pricing."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from domain.pricing.events import PriceQuoted
+from domain.pricing.price import Quote
+from domain.pricing.repository import Prices
+from domain.unit_of_work import UnitOfWork
+
+
+def record_quotes(uow: UnitOfWork, quotes: Sequence[Quote], at: datetime) -> None:
+    """Keep what a source quoted and tell it, one fact for each quote, in the order given."""
+    if not quotes:
+        return
+    Prices(uow).record(quotes)
+    for quote in quotes:
+        uow.emit(quote.told(at))
+
+
+def apply_quotes(uow: UnitOfWork, quotes: Sequence[tuple[int, PriceQuoted]]) -> None:
+    """Move the latest prices on; each quote comes with its outbox position, which breaks ties of a moment."""
+    Prices(uow).apply(quotes)

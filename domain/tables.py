@@ -1,0 +1,130 @@
+"""Every table, in one import: for Alembic, and for tests that compare models and schema."""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    Table,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import INT8MULTIRANGE, JSONB
+
+from domain.database import metadata
+from domain.outbox import outbox
+from domain.processed_events import processed_events
+
+__all__ = [
+    "audit_log",
+    "deliveries",
+    "handlers",
+    "metadata",
+    "outbox",
+    "processed_events",
+    "published_batches",
+    "relay_state",
+    "replays",
+]
+
+
+def _moment(name: str, *, nullable: bool = False, default: bool = True) -> Column[object]:
+    server_default = func.clock_timestamp() if default and not nullable else None
+    return Column(name, DateTime(timezone=True), nullable=nullable, server_default=server_default)
+
+
+published_batches = Table(
+    "published_batches",
+    metadata,
+    Column("positions", INT8MULTIRANGE, nullable=False),
+    Column("events", Integer, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    _moment("published_at"),
+    Index("published_batches_positions_idx", "positions", postgresql_using="gist"),
+    postgresql_partition_by="RANGE (published_at)",
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("handler_name", Text, primary_key=True),
+    Column("event_id", Uuid, primary_key=True),
+    Column("position", BigInteger, nullable=False),
+    Column("aggregate_type", Text, nullable=False),
+    Column("aggregate_id", Text, nullable=False),
+    Column("event_type", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    _moment("next_attempt_at", nullable=True),
+    Column("error_type", Text),
+    Column("error_fingerprint", Text),
+    Column("error", Text),
+    Column("trace_id", Text),
+    _moment("first_failed_at"),
+    _moment("updated_at"),
+    CheckConstraint("state in ('retrying', 'waiting', 'dead', 'discarded')", name="deliveries_state_is_known"),
+    Index("deliveries_due_idx", "next_attempt_at", postgresql_where=text("state = 'retrying'")),
+    Index(
+        "deliveries_aggregate_idx",
+        "handler_name",
+        "aggregate_type",
+        "aggregate_id",
+        "position",
+        postgresql_where=text("state = 'waiting'"),
+    ),
+    Index("deliveries_state_idx", "handler_name", "state", "error_fingerprint"),
+)
+
+handlers = Table(
+    "handlers",
+    metadata,
+    Column("handler_name", Text, primary_key=True),
+    Column("since_position", BigInteger, nullable=False),
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    _moment("created_at"),
+)
+
+relay_state = Table(
+    "relay_state",
+    metadata,
+    Column("only_row", Boolean, primary_key=True, server_default=text("true")),
+    Column("checkpoint", BigInteger, nullable=False, server_default=text("0")),
+    Column("epoch", BigInteger, nullable=False, server_default=text("0")),
+    Column("owner", Text),
+    _moment("owned_since", nullable=True),
+    _moment("seen_at", nullable=True),
+    Column("redis_run_id", Text),
+)
+
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=func.dovecote.uuid_v7()),
+    Column("requested_by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("strength", Text, nullable=False),
+    Column("handler_name", Text, nullable=False),
+    Column("filter", JSONB, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'pending'")),
+    Column("total", BigInteger),
+    Column("done", BigInteger, nullable=False, server_default=text("0")),
+    Column("cursor_position", BigInteger, nullable=False, server_default=text("0")),
+    _moment("created_at"),
+    _moment("updated_at"),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=func.dovecote.uuid_v7()),
+    _moment("at"),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("reason", Text),
+    Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+)

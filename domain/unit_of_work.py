@@ -1,0 +1,145 @@
+"""One transaction: its session, the facts it tells, and the events it acts on once.
+
+A service opens its own with `unit_of_work(sessions)`, or puts `UnitOfWork(session)` around a
+transaction it already has, sync or async. Emitted events are written when that transaction commits,
+after the state they tell of, so that an aggregate's row is locked before its event gets a position.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+from uuid import UUID
+
+from sqlalchemy.event import listen
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.exc import StaleDataError
+
+from domain import outbox, processed_events
+from domain.database import Sessions
+from domain.errors import ConcurrentChange
+from domain.events import Event
+
+_inject: Callable[[dict[str, str]], None] | None
+try:  # a service that traces has it; one that does not needs none
+    from opentelemetry.propagate import inject as _inject
+except ImportError:
+    _inject = None
+
+
+class HasEventId(Protocol):
+    @property
+    def event_id(self) -> UUID: ...
+
+
+AnyEvent = TypeVar("AnyEvent", bound=HasEventId)
+
+
+class UnitOfWork:
+    """A transaction that tells what it does.
+
+    `headers` travel with every event it emits; the trace context of the caller is added by itself
+    when OpenTelemetry is installed.
+    """
+
+    def __init__(self, session: Session | AsyncSession, headers: Mapping[str, str] | None = None) -> None:
+        # The facts wait in the sync session that an AsyncSession wraps; its commit runs our listener
+        # inside SQLAlchemy's greenlet, so the same code serves both.
+        self.session: Session = session.sync_session if isinstance(session, AsyncSession) else session
+        self._headers = dict(headers or {})
+
+    def emit(self, event: Event) -> None:
+        """Write the fact with this transaction: both commit or neither does.
+
+        Errors: InvalidEvent at once when the outbox would refuse it.
+        """
+        _Facts.of(self.session).add(self.session, outbox.row_for(event, {**_trace_headers(), **self._headers}))
+
+    def once(self, handler_name: str, events: Sequence[AnyEvent]) -> list[AnyEvent]:
+        """Return the events that `handler_name` has not acted on before, and record that it does now."""
+        fresh = processed_events.mark(self.session, handler_name, [event.event_id for event in events])
+        # An event twice in one bundle is new once.
+        return [event for event in {event.event_id: event for event in events}.values() if event.event_id in fresh]
+
+
+@contextmanager
+def unit_of_work(sessions: Sessions, headers: Mapping[str, str] | None = None) -> Iterator[UnitOfWork]:
+    """Open a transaction; commit it at the end of the block, roll it back if the block raises.
+
+    Errors: ConcurrentChange when an aggregate was changed by somebody else since it was loaded.
+    """
+    with sessions() as session:
+        try:
+            with session.begin():
+                yield UnitOfWork(session, headers)
+        except StaleDataError as error:
+            raise ConcurrentChange(str(error)) from error
+
+
+@dataclass
+class _Fact:
+    row: dict[str, Any]
+    emitted_in: SessionTransaction | None  # the savepoint at hand, None outside of any
+    written_in: SessionTransaction | None = None
+    written: bool = False
+
+
+class _Facts:
+    """The facts of one session's transaction, and how far each has got.
+
+    A savepoint that is rolled back takes along what was emitted inside it; what was emitted before it
+    but written inside it is written again.
+    """
+
+    _KEY = "dovecote.facts"
+
+    def __init__(self, session: Session) -> None:
+        self._facts: list[_Fact] = []
+        listen(session, "before_commit", self._write)
+        listen(session, "after_soft_rollback", self._undo)
+        listen(session, "after_transaction_end", self._end)
+
+    @classmethod
+    def of(cls, session: Session) -> "_Facts":
+        facts: _Facts = session.info.setdefault(cls._KEY, None) or cls(session)
+        session.info[cls._KEY] = facts
+        return facts
+
+    def add(self, session: Session, row: dict[str, Any]) -> None:
+        self._facts.append(_Fact(row, emitted_in=session.get_nested_transaction()))
+
+    def _write(self, session: Session) -> None:
+        waiting = [fact for fact in self._facts if not fact.written]
+        if not waiting:
+            return
+        # State first: the aggregate's row is locked before its event gets a position, which is what
+        # keeps the events of one aggregate in order.
+        session.flush()
+        outbox.append(session, [fact.row for fact in waiting])
+        for fact in waiting:
+            fact.written, fact.written_in = True, session.get_nested_transaction()
+
+    def _undo(self, _session: Session, rolled_back: SessionTransaction) -> None:
+        self._facts = [fact for fact in self._facts if not _within(fact.emitted_in, rolled_back)]
+        for fact in self._facts:
+            if _within(fact.written_in, rolled_back):
+                fact.written, fact.written_in = False, None
+
+    def _end(self, _session: Session, transaction: SessionTransaction) -> None:
+        # Also after close() without commit, which calls no rollback hook.
+        if transaction.parent is None:
+            self._facts.clear()
+
+
+def _within(inner: SessionTransaction | None, outer: SessionTransaction) -> bool:
+    while inner is not None and inner is not outer:
+        inner = inner.parent
+    return inner is outer
+
+
+def _trace_headers() -> dict[str, str]:
+    headers: dict[str, str] = {}
+    if _inject is not None:
+        _inject(headers)
+    return headers

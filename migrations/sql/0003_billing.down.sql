@@ -1,0 +1,1 @@
+drop table dovecote.billing_history, dovecote.memberships;

@@ -1,0 +1,1 @@
+drop table dovecote.latest_prices, dovecote.price_quotes;

@@ -1,0 +1,1 @@
+drop table dovecote.verified_phones, dovecote.challenges;

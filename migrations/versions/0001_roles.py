@@ -1,0 +1,14 @@
+"""Roles: owner, writer, worker, operator."""
+
+from workers.schema import run
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    run("0001_roles.up.sql")
+
+
+def downgrade() -> None:
+    run("0001_roles.down.sql")

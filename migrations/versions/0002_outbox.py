@@ -1,0 +1,14 @@
+"""The outbox and what becomes of its events."""
+
+from workers.schema import run_as_owner
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    run_as_owner("0002_outbox.up.sql")
+
+
+def downgrade() -> None:
+    run_as_owner("0002_outbox.down.sql")

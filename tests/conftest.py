@@ -1,0 +1,156 @@
+"""Real servers for every test: given ones, else containers, else embedded. A fresh database per module."""
+
+import base64
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import Engine, make_url
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.database import connect, sessions_for
+from workers import schema
+from workers.embedded import servers as embedded_servers
+from workers.home import Home
+from workers.settings import Settings, load_settings
+
+_POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18")
+_REDIS_IMAGE = os.environ.get("DOVECOTE_TEST_REDIS_IMAGE", "redis:8")
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where tests find Postgres (as a login that may create databases) and Redis."""
+
+    postgres_url: str
+    redis_url: str
+    origin: str
+
+    def database(self, name: str) -> str:
+        return make_url(self.postgres_url).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    given = os.environ.get("DATABASE_URL"), os.environ.get("REDIS_URL")
+    with ExitStack() as stack:
+        if given[0] and given[1]:
+            yield Servers(given[0], given[1], "given")
+        elif found := _containers(stack):
+            yield found
+        else:
+            home = Home(tmp_path_factory.mktemp("home"))
+            postgres, redis = stack.enter_context(
+                embedded_servers(home.servers_path(), postgres_settings={"fsync": "off"})
+            )
+            yield Servers(postgres.url, redis.url, "embedded")
+
+
+def _containers(stack: ExitStack) -> Servers | None:
+    """Start containers where a Docker engine answers and has, or can pull, the images."""
+    if os.environ.get("DOVECOTE_TEST_EMBEDDED"):
+        return None
+    try:
+        import docker
+        from testcontainers.community.postgres import PostgresContainer
+        from testcontainers.community.redis import RedisContainer
+
+        engine = docker.from_env(timeout=5)
+        for image in (_POSTGRES_IMAGE, _REDIS_IMAGE):
+            if not engine.images.list(name=image):
+                engine.images.pull(image)
+        postgres: Any = stack.enter_context(PostgresContainer(_POSTGRES_IMAGE, driver=None))
+        redis: Any = stack.enter_context(RedisContainer(_REDIS_IMAGE))
+    except Exception as error:
+        # No engine, no image, no network: the embedded servers are as real.
+        print(f"containers are left out: {type(error).__name__}")  # noqa: T201
+        return None
+    redis_url = f"redis://{redis.get_container_host_ip()}:{redis.get_exposed_port(6379)}/0"
+    return Servers(postgres.get_connection_url(), redis_url, "containers")
+
+
+@pytest.fixture(scope="session")
+def template(servers: Servers) -> Iterator[str]:
+    """The name of a migrated database that others are copied from."""
+    name = f"dovecote_template_{uuid4().hex[:8]}"
+    _statement(servers, "create database {}", name)
+    schema.upgrade(servers.database(name))
+    yield name
+    _statement(servers, "drop database {}", name)
+
+
+@pytest.fixture(scope="module")
+def database_url(servers: Servers, template: str) -> Iterator[str]:
+    """A migrated database of this module's own."""
+    name = f"dovecote_test_{uuid4().hex[:8]}"
+    _statement(servers, "create database {} template {}", name, template)
+    yield servers.database(name)
+    _statement(servers, "drop database {} with (force)", name)
+
+
+@pytest.fixture
+def fresh_database_url(servers: Servers, template: str) -> Iterator[str]:
+    """A migrated database of this test's own."""
+    name = f"dovecote_test_{uuid4().hex[:8]}"
+    _statement(servers, "create database {} template {}", name, template)
+    yield servers.database(name)
+    _statement(servers, "drop database {} with (force)", name)
+
+
+@pytest.fixture
+def empty_database_url(servers: Servers) -> Iterator[str]:
+    """A database that was never migrated."""
+    name = f"dovecote_test_{uuid4().hex[:8]}"
+    _statement(servers, "create database {}", name)
+    yield servers.database(name)
+    _statement(servers, "drop database {} with (force)", name)
+
+
+@pytest.fixture(scope="module")
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = connect(database_url, pool_size=20)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def sessions(engine: Engine) -> sessionmaker[Session]:
+    return sessions_for(engine)
+
+
+def settings_for(database_url: str, redis_url: str, home: Path, **more: str) -> Settings:
+    """Settings of a system of its own: its own keys in Redis, known secrets."""
+    key = base64.b64encode(b"k" * 32).decode()
+    return load_settings(
+        {
+            "DOVECOTE_HOME": str(home),
+            "DATABASE_URL": database_url,
+            "REDIS_URL": redis_url,
+            "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
+            "DOVECOTE_PRIVACY__HASH_KEY": key,
+            "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{key}",
+            "DOVECOTE_PRIVACY__CODE_KEY": key,
+            "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
+            "DOVECOTE_SMS__HANDSET_PATH": str(home / "handset.txt"),
+            **more,
+        },
+        directory=home,
+    )
+
+
+@pytest.fixture
+def settings(fresh_database_url: str, servers: Servers, tmp_path: Path) -> Settings:
+    """Settings of a system on a database and a Redis namespace of this test's own."""
+    return settings_for(fresh_database_url, servers.redis_url, tmp_path)
+
+
+def _statement(servers: Servers, statement: str, *names: str) -> None:
+    with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
+        connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))

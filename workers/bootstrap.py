@@ -1,0 +1,149 @@
+"""The composition root: from settings to a relay, to a process of consumers. One call a process.
+
+Dramatiq's command line starts consumers with `dramatiq workers.bootstrap:consumers`.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import dramatiq
+import structlog
+from dramatiq.broker import Broker
+from dramatiq.middleware import Middleware
+from sqlalchemy import Engine
+
+from domain.database import connect, sessions_for
+from workers import telemetry
+from workers.broker import HandBackWhatFails, OrjsonEncoder, OutboxBroker, connect_redis
+from workers.children import die_with_parent
+from workers.consume import Consumer
+from workers.envelope import read_envelope
+from workers.gateways import Gateways
+from workers.gateways.challenge_cache import ChallengeCache
+from workers.gateways.sms import ConsoleSms
+from workers.relay.relay import Relay
+from workers.routes import ROUTES, Route, queues
+from workers.settings import Settings, SettingsError, load_settings
+
+log = structlog.get_logger()
+
+
+def consumers() -> None:
+    """Set up this process to act on events; called by Dramatiq in each worker process."""
+    settings = settings_or_exit()
+    telemetry.configure(settings.telemetry, "consumers")
+    # A killed master must not leave its workers behind.
+    die_with_parent(signal.SIGTERM)
+    stopping = threading.Event()
+    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails()])
+    consumer = Consumer(
+        sessions_for(engine_for(settings, "dovecote consumer")),
+        gateways_for(settings),
+        stopping,
+        settings.consumers.outage_pause_seconds,
+    )
+    declare_handlers(broker, consumer, ROUTES)
+    # Dramatiq asks for the global broker next; without this it would make one for RabbitMQ.
+    dramatiq.set_broker(broker)
+
+
+def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]) -> None:
+    """Make each route's handler an actor of the broker."""
+    for route in routes:
+        declare = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker)
+        declare(_actor_function(consumer, route))
+
+
+def relay_for(settings: Settings, routes: Sequence[Route] = ROUTES) -> Relay:
+    """Return a relay that is not running yet."""
+    broker = broker_for(settings, [])
+    for queue in queues(routes):
+        broker.declare_queue(queue)
+    return Relay(settings, broker, routes)
+
+
+def gateways_for(settings: Settings) -> Gateways:
+    """Return the clients of the outside world."""
+    cache_url = settings.redis.cache_url
+    cache = connect_redis(cache_url.get_secret_value(), 1.0) if cache_url else _next_database(settings)
+    return Gateways(
+        sms=ConsoleSms(settings.sms.handset_path, failure_rate=settings.sms.failure_rate),
+        challenges=ChallengeCache(cache, settings.redis.namespace),
+        keys=settings.keyring(),
+    )
+
+
+def engine_for(settings: Settings, application_name: str) -> Engine:
+    """Return an engine with the settings' pool and time-outs."""
+    database = settings.database
+    return connect(
+        database.url.get_secret_value(),
+        pool_size=database.pool_size,
+        connect_timeout_seconds=database.connect_timeout_seconds,
+        statement_timeout_ms=database.statement_timeout_ms,
+        application_name=application_name,
+    )
+
+
+def settings_or_exit() -> Settings:
+    """Return the settings, or end the process with code 2 and one sentence about what is wrong."""
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        refuse(str(error))
+    return settings
+
+
+def refuse(sentence: str) -> NoReturn:
+    """End the process with code 2: it was started wrongly."""
+    sys.stderr.write(f"dovecote: {sentence}\n")
+    raise SystemExit(2)
+
+
+def broker_for(settings: Settings, middleware: list[Middleware]) -> OutboxBroker:
+    """Return a broker on the settings' Redis; no connection is made yet."""
+    # Every process must speak the same JSON; the relay writes it by hand.
+    dramatiq.set_encoder(OrjsonEncoder())
+    return OutboxBroker(
+        url=settings.redis.url.get_secret_value(),
+        namespace=settings.redis.namespace,
+        socket_timeout_seconds=settings.redis.socket_timeout_seconds,
+        idle_wait_ms=settings.consumers.idle_wait_ms,
+        heartbeat_timeout=settings.consumers.heartbeat_timeout_ms,
+        # The relay reaps every few seconds; the workers need not.
+        maintenance_chance=0,
+        middleware=middleware,
+    )
+
+
+def _next_database(settings: Settings) -> Any:
+    client = connect_redis(settings.redis.url.get_secret_value(), 1.0)
+    options: Mapping[str, Any] = client.connection_pool.connection_kwargs
+    client.connection_pool.connection_kwargs = {**options, "db": int(options.get("db") or 0) + 1}
+    return client
+
+
+def _actor_function(consumer: Consumer, route: Route) -> Callable[..., None]:
+    def act(envelopes: Sequence[Mapping[str, Any]], retry: bool = False) -> None:
+        try:
+            bundle = [read_envelope(fields) for fields in envelopes]
+        except ValueError as error:
+            # Not written by any relay of ours. Postgres still knows the event as unprocessed.
+            log.error("message refused", handler=route.handler, error=str(error))
+            return
+        consumer.consume(route, bundle, retry=retry)
+
+    return act
+
+
+class _StopsWaiting(Middleware):
+    """Tells consumers that wait for a server to give their message back when the process must end."""
+
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+
+    def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        self._stopping.set()

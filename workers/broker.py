@@ -1,0 +1,317 @@
+"""Dramatiq's Redis broker with what we add to it.
+
+- An idle consumer blocks on its queue instead of polling it, so a message is taken at once.
+- A batch of bundles is published by one script, each message once, only by the newest relay.
+- Messages that a worker cannot finish go back to the head of their queue, in order.
+- Messages whose fetch reply was lost are found again when the consumer reconnects.
+
+Dramatiq's key layout (its docs, "Enqueueing messages from other languages") is kept to the letter.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dramatiq
+import orjson
+import redis
+from dramatiq.broker import Broker, MessageProxy
+from dramatiq.brokers.redis import RedisBroker, _RedisConsumer
+from dramatiq.common import current_millis, dq_name
+from dramatiq.encoder import Encoder, MessageData
+from dramatiq.errors import ConnectionClosed, DecodeError
+from dramatiq.message import Message
+from dramatiq.middleware import Middleware
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+_LUA = Path(__file__).parent / "lua"
+
+#: What Redis raises when it is away, slow, loading, full or a replica: trouble that passes.
+PASSING = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError, redis.ReadOnlyError)
+
+
+class RedisLost(Exception):
+    """Redis no longer knows the relay: it came back empty."""
+
+
+class NewerRelay(Exception):
+    """Another relay has taken over; this one must not publish any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedBundle:
+    """One Dramatiq message, encoded. The id follows from the content: publishing it twice adds it once."""
+
+    handler: str
+    queue: str
+    id: str
+    message: bytes
+
+
+class OutboxBroker(RedisBroker):
+    """RedisBroker for bundles of events.
+
+    A process holds one connection for each queue and delay queue it consumes, while it waits, and at
+    most one for each worker thread, while it acknowledges.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        client: redis.Redis | None = None,
+        idle_wait_ms: int = 1_000,
+        socket_timeout_seconds: float = 5.0,
+        middleware: list[Middleware] | None = None,
+        **options: Any,
+    ) -> None:
+        if client is None and url is not None:
+            client = connect_redis(url, socket_timeout_seconds + idle_wait_ms / 1_000)
+        super().__init__(client=client, middleware=middleware, **options)
+        self.idle_wait_ms = idle_wait_ms
+        self._publish = self.client.register_script((_LUA / "publish.lua").read_bytes())
+        self._hand_back = self.client.register_script((_LUA / "hand_back.lua").read_bytes())
+        self._claim_epoch = self.client.register_script((_LUA / "claim_epoch.lua").read_bytes())
+        self._in_hand: dict[str, set[str]] = {}
+        self._in_hand_lock = threading.Lock()
+
+    @property
+    def consumer_class(self) -> type["BlockingConsumer"]:
+        return BlockingConsumer
+
+    # For the relay ---------------------------------------------------------------------------
+
+    @property
+    def _marker(self) -> str:
+        return f"{self.namespace}:__relay__"
+
+    def claim_epoch(self, epoch: int) -> int:
+        """Let only this epoch and newer ones publish; return the epoch found, -1 when there was none.
+
+        Errors: NewerRelay.
+        """
+        found = int(self._claim_epoch(keys=[self._marker], args=[epoch]))
+        if found > epoch:
+            raise NewerRelay(f"epoch {found} has taken over from {epoch}")
+        return found
+
+    def publish(self, epoch: int, bundles: Sequence[QueuedBundle]) -> int:
+        """Put the bundles on their queues with one call; return how many were not there yet.
+
+        Errors: RedisLost, NewerRelay, and what PASSING lists.
+        """
+        args: list[str | int | bytes] = [epoch]
+        for bundle in bundles:
+            args += (f"{self.namespace}:{bundle.queue}", bundle.id, bundle.message)
+        added = int(self._publish(keys=[self._marker], args=args))
+        if added == -1:
+            raise RedisLost
+        if added == -2:
+            raise NewerRelay(f"a newer relay has taken over from epoch {epoch}")
+        return added
+
+    def identity(self) -> tuple[str, bool]:
+        """Return the run id of the Redis process and whether our marker is in it."""
+        pipeline = self.client.pipeline(transaction=False)
+        pipeline.info("server")
+        pipeline.exists(self._marker)
+        info, marked = pipeline.execute()
+        return str(info["run_id"]), bool(marked)
+
+    def reap(self) -> None:
+        """Take back the messages of workers that have been silent too long, on every declared queue.
+
+        Dramatiq leaves this to a one-in-a-thousand chance per fetch of that very queue.
+        """
+        for queue in self.queues:
+            for name in (queue, dq_name(queue)):
+                self.beat(name, maintain=True)
+
+    def beat(self, queue: str, *, maintain: bool = False) -> None:
+        """Say that this process is alive; with `maintain`, also do Dramatiq's maintenance of the queue."""
+        # `qsize` reads only; every dispatched command records a heartbeat first.
+        self.scripts["dispatch"](
+            keys=[self.namespace],
+            args=[
+                "qsize",
+                current_millis(),
+                queue,
+                self.broker_id,
+                self.heartbeat_timeout,
+                self.dead_message_ttl,
+                int(maintain),
+                self._max_unpack_size(),
+            ],
+        )
+
+    # For consumers ---------------------------------------------------------------------------
+
+    def hand_back(self, queue: str, ids: Iterable[str]) -> None:
+        """Give messages back to the head of their queue, oldest first."""
+        ids = list(ids)
+        if ids:
+            self._hand_back(keys=[self._held(queue), f"{self.namespace}:{queue}"], args=ids)
+            self.let_go(queue, ids)
+
+    def reclaim(self, queue: str) -> None:
+        """Give back what Redis says we hold and we do not: the reply to a fetch was lost."""
+        held = {str(id, "ascii") for id in self.client.smembers(self._held(queue)) if isinstance(id, bytes)}
+        with self._in_hand_lock:
+            lost = held - self._in_hand.get(queue, set())
+        # UUIDs or digests: any order is as good, Redis keeps none in a set.
+        self.hand_back(queue, sorted(lost))
+
+    def take(self, queue: str, ids: Iterable[str]) -> None:
+        with self._in_hand_lock:
+            self._in_hand.setdefault(queue, set()).update(ids)
+
+    def let_go(self, queue: str, ids: Iterable[str]) -> None:
+        with self._in_hand_lock:
+            self._in_hand.get(queue, set()).difference_update(ids)
+
+    def _held(self, queue: str) -> str:
+        return f"{self.namespace}:__acks__.{self.broker_id}.{queue}"
+
+
+class BlockingConsumer(_RedisConsumer):
+    """Waits on the queue itself. BLMOVE from a list to itself returns when there is something and moves nothing."""
+
+    broker: OutboxBroker
+
+    def __init__(self, broker: OutboxBroker, queue_name: str, prefetch: int, timeout: int) -> None:
+        super().__init__(broker, queue_name, prefetch, timeout)
+        self._room = threading.Event()
+        self.message_cache: list[Message[Any]] = []
+        self._reclaim_first = True
+
+    def __next__(self) -> MessageProxy | None:
+        try:
+            if self._reclaim_first:
+                self.broker.reclaim(self.queue_name)
+                self._reclaim_first = False
+            if not self.message_cache:
+                self._refill()
+            if not self.message_cache:
+                return None
+            message = self.message_cache.pop(0)
+            self.queued_message_ids.add(message.message_id)
+            return MessageProxy(message)
+        except PASSING as error:
+            raise ConnectionClosed(error) from None
+
+    def _refill(self) -> None:
+        self._room.clear()
+        room = self.prefetch - self.outstanding_message_count
+        if room <= 0:
+            self._room.wait(self.timeout / 1_000)
+            self.broker.beat(self.queue_name)
+            return
+        self._fetch(room)
+        if not self.message_cache and self._something_comes():
+            self._fetch(room)
+
+    def _fetch(self, room: int) -> None:
+        fetched = self.broker.do_fetch(self.queue_name, room)
+        # None: the message was acknowledged by a worker that had been taken for dead.
+        self.message_cache = [Message.decode(data) for data in fetched if data is not None]
+        self.broker.take(self.queue_name, [message.options["redis_message_id"] for message in self.message_cache])
+
+    def _something_comes(self) -> bool:
+        queue = f"{self.broker.namespace}:{self.queue_name}"
+        wait_seconds = min(self.timeout, self.broker.idle_wait_ms) / 1_000
+        return self.broker.client.blmove(queue, queue, wait_seconds, "LEFT", "LEFT") is not None
+
+    def ack(self, message: MessageProxy) -> None:
+        self._finish(message, self.broker.hand_back if is_handed_back(message) else self._ack)
+
+    def nack(self, message: MessageProxy) -> None:
+        self._finish(message, lambda queue, ids: self.broker.do_nack(queue, *ids))
+
+    def _ack(self, queue: str, ids: list[str]) -> None:
+        self.broker.do_ack(queue, *ids)
+
+    def _finish(self, message: MessageProxy, how: Any) -> None:
+        id = message.options["redis_message_id"]
+        try:
+            how(self.queue_name, [id])
+            self.broker.let_go(self.queue_name, [id])
+        except PASSING as error:
+            raise ConnectionClosed(error) from None
+        finally:
+            self.queued_message_ids.discard(message.message_id)
+            self._room.set()
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        try:
+            self.broker.hand_back(self.queue_name, [message.options["redis_message_id"] for message in messages])
+        except PASSING as error:
+            raise ConnectionClosed(error) from None
+
+    def close(self) -> None:
+        # What was fetched but not yet handed to a thread would otherwise wait for our heartbeat to end.
+        cached, self.message_cache = self.message_cache, []
+        self.requeue([MessageProxy(message) for message in cached])
+
+
+def hand_back(message: MessageProxy) -> None:
+    """Mark a message that could not be handled: it goes back to its queue instead of being acknowledged."""
+    message.__dict__["hand_back"] = True
+
+
+def is_handed_back(message: MessageProxy) -> bool:
+    return message.__dict__.get("hand_back", False) is True
+
+
+class HandBackWhatFails(Middleware):
+    """An actor that raises has not done its work: its message is handed back, never acknowledged.
+
+    Handlers' failures never come this far (workers/consume.py records them). What does is a process that
+    is told to stop while it waits, or a bug; a bug is slowed down, not spun on.
+    """
+
+    def __init__(self, pause_seconds: float = 1.0) -> None:
+        self._pause_seconds = pause_seconds
+        self._stopping = threading.Event()
+
+    def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        self._stopping.set()
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        if exception is not None:
+            self._stopping.wait(self._pause_seconds)
+            hand_back(message)
+
+
+class OrjsonEncoder(Encoder):
+    """Dramatiq's JSON, read and written by orjson."""
+
+    def encode(self, data: MessageData) -> bytes:
+        return orjson.dumps(data)
+
+    def decode(self, data: bytes) -> MessageData:
+        try:
+            decoded: MessageData = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise DecodeError(f"not a message: {data[:200]!r}", data, error) from None
+        return decoded
+
+
+def connect_redis(url: str, socket_timeout_seconds: float) -> redis.Redis:
+    """Return a client that never repeats a command by itself: a lost reply may have been a fetch."""
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=socket_timeout_seconds,
+        socket_connect_timeout=5,
+        socket_keepalive=True,
+        retry=Retry(NoBackoff(), 0),
+    )

@@ -1,0 +1,307 @@
+"""What failed, what waits, what is dead: the table `deliveries` and all SQL on it.
+
+An event that went well never appears here. A row is made by the consumer in a transaction of its own,
+after the effect was rolled back, and goes away with the effect that finally commits.
+"""
+
+import random
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import TupleRow, class_row
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from domain.errors import DomainError
+from workers.envelope import Envelope
+from workers.routes import Route
+from workers.telemetry import current_trace_id, masked
+
+_MOST_ERROR_CHARACTERS = 20_000
+
+_record_failure = text(
+    """
+    insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
+        event_type, state, attempts, next_attempt_at, error_type, error_fingerprint, error, trace_id)
+    values (:handler_name, :event_id, :position, :aggregate_type, :aggregate_id, :event_type, :state,
+            :attempts, :next_attempt_at, :error_type, :error_fingerprint, :error, :trace_id)
+    on conflict (handler_name, event_id) do update set
+        state = excluded.state, attempts = excluded.attempts, next_attempt_at = excluded.next_attempt_at,
+        error_type = excluded.error_type, error_fingerprint = excluded.error_fingerprint,
+        error = excluded.error, trace_id = excluded.trace_id, updated_at = clock_timestamp()
+    """
+)
+
+_attempts_so_far = text(
+    """
+    select attempts from dovecote.deliveries
+    where handler_name = :handler_name and event_id = :event_id
+    for update
+    """
+)
+
+_due_here = text(
+    """
+    select event_id from dovecote.deliveries
+    where handler_name = :handler_name and event_id = any(:event_ids) and state = 'retrying'
+    for update
+    """
+)
+
+_known = text(
+    "select event_id from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)"
+)
+
+_resolve = text("delete from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)")
+
+# The event before this one of the same aggregate, among those this handler wants. If it is done, so is
+# everything before it: that is what ordered means. One told before the handler existed counts as done.
+_predecessors = text(
+    """
+    select bundle.event_id, before.id
+    from unnest(cast(:event_ids as uuid[]), cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
+                cast(:positions as bigint[])) as bundle (event_id, aggregate_type, aggregate_id, position)
+    cross join lateral (
+        select o.id, o.position from dovecote.outbox o
+        where o.aggregate_type = bundle.aggregate_type and o.aggregate_id = bundle.aggregate_id
+          and o.position < bundle.position and o.event_type = any(:event_types)
+        order by o.position desc limit 1
+    ) before
+    where before.position > coalesce(
+              (select since_position from dovecote.handlers where handler_name = :handler_name), 0)
+      and not exists (select from dovecote.processed_events p
+                      where p.event_id = before.id and p.handler_name = :handler_name)
+      and not exists (select from dovecote.deliveries d
+                      where d.event_id = before.id and d.handler_name = :handler_name and d.state = 'discarded')
+    """
+)
+
+_park = text(
+    """
+    insert into dovecote.deliveries as known
+        (handler_name, event_id, position, aggregate_type, aggregate_id, event_type, state)
+    select :handler_name, * , 'waiting'
+    from unnest(cast(:event_ids as uuid[]), cast(:positions as bigint[]), cast(:aggregate_types as text[]),
+                cast(:aggregate_ids as text[]), cast(:event_types as text[]))
+    on conflict (handler_name, event_id) do update
+        set state = 'waiting', next_attempt_at = null, updated_at = clock_timestamp()
+        where known.state = 'retrying'
+    """
+)
+
+_release = text(
+    """
+    with released as (
+        update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
+        from unnest(cast(:aggregate_types as text[]), cast(:aggregate_ids as text[])) as done (type, id)
+        where d.handler_name = :handler_name and d.state = 'waiting'
+          and d.aggregate_type = done.type and d.aggregate_id = done.id
+        returning 1
+    )
+    select pg_notify('dovecote_deliveries', '') from released limit 1
+    """
+)
+
+
+def record_failure(session: Session, route: Route, envelope: Envelope, error: BaseException) -> str:
+    """Write down one failed attempt; return the state the event is in now: retrying or dead."""
+    so_far = session.execute(
+        _attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id}
+    ).scalar_one_or_none()
+    attempts = (so_far or 0) + 1
+    final = isinstance(error, DomainError) or attempts >= route.attempts
+    session.execute(
+        _record_failure,
+        {
+            "handler_name": route.handler,
+            "event_id": envelope.event_id,
+            "position": envelope.position,
+            "aggregate_type": envelope.aggregate_type,
+            "aggregate_id": envelope.aggregate_id,
+            "event_type": envelope.type,
+            "state": "dead" if final else "retrying",
+            "attempts": attempts,
+            "next_attempt_at": None if final else datetime.now(UTC) + backoff(route, attempts),
+            "error_type": type(error).__qualname__,
+            "error_fingerprint": fingerprint(error),
+            "error": _storable(error),
+            "trace_id": current_trace_id(),
+        },
+    )
+    return "dead" if final else "retrying"
+
+
+def backoff(route: Route, attempts: int) -> timedelta:
+    """Return the pause after this many attempts: doubling from the route's first, half of it jitter."""
+    longest = min(route.backoff_seconds * 2.0 ** (attempts - 1), route.longest_backoff_seconds)
+    return timedelta(seconds=longest * random.uniform(0.5, 1.0))
+
+
+def fingerprint(error: BaseException) -> str:
+    """Return a short name shared by failures of one kind: the exception's type and the place it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "nowhere"
+    return sha256(f"{type(error).__module__}.{type(error).__qualname__}@{place}".encode()).hexdigest()[:12]
+
+
+def _storable(error: BaseException) -> str:
+    told = masked("".join(traceback.format_exception(error))).replace("\x00", "\\0")
+    # The end of a traceback names the error; cut the middle of a long one.
+    half = _MOST_ERROR_CHARACTERS // 2
+    return told if len(told) <= 2 * half else f"{told[:half]}\n...\n{told[-half:]}"
+
+
+def not_yet_failed(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
+    """Return those without a delivery: the others follow their own schedule, not this message's."""
+    known = set(session.execute(_known, _key(route, envelopes)).scalars())
+    return [envelope for envelope in envelopes if envelope.event_id not in known]
+
+
+def still_due(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
+    """Return those still `retrying`, locked: nobody else tries, buries or discards them meanwhile."""
+    due = set(session.execute(_due_here, _key(route, envelopes)).scalars())
+    return [envelope for envelope in envelopes if envelope.event_id in due]
+
+
+def resolve(session: Session, route: Route, envelopes: Sequence[Envelope]) -> None:
+    """Forget deliveries whose effect commits with this transaction."""
+    session.execute(_resolve, _key(route, envelopes))
+
+
+def blocked(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
+    """Return the events that must wait for an earlier one of their aggregate, given in writing order."""
+    found = session.execute(
+        _predecessors,
+        {
+            **_key(route, envelopes),
+            **_aggregates(envelopes),
+            "positions": [envelope.position for envelope in envelopes],
+            "event_types": route.event_types,
+        },
+    )
+    unresolved: dict[UUID, UUID] = {event_id: before for event_id, before in found}
+    here = {envelope.event_id for envelope in envelopes}
+    waiting: dict[UUID, Envelope] = {}
+    for envelope in envelopes:
+        before = unresolved.get(envelope.event_id)
+        # An unresolved predecessor in this very bundle is done just before, unless it must wait itself.
+        if before is not None and (before not in here or before in waiting):
+            waiting[envelope.event_id] = envelope
+    return list(waiting.values())
+
+
+def park(session: Session, route: Route, envelopes: Sequence[Envelope]) -> None:
+    """Let events wait behind an earlier one of their aggregate."""
+    session.execute(
+        _park,
+        {
+            **_key(route, envelopes),
+            **_aggregates(envelopes),
+            "positions": [envelope.position for envelope in envelopes],
+            "event_types": [envelope.type for envelope in envelopes],
+        },
+    )
+
+
+def release(session: Session, route: Route, envelopes: Sequence[Envelope]) -> None:
+    """Send on what waited behind these aggregates; the relay hears of it when this transaction commits."""
+    session.execute(_release, {"handler_name": route.handler, **_aggregates(envelopes)})
+
+
+def _key(route: Route, envelopes: Sequence[Envelope]) -> dict[str, object]:
+    return {"handler_name": route.handler, "event_ids": [envelope.event_id for envelope in envelopes]}
+
+
+def _aggregates(envelopes: Sequence[Envelope]) -> dict[str, object]:
+    return {
+        "aggregate_types": [envelope.aggregate_type for envelope in envelopes],
+        "aggregate_ids": [envelope.aggregate_id for envelope in envelopes],
+    }
+
+
+# The relay's side, on its own connection ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DueDelivery:
+    """A retry whose time has come, leased to the caller."""
+
+    handler_name: str
+    event_id: UUID
+    position: int
+    attempts: int
+    envelope: str
+
+
+_LEASE_DUE = """
+    with due as (
+        select handler_name, event_id from dovecote.deliveries
+        where state = 'retrying' and next_attempt_at <= now()
+        order by next_attempt_at limit %(limit)s
+        for update skip locked
+    ), leased as (
+        update dovecote.deliveries d
+        set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s), updated_at = clock_timestamp()
+        from due where d.handler_name = due.handler_name and d.event_id = due.event_id
+        returning d.handler_name, d.event_id, d.position, d.attempts
+    )
+    select leased.*, dovecote.envelope(o) as envelope
+    from leased join dovecote.outbox o on o.id = leased.event_id
+    order by leased.position
+"""
+
+# Events that wait for nothing any more: their predecessor was resolved while they were being parked.
+_RELEASE_STRAYS = """
+    with first as (
+        select distinct on (handler_name, aggregate_type, aggregate_id) *
+        from dovecote.deliveries where state = 'waiting'
+        order by handler_name, aggregate_type, aggregate_id, position
+    ), free as (
+        select first.handler_name, first.aggregate_type, first.aggregate_id
+        from first join unnest(%(handlers)s::text[], %(event_types)s::text[]) as route (handler_name, event_types)
+          on route.handler_name = first.handler_name
+        left join dovecote.handlers known on known.handler_name = first.handler_name
+        left join lateral (
+            select o.id, o.position from dovecote.outbox o
+            where o.aggregate_type = first.aggregate_type and o.aggregate_id = first.aggregate_id
+              and o.position < first.position and o.event_type = any(string_to_array(route.event_types, ' '))
+            order by o.position desc limit 1
+        ) before on true
+        where before.id is null or before.position <= coalesce(known.since_position, 0)
+           or exists (select from dovecote.processed_events p
+                      where p.event_id = before.id and p.handler_name = first.handler_name)
+           or exists (select from dovecote.deliveries d where d.event_id = before.id
+                      and d.handler_name = first.handler_name and d.state = 'discarded')
+    )
+    update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
+    from free
+    where d.state = 'waiting' and d.handler_name = free.handler_name
+      and d.aggregate_type = free.aggregate_type and d.aggregate_id = free.aggregate_id
+"""
+
+
+def lease_due(connection: psycopg.Connection[TupleRow], limit: int, lease_seconds: float) -> list[DueDelivery]:
+    """Return retries whose time has come, in writing order.
+
+    Each is due again after the lease, should its message get lost with Redis.
+    """
+    with connection.cursor(row_factory=class_row(DueDelivery)) as cursor:
+        return cursor.execute(_LEASE_DUE, {"limit": limit, "lease_seconds": lease_seconds}).fetchall()
+
+
+def release_strays(connection: psycopg.Connection[TupleRow], routes: Sequence[Route]) -> int:
+    """Send on waiting events whose aggregate is free; return how many."""
+    ordered = [route for route in routes if route.ordered]
+    return connection.execute(
+        _RELEASE_STRAYS,
+        {
+            "handlers": [route.handler for route in ordered],
+            "event_types": [" ".join(route.event_types) for route in ordered],
+        },
+    ).rowcount

@@ -1,0 +1,98 @@
+"""A whole system on this machine: servers where none are given, the schema, the processes of the Procfile."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers import schema
+from workers.embedded import Postgres, Redis, Server
+from workers.home import Home
+from workers.settings import given_variables
+from workers.supervisor import Output, Supervisor, parse_procfile
+
+# Beside us in an installed wheel, at the top level in a checkout.
+_PACKAGED = Path(__file__).parent / "Procfile"
+PROCFILE = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "Procfile"
+
+# SIGTERM lets a consumer finish its bundle; Dramatiq is given 20 s for that in the Procfile.
+STOP_SECONDS = 25.0
+
+
+@dataclass(frozen=True)
+class LocalSystem:
+    """A system ready to run. `environment` is what every process gets; it holds secrets.
+
+    servers    those started here; a server that was given is not among them
+    """
+
+    home: Home
+    environment: Mapping[str, str]
+    postgres: Server | None
+    redis: Server | None
+    processes: Mapping[str, list[str]]
+
+    def supervisor(self, output: Output) -> Supervisor:
+        return Supervisor(self.processes, self.environment, output)
+
+
+@contextmanager
+def local_system(
+    environ: Mapping[str, str], say: Callable[[str], None], procfile: Path = PROCFILE
+) -> Iterator[LocalSystem]:
+    """Start what is missing, bring the schema up to date and announce the system in its home.
+
+    At the end the servers started here are stopped; their data stays.
+    Errors: HomeError, ServerError, NoBinary, ProcfileError, those of the migration.
+    """
+    processes = parse_procfile(procfile.read_text())
+    home = Home.locate(environ)
+    home.create()
+    with ExitStack() as stack:
+        stack.enter_context(home.lock())
+        given = given_variables(environ)
+        ours = dict(home.secrets())
+        postgres = redis = None
+        if "DOVECOTE_DATABASE__URL" not in given:
+            postgres = _started(stack, Postgres(home.servers_path() / "postgres", environ=environ))
+            ours["DATABASE_URL"] = postgres.url
+        if "DOVECOTE_REDIS__URL" not in given:
+            redis = _started(stack, Redis(home.servers_path() / "redis", environ=environ))
+            ours["REDIS_URL"] = redis.url
+        ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
+        system = {**ours, **given}
+        say("bringing the schema up to date")
+        schema.upgrade(system.get("DOVECOTE_DATABASE__URL") or system["DATABASE_URL"])
+        home.announce(system)
+        stack.callback(home.withdraw)
+        defaults = {"DOVECOTE_TELEMETRY__LOG_FORMAT": "console", "DOVECOTE_HOME": str(home.path)}
+        yield LocalSystem(
+            home=home,
+            environment={**defaults, **environ, **system},
+            postgres=postgres,
+            redis=redis,
+            processes=processes,
+        )
+
+
+def _started(stack: ExitStack, server: Postgres | Redis) -> Server:
+    stack.callback(server.stop)
+    return server.start()
+
+
+def environment_for_clients(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return what lets psql and redis-cli find the system without an argument."""
+    from psycopg.conninfo import conninfo_to_dict
+
+    url = variables["DATABASE_URL"]
+    names = {
+        "host": "PGHOST",
+        "port": "PGPORT",
+        "user": "PGUSER",
+        "password": "PGPASSWORD",
+        "dbname": "PGDATABASE",
+    }
+    found = conninfo_to_dict(url)
+    client = {variable: str(found[key]) for key, variable in names.items() if found.get(key)}
+    return {**os.environ, **variables, **client, "PGOPTIONS": "-c search_path=dovecote,public"}

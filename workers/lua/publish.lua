@@ -1,0 +1,24 @@
+-- Put a batch of messages on their queues, in order, once each.
+--
+-- KEYS[1]  the relay's marker: the epoch of the relay that may publish
+-- ARGV[1]  the epoch of the caller
+-- ARGV     then for each message: full queue name, message id, message
+--
+-- Returns how many messages were new; -1 when the marker is gone (Redis came back empty);
+-- -2 when a newer relay has taken over.
+local epoch = redis.call('get', KEYS[1])
+if not epoch then
+    return -1
+end
+if tonumber(epoch) > tonumber(ARGV[1]) then
+    return -2
+end
+local added = 0
+for i = 2, #ARGV, 3 do
+    -- A message that is still queued or in somebody's hands keeps its place.
+    if redis.call('hsetnx', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2]) == 1 then
+        redis.call('rpush', ARGV[i], ARGV[i + 1])
+        added = added + 1
+    end
+end
+return added

@@ -1,0 +1,1 @@
+"""Move committed events from the outbox to the queues."""

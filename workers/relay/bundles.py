@@ -1,0 +1,99 @@
+"""From rows to Dramatiq messages: one bundle for each handler, in order, up to the route's size.
+
+A bundle's id is a digest of its handler and positions. The same batch always gives the same bundles, so
+a batch that is published again adds only what is no longer queued.
+"""
+
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import TypeVar
+
+from workers.broker import QueuedBundle
+from workers.deliveries import DueDelivery
+from workers.relay.reading import Row
+from workers.routes import Route
+
+# Redis and the worker hold a whole message in memory; large payloads make smaller bundles.
+_MOST_BYTES = 1_000_000
+
+Item = TypeVar("Item")
+
+
+class Bundler:
+    """Knows the routes."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._by_handler = {route.handler: route for route in routes}
+        self._by_type: dict[str, list[Route]] = {}
+        for route in routes:
+            for event_type in route.event_types:
+                self._by_type.setdefault(event_type, []).append(route)
+
+    def bundles(self, rows: Iterable[Row]) -> list[QueuedBundle]:
+        """Return the messages for these rows; a row nobody wants is in none."""
+        return [bundle for bundle, _ in self.bundles_with_positions(rows)]
+
+    def bundles_with_positions(self, rows: Iterable[Row]) -> list[tuple[QueuedBundle, list[int]]]:
+        """Return the messages, each with the positions in it."""
+        wanted: dict[str, list[Row]] = {}
+        for row in rows:
+            for route in self._by_type.get(row.event_type, ()):
+                wanted.setdefault(route.handler, []).append(row)
+        cut = []
+        for handler, its_rows in wanted.items():
+            route = self._by_handler[handler]
+            for part in _parts(its_rows, route.bundle_size):
+                positions = [row.position for row in part]
+                cut.append((_bundle(route, positions, [row.envelope for row in part]), positions))
+        return cut
+
+    def retries(self, due: Iterable[DueDelivery]) -> list[QueuedBundle]:
+        """Return the messages for deliveries that are due. Those of unknown handlers are left alone."""
+        wanted: Mapping[str, list[DueDelivery]] = {handler: [] for handler in self._by_handler}
+        for delivery in due:
+            if delivery.handler_name in wanted:
+                wanted[delivery.handler_name].append(delivery)
+        return [
+            _bundle(
+                self._by_handler[handler],
+                # The attempts are part of the identity: the next try is another message.
+                [number for one in part for number in (one.position, one.attempts)],
+                [one.envelope.encode() for one in part],
+                retry=True,
+            )
+            for handler, its_due in wanted.items()
+            for part in _chunks(its_due, self._by_handler[handler].bundle_size)
+        ]
+
+
+def _parts(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
+    for chunk in _chunks(rows, most):
+        start, size = 0, 0
+        for end, row in enumerate(chunk):
+            if end > start and size + len(row.envelope) > _MOST_BYTES:
+                yield chunk[start:end]
+                start, size = end, 0
+            size += len(row.envelope)
+        yield chunk[start:]
+
+
+def _chunks(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), most):
+        yield items[start : start + most]
+
+
+def _bundle(route: Route, identity: Sequence[int], envelopes: Sequence[bytes], *, retry: bool = False) -> QueuedBundle:
+    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=route.handler.encode()[:64])
+    id = ("r" if retry else "b") + digest.hexdigest()
+    # The envelopes are JSON already; everything else in here is words of our own.
+    message = b"".join(
+        (
+            f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[['.encode(),
+            b",".join(envelopes),
+            f']],"kwargs":{{"retry":{str(retry).lower()}}},"options":{{"redis_message_id":"{id}"}},'
+            f'"message_id":"{id}","message_timestamp":{time.time_ns() // 1_000_000}}}'.encode(),
+        )
+    )
+    return QueuedBundle(route.handler, route.queue, id, message)

@@ -1,0 +1,222 @@
+"""What the leading relay does: read, publish, record, and sleep until the bell rings.
+
+It sends first and records then, so a crash between the two sends events twice, never zero times;
+consumers are written for that. Nothing else in the system declares an event published.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import psycopg
+import structlog
+
+from workers import deliveries
+from workers.broker import PASSING, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from workers.relay import missing
+from workers.relay.bundles import Bundler
+from workers.relay.positions import multirange
+from workers.relay.reading import Batch, Connection, Reader
+from workers.relay.sleeping import Sleeper
+from workers.routes import Route
+from workers.settings import Relay as RelaySettings
+from workers.telemetry import tracer
+
+log = structlog.get_logger()
+
+_TICK_SECONDS = 1.0
+_REAP_SECONDS = 5.0
+_PARTITIONS_SECONDS = 3_600.0
+
+# Nothing is recorded by a relay that has been replaced: its epoch matches no row any more.
+_RECORD = """
+    with owner as (
+        update dovecote.relay_state set checkpoint = greatest(checkpoint, %(checkpoint)s), seen_at = clock_timestamp()
+        where epoch = %(epoch)s returning epoch
+    )
+    insert into dovecote.published_batches (positions, events, epoch)
+    select %(positions)s::int8multirange, %(events)s, epoch from owner
+"""
+_RECORD_CHECKPOINT = """
+    update dovecote.relay_state set checkpoint = greatest(checkpoint, %s), seen_at = clock_timestamp()
+    where epoch = %s
+"""
+_RECORD_REDIS = "update dovecote.relay_state set redis_run_id = %s where epoch = %s"
+
+
+class Leader:
+    """One leadership: one connection, one epoch."""
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        reader: Reader,
+        broker: OutboxBroker,
+        routes: Sequence[Route],
+        settings: RelaySettings,
+        sleeper: Sleeper,
+        epoch: int,
+        redis_run_id: str | None,
+    ) -> None:
+        self._connection = connection
+        self._reader = reader
+        self._broker = broker
+        self._routes = routes
+        self._bundler = Bundler(routes)
+        self._settings = settings
+        self._sleeper = sleeper
+        self._epoch = epoch
+        self._redis_run_id = redis_run_id
+        self._recorded_checkpoint = reader.checkpoint
+        self._heard: set[str] = set()
+        self._holds_bell = False
+        self._pause_seconds = 0.0
+        self._next_tick = self._next_reaping = self._next_partitions = time.monotonic()
+
+    def lead(self) -> None:
+        """Work until told to stop.
+
+        Errors: psycopg.OperationalError when the connection is lost, NewerRelay when another has taken over.
+        """
+        self._listen()
+        self._through_outages(self._greet_redis)
+        while not self._sleeper.stopping:
+            heard, self._heard = self._heard, set()
+            batch = self._reader.read()
+            if batch.rows:
+                self._publish(batch)
+            if "dovecote_deliveries" in heard:
+                self._send_retries()
+            if time.monotonic() >= self._next_tick:
+                self._tick()
+            if batch.rows:
+                self._stay_awake()
+            elif not self._heard:
+                self._rest()
+        self._record_checkpoint()
+
+    # Publishing ------------------------------------------------------------------------------
+
+    def _publish(self, batch: Batch) -> None:
+        with tracer.start_as_current_span(
+            "relay.publish", attributes={"messaging.batch.message_count": len(batch.rows)}
+        ):
+            self._send(self._bundler.bundles(batch.rows))
+            recorded = self._connection.execute(
+                _RECORD,
+                {
+                    "checkpoint": batch.checkpoint,
+                    "epoch": self._epoch,
+                    "positions": multirange([row.position for row in batch.rows]),
+                    "events": len(batch.rows),
+                },
+            )
+        self._require_ownership(recorded.rowcount)
+        self._recorded_checkpoint = batch.checkpoint
+
+    def _send(self, bundles: Sequence[QueuedBundle]) -> None:
+        if bundles:
+            self._through_outages(lambda: self._broker.publish(self._epoch, bundles))
+
+    def _record_checkpoint(self) -> None:
+        if self._reader.checkpoint > self._recorded_checkpoint:
+            recorded = self._connection.execute(_RECORD_CHECKPOINT, (self._reader.checkpoint, self._epoch))
+            self._require_ownership(recorded.rowcount)
+            self._recorded_checkpoint = self._reader.checkpoint
+
+    def _require_ownership(self, rows_changed: int) -> None:
+        if rows_changed != 1:
+            raise NewerRelay(f"epoch {self._epoch} is over")
+
+    # Redis comes and goes --------------------------------------------------------------------
+
+    def _through_outages(self, work: Callable[[], object]) -> None:
+        """Do the work; while Redis is away, wait for it. What it forgot meanwhile is sent again first."""
+        tries = 0
+        while True:
+            try:
+                if tries:
+                    self._greet_redis()
+                work()
+                return
+            except (*PASSING, RedisLost) as error:
+                tries += 1
+                if tries in (3, 30) or tries % 300 == 0:
+                    log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
+                if self._sleeper.stopping:
+                    raise
+                self._sleeper.sleep(min(1.0, 0.02 * 2 ** min(tries, 8)))
+                # The lock that makes us leader lives in this session: its end must not go unnoticed here.
+                self._connection.execute("select")
+
+    def _greet_redis(self) -> None:
+        """Put our epoch into Redis; if it is not the Redis we knew, send again what it may have lost."""
+        run_id, marked = self._broker.identity()
+        if run_id == self._redis_run_id and marked:
+            self._broker.claim_epoch(self._epoch)
+            return
+        # Until the last message is sent again no Redis is known: a crash in between starts this over.
+        self._connection.execute(_RECORD_REDIS, (None, self._epoch))
+        self._redis_run_id = None
+        self._broker.claim_epoch(self._epoch)
+        found = missing.bundles(self._connection, self._reader, self._bundler, self._routes)
+        sent = sum(self._broker.publish(self._epoch, bundles) for bundles in found if bundles)
+        if sent:
+            log.warning("redis had lost messages; they were sent again", messages=sent)
+        self._connection.execute(_RECORD_REDIS, (run_id, self._epoch))
+        self._redis_run_id = run_id
+
+    def _check_redis(self) -> None:
+        run_id, marked = self._broker.identity()
+        if run_id != self._redis_run_id or not marked:
+            raise RedisLost
+
+    # Once in a while -------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._next_tick = now + _TICK_SECONDS
+        self._through_outages(self._check_redis)
+        self._send_retries()
+        if now >= self._next_reaping:
+            self._next_reaping = now + _REAP_SECONDS
+            deliveries.release_strays(self._connection, self._routes)
+            self._through_outages(self._broker.reap)
+        if now >= self._next_partitions:
+            self._next_partitions = now + _PARTITIONS_SECONDS
+            self._connection.execute("select dovecote.ensure_partitions()")
+
+    def _send_retries(self) -> None:
+        due = deliveries.lease_due(self._connection, self._settings.batch_size, self._settings.retry_lease_seconds)
+        self._send(self._bundler.retries(due))
+
+    # Sleeping and waking ---------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        # A notification may arrive with the answer to any statement; asking the socket would miss it.
+        def hear(notification: psycopg.Notify) -> None:
+            self._heard.add(notification.channel)
+
+        self._connection.add_notify_handler(hear)
+        self._connection.execute("listen dovecote_outbox")
+        self._connection.execute("listen dovecote_deliveries")
+
+    def _stay_awake(self) -> None:
+        self._pause_seconds = 0.0
+        if self._holds_bell:
+            # Writers need not ring while we are up: ringing makes them commit one after the other.
+            self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")
+            self._holds_bell = False
+
+    def _rest(self) -> None:
+        self._record_checkpoint()
+        if self._holds_bell:
+            self._sleeper.sleep(self._settings.poll_seconds, self._connection)
+            return
+        row = self._connection.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone()
+        self._holds_bell = row == (True,)
+        if not self._holds_bell:
+            # A writer is at work that saw us awake. It will not ring, so look again soon.
+            self._pause_seconds = min(self._settings.busy_poll_ms / 1_000, self._pause_seconds * 2 or 0.001)
+            self._sleeper.sleep(self._pause_seconds)
+        # With the bell in hand, read once more before sleeping: for what was written before we took it.

@@ -1,0 +1,117 @@
+"""One relay process: wait for leadership, lead, and start over when a connection is lost.
+
+One relay leads; others wait as standbys on a session lock. Every error of the connection ends the
+leadership: all that the next leader starts from is in Postgres.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import psycopg
+import structlog
+
+from workers.broker import PASSING, NewerRelay, OutboxBroker, RedisLost
+from workers.outages import passes
+from workers.relay.leading import Leader
+from workers.relay.reading import Connection, Reader
+from workers.relay.sleeping import Sleeper
+from workers.routes import Route
+from workers.settings import Settings
+
+log = structlog.get_logger()
+
+_TAKE_OVER = """
+    update dovecote.relay_state
+    set epoch = epoch + 1, owner = %s, owned_since = clock_timestamp(), seen_at = clock_timestamp()
+    returning epoch, checkpoint, redis_run_id
+"""
+_REGISTER = """
+    insert into dovecote.handlers (handler_name, since_position)
+    select unnest(%s::text[]), %s on conflict do nothing
+"""
+
+
+class Relay:
+    """Leads or stands by until `stop` is called, from a signal handler or another thread."""
+
+    def __init__(self, settings: Settings, broker: OutboxBroker, routes: Sequence[Route]) -> None:
+        self._settings = settings
+        self._broker = broker
+        self._routes = routes
+        self._sleeper = Sleeper()
+
+    def stop(self) -> None:
+        """End after the batch at hand."""
+        self._sleeper.stop()
+
+    def run(self) -> None:
+        """Return after `stop`; survive the loss of either server until then.
+
+        Errors: psycopg.Error for trouble that does not pass, such as a schema that was never migrated.
+        """
+        tries = 0
+        while not self._sleeper.stopping:
+            try:
+                with self._session() as connection:
+                    if self._becomes_leader(connection):
+                        tries = 0
+                        self._lead(connection)
+            except (psycopg.Error, *PASSING, NewerRelay, RedisLost) as error:
+                if isinstance(error, psycopg.Error) and not passes(error):
+                    raise
+                tries += 1
+                if tries in (1, 10) or tries % 100 == 0:
+                    log.warning("relay starts over", tries=tries, error=f"{type(error).__name__}: {error}")
+                self._sleeper.sleep(min(2.0, 0.05 * 2 ** min(tries, 8)))
+
+    @contextmanager
+    def _session(self) -> Iterator[Connection]:
+        with psycopg.connect(
+            self._settings.database.url.get_secret_value(),
+            autocommit=True,
+            connect_timeout=self._settings.database.connect_timeout_seconds,
+            application_name="dovecote relay",
+            keepalives_idle=5,
+            keepalives_interval=3,
+            keepalives_count=3,
+            # What the relay records may be lost in a crash of Postgres: it then publishes again, and
+            # consumers absorb it. The plan is guarded: positions are read by index, whatever the statistics say.
+            options="-c timezone=UTC -c synchronous_commit=off -c jit=off -c enable_seqscan=off"
+            " -c enable_bitmapscan=off -c enable_sort=off",
+        ) as connection:
+            yield connection
+
+    def _becomes_leader(self, connection: Connection) -> bool:
+        stood_by = False
+        while not self._sleeper.stopping:
+            (locked,) = connection.execute("select pg_try_advisory_lock(dovecote.leader_key())").fetchone() or (False,)
+            if locked:
+                return True
+            if not stood_by:
+                stood_by = True
+                log.info("relay stands by")
+            # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
+            self._sleeper.sleep(self._settings.relay.standby_seconds)
+        return False
+
+    def _lead(self, connection: Connection) -> None:
+        row = connection.execute(_TAKE_OVER, (f"{socket.gethostname()}:{os.getpid()}",)).fetchone()
+        assert row is not None, "relay_state has one row"
+        epoch, checkpoint, redis_run_id = row
+        reader = Reader(connection, checkpoint, self._settings.relay.batch_size)
+        connection.execute(_REGISTER, ([route.handler for route in self._routes], reader.frontier))
+        log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
+        leader = Leader(
+            connection=connection,
+            reader=reader,
+            broker=self._broker,
+            routes=self._routes,
+            settings=self._settings.relay,
+            sleeper=self._sleeper,
+            epoch=epoch,
+            redis_run_id=redis_run_id,
+        )
+        leader.lead()
+        log.info("relay stopped", epoch=epoch, checkpoint=reader.checkpoint)

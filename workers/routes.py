@@ -1,0 +1,102 @@
+"""Which fact goes to which handler, over which queue, in what bundles. Read this first.
+
+To add a handler: write one function in `workers/consumers/` and one `Route` here. The name of a handler
+is written into `processed_events`: it never changes, or everything would be new to it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from domain import billing, pricing, verification
+from domain.events import Event
+from workers.consumers import billing as on_billing
+from workers.consumers import pricing as on_pricing
+from workers.consumers import verification as on_verification
+
+__all__ = ["ROUTES", "Route", "queues", "routes_by_type"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One handler and how its events reach it.
+
+    act             function(event, uow, gateways), or function(envelopes, uow, gateways) with `bulk`
+    bundle_size     most events of one message, which is one transaction
+    bulk            the handler takes the whole bundle and is quicker that way
+    ordered         events of one aggregate take effect in the order they were written
+    attempts        tries before an event is dead
+    backoff_seconds pause before the second try; it doubles, jittered, up to `longest_backoff_seconds`
+    """
+
+    handler: str
+    events: tuple[type[Event], ...]
+    act: Callable[[Any, Any, Any], None]
+    queue: str
+    bundle_size: int = 500
+    bulk: bool = False
+    ordered: bool = False
+    attempts: int = 8
+    backoff_seconds: float = 2.0
+    longest_backoff_seconds: float = 3_600.0
+
+    @property
+    def event_types(self) -> list[str]:
+        return [event.type for event in self.events]
+
+
+ROUTES: tuple[Route, ...] = (
+    Route(
+        handler="billing.write_history",
+        events=(
+            billing.MembershipStarted,
+            billing.MembershipActivated,
+            billing.MembershipRenewed,
+            billing.TierChanged,
+            billing.MembershipCancelled,
+            billing.MembershipExpired,
+            billing.PaymentRecorded,
+            billing.PaymentRefunded,
+        ),
+        act=on_billing.write_history,
+        queue="billing",
+        ordered=True,
+    ),
+    Route(
+        handler="verification.send_code",
+        events=(verification.CodeRequested,),
+        act=on_verification.send_code,
+        queue="verification",
+        # A code lives five minutes: small bundles send at once, short pauses keep a retry useful.
+        bundle_size=10,
+        attempts=6,
+        backoff_seconds=1.0,
+        longest_backoff_seconds=30.0,
+    ),
+    Route(
+        handler="verification.update_cache",
+        events=(verification.CodeRejected, verification.PhoneVerified),
+        act=on_verification.update_cache,
+        queue="verification",
+    ),
+    Route(
+        handler="pricing.apply_quotes",
+        events=(pricing.PriceQuoted,),
+        act=on_pricing.apply_quotes,
+        queue="pricing",
+        bulk=True,
+    ),
+)
+
+
+def routes_by_type(routes: Sequence[Route]) -> Mapping[str, tuple[Route, ...]]:
+    """Return who wants which wire type."""
+    wanted: dict[str, tuple[Route, ...]] = {}
+    for route in routes:
+        for event_type in route.event_types:
+            wanted[event_type] = (*wanted.get(event_type, ()), route)
+    return wanted
+
+
+def queues(routes: Sequence[Route]) -> list[str]:
+    return sorted({route.queue for route in routes})

@@ -1,0 +1,75 @@
+"""Bring the database's schema to a revision. The revisions point at SQL files; this runs them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from alembic import command, op
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection
+
+from domain.database import SCHEMA, connect
+
+# Beside us in an installed wheel, at the top level in a checkout.
+_PACKAGED = Path(__file__).parent / "migrations"
+MIGRATIONS = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "migrations"
+
+
+class SchemaError(Exception):
+    """The schema cannot be brought to where it was asked to go; the message says why."""
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Apply what is missing, each revision in a transaction of its own."""
+    _with_connection(url, lambda config: command.upgrade(config, revision))
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take back revisions down to this one; "base" takes back all of them."""
+    _with_connection(url, lambda config: command.downgrade(config, revision))
+
+
+def pending(connection: Connection) -> list[str]:
+    """Return the revisions that are not applied yet, oldest first; empty when the schema is up to date."""
+    applied = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA}).get_current_heads()
+    script = ScriptDirectory.from_config(_config())
+    every = [revision.revision for revision in script.walk_revisions()][::-1]
+    return every[every.index(applied[-1]) + 1 :] if applied else every
+
+
+def run(file: str) -> None:
+    """Run a file of SQL statements as the migrating login. For revisions."""
+    _execute((MIGRATIONS / "sql" / file).read_text())
+
+
+def run_as_owner(file: str) -> None:
+    """Run a file of SQL statements so that what it makes belongs to dovecote_owner. For revisions."""
+    _execute("set local role dovecote_owner")
+    run(file)
+    _execute("reset role")
+
+
+def _execute(sql: str) -> None:
+    # Without parameters psycopg sends the file as one script, and a % or a colon in it is just itself.
+    op.get_bind().execution_options(no_parameters=True).exec_driver_sql(sql)
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return config
+
+
+def _with_connection(url: str, work: Callable[[Config], None]) -> None:
+    engine = connect(url, statement_timeout_ms=0, application_name="dovecote migrate")
+    try:
+        with engine.connect() as connection:
+            config = _config()
+            config.attributes["connection"] = connection
+            work(config)
+    except CommandError as error:
+        raise SchemaError(f"the schema cannot be migrated: {error}") from error
+    finally:
+        engine.dispose()

@@ -1,0 +1,287 @@
+"""The only reader of the environment: every option, checked once at start and then passed on.
+
+From the strongest to the weakest source: environment variables, the file `.env`, the running
+`./dev up` system of DOVECOTE_HOME, the defaults below. A nested option is written
+`DOVECOTE_<SECTION>__<NAME>`; the two servers also answer to DATABASE_URL and REDIS_URL.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from domain.privacy import Keyring
+from workers.home import Home
+
+PREFIX = "DOVECOTE_"
+_ALIASES = {"DATABASE_URL": "DOVECOTE_DATABASE__URL", "REDIS_URL": "DOVECOTE_REDIS__URL"}
+
+
+class SettingsError(Exception):
+    """A value is wrong or missing; the message is one sentence for the person who starts the process."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Database(Section):
+    url: SecretStr = Field(description="Postgres, as postgresql://user:password@host:port/database.")
+    pool_size: int = Field(5, ge=1, le=500, description="Connections a process keeps; at least its threads.")
+    connect_timeout_seconds: int = Field(5, ge=1, le=300, description="Longest wait for a new connection.")
+    statement_timeout_ms: int = Field(
+        30_000, ge=0, description="Longest a statement of a consumer may run; 0 is without end."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_postgres(cls, url: SecretStr) -> SecretStr:
+        if not url.get_secret_value().startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
+            raise ValueError("a URL that starts with postgresql://")
+        return SecretStr(url.get_secret_value().replace("postgresql+psycopg://", "postgresql://", 1))
+
+
+class Redis(Section):
+    url: SecretStr = Field(description="Redis or Valkey, as redis://:password@host:port/0; a database of its own.")
+    namespace: str = Field("dovecote", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Prefix of every key.")
+    cache_url: SecretStr | None = Field(
+        None, description="Where challenges are cached; the broker's server, next database, if not given."
+    )
+    socket_timeout_seconds: float = Field(5.0, gt=0, le=300, description="Longest wait for an answer.")
+
+    @field_validator("url", "cache_url")
+    @classmethod
+    def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
+        if url and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("a URL that starts with redis:// or rediss://")
+        return url
+
+
+class Relay(Section):
+    batch_size: int = Field(2_000, ge=1, le=50_000, description="Most events of one batch.")
+    poll_seconds: float = Field(
+        1.0, ge=0.05, le=60, description="Longest sleep when the bell is silent: the safety net."
+    )
+    busy_poll_ms: float = Field(
+        10.0, ge=0.5, le=1_000, description="Longest pause between reads while a writer is still at work."
+    )
+    standby_seconds: float = Field(0.5, ge=0.05, le=60, description="How often a standby tries to take over.")
+    retry_lease_seconds: float = Field(
+        60.0, ge=1, description="A retry sent but not heard of again is sent once more after this."
+    )
+
+
+class Consumers(Section):
+    heartbeat_timeout_ms: int = Field(
+        10_000, ge=1_000, description="A worker silent for so long is dead and its messages are taken back."
+    )
+    idle_wait_ms: int = Field(
+        1_000, ge=50, le=10_000, description="How long a worker blocks on an empty queue before it looks up."
+    )
+    outage_pause_seconds: float = Field(
+        1.0, gt=0, le=60, description="Longest pause between two tries while Postgres is away."
+    )
+
+
+class Sms(Section):
+    gateway: Literal["console"] = Field("console", description="Who sends text messages.")
+    handset_path: Path | None = Field(
+        None,
+        description="File that stands for the phone's screen; the console gateway writes messages to it.",
+    )
+    failure_rate: float = Field(
+        0.0, ge=0, le=1, description="Share of messages the console gateway refuses, to see retries."
+    )
+
+
+class Privacy(Section):
+    hash_key: SecretStr | None = Field(None, description="32 bytes in base64: keys the hash of phone numbers.")
+    encryption_keys: SecretStr | None = Field(
+        None, description="id:base64 pairs, comma-separated, 32 bytes each; the first one encrypts."
+    )
+    code_key: SecretStr | None = Field(None, description="32 bytes in base64: codes are derived from it.")
+
+
+class Telemetry(Section):
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level shown.")
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="console for people, json for machines; auto is console on a terminal."
+    )
+    otlp_endpoint: str | None = Field(None, description="OTLP/HTTP base URL for traces; none are sent without.")
+    sample_ratio: float = Field(0.01, ge=0, le=1, description="Share of traces that start here and are kept.")
+
+
+class Settings(BaseSettings):
+    """Everything a process can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="ignore", frozen=True, case_sensitive=False
+    )
+
+    database: Database
+    redis: Redis
+    relay: Relay = Relay()
+    consumers: Consumers = Consumers()
+    sms: Sms = Sms()
+    privacy: Privacy = Privacy()
+    telemetry: Telemetry = Telemetry()
+
+    def keyring(self) -> Keyring:
+        """Return the keys for phone numbers and codes.
+
+        Errors: SettingsError naming the variable that is missing or malformed.
+        """
+        values = {}
+        for name in Privacy.model_fields:
+            secret = getattr(self.privacy, name)
+            if secret is None:
+                field = Privacy.model_fields[name]
+                raise SettingsError(f"{PREFIX}PRIVACY__{name.upper()} is missing: it wants {field.description}")
+            values[name] = secret.get_secret_value()
+        try:
+            return Keyring.parse(**values)
+        except ValueError as error:
+            raise SettingsError(f"{PREFIX}PRIVACY__*: {error}") from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def load_settings(
+    environ: Mapping[str, str] | None = None, directory: Path | None = None, *, needs_redis: bool = True
+) -> Settings:
+    """Read and check everything. Commands that only ask Postgres do not insist on a Redis.
+
+    Errors: SettingsError with one sentence: the variable, what it got (never a secret), what it wants.
+    """
+    environ = dict(os.environ if environ is None else environ)
+    variables = _running_system(environ) | given_variables(environ, directory)
+    if not needs_redis:
+        variables.setdefault("DOVECOTE_REDIS__URL", "redis://not-given.invalid")
+    source = EnvSettingsSource(Settings)
+    source.env_vars = {name.lower(): value for name, value in variables.items()}
+    try:
+        return Settings(**source())
+    except ValidationError as error:
+        raise SettingsError(_sentence(error, variables)) from None
+
+
+def given_variables(environ: Mapping[str, str], directory: Path | None = None) -> dict[str, str]:
+    """Return our variables from the environment and `.env`, under their long names."""
+    return _spelt_out(_dotenv((directory or Path.cwd()) / ".env")) | _spelt_out(environ)
+
+
+def _spelt_out(variables: Mapping[str, str]) -> dict[str, str]:
+    plain = {long: variables[short] for short, long in _ALIASES.items() if variables.get(short)}
+    return plain | {name: value for name, value in variables.items() if name.startswith(PREFIX)}
+
+
+def _dotenv(path: Path) -> dict[str, str]:
+    return {name: value for name, value in dotenv_values(path).items() if value is not None}
+
+
+def _running_system(environ: Mapping[str, str]) -> dict[str, str]:
+    system = Home.locate(environ).running()
+    return _spelt_out(system.environment) if system else {}
+
+
+def _sentence(error: ValidationError, variables: Mapping[str, str]) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    variable = PREFIX + "__".join(part.upper() for part in path)
+    short = next((short for short, long in _ALIASES.items() if long == variable), variable)
+    field = _field(path)
+    if field is None and len(path) == 1 and first["type"] == "missing":
+        short = {"database": "DATABASE_URL", "redis": "REDIS_URL"}[path[0]]
+        field = _field([path[0], "url"])
+    wanted = field.description.rstrip(".") if field and field.description else "one of the options"
+    if first["type"] == "missing":
+        return f"{short} is missing: it wants {wanted} (or start a system of your own with ./dev up)."
+    if first["type"] == "extra_forbidden":
+        return f"{variable} is no option: see `dovecote settings` for those there are."
+    secret = field is not None and "SecretStr" in str(field.annotation)
+    got = "a secret value that does not fit" if secret else repr(variables.get(variable, first.get("input")))
+    return f"{short} got {got}, but wants {_want(first['msg'])} ({wanted[0].lower()}{wanted[1:]})."
+
+
+def _want(message: str) -> str:
+    """Return what Pydantic's message asks for, as a noun."""
+    for prefix in ("Value error, ", "Input should be ", "String should "):
+        message = message.removeprefix(prefix)
+    message = message.split(", unable to")[0]
+    return f"a value {message}" if message.startswith(("greater", "less")) else message
+
+
+def _field(path: list[str]) -> FieldInfo | None:
+    section = Settings.model_fields.get(path[0].lower())
+    if section is None or len(path) < 2:
+        return None
+    model: Any = section.annotation
+    found: FieldInfo | None = model.model_fields.get(path[1].lower())
+    return found
+
+
+Option = Annotated[dict[str, str], "variable, default, unit, meaning, section"]
+
+
+def options() -> Iterator[Option]:
+    """Yield every option in the order of the sections, for `dovecote settings` and the README's table."""
+    for section, info in Settings.model_fields.items():
+        model: Any = info.annotation
+        for name, field in model.model_fields.items():
+            variable = f"{PREFIX}{section.upper()}__{name.upper()}"
+            yield {
+                "section": section,
+                "name": name,
+                "variable": {long: short for short, long in _ALIASES.items()}.get(variable, variable),
+                "default": _default(field),
+                "unit": _unit(name, field),
+                "meaning": field.description or "",
+            }
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default is None else str(field.default)
+
+
+def _unit(name: str, field: FieldInfo) -> str:
+    for suffix, unit in {
+        "_seconds": "seconds",
+        "_ms": "milliseconds",
+        "_size": "count",
+        "_rate": "0 to 1",
+    }.items():
+        if name.endswith(suffix):
+            return unit
+    if name.endswith("_ratio"):
+        return "0 to 1"
+    choices = get_args(field.annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return " | ".join(choices)
+    if name.endswith("url") or name == "otlp_endpoint":
+        return "URL"
+    if name.endswith(("_key", "_keys")):
+        return "base64"
+    return "path" if name.endswith("_path") else "text"
+
+
+def shown(settings: Settings) -> dict[str, dict[str, str]]:
+    """Return every value in force as text, secrets masked: safe to print and to log."""
+    return {
+        section: {name: str(value) for name, value in getattr(settings, section)} for section in Settings.model_fields
+    }
