@@ -47,7 +47,8 @@ def connect(
         make_url(url).set(drivername="postgresql+psycopg"),
         pool_size=pool_size,
         max_overflow=0,
-        pool_pre_ping=False,
+        # An error must not carry the row it failed on into a log or a delivery.
+        hide_parameters=True,
         connect_args={
             "connect_timeout": connect_timeout_seconds,
             "application_name": application_name,

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from domain.errors import DomainError
 from workers.envelope import Envelope
+from workers.gateways.errors import GatewayUnavailable
 from workers.routes import Route
 from workers.telemetry import current_trace_id, masked
 
@@ -40,7 +41,7 @@ _record_failure = text(
 
 _attempts_so_far = text(
     """
-    select attempts from dovecote.deliveries
+    select attempts, clock_timestamp() - first_failed_at as age from dovecote.deliveries
     where handler_name = :handler_name and event_id = :event_id
     for update
     """
@@ -64,7 +65,7 @@ _resolve = text("delete from dovecote.deliveries where handler_name = :handler_n
 # everything before it: that is what ordered means. One told before the handler existed counts as done.
 _predecessors = text(
     """
-    select bundle.event_id, before.id
+    select bundle.event_id, before.id as predecessor
     from unnest(cast(:event_ids as uuid[]), cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
                 cast(:positions as bigint[])) as bundle (event_id, aggregate_type, aggregate_id, position)
     cross join lateral (
@@ -113,9 +114,14 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
     """Write down one failed attempt; return the state the event is in now: retrying or dead."""
     so_far = session.execute(
         _attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id}
-    ).scalar_one_or_none()
-    attempts = (so_far or 0) + 1
-    final = isinstance(error, DomainError) or attempts >= route.attempts
+    ).one_or_none()
+    if isinstance(error, GatewayUnavailable):
+        # The event is well, the provider is not: no attempt is spent, however long it takes.
+        attempts = so_far.attempts if so_far else 0
+        final, pause = False, outage_pause(route, so_far.age if so_far else timedelta())
+    else:
+        attempts = (so_far.attempts if so_far else 0) + 1
+        final, pause = isinstance(error, DomainError) or attempts >= route.attempts, backoff(route, attempts)
     session.execute(
         _record_failure,
         {
@@ -127,7 +133,7 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
             "event_type": envelope.type,
             "state": "dead" if final else "retrying",
             "attempts": attempts,
-            "next_attempt_at": None if final else datetime.now(UTC) + backoff(route, attempts),
+            "next_attempt_at": None if final else datetime.now(UTC) + pause,
             "error_type": type(error).__qualname__,
             "error_fingerprint": fingerprint(error),
             "error": _storable(error),
@@ -141,6 +147,12 @@ def backoff(route: Route, attempts: int) -> timedelta:
     """Return the pause after this many attempts: doubling from the route's first, half of it jitter."""
     longest = min(route.backoff_seconds * 2.0 ** (attempts - 1), route.longest_backoff_seconds)
     return timedelta(seconds=longest * random.uniform(0.5, 1.0))
+
+
+def outage_pause(route: Route, age: timedelta) -> timedelta:
+    """Return the pause while a provider is away: as long as it has been away, within the route's limits."""
+    seconds = min(max(age.total_seconds(), route.backoff_seconds), route.longest_backoff_seconds)
+    return timedelta(seconds=seconds * random.uniform(0.5, 1.0))
 
 
 def fingerprint(error: BaseException) -> str:
@@ -185,7 +197,7 @@ def blocked(session: Session, route: Route, envelopes: Sequence[Envelope]) -> li
             "event_types": route.event_types,
         },
     )
-    unresolved: dict[UUID, UUID] = {event_id: before for event_id, before in found}
+    unresolved: dict[UUID, UUID] = {row.event_id: row.predecessor for row in found}
     here = {envelope.event_id for envelope in envelopes}
     waiting: dict[UUID, Envelope] = {}
     for envelope in envelopes:

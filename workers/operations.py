@@ -72,7 +72,7 @@ _RELAY = text(
     """
 )
 
-_PROCESSED = text("select handler_name, count(*) from dovecote.processed_events group by handler_name")
+_PROCESSED = text("select handler_name, count(*) as processed from dovecote.processed_events group by handler_name")
 
 _DELIVERIES = text("select handler_name, state, count(*) from dovecote.deliveries group by handler_name, state")
 
@@ -95,7 +95,7 @@ def status(engine: Engine, routes: Sequence[Route]) -> Status:
     """Return how far relay and handlers are, from one snapshot."""
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
         relay = connection.execute(_RELAY).one()
-        processed: dict[str, int] = {handler: count for handler, count in connection.execute(_PROCESSED)}
+        processed: dict[str, int] = {row.handler_name: row.processed for row in connection.execute(_PROCESSED)}
         deliveries: dict[tuple[str, str], int] = {
             (handler, state): count for handler, state, count in connection.execute(_DELIVERIES)
         }

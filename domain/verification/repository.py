@@ -51,7 +51,6 @@ class Challenges:
         One statement: of two requests at the same time the later wins, and its code alone works.
         """
         values = {column.name: getattr(challenge, column.name) for column in challenges.columns}
-        self._session.flush()
         self._session.execute(
             insert(challenges)
             .values(values)

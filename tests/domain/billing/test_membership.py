@@ -250,6 +250,16 @@ def test_a_period_that_cannot_be_is_refused(action: Callable[[], object]) -> Non
         action()
 
 
+def test_a_refused_change_changes_nothing() -> None:
+    membership = an_active(Tier.MONTHLY)
+    before = everything(membership)
+
+    with pytest.raises(InvalidValue):
+        membership.change_tier(Tier.ANNUAL, NOON)
+
+    assert everything(membership) == before
+
+
 def everything(membership: Membership) -> dict[str, object]:
     return dict(vars(membership))
 
@@ -260,8 +270,8 @@ def everything(membership: Membership) -> dict[str, object]:
             lambda name: st.tuples(
                 st.just(name),
                 st.sampled_from(Tier),
-                st.integers(0, 90),
-                st.none() | st.integers(0, 400),
+                st.integers(0, 3),
+                st.sampled_from([None, 2, 30]),
             )
         ),
         max_size=12,

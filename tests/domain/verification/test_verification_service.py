@@ -313,6 +313,19 @@ def test_two_answers_in_one_transaction_cost_two_tries(sessions: Sessions, user:
     assert tries(sessions, challenge_id) == 1
 
 
+def test_an_answer_is_judged_by_what_is_true_under_the_lock(sessions: Sessions, user: str) -> None:
+    challenge_id = a_request(sessions, user)
+
+    with unit_of_work(sessions) as uow:
+        looked_at = Challenges(uow).find(challenge_id)
+        answer(sessions, challenge_id, "none")
+        answer_challenge(uow, KEYS, challenge_id, "none", NOON)
+        assert looked_at is not None
+        assert looked_at.tries_left == 1
+
+    assert tries(sessions, challenge_id) == 1
+
+
 # Asking and purging ---------------------------------------------------------------------------
 
 
