@@ -16,20 +16,30 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import INT8MULTIRANGE, JSONB
 
+from domain.billing.history import billing_history
+from domain.billing.repository import memberships
 from domain.database import metadata
 from domain.outbox import outbox
+from domain.pricing.repository import latest_prices, price_quotes
 from domain.processed_events import processed_events
+from domain.verification.repository import challenges, verified_phones
 
 __all__ = [
     "audit_log",
+    "billing_history",
+    "challenges",
     "deliveries",
     "handlers",
+    "latest_prices",
+    "memberships",
     "metadata",
     "outbox",
+    "price_quotes",
     "processed_events",
     "published_batches",
     "relay_state",
     "replays",
+    "verified_phones",
 ]
 
 

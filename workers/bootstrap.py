@@ -39,9 +39,13 @@ def consumers() -> None:
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
     broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails()])
+    try:
+        gateways = gateways_for(settings)
+    except SettingsError as error:
+        refuse(str(error))
     consumer = Consumer(
         sessions_for(engine_for(settings, "dovecote consumer")),
-        gateways_for(settings),
+        gateways,
         stopping,
         settings.consumers.outage_pause_seconds,
     )

@@ -50,9 +50,8 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "rows_read": self.rows_read,
-            "rows_written": self.rows_written,
-            "rows_refused": len(self.refused),
+            "read": self.rows_read,
+            "written": self.rows_written,
             "transactions": self.transactions,
             "last_line_written": self.last_line_written,
             "refused": [{"line": refusal.line, "reason": refusal.reason} for refusal in self.refused],

@@ -5,25 +5,37 @@ From the strongest to the weakest source: environment variables, the file `.env`
 `DOVECOTE_<SECTION>__<NAME>`; the two servers also answer to DATABASE_URL and REDIS_URL.
 """
 
+import base64
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
+import psycopg
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from sqlalchemy import make_url
 
-from domain.privacy import Keyring
+from domain.privacy import KEY_BYTES, Keyring
 from workers.home import Home
 
 PREFIX = "DOVECOTE_"
 _ALIASES = {"DATABASE_URL": "DOVECOTE_DATABASE__URL", "REDIS_URL": "DOVECOTE_REDIS__URL"}
+_URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@\s]+@")
 
 
 class SettingsError(Exception):
     """A value is wrong or missing; the message is one sentence for the person who starts the process."""
+
+
+def without_passwords(text: str) -> str:
+    """Return the text with *** for the password of every URL in it."""
+    return _URL_PASSWORD.sub(r"\1:***@", text)
 
 
 class Section(BaseModel):
@@ -35,7 +47,7 @@ class Database(Section):
     pool_size: int = Field(5, ge=1, le=500, description="Connections a process keeps; at least its threads.")
     connect_timeout_seconds: int = Field(5, ge=1, le=300, description="Longest wait for a new connection.")
     statement_timeout_ms: int = Field(
-        30_000, ge=0, description="Longest a statement of a consumer may run; 0 is without end."
+        30_000, ge=0, le=2_147_483_647, description="Longest a statement of a consumer may run; 0 is without end."
     )
 
     @field_validator("url")
@@ -43,7 +55,13 @@ class Database(Section):
     def _is_postgres(cls, url: SecretStr) -> SecretStr:
         if not url.get_secret_value().startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
             raise ValueError("a URL that starts with postgresql://")
-        return SecretStr(url.get_secret_value().replace("postgresql+psycopg://", "postgresql://", 1))
+        plain = url.get_secret_value().replace("postgresql+psycopg://", "postgresql://", 1)
+        try:  # libpq and SQLAlchemy both read it
+            conninfo_to_dict(plain)
+            make_url(plain)
+        except (psycopg.Error, ValueError):
+            raise ValueError("a URL that libpq can read") from None
+        return SecretStr(plain)
 
 
 class Redis(Section):
@@ -59,11 +77,29 @@ class Redis(Section):
     def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
         if url and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("a URL that starts with redis:// or rediss://")
+        if url and not _names_a_redis_database(url.get_secret_value()):
+            raise ValueError("a URL with a number for the port and a number for the database")
         return url
+
+
+def _names_a_redis_database(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # ValueError if it is no number
+    except ValueError:
+        return False
+    # redis-py takes a name for database 0, without a word.
+    return parts.scheme == "unix" or re.fullmatch(r"/?|/[0-9]+", parts.path) is not None
 
 
 class Relay(Section):
     batch_size: int = Field(2_000, ge=1, le=50_000, description="Most events of one batch.")
+    gather_ms: float = Field(
+        5.0,
+        ge=0,
+        le=1_000,
+        description="Pause after a batch that was not full, so that a steady stream comes in bundles.",
+    )
     poll_seconds: float = Field(
         1.0, ge=0.05, le=60, description="Longest sleep when the bell is silent: the safety net."
     )
@@ -72,13 +108,16 @@ class Relay(Section):
     )
     standby_seconds: float = Field(0.5, ge=0.05, le=60, description="How often a standby tries to take over.")
     retry_lease_seconds: float = Field(
-        60.0, ge=1, description="A retry sent but not heard of again is sent once more after this."
+        60.0, ge=1, le=86_400, description="A retry sent but not heard of again is sent once more after this."
     )
 
 
 class Consumers(Section):
     heartbeat_timeout_ms: int = Field(
-        10_000, ge=1_000, description="A worker silent for so long is dead and its messages are taken back."
+        10_000,
+        ge=1_000,
+        le=86_400_000,
+        description="A worker silent for so long is dead and its messages are taken back.",
     )
     idle_wait_ms: int = Field(
         1_000, ge=50, le=10_000, description="How long a worker blocks on an empty queue before it looks up."
@@ -105,6 +144,19 @@ class Privacy(Section):
         None, description="id:base64 pairs, comma-separated, 32 bytes each; the first one encrypts."
     )
     code_key: SecretStr | None = Field(None, description="32 bytes in base64: codes are derived from it.")
+
+    @field_validator("*")
+    @classmethod
+    def _fits_a_keyring(cls, secret: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        key = base64.b64encode(bytes(KEY_BYTES)).decode()
+        others = {"hash_key": key, "encryption_keys": f"k:{key}", "code_key": key}
+        assert info.field_name is not None
+        if secret is not None:
+            try:
+                Keyring.parse(**{**others, info.field_name: secret.get_secret_value()})
+            except ValueError as error:  # it names what is wrong and never shows the value
+                raise ValueError(f"another one: {error}") from None
+        return secret
 
 
 class Telemetry(Section):
@@ -134,7 +186,7 @@ class Settings(BaseSettings):
     def keyring(self) -> Keyring:
         """Return the keys for phone numbers and codes.
 
-        Errors: SettingsError naming the variable that is missing or malformed.
+        Errors: SettingsError naming the variable that is missing.
         """
         values = {}
         for name in Privacy.model_fields:
@@ -143,10 +195,7 @@ class Settings(BaseSettings):
                 field = Privacy.model_fields[name]
                 raise SettingsError(f"{PREFIX}PRIVACY__{name.upper()} is missing: it wants {field.description}")
             values[name] = secret.get_secret_value()
-        try:
-            return Keyring.parse(**values)
-        except ValueError as error:
-            raise SettingsError(f"{PREFIX}PRIVACY__*: {error}") from None
+        return Keyring.parse(**values)
 
     @classmethod
     def settings_customise_sources(
@@ -171,12 +220,21 @@ def load_settings(
     variables = _running_system(environ) | given_variables(environ, directory)
     if not needs_redis:
         variables.setdefault("DOVECOTE_REDIS__URL", "redis://not-given.invalid")
+    _refuse_unknown(variables)
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in variables.items()}
     try:
         return Settings(**source())
     except ValidationError as error:
         raise SettingsError(_sentence(error, variables)) from None
+
+
+def _refuse_unknown(variables: Mapping[str, str]) -> None:
+    known = {option["long"] for option in options()}
+    sections = {PREFIX + section.upper() for section in Settings.model_fields}
+    for name in variables:
+        if (name in sections or "__" in name) and name.upper() not in known:
+            raise SettingsError(f"{name} is no option: see `dovecote settings` for those there are.")
 
 
 def given_variables(environ: Mapping[str, str], directory: Path | None = None) -> dict[str, str]:
@@ -190,7 +248,10 @@ def _spelt_out(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def _dotenv(path: Path) -> dict[str, str]:
-    return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    try:
+        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}.") from error
 
 
 def _running_system(environ: Mapping[str, str]) -> dict[str, str]:
@@ -210,10 +271,9 @@ def _sentence(error: ValidationError, variables: Mapping[str, str]) -> str:
     wanted = field.description.rstrip(".") if field and field.description else "one of the options"
     if first["type"] == "missing":
         return f"{short} is missing: it wants {wanted} (or start a system of your own with ./dev up)."
-    if first["type"] == "extra_forbidden":
-        return f"{variable} is no option: see `dovecote settings` for those there are."
     secret = field is not None and "SecretStr" in str(field.annotation)
-    got = "a secret value that does not fit" if secret else repr(variables.get(variable, first.get("input")))
+    given = str(variables.get(variable, first.get("input")))
+    got = "a secret value that does not fit" if secret else repr(without_passwords(given))
     return f"{short} got {got}, but wants {_want(first['msg'])} ({wanted[0].lower()}{wanted[1:]})."
 
 
@@ -221,7 +281,7 @@ def _want(message: str) -> str:
     """Return what Pydantic's message asks for, as a noun."""
     for prefix in ("Value error, ", "Input should be ", "String should "):
         message = message.removeprefix(prefix)
-    message = message.split(", unable to")[0]
+    message = message.split(", unable to")[0].replace("match pattern", "a text that matches")
     return f"a value {message}" if message.startswith(("greater", "less")) else message
 
 
@@ -234,7 +294,7 @@ def _field(path: list[str]) -> FieldInfo | None:
     return found
 
 
-Option = Annotated[dict[str, str], "variable, default, unit, meaning, section"]
+Option = Annotated[dict[str, str], "section, name, variable, long (its nested name), default, unit, meaning"]
 
 
 def options() -> Iterator[Option]:
@@ -247,6 +307,7 @@ def options() -> Iterator[Option]:
                 "section": section,
                 "name": name,
                 "variable": {long: short for short, long in _ALIASES.items()}.get(variable, variable),
+                "long": variable,
                 "default": _default(field),
                 "unit": _unit(name, field),
                 "meaning": field.description or "",
@@ -283,5 +344,6 @@ def _unit(name: str, field: FieldInfo) -> str:
 def shown(settings: Settings) -> dict[str, dict[str, str]]:
     """Return every value in force as text, secrets masked: safe to print and to log."""
     return {
-        section: {name: str(value) for name, value in getattr(settings, section)} for section in Settings.model_fields
+        section: {name: without_passwords(str(value)) for name, value in getattr(settings, section)}
+        for section in Settings.model_fields
     }

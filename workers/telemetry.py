@@ -24,15 +24,13 @@ from structlog.typing import Processor
 from workers import settings as options
 
 _PHONE = re.compile(r"\+\d[\d ()./-]{5,18}\d")
-_URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@\s]+@")
 
 tracer = trace.get_tracer("dovecote")
 
 
 def masked(text: str) -> str:
     """Return the text without phone numbers (their last two digits stay) and without passwords in URLs."""
-    text = _URL_PASSWORD.sub(r"\1:***@", text)
-    return _PHONE.sub(lambda found: "+***" + found.group()[-2:], text)
+    return _PHONE.sub(lambda found: "+***" + found.group()[-2:], options.without_passwords(text))
 
 
 def configure(telemetry: "options.Telemetry", component: str) -> None:

@@ -79,13 +79,18 @@ language plpgsql as $$
 -- "Whatever I insert lies above this floor": taken before the first position of the transaction, held
 -- until its end. Once a transaction is enough: its first floor is its lowest. A rollback to a savepoint
 -- gives back lock and setting together.
+-- Every writer pays for this function, so it is made of plain expressions, which plpgsql evaluates
+-- without a query.
 declare
     this_transaction constant text := pg_current_xact_id()::text;
+    announced text;
 begin
     if current_setting('dovecote.announced', true) is distinct from this_transaction then
-        perform pg_advisory_xact_lock_shared(dovecote.floor_key(
-            (select case when is_called then last_value else 0 end from dovecote.outbox_position)));
-        perform set_config('dovecote.announced', this_transaction, true);
+        if not pg_try_advisory_xact_lock_shared(
+                dovecote.floor_key(coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0))) then
+            raise exception 'somebody holds a floor of the outbox exclusively, which nobody may';
+        end if;
+        announced := set_config('dovecote.announced', this_transaction, true);
         -- The bell rings only for a relay that sleeps: it then holds this key for itself.
         if not pg_try_advisory_xact_lock_shared(dovecote.bell_key()) then
             perform pg_notify('dovecote_outbox', '');

@@ -91,6 +91,7 @@ class Leader:
                 self._tick()
             if batch.rows:
                 self._stay_awake()
+                self._gather(batch)
             elif not self._heard:
                 self._rest()
         self._record_checkpoint()
@@ -207,6 +208,12 @@ class Leader:
             # Writers need not ring while we are up: ringing makes them commit one after the other.
             self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")
             self._holds_bell = False
+
+    def _gather(self, batch: Batch) -> None:
+        # The first event after a silence goes out at once; those right behind it travel together, or each
+        # would be a message and a transaction of its own.
+        if len(batch.rows) < self._settings.batch_size:
+            self._sleeper.sleep(self._settings.gather_ms / 1_000)
 
     def _rest(self) -> None:
         self._record_checkpoint()

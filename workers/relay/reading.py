@@ -43,17 +43,26 @@ class Batch:
 
 _SELECT = "select o.position, o.event_type, dovecote.envelope(o) from dovecote.outbox o"
 _BEYOND = f"{_SELECT} where o.position > %s order by o.position limit %s"
-_IN_HOLES = f"""
-    {_SELECT} join unnest(%s::bigint[], %s::bigint[]) as hole (low, high)
-      on o.position between hole.low and hole.high
+# Hole by hole: the planner would rather read the whole outbox in order and throw away what is in none.
+_IN_HOLES = """
+    select o.position, o.event_type, dovecote.envelope(o)
+    from unnest(%s::bigint[], %s::bigint[]) as hole (low, high)
+    cross join lateral (select * from dovecote.outbox where position between hole.low and hole.high
+                        order by position limit %s) o
     order by o.position limit %s
 """
-_IN_BATCHES = f"{_SELECT} where o.position <@ %s::int8multirange order by o.position"
+_IN_BATCHES = """
+    select o.position, o.event_type, dovecote.envelope(o)
+    from unnest(%s::int8multirange) as stretch
+    cross join lateral (select * from dovecote.outbox
+                        where position >= lower(stretch) and position < upper(stretch) order by position) o
+    order by o.position
+"""
 
 _PUBLISHED_ABOVE = """
     select lower(stretch), upper(stretch)
     from (select unnest(range_agg(positions)) from dovecote.published_batches
-          where upper(positions) > %(checkpoint)s) as published (stretch)
+          where positions && int8multirange(int8range(%(checkpoint)s, null, '()'))) as published (stretch)
     order by 1
 """
 
@@ -114,6 +123,7 @@ class Reader:
             _IN_HOLES,
             [hole.start for hole in self._holes],
             [hole.stop - 1 for hole in self._holes],
+            self._batch_size,
             self._batch_size,
         )
 
