@@ -6,7 +6,8 @@ Dramatiq's command line starts consumers with `dramatiq workers.bootstrap:consum
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import dramatiq
@@ -90,6 +91,16 @@ def engine_for(settings: Settings, application_name: str) -> Engine:
         statement_timeout_ms=database.statement_timeout_ms,
         application_name=application_name,
     )
+
+
+@contextmanager
+def engine_during(settings: Settings) -> Iterator[Engine]:
+    """Give an engine for the length of a command."""
+    engine = engine_for(settings, "dovecote cli")
+    try:
+        yield engine
+    finally:
+        engine.dispose()
 
 
 def settings_or_exit() -> Settings:

@@ -6,12 +6,15 @@ written. What a transaction has committed stays, whatever comes after.
 
 import csv
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
-from itertools import islice
-from typing import Any, TextIO
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
 
 from domain.database import Sessions
 from domain.errors import DomainError
@@ -61,36 +64,90 @@ class Summary:
 Line = tuple[int, Quote | Refusal]
 
 
-def csv_lines(source: TextIO, columns: Columns) -> Iterator[Line]:
-    """Yield line number and quote, or refusal, of each CSV row.
+def prices(source: Iterable[str], columns: Columns, format: str = "auto") -> Iterator[Line]:
+    """Yield line number and quote, or refusal, of each row; `format` is csv, jsonl or auto.
+
+    With auto, a first line that starts with { means JSON lines, anything else CSV.
+    Errors: NotReadable when a CSV header is missing or lacks a column.
+    """
+    lines = iter(source)
+    first = list(islice(lines, 1))
+    if format == "auto":
+        format = "jsonl" if first and first[0].lstrip("\ufeff \t").startswith("{") else "csv"
+    read = csv_lines if format == "csv" else json_lines
+    yield from read(chain(first, lines), columns)
+
+
+@contextmanager
+def opened(file: str) -> Iterator[Iterable[str]]:
+    """Open a file, or standard input for -.
+
+    Bytes that are not UTF-8 survive as surrogates, so that one bad row does not end the file.
+    Errors: NotReadable.
+    """
+    if file == "-":
+        with open(0, encoding="utf-8", errors="surrogateescape", newline="", closefd=False) as source:
+            yield source
+        return
+    try:
+        with Path(file).open(encoding="utf-8", errors="surrogateescape", newline="") as source:
+            yield source
+    except OSError as error:
+        raise NotReadable(f"it cannot be read: {error.strerror}") from error
+
+
+def csv_lines(source: Iterable[str], columns: Columns) -> Iterator[Line]:
+    """Yield line number and quote, or refusal, of each CSV row; a row over several lines has its first's.
 
     Errors: NotReadable when the file is empty or its header lacks a column.
     """
-    rows = csv.reader(source, strict=True)
+    rows = _csv_rows(source)
     header = _header(rows, columns)
     places = {wanted: header.index(wanted) for wanted in (columns.symbol, columns.price, columns.at)}
+    for number, row in rows:
+        if isinstance(row, csv.Error):
+            yield number, Refusal(number, f"not CSV: {row}")
+        elif len(row) != len(header):
+            yield number, Refusal(number, f"{len(row)} fields, the header has {len(header)}")
+        else:
+            yield number, _judged(number, {name: row[place] for name, place in places.items()}, columns)
+
+
+def _csv_rows(source: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Yield the first line's number and the fields of each row that is not blank, or why it is none.
+
+    A quote that is never closed would swallow every row behind it. So of a row that is not CSV only the
+    first line is given up, and reading goes on with the next.
+    """
+    fresh = enumerate(source, start=1)
+    again: deque[tuple[int, str]] = deque()
+    taken: list[tuple[int, str]] = []
+
+    def lines() -> Iterator[str]:
+        while line := again.popleft() if again else next(fresh, None):
+            taken.append(line)
+            yield line[1].removeprefix("\ufeff") if line[0] == 1 else line[1]
+
     while True:
+        # A reader of its own for each row: one that has met the end of the file stays there.
+        row: list[str] | csv.Error
         try:
-            row = next(rows)
+            row = next(csv.reader(lines(), strict=True))
         except StopIteration:
             return
         except csv.Error as error:
-            yield rows.line_num, Refusal(rows.line_num, f"not CSV: {error}")
-            continue
-        if not row:
-            continue
-        if len(row) != len(header):
-            yield rows.line_num, Refusal(rows.line_num, f"{len(row)} fields, the header has {len(header)}")
-            continue
-        yield (
-            rows.line_num,
-            _judged(rows.line_num, {name: row[place] for name, place in places.items()}, columns),
-        )
+            row = error
+            again.extendleft(reversed(taken[1:]))
+        if row:
+            yield taken[0][0], row
+        taken.clear()
 
 
 def json_lines(source: Iterable[str], columns: Columns) -> Iterator[Line]:
     """Yield line number and quote, or refusal, of each line, which holds one JSON object."""
     for number, line in enumerate(source, start=1):
+        if number == 1:
+            line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
         try:
@@ -147,19 +204,17 @@ def ingest(
     return summary
 
 
-def _header(rows: Any, columns: Columns) -> list[str]:
-    try:
-        header = [name.strip() for name in next(rows)]
-    except StopIteration:
-        raise NotReadable("the file is empty: a header line is wanted") from None
-    except csv.Error as error:
-        raise NotReadable(f"the header is not CSV: {error}") from None
-    if header:
-        header[0] = header[0].removeprefix("\ufeff")
+def _header(rows: Iterator[tuple[int, list[str] | csv.Error]], columns: Columns) -> list[str]:
+    _, row = next(rows, (0, None))
+    if row is None:
+        raise NotReadable("the file is empty: a header line is wanted")
+    if isinstance(row, csv.Error):
+        raise NotReadable(f"the header is not CSV: {row}")
+    header = [name.strip() for name in row]
     for option, wanted in (("--symbol", columns.symbol), ("--price", columns.price), ("--at", columns.at)):
         if header.count(wanted) != 1:
             found = "no" if wanted not in header else "more than one"
-            raise NotReadable(f"{option}: the header has {found} column {wanted!r}; it has {', '.join(header)}")
+            raise NotReadable(f"{option}: the header has {found} column {wanted!r}; it has {_short(', '.join(header))}")
     return header
 
 
@@ -176,7 +231,7 @@ def _judged(number: int, fields: Mapping[str, Any], columns: Columns) -> Quote |
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{column} is not text: {value!r}")
+        raise ValueError(f"{column} is not text: {_short(repr(value))}")
     if any("\udc80" <= character <= "\udcff" for character in value):
         raise ValueError(f"{column} is not UTF-8")
     return value.strip()
@@ -184,21 +239,25 @@ def _text(value: Any, column: str) -> str:
 
 def _price(value: Any, column: str) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
-        raise ValueError(f"{column} is not a number: {value!r}")
+        raise ValueError(f"{column} is not a number: {_short(repr(value))}")
     try:
         if isinstance(value, str) and "_" in value:
             raise InvalidOperation
         return Decimal(value.strip() if isinstance(value, str) else value)
     except InvalidOperation:
-        raise ValueError(f"{column} is not a number: {str(value)[:60]!r}") from None
+        raise ValueError(f"{column} is not a number: {_short(str(value))!r}") from None
 
 
 def _moment(value: Any, column: str) -> datetime:
     if not isinstance(value, str):
-        raise ValueError(f"{column} is not a date as text: {value!r}")
+        raise ValueError(f"{column} is not a date as text: {_short(repr(value))}")
     try:
         moment = datetime.fromisoformat(value.strip())
         # A bare date is midnight UTC.
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
-        raise ValueError(f"{column} is not an ISO 8601 date or time: {value[:60]!r}") from None
+        raise ValueError(f"{column} is not an ISO 8601 date or time: {_short(value)!r}") from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -6,7 +6,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from psycopg.conninfo import conninfo_to_dict
+
 from workers import schema
+from workers.binaries import ServerError, find_postgres
 from workers.embedded import Postgres, Redis, Server
 from workers.home import Home
 from workers.settings import given_variables
@@ -81,18 +84,25 @@ def _started(stack: ExitStack, server: Postgres | Redis) -> Server:
     return server.start()
 
 
-def environment_for_clients(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return what lets psql and redis-cli find the system without an argument."""
-    from psycopg.conninfo import conninfo_to_dict
+_PSQL = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD", "dbname": "PGDATABASE"}
 
-    url = variables["DATABASE_URL"]
-    names = {
-        "host": "PGHOST",
-        "port": "PGPORT",
-        "user": "PGUSER",
-        "password": "PGPASSWORD",
-        "dbname": "PGDATABASE",
+
+def environment_for_clients(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return what lets psql, and whatever reads DATABASE_URL and REDIS_URL, find the system."""
+    found = conninfo_to_dict(variables["DATABASE_URL"])
+    client = {variable: str(found[key]) for key, variable in _PSQL.items() if found.get(key)}
+    return {
+        **os.environ,
+        **variables,
+        **client,
+        "PGOPTIONS": "-c search_path=dovecote,public",
+        "PATH": _with_psql(os.environ.get("PATH", os.defpath)),
     }
-    found = conninfo_to_dict(url)
-    client = {variable: str(found[key]) for key, variable in names.items() if found.get(key)}
-    return {**os.environ, **variables, **client, "PGOPTIONS": "-c search_path=dovecote,public"}
+
+
+def _with_psql(path: str) -> str:
+    """Add the psql of the embedded server behind any other: a machine without Postgres has none."""
+    try:
+        return f"{path}{os.pathsep}{find_postgres(os.environ).path.parent}"
+    except ServerError:
+        return path

@@ -155,7 +155,7 @@ class Privacy(Section):
             try:
                 Keyring.parse(**{**others, info.field_name: secret.get_secret_value()})
             except ValueError as error:  # it names what is wrong and never shows the value
-                raise ValueError(f"another one: {error}") from None
+                raise ValueError(f"a well-formed one: {error}") from None
         return secret
 
 
@@ -218,6 +218,7 @@ def load_settings(
     """
     environ = dict(os.environ if environ is None else environ)
     variables = _running_system(environ) | given_variables(environ, directory)
+    _refuse_unknown_sections(variables)
     if not needs_redis:
         variables.setdefault("DOVECOTE_REDIS__URL", "redis://not-given.invalid")
     _refuse_unknown(variables)
@@ -234,6 +235,13 @@ def _refuse_unknown(variables: Mapping[str, str]) -> None:
     sections = {PREFIX + section.upper() for section in Settings.model_fields}
     for name in variables:
         if (name in sections or "__" in name) and name.upper() not in known:
+            raise SettingsError(f"{name} is no option: see `dovecote settings` for those there are.")
+
+
+def _refuse_unknown_sections(variables: Mapping[str, str]) -> None:
+    for name in variables:
+        section, nested, _ = name.removeprefix(PREFIX).partition("__")
+        if nested and section.lower() not in Settings.model_fields:
             raise SettingsError(f"{name} is no option: see `dovecote settings` for those there are.")
 
 

@@ -178,10 +178,10 @@ class Leader:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
         self._through_outages(self._check_redis)
+        deliveries.release_strays(self._connection, self._routes)
         self._send_retries()
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
-            deliveries.release_strays(self._connection, self._routes)
             self._through_outages(self._broker.reap)
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS

@@ -1,0 +1,55 @@
+"""The `dovecote` command. It parses, calls one verb and prints; what a verb does is written elsewhere.
+
+Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 the command or a setting is wrong.
+"""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import psycopg
+import sqlalchemy.exc
+import typer
+
+from domain.errors import DovecoteError
+from workers import schema, telemetry
+from workers.binaries import ServerError
+from workers.bootstrap import refuse
+from workers.cli import looking, running, working
+from workers.cli.output import fail, out
+from workers.home import HomeError
+from workers.outages import passes
+from workers.settings import SettingsError
+from workers.supervisor import CannotRun, ProcfileError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A transactional outbox.")
+for commands in (running, looking, working):
+    commands.register(app)
+
+
+def main() -> None:
+    """Run the command; an error becomes one sentence, never a traceback."""
+    try:
+        app()
+    except SettingsError as error:
+        refuse(str(error))
+    except (DovecoteError, HomeError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:
+        fail(str(error))
+    except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
+        cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+        sentence = telemetry.masked(str(cause).strip().splitlines()[0])
+        if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
+            fail(f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`")
+        fail(f"{'Postgres is not there' if passes(error) else 'Postgres refused'}: {sentence}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"dovecote {version('dovecote')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass

@@ -1,0 +1,87 @@
+"""Commands that only look."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from workers import operations
+from workers.bootstrap import engine_during
+from workers.cli.output import AsJson, out, print_json
+from workers.routes import ROUTES
+from workers.settings import load_settings, options, shown
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(status)
+    app.command(name="settings")(show_settings)
+
+
+def status(as_json: AsJson = False) -> None:
+    """Show how far the relay is and how each handler stands.
+
+    Example: dovecote status --json
+    """
+    with engine_during(load_settings(needs_redis=False)) as engine:
+        found = operations.status(engine, ROUTES)
+    if as_json:
+        print_json(found.as_json())
+        return
+    relay = found.relay
+    leader = f"led by {relay.owner}" if relay.leading else "nobody leads"
+    out.print(
+        f"relay    {leader}; {relay.lag_events} events behind, {relay.lag_seconds:.1f} s; {relay.published} published"
+    )
+    table = Table("handler", box=None, pad_edge=False)
+    for column in ("processed", "unprocessed", "retrying", "waiting", "dead", "oldest unprocessed"):
+        table.add_column(column, justify="right")
+    for name, handler in found.handlers.items():
+        table.add_row(
+            name,
+            str(handler.processed),
+            str(handler.unprocessed),
+            str(handler.retrying),
+            str(handler.waiting),
+            str(handler.dead),
+            f"{handler.oldest_unprocessed_seconds:.1f} s" if handler.unprocessed else "",
+        )
+    out.print(table)
+
+
+def show_settings(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option(help="As the README's table.")] = False,
+    in_force: Annotated[bool, typer.Option(help="The values in force, secrets masked.")] = False,
+) -> None:
+    """Print every option with its default, unit and meaning.
+
+    Example: dovecote settings --in-force
+    """
+    if in_force:
+        values = shown(load_settings())
+        if as_json:
+            print_json(values)
+        else:
+            for section, fields in values.items():
+                for name, value in fields.items():
+                    out.print(f"{section}.{name} = {value}", markup=False, soft_wrap=True)
+        return
+    if as_json:
+        print_json(list(options()))
+    elif markdown:
+        sys.stdout.write(settings_table())
+    else:
+        table = Table("variable", "default", "unit", "meaning", box=None, pad_edge=False)
+        for option in options():
+            table.add_row(option["variable"], option["default"], option["unit"], option["meaning"])
+        out.print(table)
+
+
+def settings_table() -> str:
+    """Return the options as a Markdown table; the README holds a copy that a test keeps true."""
+    lines = ["| variable | default | unit | meaning |", "| --- | --- | --- | --- |"]
+    for option in options():
+        unit = option["unit"].replace("|", "or")
+        lines.append(f"| `{option['variable']}` | {option['default']} | {unit} | {option['meaning']} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,112 @@
+"""Commands that run processes: the whole system, one relay, the migration, a client that finds the system."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from workers import schema, telemetry
+from workers.bootstrap import refuse, relay_for, settings_or_exit
+from workers.cli.output import out, say
+from workers.local import PROCFILE, STOP_SECONDS, LocalSystem, environment_for_clients, local_system
+from workers.settings import load_settings
+from workers.supervisor import prefixed, stop_on_signals
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(up)
+    app.command()(relay)
+    app.command()(migrate)
+    app.command(name="exec", context_settings={"ignore_unknown_options": True})(execute)
+
+
+def up(
+    procfile: Annotated[Path, typer.Option(help="Which processes to run.", exists=True)] = PROCFILE,
+) -> None:
+    """Run a whole system here until Ctrl-C: servers where none are given, relay, consumers.
+
+    Example: DOVECOTE_HOME=/var/tmp/mine dovecote up
+    """
+    with stop_on_signals() as stop, local_system(os.environ, say, procfile) as system:
+        supervisor = system.supervisor(prefixed(system.processes, sys.stdout))
+        supervisor.start()
+        try:
+            _introduce(system)
+            supervisor.run_until(stop)
+        finally:
+            say("stopping: processes first, then servers; the data stays")
+            supervisor.stop(STOP_SECONDS)
+    say("stopped")
+
+
+def relay() -> None:
+    """Move committed events to the queues until SIGTERM; a second one stands by.
+
+    Example: dovecote relay
+    """
+    settings = settings_or_exit()
+    telemetry.configure(settings.telemetry, "relay")
+    running = relay_for(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: running.stop())
+    running.run()
+
+
+def migrate(
+    to: Annotated[str, typer.Option(help="Revision to stop at.")] = "head",
+    down_to: Annotated[
+        str | None, typer.Option(help="Take revisions back down to this one; `base` takes back all.")
+    ] = None,
+) -> None:
+    """Bring the database's schema up to date.
+
+    Example: DATABASE_URL=postgresql://... dovecote migrate
+    """
+    url = load_settings(needs_redis=False).database.url.get_secret_value()
+    if down_to is None:
+        schema.upgrade(url, to)
+    else:
+        schema.downgrade(url, down_to)
+    out.print("the schema is up to date" if (to, down_to) == ("head", None) else f"schema at {down_to or to}")
+
+
+def execute(command: Annotated[list[str], typer.Argument(help="Command and its arguments.")]) -> None:
+    """Run a command that finds the system: DATABASE_URL, REDIS_URL and psql's PGHOST ... are set for it.
+
+    Example: dovecote exec psql -c 'select * from outbox_events limit 5'
+    """
+    settings = load_settings()
+    variables = {
+        "DATABASE_URL": settings.database.url.get_secret_value(),
+        "REDIS_URL": settings.redis.url.get_secret_value(),
+    }
+    try:
+        os.execvpe(command[0], command, environment_for_clients(variables))  # noqa: S606
+    except FileNotFoundError:
+        refuse(f"there is no command {command[0]!r} on this machine")
+
+
+def _introduce(system: LocalSystem) -> None:
+    out.print("[bold]Dovecote is running.[/bold] Ctrl-C stops it; the data stays.\n")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for server, variable in ((system.postgres, "DATABASE_URL"), (system.redis, "REDIS_URL")):
+        if server is None:
+            table.add_row("  server", f"the one of {variable}", "")
+        else:
+            table.add_row("  " + server.name, server.address, f"{server.origin}")
+    table.add_row("  data", str(system.home.path), "")
+    table.add_row("  processes", ", ".join(system.processes), "")
+    out.print(table)
+    out.print()
+    command = os.environ.get("DOVECOTE_COMMAND", "dovecote")
+    for words, meaning in (
+        ("status", "how far everything is"),
+        ("demo --events 1000", "write facts and see them become effects"),
+        ("exec psql", "look into the tables"),
+    ):
+        out.print(f"  {command} {words:<20} {meaning}", markup=False)
+    out.print()
