@@ -4,6 +4,7 @@ An event is a frozen dataclass that names its wire type, `<slice>.<fact>.v<n>`. 
 of a version never change once they have been written; a new shape is a new version.
 """
 
+import json
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -11,12 +12,13 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 from domain.errors import InvalidEvent, UnknownEvent
 from domain.ids import uuid7
 from domain.money import Money
+from domain.privacy import Keyring
 
 type_name = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*\.v[1-9][0-9]*")
 _aggregate_name = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -32,7 +34,8 @@ class Event:
         class PriceQuoted(Event, type="pricing.price_quoted.v1", aggregate="price", key="symbol"):
             symbol: str
 
-    `key` names the field that identifies the aggregate.
+    `key` names the field that identifies the aggregate. A field that is nobody's business on the way is
+    marked: `note: str = sensitive()`. It is encrypted in the row and opened by the consumer.
     Fields may be str, int, bool, Decimal, datetime (aware), UUID, Enum, Money, or None-able ones of these.
     """
 
@@ -58,35 +61,67 @@ class Event:
     def aggregate_id(self) -> str:
         return str(getattr(self, self._key))
 
-    def payload(self) -> dict[str, Any]:
-        """Return the event as a flat JSON object: ids, decimals and moments as text, Money as an object."""
-        return {name: encode(getattr(self, name)) for name, encode, _ in _codecs(self.__class__)}
+    def payload(self, keys: Keyring | None = None) -> dict[str, Any]:
+        """Return the event as a flat JSON object: ids, decimals and moments as text, Money as an object.
+
+        Sensitive fields are {"sealed": text}.
+        Errors: InvalidEvent when there are such fields and no keys.
+        """
+        told = {}
+        for name, codec in _codecs(self.__class__).items():
+            value = codec.encode(getattr(self, name))
+            told[name] = self._seal(name, value, keys) if codec.sensitive else value
+        return told
 
     @classmethod
-    def from_payload(cls, event_id: UUID, payload: Mapping[str, Any]) -> Self:
+    def from_payload(cls, event_id: UUID, payload: Mapping[str, Any], keys: Keyring | None = None) -> Self:
         """Read an event back. Fields this version does not know are ignored: newer writers may add some.
 
-        Errors: InvalidEvent naming the field that is missing or wrong.
+        Errors: InvalidEvent naming the field that is missing or wrong, or sealed while there are no keys;
+                CannotOpen when it is sealed with another key.
         """
         values: dict[str, Any] = {}
-        for name, _, decode in _codecs(cls):
+        for name, codec in _codecs(cls).items():
+            value = payload.get(name)
+            if codec.sensitive:
+                value = cls._unseal(event_id, name, value, keys)
             try:
-                values[name] = decode(payload.get(name))
+                values[name] = codec.decode(value)
             except (ValueError, TypeError, KeyError, ArithmeticError) as error:
-                raise InvalidEvent(f"{cls.type} {event_id}: field {name!r} cannot be read: {error}") from error
+                why = "its content does not fit" if codec.sensitive else error
+                raise InvalidEvent(f"{cls.type} {event_id}: field {name!r} cannot be read: {why}") from None
         return cls(event_id=event_id, **values)
 
+    def _seal(self, name: str, value: Any, keys: Keyring | None) -> dict[str, str]:
+        if keys is None:
+            raise InvalidEvent(f"{self.type}: field {name!r} is sensitive; give the unit of work its keys")
+        # Bound to its place: a sealed field copied into another event does not open there.
+        return {"sealed": keys.seal(json.dumps(value), context=f"{self.event_id}/{name}")}
 
-def read_event(type: str, event_id: UUID, payload: Mapping[str, Any]) -> Event:
+    @classmethod
+    def _unseal(cls, event_id: UUID, name: str, value: Any, keys: Keyring | None) -> Any:
+        if keys is None or not isinstance(value, dict) or not isinstance(value.get("sealed"), str):
+            why = "there are no keys to open it" if keys is None else "it is not sealed"
+            raise InvalidEvent(f"{cls.type} {event_id}: field {name!r} is sensitive and {why}")
+        return json.loads(keys.open(value["sealed"], context=f"{event_id}/{name}"))
+
+
+def sensitive() -> Any:
+    """Mark a field of an event: it leaves encrypted and never shows in a repr."""
+    return field(metadata={"sensitive": True}, repr=False)
+
+
+def read_event(type: str, event_id: UUID, payload: Mapping[str, Any], keys: Keyring | None = None) -> Event:
     """Return the event that a row or an envelope holds.
 
-    Errors: UnknownEvent when no class has that type; InvalidEvent when the payload does not fit it.
+    Errors: UnknownEvent when no class has that type; InvalidEvent when the payload does not fit it;
+            CannotOpen when a sensitive field was sealed with a key that is not among these.
     """
     try:
         event_class = _registry[type]
     except KeyError:
         raise UnknownEvent(f"event {event_id} has the unknown type {type!r}") from None
-    return event_class.from_payload(event_id, payload)
+    return event_class.from_payload(event_id, payload, keys)
 
 
 def known_events() -> Mapping[str, type[Event]]:
@@ -94,19 +129,28 @@ def known_events() -> Mapping[str, type[Event]]:
     return types.MappingProxyType(_registry)
 
 
-Codec = tuple[str, Callable[[Any], Any], Callable[[Any], Any]]
+class _Codec(NamedTuple):
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+    sensitive: bool
 
 
-_codecs_of: dict[type[Event], tuple[Codec, ...]] = {}
+_codecs_of: dict[type[Event], dict[str, _Codec]] = {}
 
 
-def _codecs(event_class: type[Event]) -> tuple[Codec, ...]:
+def _codecs(event_class: type[Event]) -> dict[str, _Codec]:
     # Not in __init_subclass__: the fields are there only after the dataclass decorator has run.
     if event_class not in _codecs_of:
         hints = get_type_hints(event_class)
-        _codecs_of[event_class] = tuple(
-            (f.name, *_codec(hints[f.name])) for f in fields(event_class) if f.name != "event_id"
-        )
+        codecs = {
+            f.name: _Codec(*_codec(hints[f.name]), sensitive=f.metadata.get("sensitive", False))
+            for f in fields(event_class)
+            if f.name != "event_id"
+        }
+        key = event_class._key
+        if codecs[key].sensitive:
+            raise InvalidEvent(f"{event_class.__name__}: {key!r} names the aggregate and cannot be sensitive")
+        _codecs_of[event_class] = codecs
     return _codecs_of[event_class]
 
 

@@ -20,6 +20,7 @@ from domain import outbox, processed_events
 from domain.database import Sessions
 from domain.errors import ConcurrentChange
 from domain.events import Event
+from domain.privacy import Keyring
 
 _inject: Callable[[dict[str, str]], None] | None
 try:  # a service that traces has it; one that does not needs none
@@ -40,21 +41,28 @@ class UnitOfWork:
     """A transaction that tells what it does.
 
     `headers` travel with every event it emits; the trace context of the caller is added by itself
-    when OpenTelemetry is installed.
+    when OpenTelemetry is installed. `keys` seal the sensitive fields of those that have any.
     """
 
-    def __init__(self, session: Session | AsyncSession, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        session: Session | AsyncSession,
+        headers: Mapping[str, str] | None = None,
+        keys: Keyring | None = None,
+    ) -> None:
         # The facts wait in the sync session that an AsyncSession wraps; its commit runs our listener
         # inside SQLAlchemy's greenlet, so the same code serves both.
         self.session: Session = session.sync_session if isinstance(session, AsyncSession) else session
         self._headers = dict(headers or {})
+        self._keys = keys
 
     def emit(self, event: Event) -> None:
         """Write the fact with this transaction: both commit or neither does.
 
         Errors: InvalidEvent at once when the outbox would refuse it.
         """
-        _Facts.of(self.session).add(self.session, outbox.row_for(event, {**_trace_headers(), **self._headers}))
+        row = outbox.row_for(event, {**_trace_headers(), **self._headers}, self._keys)
+        _Facts.of(self.session).add(self.session, row)
 
     def once(self, handler_name: str, events: Sequence[AnyEvent]) -> list[AnyEvent]:
         """Return the events that `handler_name` has not acted on before, and record that it does now."""
@@ -64,7 +72,9 @@ class UnitOfWork:
 
 
 @contextmanager
-def unit_of_work(sessions: Sessions, headers: Mapping[str, str] | None = None) -> Iterator[UnitOfWork]:
+def unit_of_work(
+    sessions: Sessions, headers: Mapping[str, str] | None = None, keys: Keyring | None = None
+) -> Iterator[UnitOfWork]:
     """Open a transaction; commit it at the end of the block, roll it back if the block raises.
 
     Errors: ConcurrentChange when an aggregate was changed by somebody else since it was loaded.
@@ -72,7 +82,7 @@ def unit_of_work(sessions: Sessions, headers: Mapping[str, str] | None = None) -
     with sessions() as session:
         try:
             with session.begin():
-                yield UnitOfWork(session, headers)
+                yield UnitOfWork(session, headers, keys)
         except StaleDataError as error:
             raise ConcurrentChange(str(error)) from error
 
@@ -107,6 +117,8 @@ class _Facts:
         return facts
 
     def add(self, session: Session, row: dict[str, Any]) -> None:
+        if not session.in_transaction():
+            session.begin()  # as any statement would; without one, close() and rollback() end nothing
         self._facts.append(_Fact(row, emitted_in=session.get_nested_transaction()))
 
     def _write(self, session: Session) -> None:

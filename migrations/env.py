@@ -18,7 +18,10 @@ def _is_ours(thing: Any, name: str | None, kind: str, _reflected: bool, _compare
 
 def _migrate(connection: Connection) -> None:
     connection.execute(text(f"create schema if not exists {SCHEMA}"))
+    # For a login named like the schema, ours would be the default one, and the models' tables not found in it.
+    connection.execute(text("set search_path = public"))
     connection.commit()
+    connection.dialect.default_schema_name = "public"
     context.configure(
         connection=connection,
         target_metadata=metadata,

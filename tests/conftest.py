@@ -16,9 +16,9 @@ from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.database import connect, sessions_for
+from tests.support import a_place_for_servers
 from workers import schema
 from workers.embedded import servers as embedded_servers
-from workers.home import Home
 from workers.settings import Settings, load_settings
 
 _POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18")
@@ -38,7 +38,7 @@ class Servers:
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def servers() -> Iterator[Servers]:
     given = os.environ.get("DATABASE_URL"), os.environ.get("REDIS_URL")
     with ExitStack() as stack:
         if given[0] and given[1]:
@@ -46,9 +46,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         elif found := _containers(stack):
             yield found
         else:
-            home = Home(tmp_path_factory.mktemp("home"))
+            place = stack.enter_context(a_place_for_servers())
             postgres, redis = stack.enter_context(
-                embedded_servers(home.servers_path(), postgres_settings={"fsync": "off"})
+                embedded_servers(place, postgres_settings={"fsync": "off", "max_prepared_transactions": "10"})
             )
             yield Servers(postgres.url, redis.url, "embedded")
 

@@ -144,7 +144,7 @@ def _next_database(settings: Settings) -> Any:
 def _actor_function(consumer: Consumer, route: Route) -> Callable[..., None]:
     def act(envelopes: Sequence[Mapping[str, Any]], retry: bool = False) -> None:
         try:
-            bundle = [read_envelope(fields) for fields in envelopes]
+            bundle = [read_envelope(fields, consumer.keys) for fields in envelopes]
         except ValueError as error:
             # Not written by any relay of ours. Postgres still knows the event as unprocessed.
             log.error("message refused", handler=route.handler, error=str(error))

@@ -75,8 +75,10 @@ class OutboxBroker(RedisBroker):
         self._publish = self.client.register_script((_LUA / "publish.lua").read_bytes())
         self._hand_back = self.client.register_script((_LUA / "hand_back.lua").read_bytes())
         self._claim_epoch = self.client.register_script((_LUA / "claim_epoch.lua").read_bytes())
-        self._in_hand: dict[str, set[str]] = {}
+        #: What this process holds of each queue, in the order it was fetched.
+        self._in_hand: dict[str, dict[str, None]] = {}
         self._in_hand_lock = threading.Lock()
+        self.stopping = False
 
     @property
     def consumer_class(self) -> type["BlockingConsumer"]:
@@ -150,27 +152,41 @@ class OutboxBroker(RedisBroker):
     # For consumers ---------------------------------------------------------------------------
 
     def hand_back(self, queue: str, ids: Iterable[str]) -> None:
-        """Give messages back to the head of their queue, oldest first."""
-        ids = list(ids)
-        if ids:
+        """Give messages back to the head of their queue, in the order they were fetched."""
+        if ids := self._as_fetched(queue, ids):
             self._hand_back(keys=[self._held(queue), f"{self.namespace}:{queue}"], args=ids)
             self.let_go(queue, ids)
 
     def reclaim(self, queue: str) -> None:
         """Give back what Redis says we hold and we do not: the reply to a fetch was lost."""
+        # UUIDs or digests: any order is as good, Redis keeps none in a set.
+        self.hand_back(queue, sorted(self._held_but_not_in_hand(queue)))
+
+    def bury_unreadable(self, queue: str) -> None:
+        """Put what was fetched and could not be decoded aside, or it would come back for ever, before all others."""
+        for id in self._held_but_not_in_hand(queue):
+            self.do_nack(queue, id)
+
+    def _held_but_not_in_hand(self, queue: str) -> set[str]:
         held = {str(id, "ascii") for id in self.client.smembers(self._held(queue)) if isinstance(id, bytes)}
         with self._in_hand_lock:
-            lost = held - self._in_hand.get(queue, set())
-        # UUIDs or digests: any order is as good, Redis keeps none in a set.
-        self.hand_back(queue, sorted(lost))
+            return held - self._in_hand.get(queue, {}).keys()
 
     def take(self, queue: str, ids: Iterable[str]) -> None:
         with self._in_hand_lock:
-            self._in_hand.setdefault(queue, set()).update(ids)
+            self._in_hand.setdefault(queue, {}).update(dict.fromkeys(ids))
 
     def let_go(self, queue: str, ids: Iterable[str]) -> None:
         with self._in_hand_lock:
-            self._in_hand.get(queue, set()).difference_update(ids)
+            in_hand = self._in_hand.get(queue, {})
+            for id in ids:
+                in_hand.pop(id, None)
+
+    def _as_fetched(self, queue: str, ids: Iterable[str]) -> list[str]:
+        wanted = dict.fromkeys(ids)
+        with self._in_hand_lock:
+            ours = [id for id in self._in_hand.get(queue, {}) if id in wanted]
+        return [*ours, *(id for id in wanted if id not in set(ours))]
 
     def _held(self, queue: str) -> str:
         return f"{self.namespace}:__acks__.{self.broker_id}.{queue}"
@@ -186,6 +202,7 @@ class BlockingConsumer(_RedisConsumer):
         self._room = threading.Event()
         self.message_cache: list[Message[Any]] = []
         self._reclaim_first = True
+        self._unfinished: list[str] = []
 
     def __next__(self) -> MessageProxy | None:
         try:
@@ -215,9 +232,18 @@ class BlockingConsumer(_RedisConsumer):
 
     def _fetch(self, room: int) -> None:
         fetched = self.broker.do_fetch(self.queue_name, room)
-        # None: the message was acknowledged by a worker that had been taken for dead.
-        self.message_cache = [Message.decode(data) for data in fetched if data is not None]
+        unreadable = False
+        for data in fetched:
+            try:
+                # None: the message was acknowledged by a worker that had been taken for dead.
+                if data is not None:
+                    self.message_cache.append(Message.decode(data))
+            except DecodeError as error:
+                unreadable = True
+                self.logger.error("A message on queue %r cannot be read: %s", self.queue_name, error)
         self.broker.take(self.queue_name, [message.options["redis_message_id"] for message in self.message_cache])
+        if unreadable:
+            self.broker.bury_unreadable(self.queue_name)
 
     def _something_comes(self) -> bool:
         queue = f"{self.broker.namespace}:{self.queue_name}"
@@ -225,7 +251,13 @@ class BlockingConsumer(_RedisConsumer):
         return self.broker.client.blmove(queue, queue, wait_seconds, "LEFT", "LEFT") is not None
 
     def ack(self, message: MessageProxy) -> None:
-        self._finish(message, self.broker.hand_back if is_handed_back(message) else self._ack)
+        if not is_handed_back(message):
+            self._finish(message, self._ack)
+        elif self.broker.stopping:
+            # Others that were fetched later go back too; all of them together, or their order is lost.
+            self._unfinished.append(message.options["redis_message_id"])
+        else:
+            self._finish(message, self.broker.hand_back)
 
     def nack(self, message: MessageProxy) -> None:
         self._finish(message, lambda queue, ids: self.broker.do_nack(queue, *ids))
@@ -245,15 +277,24 @@ class BlockingConsumer(_RedisConsumer):
             self._room.set()
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        try:
-            self.broker.hand_back(self.queue_name, [message.options["redis_message_id"] for message in messages])
-        except PASSING as error:
-            raise ConnectionClosed(error) from None
+        self._unfinished += [message.options["redis_message_id"] for message in messages]
+        if not self.broker.stopping:
+            self._give_back()
 
     def close(self) -> None:
         # What was fetched but not yet handed to a thread would otherwise wait for our heartbeat to end.
-        cached, self.message_cache = self.message_cache, []
-        self.requeue([MessageProxy(message) for message in cached])
+        self._unfinished += [message.options["redis_message_id"] for message in self.message_cache]
+        self.message_cache = []
+        self._give_back()
+
+    def _give_back(self) -> None:
+        ids, self._unfinished = self._unfinished, []
+        try:
+            self.broker.hand_back(self.queue_name, ids)
+        except PASSING as error:
+            # Not ours any more: the next consumer reclaims them.
+            self.broker.let_go(self.queue_name, ids)
+            raise ConnectionClosed(error) from None
 
 
 def hand_back(message: MessageProxy) -> None:
@@ -276,8 +317,15 @@ class HandBackWhatFails(Middleware):
         self._pause_seconds = pause_seconds
         self._stopping = threading.Event()
 
+    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        self._stopping.clear()
+        if isinstance(broker, OutboxBroker):
+            broker.stopping = False
+
     def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
         self._stopping.set()
+        if isinstance(broker, OutboxBroker):
+            broker.stopping = True
 
     def after_process_message(
         self,

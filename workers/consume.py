@@ -45,6 +45,7 @@ class Consumer:
         self._gateways = gateways
         self._stopping = stopping or threading.Event()
         self._outage_pause_seconds = outage_pause_seconds
+        self.keys = gateways.keys
 
     def consume(self, route: Route, envelopes: Sequence[Envelope], *, retry: bool = False) -> None:
         """Act on every event that the handler has not acted on yet; leave those that fail to their schedule.
@@ -94,7 +95,7 @@ class Consumer:
 
         def act() -> Exception | None:
             try:
-                with unit_of_work(self._sessions) as uow:
+                with unit_of_work(self._sessions, keys=self.keys) as uow:
                     self._act(uow, route, envelopes, retry)
             except Exception as error:
                 if passes(error):

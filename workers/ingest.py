@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from domain.database import Sessions
@@ -85,15 +84,14 @@ def opened(file: str) -> Iterator[Iterable[str]]:
     Bytes that are not UTF-8 survive as surrogates, so that one bad row does not end the file.
     Errors: NotReadable.
     """
-    if file == "-":
-        with open(0, encoding="utf-8", errors="surrogateescape", newline="", closefd=False) as source:
-            yield source
-        return
     try:
-        with Path(file).open(encoding="utf-8", errors="surrogateescape", newline="") as source:
-            yield source
+        source = open(  # noqa: SIM115 - only an error of opening is ours to explain
+            0 if file == "-" else file, encoding="utf-8", errors="surrogateescape", newline="", closefd=file != "-"
+        )
     except OSError as error:
         raise NotReadable(f"it cannot be read: {error.strerror}") from error
+    with source:
+        yield source
 
 
 def csv_lines(source: Iterable[str], columns: Columns) -> Iterator[Line]:

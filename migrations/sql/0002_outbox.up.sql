@@ -318,31 +318,43 @@ create table dovecote.processed_events_default partition of dovecote.processed_e
 create table dovecote.published_batches_default partition of dovecote.published_batches default;
 
 create function dovecote.ensure_partitions(weeks_ahead integer default 4) returns integer
-language plpgsql security definer set search_path = pg_catalog, dovecote as $$
--- Make the partitions of last week, this week and `weeks_ahead` more; return how many were new.
+language plpgsql security definer set search_path = pg_catalog, dovecote set lock_timeout = '500ms' as $$
+-- Make the partitions of last week, this week and `weeks_ahead` more; return how many weeks were new.
 -- Last week too: an id may be a day older than the row.
+-- Made aside and attached: CREATE ... PARTITION OF would wait for every open transaction that has written,
+-- and all writers would wait for it.
 declare
     made   integer := 0;
     monday timestamptz;
     suffix text;
-    lower_id uuid;
-    upper_id uuid;
+    part   record;
 begin
     perform pg_advisory_xact_lock(17605::bigint << 48);  -- two at once would collide on the names
     for week in -1 .. weeks_ahead loop
         monday := (date_trunc('week', now() at time zone 'UTC') + make_interval(weeks => week)) at time zone 'UTC';
         suffix := to_char(monday at time zone 'UTC', 'IYYY"w"IW');
-        lower_id := dovecote.uuid_v7_floor(monday);
-        upper_id := dovecote.uuid_v7_floor(monday + interval '7 days');
-        if to_regclass('dovecote.outbox_' || suffix) is null then
-            execute format('create table dovecote.%I partition of dovecote.outbox for values from (%L) to (%L)',
-                           'outbox_' || suffix, lower_id, upper_id);
-            execute format('create table dovecote.%I partition of dovecote.processed_events for values from (%L) to (%L)',
-                           'processed_events_' || suffix, lower_id, upper_id);
-            execute format('create table dovecote.%I partition of dovecote.published_batches for values from (%L) to (%L)',
-                           'published_batches_' || suffix, monday, monday + interval '7 days');
+        continue when to_regclass('dovecote.outbox_' || suffix) is not null;
+        begin
+            for part in
+                select parent, parent || '_' || suffix as name, lower, upper
+                from (values ('outbox', dovecote.uuid_v7_floor(monday)::text,
+                                        dovecote.uuid_v7_floor(monday + interval '7 days')::text),
+                             ('processed_events', dovecote.uuid_v7_floor(monday)::text,
+                                                  dovecote.uuid_v7_floor(monday + interval '7 days')::text),
+                             ('published_batches', monday::text, (monday + interval '7 days')::text))
+                     as wanted (parent, lower, upper)
+            loop
+                execute format('create table dovecote.%I (like dovecote.%I including defaults including constraints)',
+                               part.name, part.parent);
+                execute format('alter table dovecote.%I attach partition dovecote.%I for values from (%L) to (%L)',
+                               part.parent, part.name, part.lower, part.upper);
+            end loop;
             made := made + 1;
-        end if;
+        exception
+            -- The default partition has taken in rows of that week already, or somebody reads in a long transaction.
+            when check_violation or lock_not_available then
+                raise warning 'the partitions of week % are not made: %', suffix, sqlerrm;
+        end;
     end loop;
     return made;
 end $$;
@@ -354,7 +366,9 @@ select dovecote.ensure_partitions();
 
 revoke all on function dovecote.ensure_partitions from public;
 
-grant insert on dovecote.outbox to dovecote_writer, dovecote_worker;
+-- Not the position: one of a writer's own choice could lie where the relay has already been.
+grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers, created_at)
+    on dovecote.outbox to dovecote_writer, dovecote_worker;
 grant usage, select on sequence dovecote.outbox_position to dovecote_writer, dovecote_worker;
 
 grant select on dovecote.outbox, dovecote.outbox_events, dovecote.processed_events, dovecote.published_batches,

@@ -29,9 +29,7 @@ def load(tmp_path: Path, variables: Mapping[str, str] = WELL) -> Settings:
     return load_settings({"DOVECOTE_HOME": str(tmp_path), **variables}, directory=tmp_path)
 
 
-def dovecote(
-    tmp_path: Path, *arguments: str, variables: Mapping[str, str] = WELL
-) -> subprocess.CompletedProcess[str]:
+def dovecote(tmp_path: Path, *arguments: str, variables: Mapping[str, str] = WELL) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "workers", *arguments],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(tmp_path), **variables},
@@ -239,7 +237,7 @@ def test_the_values_in_force_are_shown_with_secrets_masked(tmp_path: Path) -> No
     values = json.loads(done.stdout)
     assert values["relay"]["batch_size"] == "2000"
     assert values["database"]["url"] == "**********"
-    assert values["privacy"] == {name: "**********" for name in ("hash_key", "encryption_keys", "code_key")}
+    assert values["privacy"] == dict.fromkeys(("hash_key", "encryption_keys", "code_key"), "**********")
     assert values["telemetry"]["otlp_endpoint"] == "https://me:***@collector:4318"
 
 
@@ -260,7 +258,6 @@ def test_neither_repr_nor_a_log_shows_a_secret(tmp_path: Path) -> None:
         structlog.reset_defaults()
 
     assert "cannot connect to redis://:***@cache" in log.getvalue()
-    # The endpoint may be shown to those who debug, its password never leaves through our own doors.
     assert_no_secret_in(log.getvalue())
     assert_no_secret_in(str(shown(settings)))
     assert_no_secret_in(repr(settings.database) + repr(settings.redis) + repr(settings.privacy))

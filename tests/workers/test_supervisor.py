@@ -30,7 +30,8 @@ from workers.supervisor import (
 CHECKOUT = Path(__file__).parents[2]
 
 # `sleep` in the background and `wait` in front: the shell hears SIGTERM at once.
-POLITE = "echo ready $$; trap 'kill $!; echo bye; exit' TERM; sleep 1000 & wait"
+# It says "ready" last: a signal before the trap would end it without a word.
+POLITE = "sleep 1000 & trap 'kill $!; echo bye; exit' TERM; echo ready $$; wait"
 STUBBORN = "trap '' TERM; echo ready $$; while :; do sleep 1; done"
 
 MASTER = """

@@ -217,6 +217,8 @@ class Leader:
 
     def _rest(self) -> None:
         self._record_checkpoint()
+        if self._heard:
+            return  # it rang with the answer to that
         if self._holds_bell:
             self._sleeper.sleep(self._settings.poll_seconds, self._connection)
             return

@@ -1,0 +1,398 @@
+"""The relay as a whole: woken by the bell, replaced when it dies, and never the cause of a loss."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psycopg
+import pytest
+import sqlalchemy.exc
+from sqlalchemy import text
+
+from domain.pricing import PriceQuoted
+from domain.unit_of_work import UnitOfWork, unit_of_work
+from tests.conftest import Servers, settings_for
+from tests.effects import Effect, a_route, effects_in, make_room_for_effects, note_as, write_quotes
+from tests.quotes import a_quote
+from tests.support import eventually
+from tests.system import System, system_for
+from workers.broker import NewerRelay
+from workers.relay.leading import Leader
+from workers.relay.positions import multirange
+from workers.relay.reading import Reader
+from workers.relay.sleeping import Sleeper
+from workers.routes import Route
+
+pytestmark = pytest.mark.servers
+
+SystemWith = Callable[..., System]
+
+
+@pytest.fixture
+def system_with(fresh_database_url: str, servers: Servers, tmp_path: Path) -> Iterator[SystemWith]:
+    """Builds this test's system; settings are given by their long names without the prefix."""
+    with ExitStack() as stack:
+
+        def build(*routes: Route, **settings: object) -> System:
+            variables = {f"DOVECOTE_{name}": str(value) for name, value in settings.items()}
+            settings_ = settings_for(fresh_database_url, servers.redis_url, tmp_path, **variables)
+            system = stack.enter_context(system_for(settings_, routes or (a_route(),)))
+            make_room_for_effects(system.engine)
+            return system
+
+        yield build
+
+
+def one_value(system: System, query: str, **parameters: object) -> Any:
+    with system.engine.connect() as connection:
+        return connection.scalar(text(query), parameters)
+
+
+def queued_positions(system: System, queue: str = "test") -> list[int]:
+    """The positions in the messages on a queue, in order."""
+    key = f"{system.settings.redis.namespace}:{queue}"
+    client: Any = system.broker.client
+    stored = [client.hget(f"{key}.msgs", id) for id in client.lrange(key, 0, -1)]
+    messages = [orjson.loads(message) for message in stored if message is not None]
+    return [int(envelope["position"]) for message in messages for envelope in message["args"][0]]
+
+
+def wipe(system: System, *patterns: str) -> None:
+    """Take keys away all at once, as FLUSHALL would."""
+    client: Any = system.broker.client
+    for pattern in patterns or ("*",):
+        script = "for _, key in ipairs(redis.call('keys', ARGV[1])) do redis.call('del', key) end"
+        client.eval(script, 0, f"{system.settings.redis.namespace}:{pattern}")
+
+
+def leader_pid(system: System) -> int | None:
+    pid: int | None = one_value(
+        system,
+        """
+        select pid from pg_locks where locktype = 'advisory' and objsubid = 1 and granted
+          and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
+          and database = (select oid from pg_database where datname = current_database())
+        """,
+    )
+    return pid
+
+
+def is_asleep(system: System) -> bool:
+    """Whether somebody holds the bell for itself."""
+    held: bool = one_value(
+        system,
+        """
+        select exists (select from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
+          and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key()
+          and database = (select oid from pg_database where datname = current_database()))
+        """,
+    )
+    return held
+
+
+def terminate(system: System, application: str) -> None:
+    with system.engine.connect() as connection:
+        connection.execute(
+            text(
+                "select pg_terminate_backend(pid) from pg_stat_activity where application_name = :name"
+                " and datname = current_database() and pid <> pg_backend_pid()"
+            ),
+            {"name": application},
+        )
+
+
+# Waking up ----------------------------------------------------------------------------------------
+
+
+def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: SystemWith) -> None:
+    system = system_with(RELAY__POLL_SECONDS=60)
+
+    def there_are(effects: int) -> bool:
+        return len(effects_in(system.engine)) == effects
+
+    with system.running():
+        eventually(lambda: is_asleep(system), 5, "a sleeping relay")
+
+        for price in range(5):
+            began = time.monotonic()
+            write_quotes(system, [price])
+            eventually(partial(there_are, price + 1), 5, "the effect")
+
+            assert time.monotonic() - began < 1.0
+
+
+def test_append_event_rings_the_bell_too(system_with: SystemWith) -> None:
+    system = system_with(RELAY__POLL_SECONDS=60)
+    with system.relay():
+        eventually(lambda: is_asleep(system), 5, "a sleeping relay")
+
+        with system.engine.begin() as connection:
+            connection.execute(text("select dovecote.append_event('price', 'EUR', 'pricing.price_quoted.v1', '{}')"))
+
+        eventually(lambda: queued_positions(system) == [1], 2, "the message")
+
+
+# One leads ----------------------------------------------------------------------------------------
+
+
+def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_with: SystemWith) -> None:
+    system = system_with(RELAY__STANDBY_SECONDS=0.05)
+    with ExitStack() as stack:
+        leader = stack.enter_context(system.relay())
+        first = eventually(lambda: leader_pid(system), 5, "a leader")
+        stack.enter_context(system.relay())
+        stack.enter_context(system.workers())
+        write_quotes(system, [1])
+        system.until_quiet()
+
+        with system.engine.connect() as connection:
+            connection.execute(text("select pg_terminate_backend(:pid)"), {"pid": first})
+        leader.stop()  # it would be back as soon as the standby is there
+        write_quotes(system, [2])
+
+        eventually(lambda: leader_pid(system) not in (None, first), 2, "another leader")
+        eventually(lambda: len(effects_in(system.engine)) == 2, 2, "the second effect")
+        assert system.until_quiet().relay.epoch >= 2
+        assert [effect.price for effect in effects_in(system.engine)] == [1, 2]
+
+
+@pytest.fixture
+def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int], Leader]]:
+    with ExitStack() as stack:
+
+        def build(system: System, epoch: int) -> Leader:
+            connection = stack.enter_context(
+                psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True)
+            )
+            return Leader(
+                connection=connection,
+                reader=Reader(connection, 0, 100),
+                broker=system.broker,
+                routes=system.routes,
+                settings=system.settings.relay,
+                sleeper=Sleeper(),
+                epoch=epoch,
+                redis_run_id=None,
+            )
+
+        yield build
+
+
+def test_a_relay_of_an_old_epoch_cannot_publish(
+    system_with: SystemWith, leader_of_epoch: Callable[[System, int], Leader]
+) -> None:
+    system = system_with()
+    write_quotes(system, [1])
+    system.broker.claim_epoch(7)
+
+    with pytest.raises(NewerRelay):
+        leader_of_epoch(system, 6).lead()
+
+    with pytest.raises(NewerRelay):
+        system.broker.publish(6, [])
+    assert queued_positions(system) == []
+
+
+def test_a_relay_of_an_old_epoch_cannot_record(
+    system_with: SystemWith, leader_of_epoch: Callable[[System, int], Leader]
+) -> None:
+    system = system_with()
+    write_quotes(system, [1])
+    with system.engine.begin() as connection:
+        connection.execute(text("update dovecote.relay_state set epoch = 7"))
+
+    with pytest.raises(NewerRelay):
+        leader_of_epoch(system, 6).lead()
+
+    assert one_value(system, "select count(*) from dovecote.published_batches") == 0
+    assert one_value(system, "select checkpoint from dovecote.relay_state") == 0
+
+
+# What it records ----------------------------------------------------------------------------------
+
+
+def test_exactly_the_positions_published_are_recorded(system_with: SystemWith) -> None:
+    system = system_with()
+    write_quotes(system, [1, 2])
+    with suppress(ZeroDivisionError), unit_of_work(system.sessions) as uow:
+        uow.emit(a_quote())
+        uow.session.info["dovecote.facts"]._write(uow.session)  # positions are taken, then given up
+        raise ZeroDivisionError
+    write_quotes(system, [3])
+
+    with system.relay():
+        eventually(lambda: one_value(system, "select checkpoint from dovecote.relay_state") == 4, 5, "the checkpoint")
+
+    recorded = one_value(system, "select range_agg(positions)::text from dovecote.published_batches")
+    assert recorded == multirange([1, 2, 4])
+    assert queued_positions(system) == [1, 2, 4]
+    assert one_value(system, "select count(*) from dovecote.outbox_events where processed_at is null") == 0
+
+
+def test_a_batch_is_one_call_to_redis(system_with: SystemWith) -> None:
+    routes = (a_route("test.one", bundle_size=10), a_route("test.other", bundle_size=10))
+    system = system_with(*routes, RELAY__BATCH_SIZE=100)
+    client: Any = system.broker.client
+
+    def calls() -> int:
+        return int(client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+    with system.relay():
+        eventually(lambda: is_asleep(system), 5, "a sleeping relay")
+        before = calls()
+        write_quotes(system, range(2_000))
+        eventually(lambda: system.status().relay.lag_events == 0, 10, "everything on the queues")
+        made = calls() - before
+
+    batches = one_value(system, "select count(*) from dovecote.published_batches")
+    assert batches == 20
+    assert client.llen(f"{system.settings.redis.namespace}:test") == 400
+    assert batches <= made <= batches + 8, "a few more are the reaper's"
+
+
+def test_stopping_ends_after_the_batch_at_hand(system_with: SystemWith) -> None:
+    system = system_with(RELAY__BATCH_SIZE=50)
+    write_quotes(system, range(5_000))
+
+    with system.relay() as relay:
+        eventually(lambda: one_value(system, "select count(*) from dovecote.published_batches") > 2, 5, "some batches")
+        began = time.monotonic()
+        relay.stop()
+
+    assert time.monotonic() - began < 2
+    recorded = one_value(system, "select range_agg(positions)::text from dovecote.published_batches")
+    published = queued_positions(system)
+    assert recorded == multirange(published)
+    assert 0 < len(published) < 5_000, "it was done before it was told to stop"
+
+
+# What breaks --------------------------------------------------------------------------------------
+
+
+class Writers:
+    """Threads that write quotes until the end of the block, and know how many they committed."""
+
+    def __init__(self, system: System, threads: int = 3) -> None:
+        self.written = 0
+        self._system, self._stop, self._lock = system, threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self._write, args=(n,)) for n in range(threads)]
+
+    def __enter__(self) -> "Writers":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def have_written(self, events: int) -> bool:
+        return self.written >= events
+
+    def _write(self, number: int) -> None:
+        price = 0
+        while not self._stop.wait(0.002):
+            prices = list(range(price, price + 20))
+            with suppress(sqlalchemy.exc.OperationalError):
+                write_quotes(self._system, prices, f"S{number}")
+                with self._lock:
+                    self.written += 20
+            price += 20
+
+
+def each_once(effects: Sequence[Effect]) -> bool:
+    return len(effects) == len(set(effects))
+
+
+def test_losing_every_key_of_redis_under_load_loses_and_doubles_nothing(system_with: SystemWith) -> None:
+    def take_time(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        time.sleep(0.001)
+        note_as("test.note", event, uow)
+
+    system = system_with(a_route(act=take_time, bundle_size=20))
+    with system.running():
+        with Writers(system) as writers:
+            for _ in range(3):
+                eventually(lambda: len(queued_positions(system)) > 100, 10, "a queue that grows")
+                wipe(system)
+        system.until_quiet()
+
+    effects = effects_in(system.engine)
+    assert len(effects) == writers.written
+    assert each_once(effects)
+
+
+def test_what_is_still_queued_is_not_queued_again_when_redis_has_lost_the_rest(system_with: SystemWith) -> None:
+    system = system_with(a_route("test.kept", queue="kept"), a_route("test.lost", queue="lost", bundle_size=7))
+    with system.relay():
+        write_quotes(system, range(50))
+        eventually(lambda: len(queued_positions(system, "lost")) == 50, 5, "everything on the queues")
+
+        wipe(system, "lost*", "__relay__")
+
+        eventually(lambda: len(queued_positions(system, "lost")) == 50, 5, "what was lost, again")
+        assert queued_positions(system, "lost") == list(range(1, 51))
+        assert queued_positions(system, "kept") == list(range(1, 51))
+
+
+def test_a_retry_is_sent_when_it_is_due(system_with: SystemWith) -> None:
+    tried = []
+
+    def fail_at_first(event: Any, uow: Any, gateways: Any) -> None:
+        tried.append(time.monotonic())
+        if len(tried) < 3:
+            raise RuntimeError
+
+    system = system_with(a_route(act=fail_at_first, backoff_seconds=0.3, longest_backoff_seconds=0.3))
+
+    with system.running():
+        write_quotes(system, [1])
+        system.until_quiet()
+
+    assert len(tried) == 3
+    assert all(later - earlier > 0.15 for earlier, later in pairwise(tried))
+
+
+def test_a_retry_that_got_lost_is_sent_again_after_its_lease(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=1)
+    write_quotes(system, [1])
+    with system.engine.begin() as connection:
+        connection.execute(
+            text(
+                """
+                insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id,
+                    event_type, state, attempts, next_attempt_at)
+                select 'test.note', id, position, aggregate_type, aggregate_id, event_type, 'retrying', 1, now()
+                from dovecote.outbox
+                """
+            )
+        )
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 5, "the event and its retry")
+
+        wipe(system, "test*")
+
+        eventually(lambda: queued_positions(system) == [1], 5, "the retry once more")
+
+
+def test_terminating_the_relay_s_backend_again_and_again_loses_and_doubles_nothing(system_with: SystemWith) -> None:
+    system = system_with(a_route(bundle_size=20), RELAY__BATCH_SIZE=50)
+
+    with system.running():
+        with Writers(system) as writers:
+            for _ in range(5):
+                eventually(partial(writers.have_written, writers.written + 100), 10, "some more events")
+                terminate(system, "dovecote relay")
+        system.until_quiet()
+
+    effects = effects_in(system.engine)
+    assert len(effects) == writers.written
+    assert each_once(effects)
+    assert system.status().relay.epoch > 1

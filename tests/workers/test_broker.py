@@ -1,0 +1,333 @@
+"""What our broker adds to Dramatiq's: waiting without polling, publishing once, and giving back in order."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import dramatiq
+import orjson
+import pytest
+from dramatiq.broker import MessageProxy
+
+from domain.database import connect, sessions_for
+from tests.conftest import Servers, settings_for
+from tests.effects import a_route
+from tests.support import eventually
+from workers.bootstrap import _StopsWaiting, broker_for, declare_handlers
+from workers.broker import BlockingConsumer, HandBackWhatFails, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from workers.consume import Consumer
+
+pytestmark = pytest.mark.servers
+
+QUEUE = "test"
+
+Brokers = Callable[..., OutboxBroker]
+
+
+@pytest.fixture
+def broker_with(servers: Servers) -> Iterator[Brokers]:
+    """Builds brokers, as many as there are processes, that share one namespace."""
+    namespace = f"test-{uuid4().hex[:8]}"
+    built: list[OutboxBroker] = []
+
+    def build(**options: Any) -> OutboxBroker:
+        broker = OutboxBroker(url=servers.redis_url, namespace=namespace, **{"middleware": [], **options})
+        broker.declare_queue(QUEUE)
+        built.append(broker)
+        return broker
+
+    yield build
+    for broker in built:
+        clean(broker)
+
+
+def clean(broker: OutboxBroker) -> None:
+    for key in broker.client.scan_iter(f"{broker.namespace}:*"):
+        broker.client.delete(key)
+    broker.client.close()
+
+
+def a_bundle(id: str, actor: str = "nobody", args: Sequence[object] = ()) -> QueuedBundle:
+    message = {
+        "queue_name": QUEUE,
+        "actor_name": actor,
+        "args": list(args),
+        "kwargs": {},
+        "options": {"redis_message_id": id},
+        "message_id": id,
+        "message_timestamp": 0,
+    }
+    return QueuedBundle(actor, QUEUE, id, orjson.dumps(message))
+
+
+def publish(broker: OutboxBroker, *bundles: QueuedBundle) -> int:
+    broker.claim_epoch(1)
+    return broker.publish(1, bundles)
+
+
+def queued(broker: OutboxBroker) -> list[str]:
+    client: Any = broker.client
+    return [id.decode() for id in client.lrange(f"{broker.namespace}:{QUEUE}", 0, -1)]
+
+
+def a_consumer(broker: OutboxBroker, prefetch: int = 10, timeout: int = 10) -> BlockingConsumer:
+    consumer = broker.consume(QUEUE, prefetch=prefetch, timeout=timeout)
+    assert isinstance(consumer, BlockingConsumer)
+    return consumer
+
+
+def take(consumer: BlockingConsumer, count: int) -> list[MessageProxy]:
+    taken = [message for message in (next(consumer) for _ in range(count)) if message is not None]
+    assert len(taken) == count
+    return taken
+
+
+def ids(messages: Sequence[MessageProxy]) -> list[str]:
+    return [message.message_id for message in messages]
+
+
+@contextmanager
+def working(broker: OutboxBroker, threads: int = 1, timeout: int = 100) -> Iterator[dramatiq.Worker]:
+    worker = dramatiq.Worker(broker, queues={QUEUE}, worker_threads=threads, worker_timeout=timeout)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.stop(timeout=10_000)
+
+
+# Waiting ------------------------------------------------------------------------------------------
+
+
+def test_an_idle_worker_takes_a_message_at_once(broker_with: Brokers) -> None:
+    broker = broker_with(idle_wait_ms=1_000)
+    taken: list[float] = []
+
+    def note() -> None:
+        taken.append(time.monotonic())
+
+    dramatiq.actor(actor_name="note", queue_name=QUEUE, broker=broker)(note)
+    delays = []
+
+    def taken_more_than(count: int) -> bool:
+        return len(taken) > count
+
+    with working(broker, timeout=1_000):
+        for number in range(7):
+            time.sleep(0.15)  # long enough for Dramatiq's own back-off to have grown
+            sent = time.monotonic()
+            publish(broker, a_bundle(f"m{number}", "note"))
+            eventually(partial(taken_more_than, number), 5, "the message to be taken")
+            delays.append(taken[-1] - sent)
+
+    assert sorted(delays)[len(delays) // 2] < 0.05, delays
+
+
+def test_waiting_moves_no_message(broker_with: Brokers) -> None:
+    broker = broker_with()
+    publish(broker, a_bundle("a"), a_bundle("b"))
+    consumer = a_consumer(broker)
+
+    assert consumer._something_comes()
+
+    assert queued(broker) == ["a", "b"]
+
+
+def test_an_idle_worker_asks_redis_rarely(broker_with: Brokers) -> None:
+    broker = broker_with(idle_wait_ms=300)
+    client: Any = broker.client
+    consumer = a_consumer(broker, timeout=1_000)
+    assert next(consumer) is None
+    before = client.info("stats")["total_commands_processed"]
+
+    began = time.monotonic()
+    for _ in range(3):
+        assert next(consumer) is None
+
+    assert time.monotonic() - began > 0.8
+    assert client.info("stats")["total_commands_processed"] - before < 30
+
+
+# Publishing ---------------------------------------------------------------------------------------
+
+
+def test_a_message_is_queued_once_until_it_is_done(broker_with: Brokers) -> None:
+    broker = broker_with()
+    consumer = a_consumer(broker)
+
+    assert publish(broker, a_bundle("a"), a_bundle("b"), a_bundle("a")) == 2
+    assert publish(broker, a_bundle("a")) == 0
+    (first,) = take(consumer, 1)
+    assert publish(broker, a_bundle("a")) == 0, "it is in somebody's hands"
+    assert queued(broker) == []
+
+    consumer.ack(first)
+
+    assert publish(broker, a_bundle("a")) == 1
+
+
+def test_only_the_newest_epoch_publishes(broker_with: Brokers) -> None:
+    broker = broker_with()
+
+    with pytest.raises(RedisLost):
+        broker.publish(1, [a_bundle("a")])
+    assert broker.claim_epoch(3) == -1
+    assert broker.claim_epoch(10) == 3
+    with pytest.raises(NewerRelay):
+        broker.claim_epoch(9)
+    with pytest.raises(NewerRelay):
+        broker.publish(9, [a_bundle("a")])
+
+    assert queued(broker) == []
+    assert broker.publish(10, [a_bundle("a")]) == 1
+
+
+# Giving back --------------------------------------------------------------------------------------
+
+
+def test_messages_given_back_return_to_the_head_in_order(broker_with: Brokers) -> None:
+    broker = broker_with()
+    publish(broker, *(a_bundle(id) for id in "abcdef"))
+    consumer = a_consumer(broker, prefetch=3)
+
+    consumer.requeue(take(consumer, 3))
+
+    assert queued(broker) == list("abcdef")
+
+
+def test_a_closed_consumer_gives_back_what_it_has_not_handed_out(broker_with: Brokers) -> None:
+    broker = broker_with()
+    publish(broker, *(a_bundle(id) for id in "abcd"))
+    consumer = a_consumer(broker, prefetch=3)
+    take(consumer, 1)
+
+    consumer.close()
+
+    assert queued(broker) == list("bcd")
+
+
+def test_a_closed_consumer_that_cannot_reach_redis_leaves_its_messages_to_the_next(broker_with: Brokers) -> None:
+    broker = broker_with()
+    publish(broker, *(a_bundle(id) for id in "abc"))
+    consumer = a_consumer(broker)
+    take(consumer, 1)
+    pool = broker.client.connection_pool
+    there = pool.connection_kwargs["port"]
+
+    pool.connection_kwargs["port"] = 1
+    pool.reset()
+    with pytest.raises(dramatiq.ConnectionClosed):
+        consumer.close()
+    pool.connection_kwargs["port"] = there
+    pool.reset()
+
+    assert ids(take(a_consumer(broker), 2)) == ["b", "c"]
+
+
+def test_messages_whose_fetch_reply_was_lost_are_found_again(broker_with: Brokers) -> None:
+    broker = broker_with()
+    publish(broker, *(a_bundle(id) for id in "abc"))
+    in_hand = take(a_consumer(broker, prefetch=1), 1)
+    broker.do_fetch(QUEUE, 2)  # and nobody hears the answer
+    assert queued(broker) == []
+
+    found = take(a_consumer(broker), 2)
+
+    assert sorted(ids(found)) == ["b", "c"]
+    assert ids(in_hand) == ["a"]
+
+
+def test_a_message_that_cannot_be_read_stops_no_other(broker_with: Brokers) -> None:
+    broker = broker_with()
+    client: Any = broker.client
+    publish(broker, QueuedBundle("nobody", QUEUE, "bad", b"{not json"), a_bundle("good"))
+
+    assert ids(take(a_consumer(broker), 1)) == ["good"]
+
+    assert queued(broker) == []
+    assert client.zrange(f"{broker.namespace}:{QUEUE}.XQ", 0, -1) == [b"bad"]
+
+
+def test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not(broker_with: Brokers) -> None:
+    dead, living, relay = broker_with(), broker_with(), broker_with(heartbeat_timeout=300)
+    publish(relay, *(a_bundle(id) for id in "abcd"))
+    take(a_consumer(dead, prefetch=2), 2)
+    held = a_consumer(living, prefetch=2)
+    take(held, 2)
+
+    def reaped() -> bool:
+        living.beat(QUEUE)
+        relay.reap()
+        return sorted(queued(relay)) == ["a", "b"]
+
+    eventually(reaped, 3, "the dead worker's messages")
+    assert sorted(queued(relay)) == ["a", "b"]
+
+
+def test_a_busy_worker_with_no_room_for_more_still_says_that_it_lives(broker_with: Brokers) -> None:
+    busy, relay = broker_with(), broker_with(heartbeat_timeout=300)
+    publish(relay, a_bundle("a"), a_bundle("b"))
+    consumer = a_consumer(busy, prefetch=1, timeout=50)
+    take(consumer, 1)
+
+    until = time.monotonic() + 0.8
+    while time.monotonic() < until:
+        assert next(consumer) is None
+        relay.reap()
+
+    assert queued(relay) == ["b"]
+
+
+def test_an_actor_that_raises_has_its_message_handed_back(broker_with: Brokers) -> None:
+    broker = broker_with(middleware=[HandBackWhatFails(pause_seconds=0.01)])
+    tried = []
+
+    def fail_twice() -> None:
+        tried.append(1)
+        if len(tried) < 3:
+            raise RuntimeError
+
+    dramatiq.actor(actor_name="fail", queue_name=QUEUE, broker=broker)(fail_twice)
+    publish(broker, a_bundle("a", "fail"))
+
+    with working(broker):
+        eventually(lambda: len(tried) == 3, 5, "the third try")
+        eventually(lambda: broker.do_qsize(QUEUE) == 0, 5, "an acknowledged message")
+
+    assert queued(broker) == []
+
+
+def test_stopping_during_an_outage_gives_every_message_back_in_order(servers: Servers, tmp_path: Path) -> None:
+    stopping = threading.Event()
+    settings = settings_for("postgresql://nobody@127.0.0.1:1/nothing", servers.redis_url, tmp_path)
+    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails(pause_seconds=0.01)])
+    nowhere = sessions_for(connect("postgresql://nobody@127.0.0.1:1/nothing"))
+    consumer = Consumer(nowhere, None, stopping, outage_pause_seconds=30)  # type: ignore[arg-type]
+    declare_handlers(broker, consumer, [a_route("test.note", queue=QUEUE)])
+    broker.declare_queue(QUEUE)
+    envelope = {
+        "id": str(uuid4()),
+        "type": "pricing.price_quoted.v1",
+        "source": "/dovecote/price",
+        "subject": "EUR",
+        "position": "1",
+        "time": "",
+        "data": {},
+    }
+    try:
+        publish(broker, *(a_bundle(id, "test.note", [[envelope]]) for id in "abcdef"))
+
+        with working(broker, threads=2):
+            eventually(lambda: len(queued(broker)) == 2, 5, "four messages in hand")
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+
+        assert sorted(queued(broker)) == list("abcdef")
+        assert queued(broker) == list("abcdef")
+    finally:
+        clean(broker)

@@ -1,0 +1,500 @@
+"""A bundle of events is acted on once, whatever fails; what fails is kept, retried, and buried with its cause."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import psycopg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import Engine, text
+from sqlalchemy.event import listen
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.database import connect, sessions_for
+from domain.errors import Refused
+from domain.pricing import PriceQuoted
+from domain.unit_of_work import UnitOfWork, unit_of_work
+from tests.effects import a_route, effects_in, make_room_for_effects, note_as
+from tests.quotes import a_quote
+from tests.support import eventually
+from workers import deliveries
+from workers.consume import Consumer, Stopping
+from workers.envelope import Envelope, read_envelope
+from workers.gateways.errors import GatewayUnavailable
+from workers.routes import Route
+
+pytestmark = pytest.mark.servers
+
+APPLICATION = "dovecote test consumer"
+
+
+@dataclass(frozen=True)
+class Delivery:
+    symbol: str
+    position: int
+    state: str
+    attempts: int
+    pause_seconds: float | None
+    error_type: str | None
+    error: str | None
+
+
+@dataclass
+class Bench:
+    """A consumer on a database of its own; the relay's part is played by `retry`."""
+
+    url: str
+    engine: Engine
+    sessions: sessionmaker[Session]
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.consumer = Consumer(self.sessions, None, self.stopping, outage_pause_seconds=0.05)  # type: ignore[arg-type]
+
+    def write(self, *prices: int, symbol: str = "EUR") -> list[Envelope]:
+        """Write quotes in one transaction; return the envelopes of exactly these."""
+        quotes = [a_quote(symbol, price) for price in prices]
+        with unit_of_work(self.sessions) as uow:
+            for quote in quotes:
+                uow.emit(quote)
+        return self.envelopes("where id = any(:ids)", ids=[quote.event_id for quote in quotes])
+
+    def envelopes(self, where: str = "", **parameters: object) -> list[Envelope]:
+        with self.engine.connect() as connection:
+            query = text(f"select dovecote.envelope(o) from dovecote.outbox o {where} order by position")
+            return [read_envelope(orjson.loads(row)) for row in connection.scalars(query, parameters)]
+
+    def retry(self, route: Route) -> int:
+        """Send every retry now, whenever it is due; return how many there were."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("update dovecote.deliveries set next_attempt_at = now() where state = 'retrying'")
+            due = deliveries.lease_due(connection, 1_000, 60)
+        envelopes = [read_envelope(orjson.loads(one.envelope)) for one in due]
+        if envelopes:
+            self.consumer.consume(route, envelopes, retry=True)
+        return len(envelopes)
+
+    def release_strays(self, route: Route) -> int:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            return deliveries.release_strays(connection, [route])
+
+    def deliveries(self) -> list[Delivery]:
+        with self.engine.connect() as connection:
+            found = connection.execute(
+                text(
+                    """
+                    select aggregate_id, position, state, attempts,
+                           extract(epoch from next_attempt_at - updated_at)::float, error_type, error
+                    from dovecote.deliveries order by position
+                    """
+                )
+            )
+            return [Delivery(*row) for row in found]
+
+    def states(self) -> list[tuple[str, str]]:
+        return [(delivery.symbol, delivery.state) for delivery in self.deliveries()]
+
+    def effects(self) -> list[tuple[str, int]]:
+        return [(effect.symbol, effect.price) for effect in effects_in(self.engine)]
+
+
+@pytest.fixture
+def bench(fresh_database_url: str) -> Iterator[Bench]:
+    engine = connect(fresh_database_url, pool_size=25, application_name=APPLICATION)
+    make_room_for_effects(engine)
+    yield Bench(fresh_database_url, engine, sessions_for(engine))
+    engine.dispose()
+
+
+class Failing:
+    """A handler that fails for some prices, a number of times each, before it takes note."""
+
+    def __init__(self, failures: dict[int, int], error: Callable[[], Exception] = RuntimeError) -> None:
+        self._left, self._error = dict(failures), error
+        self.calls: list[int] = []
+
+    def __call__(self, event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        price = int(event.price)
+        self.calls.append(price)
+        note_as("test.note", event, uow)
+        if self._left.get(price, 0) > 0:
+            self._left[price] -= 1
+            raise self._error()
+
+
+FOR_EVER = 1_000_000
+
+
+# Once ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+def test_twenty_workers_with_the_same_bundle_act_on_it_once(bench: Bench, bulk: bool) -> None:
+    def note_all(envelopes: Sequence[Envelope], uow: UnitOfWork, _gateways: object) -> None:
+        for envelope in envelopes:
+            assert isinstance(envelope.event, PriceQuoted)
+            note_as("test.note", envelope.event, uow)
+
+    route = a_route(act=note_all, bulk=True) if bulk else a_route()
+    bundle = bench.write(*range(30))
+    workers = [threading.Thread(target=bench.consumer.consume, args=(route, bundle)) for _ in range(20)]
+
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    assert bench.effects() == [("EUR", price) for price in range(30)]
+    assert bench.deliveries() == []
+
+
+def test_bundles_that_overlap_in_different_order_act_once(bench: Bench) -> None:
+    written = bench.write(*range(30))
+    bundles = [written[start::step] for start in range(3) for step in (1, 2, 3)]
+    workers = [threading.Thread(target=bench.consumer.consume, args=(a_route(), bundle)) for bundle in bundles]
+
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    assert sorted(bench.effects()) == [("EUR", price) for price in range(30)]
+
+
+def test_an_event_twice_in_one_bundle_is_acted_on_once(bench: Bench) -> None:
+    bundle = bench.write(1, 2)
+
+    bench.consumer.consume(a_route(), [*bundle, *bundle])
+
+    assert bench.effects() == [("EUR", 1), ("EUR", 2)]
+
+
+# One bad event ------------------------------------------------------------------------------------
+
+
+def test_a_bad_event_does_not_stop_its_bundle_mates(bench: Bench) -> None:
+    route = a_route(act=Failing({3: FOR_EVER}))
+
+    bench.consumer.consume(route, bench.write(1, 2, 3, 4, 5))
+
+    assert bench.effects() == [("EUR", 1), ("EUR", 2), ("EUR", 4), ("EUR", 5)]
+    (delivery,) = bench.deliveries()
+    assert (delivery.state, delivery.attempts, delivery.error_type) == ("retrying", 1, "RuntimeError")
+
+
+def test_the_no_of_the_business_is_final(bench: Bench) -> None:
+    act = Failing({1: FOR_EVER}, lambda: Refused("not today"))
+
+    bench.consumer.consume(a_route(act=act), bench.write(1))
+
+    (delivery,) = bench.deliveries()
+    assert (delivery.state, delivery.attempts, delivery.error_type) == ("dead", 1, "Refused")
+    assert bench.retry(a_route(act=act)) == 0
+    assert act.calls == [1]
+
+
+def test_an_event_is_retried_with_growing_pauses_and_then_dead_with_its_traceback(bench: Bench) -> None:
+    route = a_route(act=Failing({1: FOR_EVER}), attempts=4, backoff_seconds=10.0, longest_backoff_seconds=35.0)
+    bench.consumer.consume(route, bench.write(1))
+    pauses = []
+
+    while (delivery := bench.deliveries()[0]).state == "retrying":
+        pauses.append(delivery.pause_seconds)
+        bench.retry(route)
+
+    assert len(pauses) == 3
+    for pause, longest in zip(pauses, (10, 20, 35), strict=True):
+        assert pause is not None
+        assert longest / 2 - 1 <= pause <= longest + 1
+    assert (delivery.state, delivery.attempts, delivery.pause_seconds) == ("dead", 4, None)
+    assert delivery.error is not None
+    assert "Traceback" in delivery.error
+    assert "__call__" in delivery.error
+    assert bench.effects() == []
+
+
+@given(st.integers(1, 100), st.floats(0.01, 1e4), st.floats(0.01, 1e6))
+def test_a_pause_is_never_longer_than_the_route_allows(attempts: int, first: float, longest: float) -> None:
+    route = a_route(backoff_seconds=first, longest_backoff_seconds=longest)
+
+    pause = deliveries.backoff(route, attempts).total_seconds()
+
+    usual = min(first * 2.0 ** (attempts - 1), longest)
+    assert usual / 2 - 1e-6 <= pause <= usual + 1e-6
+
+
+def test_a_retry_that_succeeds_leaves_nothing_behind(bench: Bench) -> None:
+    route = a_route(act=Failing({1: 2}))
+    bench.consumer.consume(route, bench.write(1))
+
+    bench.retry(route)
+    assert bench.states() == [("EUR", "retrying")]
+    bench.retry(route)
+
+    assert bench.deliveries() == []
+    assert bench.effects() == [("EUR", 1)]
+
+
+def test_a_retry_that_arrives_twice_is_acted_on_once(bench: Bench) -> None:
+    act = Failing({1: 1})
+    route = a_route(act=act)
+    bundle = bench.write(1)
+    bench.consumer.consume(route, bundle)
+
+    bench.retry(route)
+    bench.consumer.consume(route, bundle, retry=True)
+
+    assert bench.effects() == [("EUR", 1)]
+    assert len(act.calls) == 2
+
+
+def test_the_bundle_of_a_dead_event_is_not_acted_on_again(bench: Bench) -> None:
+    act = Failing({1: FOR_EVER}, lambda: Refused("no"))
+    route = a_route(act=act)
+    bundle = bench.write(1, 2)
+    bench.consumer.consume(route, bundle)
+    calls = list(act.calls)
+
+    bench.consumer.consume(route, bundle)
+
+    assert act.calls == calls
+    assert bench.states() == [("EUR", "dead")]
+    assert bench.effects() == [("EUR", 2)]
+
+
+def test_a_provider_that_is_away_spends_no_attempt(bench: Bench) -> None:
+    act = Failing({1: 5}, lambda: GatewayUnavailable("no line"))
+    route = a_route(act=act, attempts=2)
+    bench.consumer.consume(route, bench.write(1))
+
+    for _ in range(4):
+        (delivery,) = bench.deliveries()
+        assert (delivery.state, delivery.attempts) == ("retrying", 0)
+        bench.retry(route)
+    bench.retry(route)
+
+    assert bench.deliveries() == []
+    assert bench.effects() == [("EUR", 1)]
+
+
+def test_an_event_of_an_unknown_type_is_kept(bench: Bench) -> None:
+    with bench.engine.begin() as connection:
+        connection.execute(text("select dovecote.append_event('price', 'EUR', 'pricing.price_quoted.v99', '{}')"))
+
+    bench.consumer.consume(a_route(), bench.envelopes())
+
+    (delivery,) = bench.deliveries()
+    assert (delivery.state, delivery.error_type) == ("retrying", "UnknownEvent")
+
+
+def test_an_error_s_text_tells_no_phone_number_and_no_password(bench: Bench) -> None:
+    def leak(event: Any, uow: UnitOfWork, _gateways: object) -> None:
+        try:
+            raise ValueError("cannot call +1 201 555 0123")
+        except ValueError as error:
+            raise RuntimeError("postgresql://dovecote:hunter2@db/x said +12015550123") from error
+
+    bench.consumer.consume(a_route(act=leak), bench.write(1))
+
+    told = bench.deliveries()[0].error
+    assert told is not None
+    assert "RuntimeError" in told
+    for secret in ("hunter2", "2015550123", "201 555 0123"):
+        assert secret not in told.partition("raise RuntimeError")[2].partition("\n")[2]
+
+
+# In order -----------------------------------------------------------------------------------------
+
+
+def test_later_events_of_an_aggregate_wait_for_the_one_that_failed(bench: Bench) -> None:
+    route = a_route(act=Failing({1: 2}), ordered=True)  # with its bundle, and alone
+    bundle = [*bench.write(1, 2, 3, symbol="A"), *bench.write(4, symbol="B")]
+
+    bench.consumer.consume(route, bundle)
+    assert bench.states() == [("A", "retrying"), ("A", "waiting"), ("A", "waiting")]
+    bench.consumer.consume(route, bench.write(5, symbol="A"))
+    assert bench.effects() == [("B", 4)]
+
+    bench.retry(route)
+    assert bench.states() == [("A", "retrying"), ("A", "retrying"), ("A", "retrying")]
+    bench.retry(route)
+
+    assert bench.effects() == [("B", 4), ("A", 1), ("A", 2), ("A", 3), ("A", 5)]
+    assert bench.deliveries() == []
+
+
+def test_a_dead_event_blocks_its_aggregate_and_no_other(bench: Bench) -> None:
+    route = a_route(act=Failing({1: FOR_EVER}, lambda: Refused("no")), ordered=True)
+
+    bench.consumer.consume(route, [*bench.write(1, 2, symbol="A"), *bench.write(3, symbol="B")])
+    bench.consumer.consume(route, bench.write(4, symbol="A"))
+
+    assert bench.states() == [("A", "dead"), ("A", "waiting"), ("A", "waiting")]
+    assert bench.release_strays(route) == 0
+    assert bench.effects() == [("B", 3)]
+
+
+def test_an_event_waits_for_the_one_before_it_in_another_worker_s_hands(bench: Bench) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow_at_first(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        if int(event.price) == 1:
+            began.set()
+            assert go_on.wait(10)
+        note_as("test.note", event, uow)
+
+    route = a_route(act=slow_at_first, ordered=True)
+    first, second = bench.write(1, 2, symbol="A")
+    worker = threading.Thread(target=bench.consumer.consume, args=(route, [first]))
+    worker.start()
+    assert began.wait(10)
+
+    bench.consumer.consume(route, [second])
+    assert bench.states() == [("A", "waiting")]
+    assert bench.effects() == []
+    go_on.set()
+    worker.join()
+
+    assert bench.states() == [("A", "retrying")], "nobody sends on what waited"
+    bench.retry(route)
+    assert bench.effects() == [("A", 1), ("A", 2)]
+
+
+def test_an_event_parked_while_its_predecessor_commits_is_found_and_sent_on(bench: Bench) -> None:
+    committing, go_on = threading.Event(), threading.Event()
+
+    def commit_slowly(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        note_as("test.note", event, uow)
+        if int(event.price) == 1:
+
+            def wait(_session: Session) -> None:
+                committing.set()
+                assert go_on.wait(10)
+
+            listen(uow.session, "before_commit", wait)
+
+    route = a_route(act=commit_slowly, ordered=True)
+    first, second = bench.write(1, 2, symbol="A")
+    worker = threading.Thread(target=bench.consumer.consume, args=(route, [first]))
+    worker.start()
+    assert committing.wait(10)
+
+    bench.consumer.consume(route, [second])
+    go_on.set()
+    worker.join()
+    assert bench.states() == [("A", "waiting")], "it was parked too late to be released"
+    assert bench.release_strays(route) == 1
+    bench.retry(route)
+
+    assert bench.effects() == [("A", 1), ("A", 2)]
+    assert bench.deliveries() == []
+
+
+def test_a_handler_added_later_is_not_blocked_by_what_was_told_before_it(bench: Bench) -> None:
+    route = a_route(ordered=True)
+    (before,) = bench.write(1, symbol="A")
+    with bench.engine.begin() as connection:
+        connection.execute(
+            text("insert into dovecote.handlers (handler_name, since_position) values (:handler, :position)"),
+            {"handler": route.handler, "position": before.position},
+        )
+
+    bench.consumer.consume(route, bench.write(2, symbol="A"))
+
+    assert bench.effects() == [("A", 2)]
+    assert bench.deliveries() == []
+
+
+def test_many_workers_keep_the_order_of_every_aggregate(bench: Bench) -> None:
+    flaky = Failing(dict.fromkeys(range(0, 60, 7), 3))
+    route = a_route(act=flaky, ordered=True, backoff_seconds=0.001)
+    written = [envelope for price in range(60) for envelope in bench.write(price, symbol=f"S{price % 4}")]
+    bundles = [written[start : start + 3] for start in range(0, 60, 3)]
+
+    workers = [threading.Thread(target=bench.consumer.consume, args=(route, bundle)) for bundle in bundles[::-1]]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    def nothing_left() -> bool:
+        bench.release_strays(route)
+        return bench.retry(route) == 0 and bench.deliveries() == []
+
+    eventually(nothing_left, 20, "every delivery resolved")
+    assert len(bench.effects()) == 60
+    for symbol in ("S0", "S1", "S2", "S3"):
+        prices = [price for of, price in bench.effects() if of == symbol]
+        assert prices == sorted(prices)
+
+
+# Postgres goes away -------------------------------------------------------------------------------
+
+
+def terminate_consumers(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity where application_name = %s", (APPLICATION,)
+        )
+
+
+@pytest.mark.parametrize("moment", ["before the effect", "after the effect", "at the commit"])
+def test_losing_postgres_spends_no_attempt_and_doubles_nothing(bench: Bench, moment: str) -> None:
+    calls = []
+
+    def interrupted(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        calls.append(event)
+        first = len(calls) == 1
+        if first and moment == "before the effect":
+            terminate_consumers(bench.url)
+        note_as("test.note", event, uow)
+        if first and moment == "after the effect":
+            terminate_consumers(bench.url)
+        if first and moment == "at the commit":
+            listen(uow.session, "before_commit", lambda _session: terminate_consumers(bench.url))
+
+    bench.consumer.consume(a_route(act=interrupted), bench.write(1, 2))
+
+    assert len(calls) > 2, "it was not interrupted"
+    assert bench.effects() == [("EUR", 1), ("EUR", 2)]
+    assert bench.deliveries() == []
+
+
+def test_losing_postgres_while_a_failure_is_recorded_counts_it_once(bench: Bench) -> None:
+    def fail_and_cut(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        listen(uow.session, "after_rollback", lambda _session: terminate_consumers(bench.url))
+        raise RuntimeError
+
+    bench.consumer.consume(a_route(act=fail_and_cut), bench.write(1))
+
+    assert [(delivery.state, delivery.attempts) for delivery in bench.deliveries()] == [("retrying", 1)]
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01", "53300"])
+def test_errors_that_ask_to_try_again_spend_no_attempt(bench: Bench, sqlstate: str) -> None:
+    calls = []
+
+    def unlucky(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        calls.append(event)
+        if len(calls) < 3:
+            uow.session.execute(text(f"do $$ begin raise exception 'unlucky' using errcode = '{sqlstate}'; end $$"))
+        note_as("test.note", event, uow)
+
+    bench.consumer.consume(a_route(act=unlucky), bench.write(1))
+
+    assert bench.effects() == [("EUR", 1)]
+    assert bench.deliveries() == []
+
+
+def test_being_told_to_stop_ends_the_wait_for_postgres(bench: Bench) -> None:
+    nowhere = connect("postgresql://nobody@127.0.0.1:1/nothing")
+    consumer = Consumer(sessions_for(nowhere), None, bench.stopping, outage_pause_seconds=60)  # type: ignore[arg-type]
+    bundle = bench.write(1)
+    threading.Timer(0.2, bench.stopping.set).start()
+
+    with pytest.raises(Stopping):
+        consumer.consume(a_route(), bundle)
