@@ -52,7 +52,9 @@ def written(engine: Engine) -> list[str]:
 # With the state -----------------------------------------------------------------------------------
 
 
-def test_an_event_is_written_after_the_state_it_tells_of(engine: Engine, sessions: sessionmaker[Session]) -> None:
+@pytest.mark.parametrize("autoflush", [True, False])
+def test_an_event_is_written_after_the_state_it_tells_of(engine: Engine, autoflush: bool) -> None:
+    sessions = sessionmaker(engine, autoflush=autoflush)
     statements: list[str] = []
 
     def note(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:

@@ -18,7 +18,7 @@ from domain.database import connect, sessions_for
 from tests.conftest import Servers, settings_for
 from tests.effects import a_route
 from tests.support import eventually
-from workers.bootstrap import _StopsWaiting, broker_for, declare_handlers
+from workers.bootstrap import _StopsWaiting, broker_for, declare_handlers, gateways_for
 from workers.broker import BlockingConsumer, HandBackWhatFails, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.consume import Consumer
 
@@ -307,7 +307,7 @@ def test_stopping_during_an_outage_gives_every_message_back_in_order(servers: Se
     settings = settings_for("postgresql://nobody@127.0.0.1:1/nothing", servers.redis_url, tmp_path)
     broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails(pause_seconds=0.01)])
     nowhere = sessions_for(connect("postgresql://nobody@127.0.0.1:1/nothing"))
-    consumer = Consumer(nowhere, None, stopping, outage_pause_seconds=30)  # type: ignore[arg-type]
+    consumer = Consumer(nowhere, gateways_for(settings), stopping, outage_pause_seconds=30)
     declare_handlers(broker, consumer, [a_route("test.note", queue=QUEUE)])
     broker.declare_queue(QUEUE)
     envelope = {

@@ -118,11 +118,15 @@ def test_dramatiq_s_own_tests_pass_with_our_broker(their_tests: str, servers: Se
         for number, report, selected in ((11, "one.xml", SLOWEST), (12, "others.xml", f"not {SLOWEST}"))
     ]
     told = "".join(half.communicate()[0] for half in halves)
+    cases = {**cases_in(tmp_path / "one.xml"), **cases_in(tmp_path / "others.xml")}
+    if unwell := [name for name, well in cases.items() if not well]:
+        # Some of them sleep and count: on a busy machine they deserve a second try, alone.
+        again = start(tmp_path, package, redis_database(servers, 12), "again.xml", " or ".join(unwell))
+        told += again.communicate()[0]
+        cases |= cases_in(tmp_path / "again.xml")
 
-    cases = [*cases_in(tmp_path / "one.xml"), *cases_in(tmp_path / "others.xml")]
-    unwell = {case.get("name") for case in cases if {part.tag for part in case} & {"failure", "error"}}
     assert len(cases) >= 20, told
-    assert unwell == set(EXCUSED), told
+    assert {name for name, well in cases.items() if not well} == set(EXCUSED), told
 
 
 def redis_database(servers: Servers, number: int) -> str:
@@ -142,5 +146,7 @@ def start(cwd: Path, package: Path, server: str, report: str, selected: str) -> 
     )
 
 
-def cases_in(report: Path) -> list[ElementTree.Element]:
-    return ElementTree.parse(report).findall(".//testcase")  # noqa: S314  (pytest wrote it)
+def cases_in(report: Path) -> dict[str, bool]:
+    """Each test's name and whether it passed."""
+    cases = ElementTree.parse(report).findall(".//testcase")  # noqa: S314  (pytest wrote it)
+    return {case.get("name", ""): not {part.tag for part in case} & {"failure", "error"} for case in cases}

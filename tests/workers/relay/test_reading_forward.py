@@ -560,7 +560,7 @@ def test_no_order_of_begins_writes_rollbacks_commits_and_crashes_loses_an_event(
     run_state_machine_as_test(
         Machine,
         settings=hypothesis_settings(
-            max_examples=120, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

@@ -1,0 +1,89 @@
+"""Does the past cost anything? `relay` again over millions of old events, and under an old foreign snapshot."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from statistics import median
+
+import psycopg
+
+from benchmarks.harness import Options, Scene, Stage
+from benchmarks.report import Report
+from benchmarks.throughput import relayed
+
+# Old weeks have partitions of their own, as if the system had run all the time. Last week's exists already.
+_OLD_WEEKS = range(2, 7)
+_MONDAY = "date_trunc('week', now() at time zone 'UTC') at time zone 'UTC' - make_interval(weeks => %(week)s::int)"
+_BORDER = f"select dovecote.uuid_v7_floor({_MONDAY})"
+_FILL = f"""
+    insert into dovecote.outbox (id, aggregate_type, aggregate_id, event_type, payload, headers, created_at)
+    select overlay(dovecote.uuid_v7()::text
+                   placing left(dovecote.uuid_v7_floor(moment)::text, 13) from 1 for 13)::uuid,
+           'price', 's' || n %% 1000, 'pricing.price_quoted.v1',
+           jsonb_build_object('symbol', 's' || n %% 1000, 'price', '1.25', 'as_of', moment, 'occurred_at', moment,
+                              'remark', repeat('x', 130)),
+           '{{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"}}', moment
+    from generate_series(1, %(rows)s) n
+    cross join lateral (select {_MONDAY} + make_interval(secs => n * 600000.0 / %(rows)s) as moment) m
+"""  # noqa: S608
+
+
+def history(stage: Stage, options: Options) -> Report:
+    """Events a second without a past (`limit`), and with one (`ours`, the worse of the two cases)."""
+    events = options.size(100_000, 30_000)
+    old = 100_000 if options.quick else 5_000_000
+    found: dict[str, list[float]] = {"empty": [], "old_events": [], "old_snapshot": []}
+    with stage.scene() as full:
+        _fill(full, old)
+        for number in options.repeat(quick=2):
+            for name in found:
+                with stage.scene() if name != "old_events" else nullcontext(full) as scene:
+                    with _snapshot(scene) if name == "old_snapshot" else nullcontext():
+                        found[name].append(events / relayed(scene, events))
+                    scene.stop_processes()
+            options.say(f"round {number + 1}: " + ", ".join(f"{key} {value[-1]:,.0f}" for key, value in found.items()))
+        dead = full.dead_tuples()
+    worse = min(("old_events", "old_snapshot"), key=lambda name: median(found[name]))
+    kept = {name: round(median(found[name]) / median(found["empty"]), 3) for name in ("old_events", "old_snapshot")}
+    return Report(
+        name="history",
+        unit="events/s",
+        reach="at least 0.9 of the empty case with old events and with an old snapshot",
+        rounds={"ours": found[worse], "limit": found["empty"], **found},
+        reached=min(kept.values()) >= 0.9,
+        details={"of_the_empty_case": kept, "old_events": old, "events": events, "n_dead_tup": dead},
+    )
+
+
+def _fill(scene: Scene, old: int) -> None:
+    connection = scene.connection
+    # No triggers: they would refuse ids of last month.
+    connection.execute("set session_replication_role = replica")
+    for week in _OLD_WEEKS:
+        first, end = (_one(scene, _BORDER, number) for number in (week, week - 1))
+        connection.execute(
+            f"create table dovecote.outbox_old_{week} partition of dovecote.outbox"
+            f" for values from ('{first}') to ('{end}')"
+        )
+        connection.execute(_FILL, {"rows": old // len(_OLD_WEEKS), "week": week})
+    connection.execute("reset session_replication_role")
+    # The relay read all of it long ago, and its handlers came after it.
+    last = scene.one("select last_value from dovecote.outbox_position")
+    connection.execute("update dovecote.relay_state set checkpoint = %s", (last,))
+    connection.execute("vacuum analyze dovecote.outbox")
+
+
+def _one(scene: Scene, query: str, week: int) -> object:
+    row = scene.connection.execute(query, {"week": week}).fetchone()
+    assert row is not None
+    return row[0]
+
+
+@contextmanager
+def _snapshot(scene: Scene) -> Iterator[None]:
+    """Hold a REPEATABLE READ transaction with an xid, as a forgotten session does."""
+    with psycopg.connect(scene.database_url) as foreign:
+        foreign.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        foreign.execute("create temp table mine (n int)")
+        foreign.execute("select count(*) from dovecote.outbox")
+        yield
+        foreign.rollback()

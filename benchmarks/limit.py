@@ -1,0 +1,45 @@
+"""What the machine can do: the same rows read with COPY and written with pipelined HSET and RPUSH.
+
+Nothing in between: no envelopes, no ids, no routes, no order, nothing recorded. It would lose events at
+the first crash. One process, like a relay; Postgres and Redis work while it does.
+"""
+
+import time
+
+from benchmarks.harness import Scene
+
+_COPY = """
+    copy (select id, position, aggregate_type, aggregate_id, event_type, payload, headers, created_at
+          from dovecote.outbox) to stdout
+"""
+_ROWS_A_MESSAGE = 500
+_MESSAGES_A_PIPELINE = 4
+
+
+def run(scene: Scene) -> float:
+    """Carry the whole outbox over once; return the seconds it took."""
+    queue = f"{scene.namespace}:limit"
+    started = time.perf_counter()
+    pipeline = scene.client.pipeline(transaction=False)
+    rows: list[bytes] = []
+    messages = 0
+
+    def put() -> None:
+        nonlocal messages
+        id = f"b{messages:032x}"
+        pipeline.hset(f"{queue}.msgs", id, b"".join(rows))
+        pipeline.rpush(queue, id)
+        rows.clear()
+        messages += 1
+        if messages % _MESSAGES_A_PIPELINE == 0:
+            pipeline.execute()
+
+    with scene.connection.cursor().copy(_COPY) as copy:
+        for row in copy:
+            rows.append(bytes(row))
+            if len(rows) == _ROWS_A_MESSAGE:
+                put()
+    if rows:
+        put()
+    pipeline.execute()
+    return time.perf_counter() - started

@@ -1,0 +1,145 @@
+"""The benchmarks run and say what they promise; and what makes the relay quick is counted, not timed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import TupleRow
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.database import connect, sessions_for
+from domain.unit_of_work import unit_of_work
+from tests.support import eventually
+from workers.bootstrap import broker_for
+from workers.broker import OutboxBroker
+from workers.relay.leading import Leader
+from workers.relay.reading import Connection, Reader
+from workers.relay.sleeping import Sleeper
+from workers.routes import ROUTES, queues
+from workers.settings import Settings
+
+pytestmark = pytest.mark.servers
+
+_ROOT = Path(__file__).parents[1]
+_BATCH = 100
+
+
+def test_a_benchmark_prints_what_it_measured() -> None:
+    command = [sys.executable, "-m", "workers", "bench", "relay", "--quick", "--json"]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--events", "2000"], cwd=_ROOT, capture_output=True, text=True, timeout=100
+    )
+
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert {"name", "unit", "ours", "naive", "limit", "ratio", "rounds", "reached", "machine", "details"} == set(report)
+    assert report["name"] == "relay"
+    assert all(report[variant] > 0 for variant in ("ours", "naive", "limit"))
+    assert set(report["ratio"]) == {"naive", "limit"}
+    assert len(report["rounds"]["ours"]) == 1
+    assert report["details"]["n_dead_tup"] == {"outbox": 0, "published_batches": 0}
+
+
+def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "workers", "bench", "nothing"], cwd=_ROOT, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 2
+    assert "latency" in done.stderr
+
+
+def test_a_batch_costs_three_statements_and_one_script(settings: Settings) -> None:
+    """Reading, publishing and recording a batch more: horizon, rows, record; and one EVALSHA."""
+    few = _lead_through(settings, batches=2)
+    many = _lead_through(settings, batches=12)
+
+    assert (many.statements - few.statements) / 10 <= 3
+    assert (many.scripts - few.scripts) / 10 <= 1
+    # Nothing is read twice and nothing is read over: a row published is a row read by index.
+    assert many.rows_read <= 1.1 * 12 * _BATCH
+
+
+class _Counted:
+    """What a leadership did."""
+
+    statements = 0
+    scripts = 0
+    rows_read = 0
+
+
+class _UntilNothingIsLeft(Sleeper):
+    """Stops the leader when it would sleep for the bell."""
+
+    def sleep(self, seconds: float, connection: Connection | None = None) -> None:
+        self.stopping = self.stopping or connection is not None
+
+
+def _lead_through(settings: Settings, batches: int) -> _Counted:
+    counted = _Counted()
+
+    class CountingCursor(psycopg.Cursor[TupleRow]):
+        def execute(self, *args: Any, **options: Any) -> "CountingCursor":
+            counted.statements += 1
+            return super().execute(*args, **options)
+
+    url = settings.database.url.get_secret_value()
+    engine = connect(url)
+    _write(sessions_for(engine), batches * _BATCH)
+    engine.dispose()
+    broker = broker_for(settings, [])
+    for queue in queues(ROUTES):
+        broker.declare_queue(queue)
+    scripts, read = _scripts(broker), _rows_read(url)
+    guarded = "-c enable_seqscan=off -c enable_bitmapscan=off -c enable_sort=off"
+    with psycopg.connect(url, autocommit=True, options=guarded, cursor_factory=CountingCursor) as connection:
+        row = connection.execute("update dovecote.relay_state set epoch = epoch + 1 returning epoch, checkpoint")
+        epoch, checkpoint = row.fetchone() or (0, 0)
+        run_id, _ = broker.identity()
+        broker.claim_epoch(epoch)
+        Leader(
+            connection=connection,
+            reader=Reader(connection, checkpoint, _BATCH),
+            broker=broker,
+            routes=ROUTES,
+            settings=settings.relay.model_copy(update={"batch_size": _BATCH}),
+            sleeper=_UntilNothingIsLeft(),
+            epoch=epoch,
+            redis_run_id=run_id,
+        ).lead()
+    counted.scripts = _scripts(broker) - scripts
+    # A session tells the statistics what it did when it ends.
+    eventually(lambda: _rows_read(url) >= read + batches * _BATCH, 10, "the rows read are counted")
+    counted.rows_read = _rows_read(url) - read
+    return counted
+
+
+def _write(sessions: sessionmaker[Session], events: int) -> None:
+    from datetime import UTC, datetime
+    from decimal import Decimal
+
+    from domain.pricing import PriceQuoted
+
+    now = datetime.now(UTC)
+    with unit_of_work(sessions) as uow:
+        for number in range(events):
+            uow.emit(PriceQuoted(symbol=f"s{number % 10}", price=Decimal(1), as_of=now, occurred_at=now))
+
+
+def _scripts(broker: OutboxBroker) -> int:
+    found: Any = broker.client.info("commandstats")
+    return int(found.get("cmdstat_evalsha", {}).get("calls", 0))
+
+
+def _rows_read(url: str) -> int:
+    with psycopg.connect(url) as connection:
+        row = connection.execute(
+            "select coalesce(sum(idx_tup_fetch + seq_tup_read), 0) from pg_stat_user_tables"
+            " where schemaname = 'dovecote' and relname ~ '^outbox_'"
+        ).fetchone()
+    assert row is not None
+    return int(row[0])

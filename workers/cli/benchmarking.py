@@ -1,0 +1,83 @@
+"""`dovecote bench`: runs what lies in `benchmarks/`, which comes with the checkout and not with the wheel."""
+
+import json
+import sys
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(name="bench")(bench)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="Which one; `list` names them all.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+    quick: Annotated[bool, typer.Option(help="A smaller run of at most 45 s.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each variant.")] = None,
+    events: Annotated[int | None, typer.Option(min=100, help="Events of each round.")] = None,
+) -> None:
+    """Measure ourselves against the naive outbox and against what the machine can do, side by side.
+
+    Example: dovecote bench relay --quick
+    """
+    if find_spec("benchmarks") is None:
+        _refuse("the benchmarks come with the checkout: run this from there, as ./dev bench NAME")
+    from benchmarks.harness import BenchmarkFailed, Options
+    from benchmarks.run import NAMES, run
+
+    if name not in NAMES:
+        _refuse(f"there is no benchmark {name!r}; there are {', '.join(NAMES)}")
+    try:
+        report = run(name, Options(quick=quick, rounds=rounds, events=events, say=_say))
+    except BenchmarkFailed as error:
+        sys.stderr.write(f"dovecote: {error}\n")
+        raise SystemExit(1) from None
+    if as_json:
+        sys.stdout.write(json.dumps(report.as_json()) + "\n")
+    else:
+        _show(report.as_json())
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    table = Table(title=f"{report['name']}, {report['unit']}", title_justify="left")
+    for column in ("", "median", "spread", "ours is better by", "rounds"):
+        table.add_column(column, justify="left" if column in ("", "rounds") else "right")
+    for variant, measured in report["rounds"].items():
+        times = report["ratio"].get(variant)
+        table.add_row(
+            variant,
+            _number(report.get(variant)),
+            f"{report['details']['spread'].get(variant, 0):.0%}",
+            f"{times:.2f}" if times else "",
+            "  ".join(map(_number, measured)),
+        )
+    out.print(table)
+    for key, value in report["details"].items():
+        if key not in ("spread", "reach"):
+            out.print(f"{key}: {value}")
+    out.print(f"{'reached' if report['reached'] else 'MISSED'}: {report['details']['reach']}")
+    out.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()), style="dim")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def _say(sentence: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{sentence}\n")
+
+
+def _refuse(sentence: str) -> None:
+    sys.stderr.write(f"dovecote: {sentence}\n")
+    raise SystemExit(2)
