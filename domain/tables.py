@@ -29,7 +29,6 @@ __all__ = [
     "billing_history",
     "challenges",
     "deliveries",
-    "handlers",
     "latest_prices",
     "memberships",
     "metadata",
@@ -39,6 +38,7 @@ __all__ = [
     "published_batches",
     "relay_state",
     "replays",
+    "subscriptions",
     "verified_phones",
 ]
 
@@ -90,12 +90,12 @@ deliveries = Table(
     Index("deliveries_state_idx", "handler_name", "state", "error_fingerprint"),
 )
 
-handlers = Table(
-    "handlers",
+subscriptions = Table(
+    "subscriptions",
     metadata,
     Column("handler_name", Text, primary_key=True),
+    Column("event_type", Text, primary_key=True),
     Column("since_position", BigInteger, nullable=False),
-    Column("paused", Boolean, nullable=False, server_default=text("false")),
     _moment("created_at"),
 )
 

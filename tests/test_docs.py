@@ -127,7 +127,7 @@ with system_for(settings, ROUTES) as system, system.relay(), system.workers():
 HELPERS = """
 def registered():
     with sessions() as session:
-        return list(session.execute(text("select handler_name from dovecote.handlers")).scalars())
+        return list(session.execute(text("select handler_name from dovecote.subscriptions")).scalars())
 
 def place_order_in_a_session(order_id):
     with sessions() as session, session.begin():

@@ -20,7 +20,7 @@ from domain.database import connect, sessions_for
 from workers import telemetry
 from workers.broker import HandBackWhatFails, OrjsonEncoder, OutboxBroker, connect_redis
 from workers.children import die_with_parent
-from workers.consume import Consumer
+from workers.consume import Consumer, Stopping
 from workers.envelope import read_envelope
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
@@ -58,7 +58,7 @@ def consumers() -> None:
 def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]) -> None:
     """Make each route's handler an actor of the broker."""
     for route in routes:
-        declare = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker)
+        declare = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker, throws=Stopping)
         declare(_actor_function(consumer, route))
 
 

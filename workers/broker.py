@@ -313,6 +313,11 @@ class HandBackWhatFails(Middleware):
     is told to stop while it waits, or a bug; a bug is slowed down, not spun on.
     """
 
+    @property
+    def actor_options(self) -> set[str]:
+        # Dramatiq's worker logs what an actor is said to throw in one line instead of a traceback.
+        return {"throws"}
+
     def __init__(self, pause_seconds: float = 1.0) -> None:
         self._pause_seconds = pause_seconds
         self._stopping = threading.Event()

@@ -8,7 +8,7 @@ import random
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from uuid import UUID
@@ -31,11 +31,13 @@ _record_failure = text(
     insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
         event_type, state, attempts, next_attempt_at, error_type, error_fingerprint, error, trace_id)
     values (:handler_name, :event_id, :position, :aggregate_type, :aggregate_id, :event_type, :state,
-            :attempts, :next_attempt_at, :error_type, :error_fingerprint, :error, :trace_id)
+            :attempts, clock_timestamp() + make_interval(secs => cast(:pause_seconds as float8)),
+            :error_type, :error_fingerprint, :error, :trace_id)
     on conflict (handler_name, event_id) do update set
         state = excluded.state, attempts = excluded.attempts, next_attempt_at = excluded.next_attempt_at,
         error_type = excluded.error_type, error_fingerprint = excluded.error_fingerprint,
         error = excluded.error, trace_id = excluded.trace_id, updated_at = clock_timestamp()
+        where known.state <> 'discarded'
     """
 )
 
@@ -61,25 +63,11 @@ _known = text(
 
 _resolve = text("delete from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)")
 
-# The event before this one of the same aggregate, among those this handler wants. If it is done, so is
-# everything before it: that is what ordered means. One told before the handler existed counts as done.
-_predecessors = text(
+_blockers = text(
     """
-    select bundle.event_id, before.id as predecessor
+    select event_id, dovecote.blocker(:handler_name, :event_types, aggregate_type, aggregate_id, position) as blocker
     from unnest(cast(:event_ids as uuid[]), cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
                 cast(:positions as bigint[])) as bundle (event_id, aggregate_type, aggregate_id, position)
-    cross join lateral (
-        select o.id, o.position from dovecote.outbox o
-        where o.aggregate_type = bundle.aggregate_type and o.aggregate_id = bundle.aggregate_id
-          and o.position < bundle.position and o.event_type = any(:event_types)
-        order by o.position desc limit 1
-    ) before
-    where before.position > coalesce(
-              (select since_position from dovecote.handlers where handler_name = :handler_name), 0)
-      and not exists (select from dovecote.processed_events p
-                      where p.event_id = before.id and p.handler_name = :handler_name)
-      and not exists (select from dovecote.deliveries d
-                      where d.event_id = before.id and d.handler_name = :handler_name and d.state = 'discarded')
     """
 )
 
@@ -133,7 +121,8 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
             "event_type": envelope.type,
             "state": "dead" if final else "retrying",
             "attempts": attempts,
-            "next_attempt_at": None if final else datetime.now(UTC) + pause,
+            # The database's clock decides when, not the worker's.
+            "pause_seconds": None if final else pause.total_seconds(),
             "error_type": type(error).__qualname__,
             "error_fingerprint": fingerprint(error),
             "error": _storable(error),
@@ -189,7 +178,7 @@ def resolve(session: Session, route: Route, envelopes: Sequence[Envelope]) -> No
 def blocked(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
     """Return the events that must wait for an earlier one of their aggregate, given in writing order."""
     found = session.execute(
-        _predecessors,
+        _blockers,
         {
             **_key(route, envelopes),
             **_aggregates(envelopes),
@@ -197,7 +186,7 @@ def blocked(session: Session, route: Route, envelopes: Sequence[Envelope]) -> li
             "event_types": route.event_types,
         },
     )
-    unresolved: dict[UUID, UUID] = {row.event_id: row.predecessor for row in found}
+    unresolved: dict[UUID, UUID] = {row.event_id: row.blocker for row in found if row.blocker}
     here = {envelope.event_id for envelope in envelopes}
     waiting: dict[UUID, Envelope] = {}
     for envelope in envelopes:
@@ -271,30 +260,16 @@ _LEASE_DUE = """
 # Events that wait for nothing any more: their predecessor was resolved while they were being parked.
 _RELEASE_STRAYS = """
     with first as (
-        select distinct on (handler_name, aggregate_type, aggregate_id) *
-        from dovecote.deliveries where state = 'waiting'
-        order by handler_name, aggregate_type, aggregate_id, position
-    ), free as (
-        select first.handler_name, first.aggregate_type, first.aggregate_id
-        from first join unnest(%(handlers)s::text[], %(event_types)s::text[]) as route (handler_name, event_types)
-          on route.handler_name = first.handler_name
-        left join dovecote.handlers known on known.handler_name = first.handler_name
-        left join lateral (
-            select o.id, o.position from dovecote.outbox o
-            where o.aggregate_type = first.aggregate_type and o.aggregate_id = first.aggregate_id
-              and o.position < first.position and o.event_type = any(string_to_array(route.event_types, ' '))
-            order by o.position desc limit 1
-        ) before on true
-        where before.id is null or before.position <= coalesce(known.since_position, 0)
-           or exists (select from dovecote.processed_events p
-                      where p.event_id = before.id and p.handler_name = first.handler_name)
-           or exists (select from dovecote.deliveries d where d.event_id = before.id
-                      and d.handler_name = first.handler_name and d.state = 'discarded')
+        select distinct on (aggregate_type, aggregate_id) aggregate_type, aggregate_id, position
+        from dovecote.deliveries where state = 'waiting' and handler_name = %(handler)s
+        order by aggregate_type, aggregate_id, position
     )
     update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
-    from free
-    where d.state = 'waiting' and d.handler_name = free.handler_name
-      and d.aggregate_type = free.aggregate_type and d.aggregate_id = free.aggregate_id
+    from first
+    where d.state = 'waiting' and d.handler_name = %(handler)s
+      and d.aggregate_type = first.aggregate_type and d.aggregate_id = first.aggregate_id
+      and dovecote.blocker(%(handler)s, %(event_types)s, first.aggregate_type, first.aggregate_id, first.position)
+          is null
 """
 
 
@@ -307,13 +282,6 @@ def lease_due(connection: psycopg.Connection[TupleRow], limit: int, lease_second
         return cursor.execute(_LEASE_DUE, {"limit": limit, "lease_seconds": lease_seconds}).fetchall()
 
 
-def release_strays(connection: psycopg.Connection[TupleRow], routes: Sequence[Route]) -> int:
-    """Send on waiting events whose aggregate is free; return how many."""
-    ordered = [route for route in routes if route.ordered]
-    return connection.execute(
-        _RELEASE_STRAYS,
-        {
-            "handlers": [route.handler for route in ordered],
-            "event_types": [" ".join(route.event_types) for route in ordered],
-        },
-    ).rowcount
+def release_strays(connection: psycopg.Connection[TupleRow], route: Route) -> int:
+    """Send on waiting events of an ordered route whose aggregate is free; return how many."""
+    return connection.execute(_RELEASE_STRAYS, {"handler": route.handler, "event_types": route.event_types}).rowcount

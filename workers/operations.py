@@ -80,9 +80,8 @@ _UNPROCESSED = text(
     """
     select count(*), coalesce(greatest(0, extract(epoch from clock_timestamp() - min(o.created_at))), 0)::float
     from dovecote.outbox o
-    where o.event_type = any(:event_types)
-      and o.position > coalesce(
-              (select since_position from dovecote.handlers where handler_name = :handler), 0)
+    left join dovecote.subscriptions s on s.handler_name = :handler and s.event_type = o.event_type
+    where o.event_type = any(:event_types) and o.position > coalesce(s.since_position, 0)
       and not exists (select from dovecote.processed_events p
                       where p.event_id = o.id and p.handler_name = :handler)
       and not exists (select from dovecote.deliveries d where d.event_id = o.id and d.handler_name = :handler

@@ -101,7 +101,10 @@ class Relay(Section):
         description="Pause after a batch that was not full, so that a steady stream comes in bundles.",
     )
     poll_seconds: float = Field(
-        1.0, ge=0.05, le=60, description="Longest sleep when the bell is silent: the safety net."
+        1.0,
+        ge=0.05,
+        le=60,
+        description="Longest sleep when the bell is silent; retries and dead workers wait as long.",
     )
     busy_poll_ms: float = Field(
         10.0, ge=0.5, le=1_000, description="Longest pause between reads while a writer is still at work."

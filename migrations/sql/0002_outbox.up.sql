@@ -258,14 +258,37 @@ create index deliveries_aggregate_idx
     on dovecote.deliveries (handler_name, aggregate_type, aggregate_id, position) where state = 'waiting';
 create index deliveries_state_idx on dovecote.deliveries (handler_name, state, error_fingerprint);
 
--- Events at or below `since_position` were told before the handler existed: they are none of its business.
-create table dovecote.handlers (
+-- Since when a handler wants events of a type. Those at or below `since_position` were told before: they are
+-- none of its business, neither to send again nor to wait for.
+create table dovecote.subscriptions (
     handler_name   text        not null,
+    event_type     text        not null,
     since_position bigint      not null,
-    paused         boolean     not null default false,
     created_at     timestamptz not null default clock_timestamp(),
-    constraint handlers_pkey primary key (handler_name)
+    constraint subscriptions_pkey primary key (handler_name, event_type)
 );
+
+create function dovecote.blocker(
+    handler text, event_types text[], of_aggregate_type text, of_aggregate_id text, before_position bigint
+) returns uuid
+language sql stable as $$
+    -- The event that an ordered handler must have done before this one; null when the way is free. It is enough
+    -- to ask for the one before: if that is done, so is everything before it.
+    select before.id
+    from (
+        select o.id
+        from dovecote.outbox o
+        left join dovecote.subscriptions s on s.handler_name = handler and s.event_type = o.event_type
+        where o.aggregate_type = of_aggregate_type and o.aggregate_id = of_aggregate_id
+          and o.position < before_position and o.event_type = any(event_types)
+          and o.position > coalesce(s.since_position, 0)
+        order by o.position desc limit 1
+    ) before
+    where not exists (select from dovecote.processed_events p
+                      where p.event_id = before.id and p.handler_name = handler)
+      and not exists (select from dovecote.deliveries d
+                      where d.event_id = before.id and d.handler_name = handler and d.state = 'discarded')
+$$;
 
 -- The relay and its operators ------------------------------------------------------------------
 
@@ -372,14 +395,14 @@ grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers, cr
 grant usage, select on sequence dovecote.outbox_position to dovecote_writer, dovecote_worker;
 
 grant select on dovecote.outbox, dovecote.outbox_events, dovecote.processed_events, dovecote.published_batches,
-                dovecote.deliveries, dovecote.handlers, dovecote.relay_state, dovecote.replays, dovecote.audit_log
+                dovecote.deliveries, dovecote.subscriptions, dovecote.relay_state, dovecote.replays, dovecote.audit_log
     to dovecote_worker, dovecote_operator;
 grant select on sequence dovecote.outbox_position to dovecote_operator;
 grant insert, update on dovecote.processed_events to dovecote_worker;
 grant insert on dovecote.published_batches to dovecote_worker;
 grant insert, update, delete on dovecote.deliveries to dovecote_worker, dovecote_operator;
 grant update on dovecote.relay_state to dovecote_worker;
-grant insert, update on dovecote.handlers to dovecote_worker, dovecote_operator;
+grant insert on dovecote.subscriptions to dovecote_worker;
 grant insert, update on dovecote.replays to dovecote_worker, dovecote_operator;
 grant insert on dovecote.audit_log to dovecote_worker, dovecote_operator;
 grant execute on function dovecote.ensure_partitions to dovecote_worker, dovecote_operator;

@@ -461,7 +461,7 @@ def test_a_writer_may_append(connection: Connection) -> None:
         "delete from dovecote.deliveries",
         "update dovecote.relay_state set checkpoint = 1000000",
         "insert into dovecote.published_batches (positions, events, epoch) values ('{[1,1000)}', 1, 1)",
-        "insert into dovecote.handlers (handler_name, since_position) values ('a', 1)",
+        "insert into dovecote.subscriptions (handler_name, event_type, since_position) values ('a', 'a.b.v1', 1)",
         "select * from dovecote.audit_log",
         "select setval('dovecote.outbox_position', 1)",
         "select dovecote.ensure_partitions()",

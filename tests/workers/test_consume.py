@@ -84,7 +84,7 @@ class Bench:
 
     def release_strays(self, route: Route) -> int:
         with psycopg.connect(self.url, autocommit=True) as connection:
-            return deliveries.release_strays(connection, [route])
+            return deliveries.release_strays(connection, route)
 
     def deliveries(self) -> list[Delivery]:
         with self.engine.connect() as connection:
@@ -415,8 +415,8 @@ def test_a_handler_added_later_is_not_blocked_by_what_was_told_before_it(bench: 
     (before,) = bench.write(1, symbol="A")
     with bench.engine.begin() as connection:
         connection.execute(
-            text("insert into dovecote.handlers (handler_name, since_position) values (:handler, :position)"),
-            {"handler": route.handler, "position": before.position},
+            text("insert into dovecote.subscriptions values (:handler, :event_type, :position)"),
+            {"handler": route.handler, "event_type": before.type, "position": before.position},
         )
 
     bench.consumer.consume(route, bench.write(2, symbol="A"))

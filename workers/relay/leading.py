@@ -178,7 +178,9 @@ class Leader:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
         self._through_outages(self._check_redis)
-        deliveries.release_strays(self._connection, self._routes)
+        for route in self._routes:
+            if route.ordered:
+                deliveries.release_strays(self._connection, route)
         self._send_retries()
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS

@@ -13,8 +13,8 @@ from workers.routes import Route
 
 _MISSING = """
     select o.position from dovecote.outbox o
-    join dovecote.handlers h on h.handler_name = %(handler)s
-    where o.event_type = any(%(event_types)s) and o.position > h.since_position
+    join dovecote.subscriptions s on s.handler_name = %(handler)s and s.event_type = o.event_type
+    where o.event_type = any(%(event_types)s) and o.position > s.since_position
       and o.position <= %(frontier)s
       and not exists (select from dovecote.processed_events p
                       where p.event_id = o.id and p.handler_name = %(handler)s)

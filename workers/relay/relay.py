@@ -27,9 +27,11 @@ _TAKE_OVER = """
     set epoch = epoch + 1, owner = %s, owned_since = clock_timestamp(), seen_at = clock_timestamp()
     returning epoch, checkpoint, redis_run_id
 """
-_REGISTER = """
-    insert into dovecote.handlers (handler_name, since_position)
-    select unnest(%s::text[]), %s on conflict do nothing
+_SUBSCRIBE = """
+    insert into dovecote.subscriptions (handler_name, event_type, since_position)
+    select handler_name, event_type, %s
+    from unnest(%s::text[], %s::text[]) as wanted (handler_name, event_type)
+    on conflict do nothing
 """
 
 
@@ -101,7 +103,7 @@ class Relay:
         assert row is not None, "relay_state has one row"
         epoch, checkpoint, redis_run_id = row
         reader = Reader(connection, checkpoint, self._settings.relay.batch_size)
-        connection.execute(_REGISTER, ([route.handler for route in self._routes], reader.frontier))
+        self._subscribe(connection, reader.frontier)
         log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
         leader = Leader(
             connection=connection,
@@ -115,3 +117,9 @@ class Relay:
         )
         leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=reader.checkpoint)
+
+    def _subscribe(self, connection: Connection, since_position: int) -> None:
+        """Note since when each handler wants each type; what is noted already stays."""
+        wanted = [(route.handler, event_type) for route in self._routes for event_type in route.event_types]
+        handlers, event_types = [handler for handler, _ in wanted], [event_type for _, event_type in wanted]
+        connection.execute(_SUBSCRIBE, (since_position, handlers, event_types))
