@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Column, DateTime, Table, Text, Uuid, func, text
 from sqlalchemy.orm import Session
 
-from domain.database import metadata
+from domain.database import array, metadata
 
 processed_events = Table(
     "processed_events",
@@ -39,5 +39,5 @@ def mark(session: Session, handler_name: str, event_ids: Sequence[UUID]) -> set[
 
     Waits for another transaction that is acting on one of them, and skips that one if it commits.
     """
-    found = session.execute(_mark, {"handler_name": handler_name, "event_ids": list(event_ids)})
+    found = session.execute(_mark, {"handler_name": handler_name, "event_ids": array(event_ids)})
     return set(found.scalars())

@@ -56,7 +56,6 @@ class Consumer:
         envelopes = sorted(envelopes, key=lambda envelope: envelope.position)
         with tracer.start_as_current_span(
             "consume.bundle",
-            links=links_to(envelope.traceparent for envelope in envelopes),
             attributes={
                 "messaging.system": "dovecote",
                 "messaging.operation.type": "process",
@@ -64,7 +63,11 @@ class Consumer:
                 "messaging.batch.message_count": len(envelopes),
                 "dovecote.handler": route.handler,
             },
-        ):
+        ) as span:
+            # A link for each event costs as much as acting on it: only for the bundles whose trace is kept.
+            if span.is_recording():
+                for link in links_to(envelope.traceparent for envelope in envelopes):
+                    span.add_link(link.context)
             failure = self._through_outages(route, envelopes, retry)
             if failure is not None:
                 self._one_by_one(route, envelopes, retry, failure)

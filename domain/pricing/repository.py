@@ -5,7 +5,7 @@ from datetime import datetime
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, Numeric, Table, Text, func, select, text
 
-from domain.database import metadata
+from domain.database import array, metadata
 from domain.pricing.events import PriceQuoted
 from domain.pricing.price import Price, Quote
 from domain.unit_of_work import UnitOfWork
@@ -92,11 +92,11 @@ class Prices:
         self._session.execute(
             _apply,
             {
-                "symbols": list(newest),
-                "prices": [quote.price for _, _, quote in newest.values()],
-                "moments": [as_of for as_of, _, _ in newest.values()],
-                "positions": [position for _, position, _ in newest.values()],
-                "counts": [counts[symbol] for symbol in newest],
+                "symbols": array(newest),
+                "prices": array(quote.price for _, _, quote in newest.values()),
+                "moments": array(as_of for as_of, _, _ in newest.values()),
+                "positions": array(position for _, position, _ in newest.values()),
+                "counts": array(counts[symbol] for symbol in newest),
             },
         )
 

@@ -270,7 +270,7 @@ def test_an_id_from_long_ago_is_refused_by_the_database(sessions: sessionmaker[S
         with unit_of_work(sessions) as uow:
             uow.emit(PriceQuoted(event_id=old, occurred_at=NOON, symbol="A", price=a_quote().price, as_of=NOON))
 
-    with pytest.raises(sqlalchemy.exc.IntegrityError, match=f"outbox refuses id {old}: its time 2022"):
+    with pytest.raises(sqlalchemy.exc.IntegrityError, match=f"the outbox refuses the event: id {old} is of 2022"):
         write()
 
 
@@ -410,7 +410,7 @@ def test_append_event_refuses_in_words_what_the_outbox_would_refuse(
     with pytest.raises(psycopg.errors.CheckViolation) as refused:
         append_event(connection, **different)
 
-    assert "append_event refuses the event: " in str(refused.value)
+    assert "the outbox refuses the event: " in str(refused.value)
     assert complaint in str(refused.value)
     assert connection.execute("select count(*) from dovecote.outbox").fetchone() == (0,)
 
