@@ -58,8 +58,10 @@ def user(request: pytest.FixtureRequest) -> int:
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
     nobody = pwd.getpwnam("nobody")
-    if not ServerUser("nobody", nobody.pw_uid, nobody.pw_gid).reaches(Path(sys.prefix)):
-        pytest.skip(f"nobody cannot reach {sys.prefix}")
+    # The environment, and the Python behind it: one below /root is open to root alone.
+    for directory in (sys.prefix, sys.base_prefix):
+        if not ServerUser("nobody", nobody.pw_uid, nobody.pw_gid).reaches(Path(directory)):
+            pytest.skip(f"nobody cannot reach {directory}")
     return nobody.pw_uid
 
 
