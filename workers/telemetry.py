@@ -9,10 +9,11 @@ Traces   relay.publish (one a batch), consume.bundle (one a bundle, linked to ea
 import logging
 import re
 import sys
-from collections.abc import Iterable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Iterable
 
 import structlog
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
 from opentelemetry import trace
 from opentelemetry.propagate import extract
 from opentelemetry.sdk.resources import Resource
@@ -63,7 +64,6 @@ def _configure_logs(telemetry: "options.Telemetry", component: str) -> None:
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if for_people else "iso", utc=not for_people),
         structlog.processors.format_exc_info,
-        _mask,
     ]
     renderer: Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0, sort_keys=False)
@@ -77,8 +77,9 @@ def _configure_logs(telemetry: "options.Telemetry", component: str) -> None:
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_name_messages)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
+        _MaskingFormatter(
             foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
@@ -92,20 +93,21 @@ def _configure_logs(telemetry: "options.Telemetry", component: str) -> None:
         structlog.contextvars.bind_contextvars(component=component)
 
 
-def _mask(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    return {key: masked(value) if isinstance(value, str) else _masked_inside(value) for key, value in entry.items()}
+def _name_messages(record: logging.LogRecord) -> bool:
+    """Let Dramatiq's own lines name a message instead of printing it: it holds hundreds of payloads."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            f"{value.actor_name} {value.message_id}" if isinstance(value, Message | MessageProxy) else value
+            for value in record.args
+        )
+    return True
 
 
-def _masked_inside(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {key: _masked_inside(inner) for key, inner in value.items()}
-    if isinstance(value, list | set):
-        return [_masked_inside(inner) for inner in value]
-    if isinstance(value, tuple | logging.LogRecord):
-        return value  # exc_info and the record that ProcessorFormatter carries along
-    return masked(str(value))
+class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
+    """Masks the finished line, so that nothing escapes: no value, no traceback, no library's own words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 def _configure_traces(endpoint: str, sample_ratio: float, component: str) -> None:
