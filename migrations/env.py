@@ -30,6 +30,8 @@ def _migrate(connection: Connection) -> None:
         include_name=lambda name, kind, _: kind != "schema" or name == SCHEMA,
         include_object=_is_ours,
         transaction_per_migration=True,
+        # Comments are written in SQL, for whoever looks into the database; the models do not repeat them.
+        autogenerate_plugins=["alembic.autogenerate.*", "~alembic.autogenerate.comments"],
     )
     with context.begin_transaction():
         context.run_migrations()

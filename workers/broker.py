@@ -27,6 +27,8 @@ from dramatiq.middleware import Middleware
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from workers.envelope import read_message
+
 _LUA = Path(__file__).parent / "lua"
 
 #: What Redis raises when it is away, slow, loading, full or a replica: trouble that passes.
@@ -346,14 +348,14 @@ class HandBackWhatFails(Middleware):
 
 
 class OrjsonEncoder(Encoder):
-    """Dramatiq's JSON, read and written by orjson."""
+    """Dramatiq's JSON, written by orjson and read by `read_message`."""
 
     def encode(self, data: MessageData) -> bytes:
         return orjson.dumps(data)
 
     def decode(self, data: bytes) -> MessageData:
         try:
-            decoded: MessageData = orjson.loads(data)
+            decoded: MessageData = read_message(data)
         except orjson.JSONDecodeError as error:
             raise DecodeError(f"not a message: {data[:200]!r}", data, error) from None
         return decoded

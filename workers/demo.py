@@ -29,7 +29,7 @@ class Report:
     """What became of the facts.
 
     processed   facts a handler has acted on
-    lost        facts that are neither processed nor, after the wait, anywhere on their way
+    lost        facts that are, after the wait, neither processed nor known as retrying, waiting or dead
     duplicated  effects beyond one a fact
     """
 
@@ -75,7 +75,7 @@ def run(
         written=written,
         published=_count(engine, _PUBLISHED, run_id, after),
         processed=processed,
-        lost=written - processed,
+        lost=max(0, written - processed - _count(engine, _ON_THEIR_WAY, run_id, after)),
         # Fewer effects than facts is what `lost` says already.
         duplicated=max(0, _count(engine, _EFFECTS, run_id, after) - _count(engine, _FACTS_WITH_EFFECT, run_id, after)),
         seconds=round(time.monotonic() - began, 3),
@@ -147,6 +147,9 @@ _PUBLISHED = f"""
 """  # noqa: S608 - put together from constants
 _PROCESSED = f"""
     select count(*) {_OURS} and exists (select from dovecote.processed_events p where p.event_id = o.id)
+"""  # noqa: S608
+_ON_THEIR_WAY = f"""
+    select count(*) {_OURS} and exists (select from dovecote.deliveries d where d.event_id = o.id)
 """  # noqa: S608
 _FACTS_WITH_EFFECT = f"select count(*) {_OURS} and o.event_type ~ '^(billing|pricing)[.]'"
 # What the ledgers say: one history line a billing fact, one count a quote.

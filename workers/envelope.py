@@ -10,6 +10,9 @@ from functools import cached_property
 from typing import Any
 from uuid import UUID
 
+import orjson
+
+from domain.errors import InvalidEvent
 from domain.events import Event, read_event
 from domain.privacy import Keyring
 
@@ -32,6 +35,7 @@ class Envelope:
     traceparent: str | None = None
     correlation_id: str | None = None
     keys: Keyring | None = field(default=None, repr=False)
+    unreadable: str | None = None
 
     @cached_property
     def event(self) -> Event:
@@ -39,7 +43,38 @@ class Envelope:
 
         Errors: UnknownEvent, InvalidEvent, CannotOpen.
         """
+        if self.unreadable is not None:
+            raise InvalidEvent(f"{self.type} {self.event_id}: its payload cannot be read: {self.unreadable}")
         return read_event(self.type, self.event_id, self.data, self.keys)
+
+
+def read_message(data: bytes) -> dict[str, Any]:
+    """Return the fields of a Dramatiq message as the relay writes it, one envelope a line.
+
+    Postgres keeps JSON that a parser here refuses, such as 1e400 or a thousand brackets. Such a payload
+    must not take its bundle along: its envelope comes without `data`, and says why in `unreadable`.
+    Errors: orjson.JSONDecodeError for what is no message at all.
+    """
+    try:
+        message: dict[str, Any] = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        head, *envelopes, tail = data.split(b"\n")
+        if not envelopes:
+            raise
+        message = orjson.loads(head + tail)
+        message["args"] = [[_read_alone(line.removesuffix(b",")) for line in envelopes]]
+    return message
+
+
+def _read_alone(envelope: bytes) -> dict[str, Any]:
+    try:
+        fields: dict[str, Any] = orjson.loads(envelope)
+    except orjson.JSONDecodeError as error:
+        # The payload comes last, and a quote inside of a text is escaped: this is where it begins.
+        attributes, _, _ = envelope.partition(b',"data":')
+        fields = orjson.loads(attributes + b"}")
+        fields |= {"data": None, "unreadable": str(error)}
+    return fields
 
 
 def read_envelope(fields: Mapping[str, Any], keys: Keyring | None = None) -> Envelope:
@@ -59,6 +94,7 @@ def read_envelope(fields: Mapping[str, Any], keys: Keyring | None = None) -> Env
             traceparent=fields.get("traceparent"),
             correlation_id=fields.get("correlationid"),
             keys=keys,
+            unreadable=fields.get("unreadable"),
         )
     except KeyError as error:
         raise ValueError(f"an envelope without {error.args[0]!r}") from error

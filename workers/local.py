@@ -12,7 +12,7 @@ from workers import schema
 from workers.binaries import ServerError, find_postgres
 from workers.embedded import Postgres, Redis, Server
 from workers.home import Home
-from workers.settings import given_variables
+from workers.settings import given_variables, load_settings
 from workers.supervisor import Output, Supervisor, parse_procfile
 
 # Beside us in an installed wheel, at the top level in a checkout.
@@ -55,6 +55,8 @@ def local_system(
     with ExitStack() as stack:
         stack.enter_context(home.lock())
         given = given_variables(environ)
+        # Every process would refuse a wrong setting; say so once, before anything runs.
+        load_settings({"DATABASE_URL": "postgresql://later", "REDIS_URL": "redis://later", **environ, **given})
         ours = dict(home.secrets())
         postgres = redis = None
         if "DOVECOTE_DATABASE__URL" not in given:

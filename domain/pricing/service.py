@@ -19,5 +19,10 @@ def record_quotes(uow: UnitOfWork, quotes: Sequence[Quote], at: datetime) -> Non
 
 
 def apply_quotes(uow: UnitOfWork, quotes: Sequence[tuple[int, PriceQuoted]]) -> None:
-    """Move the latest prices on; each quote comes with its outbox position, which breaks ties of a moment."""
+    """Move the latest prices on; each quote comes with its outbox position, which breaks ties of a moment.
+
+    Errors: InvalidValue for a quote that cannot be: a writer in another language may tell what Quote refuses.
+    """
+    for _, quote in quotes:
+        Quote(symbol=quote.symbol, price=quote.price, as_of=quote.as_of)
     Prices(uow).apply(quotes)

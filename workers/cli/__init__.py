@@ -3,6 +3,7 @@
 Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 the command or a setting is wrong.
 """
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -29,7 +30,7 @@ for commands in (running, looking, working, benchmarking):
 def main() -> None:
     """Run the command; an error becomes one sentence, never a traceback."""
     try:
-        app()
+        app(prog_name=os.environ.get("DOVECOTE_COMMAND", "dovecote"))
     except SettingsError as error:
         refuse(str(error))
     except (DovecoteError, HomeError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:

@@ -14,7 +14,10 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="Which one; `list` names them all.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="Which one; benchmarks/README.md tells what each measures."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
     quick: Annotated[bool, typer.Option(help="A smaller run of at most 45 s.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each variant.")] = None,

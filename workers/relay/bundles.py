@@ -90,9 +90,10 @@ def _bundle(route: Route, identity: Sequence[int], envelopes: Sequence[bytes], *
     # The envelopes are JSON already; everything else in here is words of our own.
     message = b"".join(
         (
-            f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[['.encode(),
-            b",".join(envelopes),
-            f']],"kwargs":{{"retry":{str(retry).lower()}}},"options":{{"redis_message_id":"{id}"}},'
+            f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[[\n'.encode(),
+            # An envelope a line: a message that cannot be read as a whole is read line by line.
+            b",\n".join(envelopes),
+            f'\n]],"kwargs":{{"retry":{str(retry).lower()}}},"options":{{"redis_message_id":"{id}"}},'
             f'"message_id":"{id}","message_timestamp":{time.time_ns() // 1_000_000}}}'.encode(),
         )
     )

@@ -1,0 +1,71 @@
+"""A payload that no parser here can read takes nothing along but itself."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import text
+
+from domain.errors import InvalidEvent
+from tests.system import System, system_for
+from workers.envelope import read_envelope, read_message
+from workers.relay.bundles import Bundler
+from workers.relay.reading import Row
+from workers.routes import ROUTES
+from workers.settings import Settings
+
+ID = "01a1f94c-b163-7128-b3a1-26224ce3d3c1"
+UNREADABLE = ["1e400", "1" * 5_000, "[" * 1_500 + "]" * 1_500]
+
+
+def an_envelope(position: int, extra: str = "0", subject: str = "EUR") -> bytes:
+    return (
+        f'{{"specversion":"1.0","id":"{ID}","source":"/dovecote/price","type":"pricing.price_quoted.v1",'
+        f'"subject":"{subject}","time":"2026-11-20T12:00:00+00:00","position":"{position}",'
+        f'"data":{{"symbol": "EUR", "price": "1", "x": {extra}}}}}'
+    ).encode()
+
+
+def a_message(*envelopes: bytes) -> bytes:
+    rows = [Row(n, "pricing.price_quoted.v1", envelope) for n, envelope in enumerate(envelopes)]
+    (bundle,) = Bundler(ROUTES).bundles(rows)
+    return bundle.message
+
+
+@pytest.mark.parametrize("extra", UNREADABLE, ids=["too large", "too many digits", "too deep"])
+def test_a_message_is_read_around_a_payload_that_cannot_be(extra: str) -> None:
+    message = read_message(
+        a_message(an_envelope(1), an_envelope(2, extra, subject='a \\",\\"data\\":'), an_envelope(3))
+    )
+
+    first, second, third = (read_envelope(fields) for fields in message["args"][0])
+
+    assert (first.data["symbol"], third.data["symbol"]) == ("EUR", "EUR")
+    assert (second.position, second.aggregate_id) == (2, 'a ","data":')
+    with pytest.raises(InvalidEvent, match="its payload cannot be read"):
+        _ = second.event
+
+
+@pytest.fixture
+def system(settings: Settings) -> Iterator[System]:
+    with system_for(settings, ROUTES) as system, system.running():
+        yield system
+
+
+@pytest.mark.servers
+def test_its_event_is_dead_and_its_bundle_mates_go_through(system: System) -> None:
+    with system.engine.begin() as connection:
+        for extra in ["0", *UNREADABLE, "0"]:
+            payload = (
+                f'{{"symbol": "EUR", "price": "1", "as_of": "2026-11-20T12:00:00Z", '
+                f'"occurred_at": "2026-11-20T12:00:00Z", "x": {extra}}}'
+            )
+            connection.execute(
+                text(
+                    "select dovecote.append_event('price', 'EUR', 'pricing.price_quoted.v1', cast(:payload as jsonb))"
+                ),
+                {"payload": payload},
+            )
+
+    handler = system.until_quiet().handlers["pricing.apply_quotes"]
+
+    assert (handler.processed, handler.dead) == (2, len(UNREADABLE))
