@@ -27,17 +27,22 @@ STOP_SECONDS = 25.0
 class LocalSystem:
     """A system ready to run. `environment` is what every process gets; it holds secrets.
 
-    servers    those started here; a server that was given is not among them
+    servers    those started here, by the variable that would have given them, with the way to start them again
+    data       where the servers keep theirs; not below `home` when their user cannot reach it
     """
 
     home: Home
+    data: Path
     environment: Mapping[str, str]
-    postgres: Server | None
-    redis: Server | None
+    servers: Mapping[str, tuple[Server, Postgres | Redis]]
     processes: Mapping[str, list[str]]
 
     def supervisor(self, output: Output) -> Supervisor:
-        return Supervisor(self.processes, self.environment, output)
+        """Return a supervisor of the processes that also starts a server again if it ends by itself."""
+        supervisor = Supervisor(self.processes, self.environment, output)
+        for server, program in self.servers.values():
+            _keep(supervisor, output, server, program)
+        return supervisor
 
 
 @contextmanager
@@ -57,14 +62,15 @@ def local_system(
         given = given_variables(environ)
         # Every process would refuse a wrong setting; say so once, before anything runs.
         load_settings({"DATABASE_URL": "postgresql://later", "REDIS_URL": "redis://later", **environ, **given})
-        ours = dict(home.secrets())
-        postgres = redis = None
+        data = home.servers_path()
+        servers: dict[str, tuple[Server, Postgres | Redis]] = {}
         if "DOVECOTE_DATABASE__URL" not in given:
-            postgres = _started(stack, Postgres(home.servers_path() / "postgres", environ=environ))
-            ours["DATABASE_URL"] = postgres.url
+            servers["DATABASE_URL"] = _started(stack, Postgres(data / "postgres", environ=environ))
         if "DOVECOTE_REDIS__URL" not in given:
-            redis = _started(stack, Redis(home.servers_path() / "redis", environ=environ))
-            ours["REDIS_URL"] = redis.url
+            servers["REDIS_URL"] = _started(stack, Redis(data / "redis", environ=environ))
+        ours = {variable: server.url for variable, (server, _) in servers.items()}
+        # The keys stay with the data that they sealed, wherever that is.
+        ours |= Home(data if "DATABASE_URL" in servers else home.path).secrets()
         ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
         system = {**ours, **given}
         say("bringing the schema up to date")
@@ -74,16 +80,27 @@ def local_system(
         defaults = {"DOVECOTE_TELEMETRY__LOG_FORMAT": "console", "DOVECOTE_HOME": str(home.path)}
         yield LocalSystem(
             home=home,
+            data=data,
             environment={**defaults, **environ, **system},
-            postgres=postgres,
-            redis=redis,
+            servers=servers,
             processes=processes,
         )
 
 
-def _started(stack: ExitStack, server: Postgres | Redis) -> Server:
-    stack.callback(server.stop)
-    return server.start()
+def _started(stack: ExitStack, program: Postgres | Redis) -> tuple[Server, Postgres | Redis]:
+    stack.callback(program.stop)
+    return program.start(), program
+
+
+def _keep(supervisor: Supervisor, output: Output, server: Server, program: Postgres | Redis) -> None:
+    name = type(program).__name__.lower()
+
+    def revive() -> None:
+        output(name, "ended by itself; starting it again")
+        # On the same port: the URL that everybody has stays true.
+        _keep(supervisor, output, program.start(server.port), program)
+
+    supervisor.watch(server.pid, revive)
 
 
 _PSQL = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD", "dbname": "PGDATABASE"}

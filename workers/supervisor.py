@@ -141,6 +141,17 @@ class Supervisor:
                 self.stop()
                 raise CannotRun(f"{child.name}: cannot run {child.command[0]!r}: {error.strerror}") from error
 
+    def watch(self, pid: int, ended: Callable[[], None]) -> None:
+        """Call `ended` from `run_until` when a process that is not of the Procfile ends."""
+        pidfd = os.pidfd_open(pid)
+
+        def tell() -> None:
+            self._selector.unregister(pidfd)
+            os.close(pidfd)
+            ended()
+
+        self._selector.register(pidfd, selectors.EVENT_READ, tell)
+
     def run_until(self, stop: Stop) -> None:
         """Pass on output and start again what ends, until `stop`."""
         self._selector.register(stop, selectors.EVENT_READ, lambda: None)

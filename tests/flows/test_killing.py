@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import psutil
 import psycopg
 import pytest
+import sqlalchemy.exc
 
 from domain.database import connect
 from tests.support import a_place_for_servers, are_there, eventually
@@ -119,6 +121,25 @@ def test_a_killed_system_leaves_no_process_behind_and_finds_its_data_again() -> 
 
         with _up(place / "home") as second:
             assert second.status().relay.published == 100
+
+
+def test_servers_that_are_killed_are_started_again(running: RunningSystem) -> None:
+    for words in ("-server - --dir", "postgres -D"):
+        (server,) = [one for one in running.ours(words) if one.ppid() == running.process.pid]
+
+        server.kill()
+
+        eventually(partial(running.ours, words), 20, f"another {words}")
+    eventually(lambda: _leads(running), 30, "a relay that leads again")
+    _demo(running)
+    assert running.status().relay.published == 100
+
+
+def _leads(system: RunningSystem) -> bool:
+    try:
+        return system.status().relay.leading
+    except sqlalchemy.exc.OperationalError:
+        return False
 
 
 def test_ctrl_c_stops_everything() -> None:

@@ -93,12 +93,15 @@ def execute(command: Annotated[list[str], typer.Argument(help="Command and its a
 def _introduce(system: LocalSystem) -> None:
     out.print("[bold]Dovecote is running.[/bold] Ctrl-C stops it; the data stays.\n")
     table = Table(box=None, show_header=False, pad_edge=False)
-    for server, variable in ((system.postgres, "DATABASE_URL"), (system.redis, "REDIS_URL")):
-        if server is None:
-            table.add_row("  server", f"the one of {variable}", "")
+    for variable in ("DATABASE_URL", "REDIS_URL"):
+        if variable in system.servers:
+            server, _ = system.servers[variable]
+            table.add_row("  " + server.name, server.address, server.origin)
         else:
-            table.add_row("  " + server.name, server.address, f"{server.origin}")
-    table.add_row("  data", str(system.home.path), "")
+            table.add_row("  server", f"the one of {variable}", "")
+    table.add_row("  home", str(system.home.path), "")
+    if system.servers:
+        table.add_row("  data", str(system.data), "")
     table.add_row("  processes", ", ".join(system.processes), "")
     out.print(table)
     out.print()
