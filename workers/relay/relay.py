@@ -8,10 +8,12 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from uuid import uuid4
 
 import psycopg
 import structlog
 
+from domain.errors import DovecoteError
 from workers.broker import PASSING, NewerRelay, OutboxBroker, RedisLost
 from workers.outages import passes
 from workers.relay.leading import Leader
@@ -35,6 +37,20 @@ _SUBSCRIBE = """
 """
 
 
+# A notification through one server takes a millisecond or two.
+_HEARD_WITHIN_SECONDS = 5.0
+
+
+class NoSession(DovecoteError):
+    """Something between the relay and Postgres gives each statement to whichever session is free."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "DATABASE_URL leads through a proxy that pools transactions: LISTEN and session locks do not work "
+            "there, and the relay needs both; give it a URL that leads to Postgres itself, or a session pool"
+        )
+
+
 class Relay:
     """Leads or stands by until `stop` is called, from a signal handler or another thread."""
 
@@ -51,12 +67,14 @@ class Relay:
     def run(self) -> None:
         """Return after `stop`; survive the loss of either server until then.
 
-        Errors: psycopg.Error for trouble that does not pass, such as a schema that was never migrated.
+        Errors: psycopg.Error for trouble that does not pass, such as a schema that was never migrated;
+                NoSession.
         """
         tries = 0
         while not self._sleeper.stopping:
             try:
                 with self._session() as connection:
+                    self._require_session(connection)
                     if self._becomes_leader(connection):
                         tries = 0
                         self._lead(connection)
@@ -84,6 +102,17 @@ class Relay:
             " -c enable_bitmapscan=off -c enable_sort=off",
         ) as connection:
             yield connection
+
+    def _require_session(self, connection: Connection) -> None:
+        """Listen here and ring from another connection: only a session of our own hears it."""
+        channel = f"dovecote_{uuid4().hex}"
+        connection.execute(f"listen {channel}")
+        with self._session() as another:
+            another.execute(f"notify {channel}")
+        heard = connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)
+        if not any(notification.channel == channel for notification in heard):
+            raise NoSession
+        connection.execute(f"unlisten {channel}")
 
     def _becomes_leader(self, connection: Connection) -> bool:
         stood_by = False
