@@ -109,8 +109,11 @@ class Relay:
         connection.execute(f"listen {channel}")
         with self._session() as another:
             another.execute(f"notify {channel}")
-        heard = connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)
-        if not any(notification.channel == channel for notification in heard):
+        # A list: the generator holds the connection's lock until it has come to its end.
+        heard = [
+            notification.channel for notification in connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)
+        ]
+        if channel not in heard:
             raise NoSession
         connection.execute(f"unlisten {channel}")
 
