@@ -49,8 +49,7 @@ def _start(scene: Scene, name: str) -> None:
     else:
         scene.connection.execute(naive.SCHEMA)
         scene.start_consumers("benchmarks.naive:broker", processes=2, threads=4)
-        scene.start("naive-relay", ["benchmarks.naive"], NAIVE_POLL_SECONDS="0.05")
-        time.sleep(1.0)
+        scene.start_naive_relay(NAIVE_POLL_SECONDS="0.05")
 
 
 def _write_and_wait(scene: Scene, name: str, seconds: int) -> tuple[int, float, float]:

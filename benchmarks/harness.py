@@ -149,7 +149,16 @@ class Scene:
             60,
             "consumers look at their queues",
         )
+        # A heartbeat comes with the first look at a queue; its other threads have none to wait for.
         time.sleep(0.5)
+        return process
+
+    def start_naive_relay(self, **more: str) -> Process:
+        """Start the naive relay and return once it polls, so that its own start is not counted against it."""
+        process = self.start("naive-relay", ["benchmarks.naive"], **more)
+        connected = "select exists (select from pg_stat_activity where application_name = 'naive relay'"
+        connected += " and datname = current_database())"
+        self.until(lambda: self.one(connected), 60, "the naive relay polls")
         return process
 
     def until(self, condition: Callable[[], Any], within_seconds: float, what: str, every: float = 0.02) -> None:

@@ -24,7 +24,7 @@ _FILL = f"""
            '{{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"}}', moment
     from generate_series(1, %(rows)s) n
     cross join lateral (select {_MONDAY} + make_interval(secs => n * 600000.0 / %(rows)s) as moment) m
-"""  # noqa: S608
+"""  # noqa: S608 - our own words
 
 
 def history(stage: Stage, options: Options) -> Report:

@@ -73,8 +73,7 @@ def _start(scene: Scene, name: str, more: dict[str, str]) -> None:
     else:
         scene.connection.execute(naive.SCHEMA)
         scene.start_consumers("benchmarks.probe:naive", threads=8, more={"BENCH_PROBE": probe, **more})
-        scene.start("naive-relay", ["benchmarks.naive"], **more)
-        time.sleep(1.0)
+        scene.start_naive_relay(**more)
 
 
 def _measured(scene: Scene, rate: int, seconds: float, name: str) -> Quantiles:
@@ -117,6 +116,7 @@ def _writer(url: str, rate: float, seconds: float, table: str, committed: dict[U
         start = due = time.monotonic()
         while due < start + seconds:
             due += arrivals.expovariate(rate)
+            # The offered rate itself: nothing is awaited.
             time.sleep(max(0.0, due - time.monotonic()))
             id, symbol = uuid7(), f"s{number}-{arrivals.randrange(250)}"
             moment = "2026-01-01T00:00:00+00:00"

@@ -59,6 +59,7 @@ _APPLY = """
 
 Connection = psycopg.Connection[TupleRow]
 
+# Dramatiq's own broker, as a user has it; its code has no types.
 broker = RedisBroker(  # type: ignore[no-untyped-call]
     url=os.environ.get("REDIS_URL"), namespace=os.environ.get("DOVECOTE_REDIS__NAMESPACE", "dramatiq")
 )
@@ -80,7 +81,7 @@ def relay(poll_seconds: float) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with psycopg.connect(os.environ["DATABASE_URL"]) as connection:
+    with psycopg.connect(os.environ["DATABASE_URL"], application_name="naive relay") as connection:
         while not stopping.is_set():
             if not relay_batch(connection):
                 stopping.wait(poll_seconds)

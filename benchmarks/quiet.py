@@ -25,6 +25,7 @@ def idle(stage: Stage, options: Options) -> Report:
             scene.start_relay()
             for queue in queues(ROUTES):
                 scene.start_consumers(queues=queue)
+            # What is measured is that nothing happens for so long; the start must be over first.
             time.sleep(3.0)
             used, count = _used(scene.processes), _statements(stage)
             time.sleep(seconds)

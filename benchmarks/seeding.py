@@ -21,7 +21,7 @@ _EVENTS = f"""
         1 + n %% 900, symbol) as payload) p
 """  # noqa: S608 - our own words
 _COLUMNS = "(aggregate_type, aggregate_id, event_type, payload, headers)"
-_CAST = f"select aggregate_type, aggregate_id, event_type, payload::jsonb, headers::jsonb from ({_EVENTS}) e"  # noqa: S608
+_CAST = f"select aggregate_type, aggregate_id, event_type, payload::jsonb, headers::jsonb from ({_EVENTS}) e"  # noqa: S608 - as above
 
 
 def outbox(scene: Scene, events: int) -> float:

@@ -68,8 +68,7 @@ def naive_relay(stage: Stage, events: int) -> float:
     """Return the events/s of the naive relay."""
     with stage.scene() as scene:
         scene.connection.execute(naive.SCHEMA)
-        scene.start("naive-relay", ["benchmarks.naive"], **_POLL)
-        time.sleep(1.0)
+        scene.start_naive_relay(**_POLL)
         committed_at = seeding.naive_outbox(scene, events)
         _until_naive_is_sent(scene)
         return events / (_last(scene, "max(processed_at) from naive.outbox") - committed_at)
@@ -115,8 +114,7 @@ def drain(stage: Stage, options: Options) -> Report:
         with stage.scene() as scene:
             scene.connection.execute(naive.SCHEMA)
             _naive_consumers(scene, **_NAIVE_CONSUMERS)
-            scene.start("naive-relay", ["benchmarks.naive"], **_POLL)
-            time.sleep(1.0)
+            scene.start_naive_relay(**_POLL)
             committed_at = seeding.naive_outbox(scene, events // 10)
             rounds["naive"].append(events // 10 / (_until_acted_on(scene, events // 10) - committed_at))
         options.say(_said(number, rounds))
@@ -190,7 +188,7 @@ def _leads_since(scene: Scene) -> float:
 
 
 def _last(scene: Scene, moment: str) -> float:
-    return float(scene.one(f"select extract(epoch from {moment.replace(' from', ') from', 1)}"))  # noqa: S608
+    return float(scene.one(f"select extract(epoch from {moment.replace(' from', ') from', 1)}"))  # noqa: S608 - our own words
 
 
 def _said(number: int, rounds: Rounds) -> str:
