@@ -1,4 +1,4 @@
-"""Every operator verb. The command line, and one day the console, call nothing else."""
+"""How far the relay is and how each handler stands."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
