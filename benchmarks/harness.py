@@ -1,23 +1,14 @@
-"""Servers, fresh databases and real processes for a benchmark, and the clock that all of them share.
-
-Everything measured runs as in production: the relay as `dovecote relay`, consumers under Dramatiq's own
-command line, durable servers, telemetry sent to a collector (a sink in this process). What is timed ends
-with a timestamp that Postgres took, so that watching it costs next to nothing.
-"""
+"""Durable servers for a benchmark, and fresh databases on them; telemetry goes to a collector, a sink here."""
 
 import base64
 import os
 import secrets
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,22 +17,17 @@ from uuid import uuid4
 import psycopg
 import redis
 from psycopg import sql
-from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 
+from benchmarks.scene import BenchmarkFailed, Process, Scene
 from workers import schema
-from workers.children import dying_with_us
 from workers.embedded import servers as embedded_servers
 
-ROOT = Path(__file__).resolve().parents[1]
-_STOP_SECONDS = 25.0
+__all__ = ["BenchmarkFailed", "Options", "Process", "Scene", "Stage", "stage"]
+
 # What an operator would give a busy Postgres; with 1 GB checkpoints would be most of what is measured.
 POSTGRES = {"fsync": "on", "synchronous_commit": "on", "max_wal_size": "4GB", "shared_buffers": "512MB"}
 REDIS = {"appendonly": "yes", "appendfsync": "everysec"}
-
-
-class BenchmarkFailed(Exception):
-    """Something did not happen that had to; the message says what, and ends with the processes' last words."""
 
 
 @dataclass(frozen=True)
@@ -58,145 +44,6 @@ class Options:
 
     def size(self, full: int, quick: int) -> int:
         return self.events or (quick if self.quick else full)
-
-
-@dataclass
-class Process:
-    """A child of ours and its log."""
-
-    name: str
-    popen: subprocess.Popen[bytes]
-    log: Path
-
-    def stop(self, within_seconds: float = _STOP_SECONDS) -> None:
-        if self.popen.poll() is None:
-            self.popen.send_signal(signal.SIGTERM)
-        try:
-            self.popen.wait(within_seconds)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            self.popen.wait()
-
-    def last_words(self) -> str:
-        return f"{self.name}: {self.log.read_text(errors='replace')[-1500:]}"
-
-
-@dataclass
-class Scene:
-    """A fresh database and Redis namespace, and the processes that work on them."""
-
-    database_url: str
-    redis_url: str
-    namespace: str
-    directory: Path
-    environment: Mapping[str, str]
-    connection: psycopg.Connection[TupleRow]
-    client: redis.Redis
-    processes: list[Process] = field(default_factory=list)
-
-    def start(self, name: str, words: Sequence[str], **more: str) -> Process:
-        """Start a program of this checkout."""
-        log = self.directory / f"{name}-{len(self.processes)}.log"
-        with log.open("wb") as output:
-            popen = subprocess.Popen(
-                [sys.executable, "-m", *words],
-                cwd=ROOT,
-                env={**self.environment, **more},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=dying_with_us(signal.SIGTERM),
-            )
-        process = Process(name, popen, log)
-        self.processes.append(process)
-        return process
-
-    def start_relay(self) -> Process:
-        """Start `dovecote relay` and return once it sleeps."""
-        process = self.start("relay", ["workers", "relay"])
-        held = "select exists (select from pg_locks where locktype = 'advisory' and granted and mode = 'ExclusiveLock'"
-        held += " and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key() and database ="
-        held += " (select oid from pg_database where datname = current_database()))"
-        self.until(lambda: self.one(held), 60, "the relay leads and sleeps")
-        return process
-
-    @contextmanager
-    def relay_on_standby(self) -> Iterator[None]:
-        """Start `dovecote relay` and keep it from leading until the end of the block."""
-        self.connection.execute("select pg_advisory_lock(dovecote.leader_key())")
-        self.start("relay", ["workers", "relay"], DOVECOTE_RELAY__STANDBY_SECONDS="0.05")
-        standing_by = "select exists (select from pg_stat_activity where application_name = 'dovecote relay'"
-        standing_by += " and datname = current_database())"
-        self.until(lambda: self.one(standing_by), 60, "the relay stands by")
-        yield
-        self.connection.execute("select pg_advisory_unlock(dovecote.leader_key())")
-
-    def start_consumers(
-        self,
-        module: str = "workers.bootstrap:consumers",
-        *,
-        queues: str = "pricing",
-        processes: int = 1,
-        threads: int = 2,
-        more: Mapping[str, str] | None = None,
-    ) -> Process:
-        """Start Dramatiq's command line, as the Procfile does, and return once it looks at its queues."""
-        before = int(self.client.zcard(self._heartbeats))
-        words = ["dramatiq", module, "--queues", *queues.split(), "--processes", str(processes)]
-        words += ["--threads", str(threads), "--skip-logging", "--worker-shutdown-timeout", "20000"]
-        process = self.start("consumers", words, **(more or {}))
-        self.until(
-            lambda: int(self.client.zcard(self._heartbeats)) >= before + processes,
-            60,
-            "consumers look at their queues",
-        )
-        # A heartbeat comes with the first look at a queue; its other threads have none to wait for.
-        time.sleep(0.5)
-        return process
-
-    def start_naive_relay(self, **more: str) -> Process:
-        """Start the naive relay and return once it polls, so that its own start is not counted against it."""
-        process = self.start("naive-relay", ["benchmarks.naive"], **more)
-        connected = "select exists (select from pg_stat_activity where application_name = 'naive relay'"
-        connected += " and datname = current_database())"
-        self.until(lambda: self.one(connected), 60, "the naive relay polls")
-        return process
-
-    def until(self, condition: Callable[[], Any], within_seconds: float, what: str, every: float = 0.02) -> None:
-        """Wait until it holds. Errors: BenchmarkFailed when it does not, or when a process has ended."""
-        deadline = time.monotonic() + within_seconds
-        while not condition():
-            ended = [process for process in self.processes if process.popen.poll() not in (None, 0, -signal.SIGTERM)]
-            if ended or time.monotonic() > deadline:
-                words = "\n".join(process.last_words() for process in ended or self.processes)
-                raise BenchmarkFailed(f"not within {within_seconds:g} s: {what}\n{words}")
-            time.sleep(every)
-
-    def one(self, query: str, *parameters: object) -> Any:
-        """Return the first value of the first row."""
-        row = self.connection.execute(query, parameters or None).fetchone()
-        return row[0] if row else None
-
-    def stop_processes(self) -> None:
-        for process in self.processes:
-            if process.popen.poll() is None:
-                process.popen.send_signal(signal.SIGTERM)
-        for process in self.processes:
-            process.stop()
-        self.processes.clear()
-
-    def dead_tuples(self) -> dict[str, int]:
-        """Return n_dead_tup of the tables that promise to have none. Call it when the processes have ended."""
-        self.connection.execute("select pg_stat_force_next_flush()")
-        rows = self.connection.execute(
-            "select regexp_replace(relname, '_(default|[0-9]+w[0-9]+)$', ''), sum(n_dead_tup)::bigint"
-            " from pg_stat_user_tables where schemaname = 'dovecote'"
-            " and (relname ~ '^outbox_' or relname ~ '^published_batches_') group by 1 order by 1"
-        )
-        return {str(name): int(dead) for name, dead in rows}
-
-    @property
-    def _heartbeats(self) -> str:
-        return f"{self.namespace}:__heartbeats__"
 
 
 class Stage:

@@ -45,16 +45,22 @@ _NEXT = """
 """
 _DONE = "update naive.outbox set processed_at = clock_timestamp() where id = any(%s)"
 _MARK = """
-    insert into naive.processed_events (event_id, handler_name) values (%s, 'apply_quote')
+    insert into naive.processed_events (event_id, handler_name) values (%s, %s)
     on conflict do nothing returning event_id
 """
-_APPLY = """
+APPLY = """
     insert into dovecote.latest_prices as latest (symbol, price, as_of, position, quotes_applied)
     values (%(symbol)s, %(price)s, %(as_of)s, 0, 1)
     on conflict (symbol) do update set
         quotes_applied = latest.quotes_applied + 1,
         price = case when excluded.as_of >= latest.as_of then excluded.price else latest.price end,
         as_of = greatest(excluded.as_of, latest.as_of)
+"""
+_WRITE = """
+    insert into dovecote.billing_history (membership_id, user_id, event_type, amount_minor, currency, invoice_id,
+                                          description, occurred_at, source_event_id)
+    values (%(membership_id)s, %(user_id)s, %(event_type)s, %(amount_minor)s, %(currency)s, %(invoice_id)s,
+            %(description)s, %(occurred_at)s, %(source_event_id)s)
 """
 
 Connection = psycopg.Connection[TupleRow]
@@ -72,8 +78,21 @@ def apply_quote(event_id: str, event: dict[str, Any]) -> None:
     """Act on one event in one transaction, once."""
     connection = _connection()
     with connection.transaction():
-        if connection.execute(_MARK, (event_id,)).fetchone():
-            connection.execute(_APPLY, event["data"])
+        if connection.execute(_MARK, (event_id, "apply_quote")).fetchone():
+            connection.execute(APPLY, event["data"])
+
+
+@dramatiq.actor(queue_name="billing")
+def write_history(event_id: str, event: dict[str, Any]) -> None:
+    """Write one line of a membership's history, once."""
+    connection = _connection()
+    with connection.transaction():
+        if connection.execute(_MARK, (event_id, "write_history")).fetchone():
+            line = {**event["data"], "event_type": event["type"], "source_event_id": event_id}
+            connection.execute(_WRITE, {**line, **line["amount"]})
+
+
+_ACTORS = {"pricing.price_quoted.v1": apply_quote, "billing.payment_recorded.v1": write_history}
 
 
 def relay(poll_seconds: float) -> None:
@@ -92,7 +111,7 @@ def relay_batch(connection: Connection) -> int:
     with connection.transaction():
         rows = connection.execute(_NEXT).fetchall()
         for id, aggregate_type, aggregate_id, event_type, payload, headers, created_at in rows:
-            apply_quote.send(
+            _ACTORS[event_type].send(
                 str(id),
                 {
                     "type": event_type,

@@ -84,7 +84,8 @@ def machine(postgres: str, redis: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "postgres": postgres,
         "redis": redis,
-        **{name: version(name) for name in ("dramatiq", "psycopg", "sqlalchemy", "redis", "orjson")},
+        **{name: version(name) for name in ("dramatiq", "psycopg", "sqlalchemy", "orjson")},
+        "redis-py": version("redis"),
     }
 
 

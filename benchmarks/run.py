@@ -11,6 +11,7 @@ Benchmark = Callable[[Stage, Options], Report]
 NAMES: Mapping[str, str] = {
     "relay": "benchmarks.throughput:relay",
     "consume": "benchmarks.throughput:consume",
+    "ordinary": "benchmarks.throughput:ordinary",
     "drain": "benchmarks.throughput:drain",
     "end-to-end": "benchmarks.end_to_end:end_to_end",
     "latency": "benchmarks.latency:latency",

@@ -42,6 +42,8 @@ def test_a_benchmark_prints_what_it_measured() -> None:
     assert set(report["ratio"]) == {"naive", "limit"}
     assert len(report["rounds"]["ours"]) == 1
     assert report["details"]["n_dead_tup"] == {"outbox": 0, "published_batches": 0}
+    first, second = report["details"]["bytes_per_event_of_each_load"]["outbox"]
+    assert 0.5 * first < second < 1.5 * first
 
 
 def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
