@@ -18,7 +18,7 @@ import dramatiq
 import orjson
 import redis
 from dramatiq.broker import Broker, MessageProxy
-from dramatiq.brokers.redis import RedisBroker, _RedisConsumer
+from dramatiq.brokers.redis import RedisBroker, _RedisConsumer, _scripts
 from dramatiq.common import current_millis, dq_name
 from dramatiq.encoder import Encoder, MessageData
 from dramatiq.errors import ConnectionClosed, DecodeError
@@ -31,8 +31,9 @@ from workers.envelope import read_message
 
 _LUA = Path(__file__).parent / "lua"
 
-#: What Redis raises when it is away, slow, loading, full or a replica: trouble that passes.
-PASSING = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError, redis.ReadOnlyError)
+#: What Redis raises when it is away, slow, loading, full, a replica, out of disk, or wants another password.
+#: All of it passes once somebody has seen to the server; what we hold is worth waiting for.
+PASSING = (redis.RedisError,)
 
 
 class RedisLost(Exception):
@@ -74,6 +75,8 @@ class OutboxBroker(RedisBroker):
             client = connect_redis(url, socket_timeout_seconds + idle_wait_ms / 1_000)
         super().__init__(client=client, middleware=middleware, **options)
         self.idle_wait_ms = idle_wait_ms
+        dispatch = (_LUA / "dispatch_head.lua").read_bytes() + _scripts["dispatch"]
+        self.scripts["dispatch"] = self.client.register_script(dispatch)
         self._publish = self.client.register_script((_LUA / "publish.lua").read_bytes())
         self._hand_back = self.client.register_script((_LUA / "hand_back.lua").read_bytes())
         self._claim_epoch = self.client.register_script((_LUA / "claim_epoch.lua").read_bytes())
@@ -105,7 +108,7 @@ class OutboxBroker(RedisBroker):
     def publish(self, epoch: int, bundles: Sequence[QueuedBundle]) -> int:
         """Put the bundles on their queues with one call; return how many were not there yet.
 
-        Errors: RedisLost, NewerRelay, and what PASSING lists.
+        Errors: RedisLost, NewerRelay, PASSING.
         """
         args: list[str | int | bytes] = [epoch]
         for bundle in bundles:
@@ -130,12 +133,18 @@ class OutboxBroker(RedisBroker):
 
         Dramatiq leaves this to a one-in-a-thousand chance per fetch of that very queue.
         """
-        for queue in self.queues:
-            for name in (queue, dq_name(queue)):
-                self.beat(name, maintain=True)
+        # One round trip: a slow Redis is not to keep the relay from its other work.
+        with self.client.pipeline(transaction=False) as pipeline:
+            for queue in self.queues:
+                for name in (queue, dq_name(queue)):
+                    self._look_at(name, pipeline, maintain=True)
+            pipeline.execute()
 
-    def beat(self, queue: str, *, maintain: bool = False) -> None:
-        """Say that this process is alive; with `maintain`, also do Dramatiq's maintenance of the queue."""
+    def beat(self, queue: str) -> None:
+        """Say that this process is alive."""
+        self._look_at(queue, self.client)
+
+    def _look_at(self, queue: str, client: redis.Redis, *, maintain: bool = False) -> None:
         # `qsize` reads only; every dispatched command records a heartbeat first.
         self.scripts["dispatch"](
             keys=[self.namespace],
@@ -149,6 +158,7 @@ class OutboxBroker(RedisBroker):
                 int(maintain),
                 self._max_unpack_size(),
             ],
+            client=client,
         )
 
     # For consumers ---------------------------------------------------------------------------
@@ -183,6 +193,10 @@ class OutboxBroker(RedisBroker):
             in_hand = self._in_hand.get(queue, {})
             for id in ids:
                 in_hand.pop(id, None)
+
+    def in_hand(self, queue: str) -> list[str]:
+        with self._in_hand_lock:
+            return list(self._in_hand.get(queue, {}))
 
     def _as_fetched(self, queue: str, ids: Iterable[str]) -> list[str]:
         wanted = dict.fromkeys(ids)
@@ -286,6 +300,9 @@ class BlockingConsumer(_RedisConsumer):
     def close(self) -> None:
         # What was fetched but not yet handed to a thread would otherwise wait for our heartbeat to end.
         self._unfinished += [message.options["redis_message_id"] for message in self.message_cache]
+        if self.broker.stopping:
+            # So would what a thread did not finish in time. It dies with the process, and its transaction with it.
+            self._unfinished += self.broker.in_hand(self.queue_name)
         self.message_cache = []
         self._give_back()
 

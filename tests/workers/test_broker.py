@@ -13,6 +13,7 @@ import dramatiq
 import orjson
 import pytest
 from dramatiq.broker import MessageProxy
+from dramatiq.common import current_millis
 
 from domain.database import connect, sessions_for
 from tests.conftest import Servers, settings_for
@@ -229,6 +230,27 @@ def test_a_closed_consumer_that_cannot_reach_redis_leaves_its_messages_to_the_ne
     assert ids(take(a_consumer(broker), 2)) == ["b", "c"]
 
 
+def test_what_no_thread_finished_in_time_goes_back_when_the_worker_stops(broker_with: Brokers) -> None:
+    broker = broker_with(middleware=[HandBackWhatFails()])
+    began, go_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        began.set()
+        go_on.wait(20)
+
+    dramatiq.actor(actor_name="hang", queue_name=QUEUE, broker=broker)(hang)
+    publish(broker, *(a_bundle(id, "hang") for id in "abcd"))
+    worker = dramatiq.Worker(broker, queues={QUEUE}, worker_threads=1, worker_timeout=100)
+    worker.start()
+    try:
+        assert began.wait(5)
+        worker.stop(timeout=200)
+
+        assert queued(broker) == list("abcd")
+    finally:
+        go_on.set()
+
+
 def test_messages_whose_fetch_reply_was_lost_are_found_again(broker_with: Brokers) -> None:
     broker = broker_with()
     publish(broker, *(a_bundle(id) for id in "abc"))
@@ -267,6 +289,21 @@ def test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not(brok
 
     eventually(reaped, 3, "the dead worker's messages")
     assert sorted(queued(relay)) == ["a", "b"]
+
+
+def test_a_relay_whose_clock_is_ahead_takes_no_living_worker_for_dead(
+    broker_with: Brokers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living, relay = broker_with(), broker_with(heartbeat_timeout=10_000)
+    publish(relay, a_bundle("a"))
+    take(a_consumer(living, prefetch=1), 1)
+    ahead = current_millis() + 90_000
+
+    monkeypatch.setattr("dramatiq.brokers.redis.current_millis", lambda: ahead)
+    monkeypatch.setattr("workers.broker.current_millis", lambda: ahead)
+    relay.reap()
+
+    assert queued(relay) == []
 
 
 def test_a_busy_worker_with_no_room_for_more_still_says_that_it_lives(broker_with: Brokers) -> None:

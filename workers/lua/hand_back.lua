@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Give unfinished messages back to the head of their queue, in the order they were taken.
 --
 -- KEYS[1]  the set of messages this worker holds of the queue
