@@ -29,6 +29,7 @@ __all__ = [
     "billing_history",
     "challenges",
     "deliveries",
+    "dropped_weeks",
     "latest_prices",
     "memberships",
     "metadata",
@@ -137,4 +138,24 @@ audit_log = Table(
     Column("action", Text, nullable=False),
     Column("reason", Text),
     Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+)
+
+dropped_weeks = Table(
+    "dropped_weeks",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=func.dovecote.uuid_v7()),
+    Column("week", Text, nullable=False),
+    Column("lower_id", Uuid, nullable=False),
+    Column("upper_id", Uuid, nullable=False),
+    Column("events", BigInteger, nullable=False),
+    Column("processed", BigInteger, nullable=False),
+    Column("first_position", BigInteger),
+    Column("last_position", BigInteger),
+    _moment("first_created_at", nullable=True),
+    _moment("last_created_at", nullable=True),
+    Column("archive", Text),
+    Column("checksum", Text),
+    Column("dropped_by", Text, nullable=False),
+    _moment("dropped_at"),
+    Index("dropped_weeks_ids_idx", "lower_id"),
 )

@@ -130,6 +130,16 @@ class Consumers(Section):
     )
 
 
+class Retention(Section):
+    keep_weeks: int = Field(
+        0, ge=0, le=5_200, description="Whole weeks kept before this one; older ones are dropped. 0 drops none."
+    )
+    weeks_ahead: int = Field(4, ge=1, le=52, description="Weeks for which partitions are made ahead.")
+    archive_path: Path | None = Field(
+        None, description="Directory where a week is archived before it is dropped; without, it is only dropped."
+    )
+
+
 class Sms(Section):
     gateway: Literal["console"] = Field("console", description="Who sends text messages.")
     handset_path: Path | None = Field(
@@ -182,6 +192,7 @@ class Settings(BaseSettings):
     redis: Redis
     relay: Relay = Relay()
     consumers: Consumers = Consumers()
+    retention: Retention = Retention()
     sms: Sms = Sms()
     privacy: Privacy = Privacy()
     telemetry: Telemetry = Telemetry()
@@ -335,6 +346,8 @@ def _unit(name: str, field: FieldInfo) -> str:
     for suffix, unit in {
         "_seconds": "seconds",
         "_ms": "milliseconds",
+        "_weeks": "weeks",
+        "_ahead": "weeks",
         "_size": "count",
         "_rate": "0 to 1",
     }.items():

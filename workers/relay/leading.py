@@ -57,6 +57,7 @@ class Leader:
         sleeper: Sleeper,
         epoch: int,
         redis_run_id: str | None,
+        maintain: Callable[[], None] | None = None,
     ) -> None:
         self._connection = connection
         self._reader = reader
@@ -67,6 +68,7 @@ class Leader:
         self._sleeper = sleeper
         self._epoch = epoch
         self._redis_run_id = redis_run_id
+        self._maintain = maintain
         self._recorded_checkpoint = reader.checkpoint
         self._heard: set[str] = set()
         self._holds_bell = False
@@ -187,7 +189,8 @@ class Leader:
             self._through_outages(self._broker.reap)
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS
-            self._connection.execute("select dovecote.ensure_partitions()")
+            if self._maintain is not None:
+                self._maintain()
 
     def _send_retries(self) -> None:
         due = deliveries.lease_due(self._connection, self._settings.batch_size, self._settings.retry_lease_seconds)

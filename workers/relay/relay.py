@@ -17,6 +17,7 @@ from domain.errors import DovecoteError
 from workers.broker import PASSING, NewerRelay, OutboxBroker, RedisLost
 from workers.outages import passes
 from workers.relay.leading import Leader
+from workers.relay.maintaining import Maintainer
 from workers.relay.reading import Connection, Reader
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
@@ -59,6 +60,7 @@ class Relay:
         self._broker = broker
         self._routes = routes
         self._sleeper = Sleeper()
+        self._maintainer = Maintainer(settings, routes)
 
     def stop(self) -> None:
         """End after the batch at hand."""
@@ -146,6 +148,7 @@ class Relay:
             sleeper=self._sleeper,
             epoch=epoch,
             redis_run_id=redis_run_id,
+            maintain=self._maintainer.start,
         )
         leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=reader.checkpoint)

@@ -1,0 +1,118 @@
+"""Commands that look after the weeks: partitions ahead, old weeks archived and dropped."""
+
+import getpass
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from workers.bootstrap import engine_during, refuse
+from workers.cli.output import AsJson, out, print_json, say
+from workers.operations import retention
+from workers.routes import ROUTES
+from workers.settings import load_settings
+
+KeepWeeks = Annotated[
+    int | None, typer.Option(min=0, max=5_200, help="Whole weeks to keep before this one; 0 drops none.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(maintain)
+    app.command()(partitions)
+
+
+def maintain(
+    archive_dir: Annotated[
+        Path | None, typer.Option(help="Archive each week here before it is dropped.", file_okay=False)
+    ] = None,
+    keep_weeks: KeepWeeks = None,
+    forget_handler: Annotated[
+        str | None, typer.Option(help="First end the subscriptions of a handler that no route has any more.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make partitions ahead; archive and drop weeks older than those to keep. What is still needed is never dropped.
+
+    Exit code 1 when an old week is held back: by what, and what to do, is said.
+
+    Example: dovecote maintain --keep-weeks 12 --archive-dir /srv/archive --dry-run
+    """
+    settings = load_settings(needs_redis=False)
+    if forget_handler in {route.handler for route in ROUTES}:
+        refuse(f"{forget_handler} has a route: take that out of workers/routes.py before it is forgotten")
+    by = f"{getpass.getuser()}@{socket.gethostname()}"
+    with engine_during(settings) as engine:
+        if forget_handler is not None and not dry_run and not retention.forget_handler(engine, forget_handler, by=by):
+            refuse(f"no handler {forget_handler!r} has subscriptions")
+        done = retention.maintain(
+            engine,
+            by=by,
+            keep_weeks=settings.retention.keep_weeks if keep_weeks is None else keep_weeks,
+            archive_dir=archive_dir or settings.retention.archive_path,
+            weeks_ahead=settings.retention.weeks_ahead,
+            dry_run=dry_run,
+            routes=ROUTES,
+        )
+    if as_json:
+        print_json(done.as_json())
+    else:
+        _tell(done)
+    if done.held:
+        raise typer.Exit(1)
+
+
+def _tell(done: retention.Maintenance) -> None:
+    if not done.dry_run:
+        say(f"{done.made} weeks of partitions made, {done.moved} rows moved into their weeks")
+    if not done.keep_weeks:
+        say("no week is dropped: give --keep-weeks, or set DOVECOTE_RETENTION__KEEP_WEEKS")
+    elif not done.dropped and not done.held:
+        say(f"no week is older than the {done.keep_weeks} to keep")
+    for week in done.dropped:
+        where = f", archived in {week.archive}" if week.archive else ""
+        say(f"week {week.week} {'could be' if done.dry_run else 'is'} dropped: {week.events} events{where}")
+    for held in done.held:
+        say(f"week {held.week} is not dropped, it is still needed:")
+        for one in held.obstacles:
+            say(f"  {_obstacle(one)}: {one.advice}")
+
+
+def _obstacle(one: retention.Obstacle) -> str:
+    whose = f" for {one.handler}" if one.handler else ""
+    return f"{one.events} {one.what}{whose} (first {one.example})"
+
+
+def partitions(keep_weeks: KeepWeeks = None, as_json: AsJson = False) -> None:
+    """Show every week: rows as Postgres estimates them, size, what holds it back; how far ahead partitions reach.
+
+    Example: dovecote partitions --json
+    """
+    settings = load_settings(needs_redis=False)
+    keep = settings.retention.keep_weeks if keep_weeks is None else keep_weeks
+    with engine_during(settings) as engine:
+        found = retention.partitions(engine, keep_weeks=keep, routes=ROUTES)
+    if as_json:
+        print_json(found.as_json())
+        return
+    table = Table("week", "from", box=None, pad_edge=False)
+    for column in ("events, about", "processed, about", "MB"):
+        table.add_column(column, justify="right")
+    table.add_column("held back by")
+    for week in found.weeks:
+        held = "; ".join(map(_obstacle, week.obstacles)) or ("nothing: may go" if week.is_old else "")
+        table.add_row(
+            week.week,
+            f"{week.starts_at:%Y-%m-%d}",
+            str(week.events),
+            str(week.processed),
+            f"{week.bytes / 1e6:.1f}",
+            held,
+        )
+    out.print(table)
+    say(f"partitions reach {found.headroom_weeks} weeks beyond this one; {found.strays} rows in the default partitions")
+    for gone in found.dropped:
+        say(f"week {gone['week']} was dropped, {gone['events']} events: {gone['archive'] or 'no archive'}")
