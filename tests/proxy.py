@@ -26,7 +26,9 @@ class Way(Flag):
 
 
 @dataclass(eq=False)
-class _Link:
+class Link:
+    """One connection through the proxy."""
+
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter
     loses_reply: bool = False
@@ -43,7 +45,7 @@ class Proxy:
     def __init__(self, target_port: int) -> None:
         self.accepted = self.lost = 0
         self._target_port = target_port
-        self._links: set[_Link] = set()
+        self._links: set[Link] = set()
         self._delays = {Way.UP: 0.0, Way.DOWN: 0.0}
         self._open = {Way.UP: asyncio.Event(), Way.DOWN: asyncio.Event()}
         self._losing, self._losses = b"", 0
@@ -157,7 +159,7 @@ class Proxy:
         except OSError:
             _reset(to_client)
             return
-        link = _Link(to_client, to_server)
+        link = Link(to_client, to_server)
         self._links.add(link)
         ways = [
             asyncio.ensure_future(self._pump(Way.UP, from_client, to_server, link)),
@@ -169,16 +171,20 @@ class Proxy:
         to_client.close()
         to_server.close()
         self._links.discard(link)
+        self._ended(link)
 
-    async def _pump(self, way: Way, source: asyncio.StreamReader, sink: asyncio.StreamWriter, link: _Link) -> None:
+    async def _pump(self, way: Way, source: asyncio.StreamReader, sink: asyncio.StreamWriter, link: Link) -> None:
         try:
             while data := await source.read(_CHUNK_BYTES):
                 if way is Way.UP:
                     self._notice(data, link)
-                elif link.loses_reply:
-                    self.lost += 1
-                    _reset(link.client)
-                    return
+                else:
+                    answer = self._answer(data, link)
+                    if answer is None:
+                        self.lost += 1
+                        _reset(link.client)
+                        return
+                    data = answer
                 if self._delays[way]:
                     await asyncio.sleep(self._delays[way])
                 await self._open[way].wait()
@@ -188,10 +194,19 @@ class Proxy:
         except OSError:
             return  # reset by one of the two, or by us
 
-    def _notice(self, data: bytes, link: _Link) -> None:
+    def _notice(self, data: bytes, link: Link) -> None:
         if self._losses and self._losing in data:
             self._losses -= 1
             link.loses_reply = True
+
+    # For a proxy that knows a protocol -----------------------------------------------------------
+
+    def _answer(self, data: bytes, link: Link) -> bytes | None:
+        """Return what the client is given of this answer; None to lose it and reset the connection."""
+        return None if link.loses_reply else data
+
+    def _ended(self, link: Link) -> None:
+        pass
 
 
 def _bound(port: int) -> socket.socket:

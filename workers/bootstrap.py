@@ -33,7 +33,7 @@ from workers.settings import Settings, SettingsError, load_settings
 log = structlog.get_logger()
 
 
-def consumers() -> None:
+def consumers(routes: Sequence[Route] = ROUTES) -> None:
     """Set up this process to act on events; called by Dramatiq in each worker process."""
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "consumers")
@@ -51,7 +51,7 @@ def consumers() -> None:
         stopping,
         settings.consumers.outage_pause_seconds,
     )
-    declare_handlers(broker, consumer, ROUTES)
+    declare_handlers(broker, consumer, routes)
     # What was imported lives for ever: the collector need not look at it again with every bundle.
     gc.freeze()
     # Dramatiq asks for the global broker next; without this it would make one for RabbitMQ.
@@ -63,6 +63,16 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
     for route in routes:
         declare = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker, throws=Stopping)
         declare(_actor_function(consumer, route))
+
+
+def run_relay(routes: Sequence[Route] = ROUTES) -> None:
+    """Be a relay until SIGTERM or SIGINT."""
+    settings = settings_or_exit()
+    telemetry.configure(settings.telemetry, "relay")
+    running = relay_for(settings, routes)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: running.stop())
+    running.run()
 
 
 def relay_for(settings: Settings, routes: Sequence[Route] = ROUTES) -> Relay:

@@ -1,7 +1,6 @@
 """Commands that run processes: the whole system, one relay, the migration, a client that finds the system."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from workers import schema, telemetry
-from workers.bootstrap import refuse, relay_for, settings_or_exit
+from workers import schema
+from workers.bootstrap import refuse, run_relay
 from workers.cli.output import out, say
 from workers.local import PROCFILE, STOP_SECONDS, LocalSystem, environment_for_clients, local_system
 from workers.settings import load_settings
@@ -48,12 +47,7 @@ def relay() -> None:
 
     Example: dovecote relay
     """
-    settings = settings_or_exit()
-    telemetry.configure(settings.telemetry, "relay")
-    running = relay_for(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: running.stop())
-    running.run()
+    run_relay()
 
 
 def migrate(

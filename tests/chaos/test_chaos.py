@@ -1,0 +1,43 @@
+"""A minute of chaos: real processes, real servers, about forty faults, and not one promise broken."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = 1
+PROMISES = ("lost", "doubled", "never_committed", "out_of_order", "wrong_sums")
+
+
+# The minute, the start of a dozen processes, and the time to come to rest on a busy machine.
+@pytest.mark.timeout(400)
+def test_after_a_minute_of_faults_every_event_has_had_each_effect_once_and_in_order() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos", "--seconds", "60", "--seed", str(SEED), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout)
+    assert {name: report[name] for name in PROMISES} == dict.fromkeys(PROMISES, 0)
+    assert report["seed"] == SEED
+    # It was a real storm, and there was something in it to lose.
+    assert sum(report["faults"].values()) > 25
+    assert report["events"] > 500
+    assert report["rolled_back"] > 5
+
+
+def test_wrong_use_is_one_sentence_and_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos", "--seconds", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--seconds wants at least 5" in done.stderr
