@@ -1,18 +1,23 @@
 """One transaction: its session, the facts it tells, and the events it acts on once.
 
 A service opens its own with `unit_of_work(sessions)`, or puts `UnitOfWork(session)` around a
-transaction it already has, sync or async. Emitted events are written when that transaction commits,
+transaction it already has, sync or async. Where transactions get in each other's way, it hands its story to
+`run_unit_of_work`, which tells it again. Emitted events are written when that transaction commits,
 after the state they tell of, so that an aggregate's row is locked before its event gets a position.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 from sqlalchemy.event import listen
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -35,6 +40,11 @@ class HasEventId(Protocol):
 
 
 AnyEvent = TypeVar("AnyEvent", bound=HasEventId)
+Result = TypeVar("Result")
+
+# serialization_failure and deadlock_detected; Postgres has rolled back, also when they come at the commit
+_CONFLICTS = ("40001", "40P01")
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
 
 
 class UnitOfWork:
@@ -85,6 +95,77 @@ def unit_of_work(
                 yield UnitOfWork(session, headers, keys)
         except StaleDataError as error:
             raise ConcurrentChange(str(error)) from error
+
+
+def run_unit_of_work(
+    sessions: Sessions,
+    work: Callable[[UnitOfWork], Result],
+    headers: Mapping[str, str] | None = None,
+    keys: Keyring | None = None,
+    *,
+    tries: int = 5,
+) -> Result:
+    """Do the work in a transaction of its own and return what it returns.
+
+    When another transaction was in the way (a serialization failure, a deadlock, an aggregate that somebody
+    else changed), the work is done again from its start, in a new transaction, after a short jittered pause:
+    at most `tries` times, within about a second. What `work` does beyond its transaction it does each time.
+    Nothing else is tried again; after a commit without a reply, nobody knows whether it happened.
+    Errors: the last conflict, and whatever the work raises.
+    """
+    for pause_seconds in _pauses(tries):
+        try:
+            with unit_of_work(sessions, headers, keys) as uow:
+                return work(uow)
+        except Exception as error:
+            if not is_conflict(error):
+                raise
+        time.sleep(pause_seconds)
+    with unit_of_work(sessions, headers, keys) as uow:
+        return work(uow)
+
+
+async def run_unit_of_work_async(
+    sessions: "async_sessionmaker[AsyncSession]",
+    work: Callable[[UnitOfWork, AsyncSession], Awaitable[Result]],
+    headers: Mapping[str, str] | None = None,
+    keys: Keyring | None = None,
+    *,
+    tries: int = 5,
+) -> Result:
+    """Like `run_unit_of_work`. The work may await its AsyncSession, and run a service's story in it:
+    `await session.run_sync(lambda _: start_membership(uow, ...))`.
+    """
+
+    async def once() -> Result:
+        async with sessions() as session:
+            try:
+                async with session.begin():
+                    return await work(UnitOfWork(session, headers, keys), session)
+            except StaleDataError as error:
+                raise ConcurrentChange(str(error)) from error
+
+    for pause_seconds in _pauses(tries):
+        try:
+            return await once()
+        except Exception as error:
+            if not is_conflict(error):
+                raise
+        await asyncio.sleep(pause_seconds)
+    return await once()
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Return whether the error says that another transaction was in the way, and that this one left nothing behind."""
+    # The driver's own error knows: psycopg's, or asyncpg's below an AsyncSession.
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return isinstance(cause, ConcurrentChange) or getattr(cause, "sqlstate", None) in _CONFLICTS
+
+
+def _pauses(tries: int) -> Iterator[float]:
+    """Yield the pause after each try but the last: doubling, half of it jitter."""
+    for earlier in range(tries - 1):
+        yield min(_FIRST_PAUSE_SECONDS * 2**earlier, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
 
 
 @dataclass

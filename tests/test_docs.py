@@ -80,7 +80,7 @@ def test_each_way_to_write_from_python_commits_an_order_and_its_fact(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, tmp_path: Path
 ) -> None:
     ways = blocks("Write facts from Python", "python")
-    assert len(ways) == 3
+    assert len(ways) == 4
 
     run_as_a_program(tmp_path, "\n\n".join(ways), DATABASE_URL=fresh_database_url)
 
@@ -88,6 +88,7 @@ def test_each_way_to_write_from_python_commits_an_order_and_its_fact(
         ("4711", "shop.order_placed.v1", "order", "4711", "1999"),
         ("4712", "shop.order_placed.v1", "order", "4712", "500"),
         ("4713", "shop.order_placed.v1", "order", "4713", "250"),
+        ("4716", "shop.order_placed.v1", "order", "4716", "700"),
     ]
 
 

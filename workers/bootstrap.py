@@ -26,9 +26,10 @@ from workers.envelope import read_envelope
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
+from workers.masking import never_show
 from workers.relay.relay import Relay
 from workers.routes import ROUTES, Route, queues
-from workers.settings import Settings, SettingsError, load_settings
+from workers.settings import Settings, SettingsError, load_settings, secrets
 
 log = structlog.get_logger()
 
@@ -122,6 +123,7 @@ def settings_or_exit() -> Settings:
         settings = load_settings()
     except SettingsError as error:
         refuse(str(error))
+    never_show(secrets(settings))
     return settings
 
 

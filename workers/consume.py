@@ -3,7 +3,8 @@
 In one transaction: record the events in `processed_events`, act, commit. Only then is the message
 acknowledged, so a crash anywhere repeats the bundle and the record absorbs what was done. A bundle that
 fails is rolled back and its events are taken one by one; those that fail are written to `deliveries`.
-While Postgres is away the message is held: that spends no attempt.
+While Postgres is away the message is held: that spends no attempt. Neither does a transaction that was in
+another's way, unless it is so time after time.
 """
 
 import random
@@ -17,14 +18,18 @@ from domain.database import Sessions
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from workers import deliveries
 from workers.envelope import Envelope
+from workers.failures import describe
 from workers.gateways import Gateways
-from workers.outages import passes
+from workers.outages import asks_again, passes
 from workers.routes import Route
 from workers.telemetry import links_to, tracer
 
 log = structlog.get_logger()
 
 Result = TypeVar("Result")
+
+# Some seconds of trying, with the pauses of `_wait`; then it is a failure like any other.
+_MOST_CONFLICTS = 8
 
 
 class Stopping(Exception):
@@ -72,17 +77,19 @@ class Consumer:
             if failure is not None:
                 self._one_by_one(route, envelopes, retry, failure)
 
-    def _one_by_one(self, route: Route, envelopes: Sequence[Envelope], retry: bool, failure: Exception) -> None:
+    def _one_by_one(self, route: Route, envelopes: Sequence[Envelope], retry: bool, failure: BaseException) -> None:
         alone = len(envelopes) == 1
         for envelope in envelopes:
             error = failure if alone else self._through_outages(route, [envelope], retry)
             if error is not None:
                 self._record(route, envelope, error)
 
-    def _record(self, route: Route, envelope: Envelope, error: Exception) -> None:
+    def _record(self, route: Route, envelope: Envelope, error: BaseException) -> None:
+        failure = describe(error, envelope)
+
         def write() -> str:
             with self._sessions() as session, session.begin():
-                return deliveries.record_failure(session, route, envelope, error)
+                return deliveries.record_failure(session, route, envelope, error, failure)
 
         state = self._held(write)
         log.warning(
@@ -90,18 +97,23 @@ class Consumer:
             handler=route.handler,
             event_id=str(envelope.event_id),
             state=state,
-            error=f"{type(error).__name__}: {error}",
+            error=failure.headline,
         )
 
-    def _through_outages(self, route: Route, envelopes: Sequence[Envelope], retry: bool) -> Exception | None:
+    def _through_outages(self, route: Route, envelopes: Sequence[Envelope], retry: bool) -> BaseException | None:
         """Act in one transaction; return what the handler raised, if anything."""
+        conflicts = 0
 
-        def act() -> Exception | None:
+        def act() -> BaseException | None:
+            nonlocal conflicts
             try:
                 with unit_of_work(self._sessions, keys=self.keys) as uow:
                     self._act(uow, route, envelopes, retry)
-            except Exception as error:
+            except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
                 if passes(error):
+                    raise
+                if asks_again(error) and conflicts < _MOST_CONFLICTS:
+                    conflicts += 1
                     raise
                 return error
             return None
@@ -145,8 +157,8 @@ class Consumer:
                 self._wait(error, tries)
 
     def _wait(self, error: Exception, tries: int) -> None:
-        pause = min(self._outage_pause_seconds, 0.01 * 2**tries) * random.uniform(0.5, 1.0)
-        if tries in (5, 50) or tries % 500 == 0:
+        pause = min(self._outage_pause_seconds, 0.01 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)
+        if (tries in (5, 50) or tries % 500 == 0) and not asks_again(error):
             log.warning("waiting for postgres", tries=tries, error=f"{type(error).__name__}: {error}")
         if self._stopping.wait(pause):
             raise Stopping from error

@@ -5,12 +5,9 @@ after the effect was rolled back, and goes away with the effect that finally com
 """
 
 import random
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import sha256
-from pathlib import Path
 from uuid import UUID
 
 import psycopg
@@ -20,11 +17,10 @@ from sqlalchemy.orm import Session
 
 from domain.errors import DomainError
 from workers.envelope import Envelope
+from workers.failures import Failure, KilledTheProcess
 from workers.gateways.errors import GatewayUnavailable
 from workers.routes import Route
-from workers.telemetry import current_trace_id, masked
-
-_MOST_ERROR_CHARACTERS = 20_000
+from workers.telemetry import trace_id
 
 _record_failure = text(
     """
@@ -98,8 +94,8 @@ _release = text(
 )
 
 
-def record_failure(session: Session, route: Route, envelope: Envelope, error: BaseException) -> str:
-    """Write down one failed attempt; return the state the event is in now: retrying or dead."""
+def record_failure(session: Session, route: Route, envelope: Envelope, error: BaseException, failure: Failure) -> str:
+    """Write down one failed attempt, described by `failure`; return the state of the event: retrying or dead."""
     so_far = session.execute(
         _attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id}
     ).one_or_none()
@@ -109,7 +105,7 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
         final, pause = False, outage_pause(route, so_far.age if so_far else timedelta())
     else:
         attempts = (so_far.attempts if so_far else 0) + 1
-        final, pause = isinstance(error, DomainError) or attempts >= route.attempts, backoff(route, attempts)
+        final, pause = attempts >= route.attempts or _is_final(route, error), backoff(route, attempts)
     session.execute(
         _record_failure,
         {
@@ -123,10 +119,10 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
             "attempts": attempts,
             # The database's clock decides when, not the worker's.
             "pause_seconds": None if final else pause.total_seconds(),
-            "error_type": type(error).__qualname__,
-            "error_fingerprint": fingerprint(error),
-            "error": _storable(error),
-            "trace_id": current_trace_id(),
+            "error_type": failure.type,
+            "error_fingerprint": failure.fingerprint,
+            "error": failure.text,
+            "trace_id": trace_id(envelope.traceparent),
         },
     )
     return "dead" if final else "retrying"
@@ -134,7 +130,8 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
 
 def backoff(route: Route, attempts: int) -> timedelta:
     """Return the pause after this many attempts: doubling from the route's first, half of it jitter."""
-    longest = min(route.backoff_seconds * 2.0 ** (attempts - 1), route.longest_backoff_seconds)
+    # After 2^64 first pauses the longest one is reached; a float ends at 2^1024.
+    longest = min(route.backoff_seconds * 2.0 ** min(attempts - 1, 64), route.longest_backoff_seconds)
     return timedelta(seconds=longest * random.uniform(0.5, 1.0))
 
 
@@ -144,18 +141,10 @@ def outage_pause(route: Route, age: timedelta) -> timedelta:
     return timedelta(seconds=seconds * random.uniform(0.5, 1.0))
 
 
-def fingerprint(error: BaseException) -> str:
-    """Return a short name shared by failures of one kind: the exception's type and the place it came from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "nowhere"
-    return sha256(f"{type(error).__module__}.{type(error).__qualname__}@{place}".encode()).hexdigest()[:12]
-
-
-def _storable(error: BaseException) -> str:
-    told = masked("".join(traceback.format_exception(error))).replace("\x00", "\\0")
-    # The end of a traceback names the error; cut the middle of a long one.
-    half = _MOST_ERROR_CHARACTERS // 2
-    return told if len(told) <= 2 * half else f"{told[:half]}\n...\n{told[-half:]}"
+def _is_final(route: Route, error: BaseException) -> bool:
+    if isinstance(error, KilledTheProcess):
+        return True
+    return isinstance(error, DomainError) and not isinstance(error, route.may_pass)
 
 
 def not_yet_failed(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:

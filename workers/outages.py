@@ -1,28 +1,32 @@
 """Which errors are trouble that passes, as opposed to a handler's failure. No attempt is spent on them."""
 
-from collections.abc import Iterator
-
 import psycopg
 import redis
 import sqlalchemy.exc
 
+from domain.unit_of_work import is_conflict
+from workers.failures import TimeLimitExceeded, causes
+
 # SQLSTATE classes and codes, PostgreSQL manual, appendix A: connection trouble (08), no resources (53),
-# shutdown, crash, start-up (57P0x), read-only after a failover, and the two that ask to be tried again.
+# shutdown, crash, start-up (57P0x), read-only after a failover.
 _CLASSES = ("08", "53")
-_CODES = {"57P01", "57P02", "57P03", "57P05", "25006", "40001", "40P01", "55P03"}
+_CODES = {"57P01", "57P02", "57P03", "57P05", "25006"}
 
 
 def passes(error: BaseException) -> bool:
-    """Return whether the error, or one it came from, says that a server is away or asks to try again."""
-    return any(_is_passing(cause) for cause in _causes(error))
+    """Return whether the error, or one it came from, says that a server is away."""
+    if any(isinstance(cause, TimeLimitExceeded) for cause in causes(error)):
+        return False  # a connection that breaks when a handler is cut off says nothing of its server
+    return any(_is_passing(cause) for cause in causes(error))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        yield error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
+def asks_again(error: BaseException) -> bool:
+    """Return whether two transactions were in each other's way: the same work may succeed at once."""
+    return any(is_conflict(cause) or _is_locked_out(cause) for cause in causes(error))
+
+
+def _is_locked_out(error: BaseException) -> bool:
+    return isinstance(error, psycopg.errors.LockNotAvailable)
 
 
 def _is_passing(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from domain import billing, pricing, verification
+from domain.errors import DomainError
 from domain.events import Event
 from workers.consumers import billing as on_billing
 from workers.consumers import pricing as on_pricing
@@ -27,6 +28,8 @@ class Route:
     ordered         events of one aggregate take effect in the order they were written
     attempts        tries before an event is dead
     backoff_seconds pause before the second try; it doubles, jittered, up to `longest_backoff_seconds`
+    may_pass        refusals that are tried again like any error; other DomainErrors are final at once
+    time_limit_seconds  longest an event may take, with `bulk` a bundle; then it is cut off, which is an attempt
     """
 
     handler: str
@@ -39,6 +42,8 @@ class Route:
     attempts: int = 8
     backoff_seconds: float = 2.0
     longest_backoff_seconds: float = 3_600.0
+    may_pass: tuple[type[DomainError], ...] = ()
+    time_limit_seconds: float = 60.0
 
     @property
     def event_types(self) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import psycopg
 from dotenv import dotenv_values
@@ -363,6 +363,19 @@ def _unit(name: str, field: FieldInfo) -> str:
     if name.endswith(("_key", "_keys")):
         return "base64"
     return "path" if name.endswith("_path") else "text"
+
+
+def secrets(settings: Settings) -> Iterator[str]:
+    """Yield every secret text in force: keys, and the passwords of URLs, as they are written and as they are sent."""
+    for section in Settings.model_fields:
+        for _, value in getattr(settings, section):
+            if not isinstance(value, SecretStr):
+                continue
+            text = value.get_secret_value()
+            if "://" not in text:
+                yield from (part.partition(":")[2] or part for part in text.split(","))
+            elif password := urlsplit(text).password:
+                yield from {password, unquote(password)}
 
 
 def shown(settings: Settings) -> dict[str, dict[str, str]]:

@@ -7,7 +7,6 @@ Traces   relay.publish (one a batch), consume.bundle (one a bundle, linked to ea
 """
 
 import logging
-import re
 import sys
 from collections.abc import Iterable
 
@@ -23,15 +22,9 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from structlog.typing import Processor
 
 from workers import settings as options
-
-_PHONE = re.compile(r"\+\d[\d ()./-]{5,18}\d")
+from workers.masking import masked
 
 tracer = trace.get_tracer("dovecote")
-
-
-def masked(text: str) -> str:
-    """Return the text without phone numbers (their last two digits stay) and without passwords in URLs."""
-    return _PHONE.sub(lambda found: "+***" + found.group()[-2:], options.without_passwords(text))
 
 
 def configure(telemetry: "options.Telemetry", component: str) -> None:
@@ -51,8 +44,11 @@ def links_to(traceparents: Iterable[str | None]) -> list[trace.Link]:
     return [trace.Link(context) for context in contexts if context.is_valid]
 
 
-def current_trace_id() -> str | None:
+def trace_id(traceparent: str | None) -> str | None:
+    """Return the trace that is being recorded here, else the one that wrote the event, if any did."""
     context = trace.get_current_span().get_span_context()
+    if not context.is_valid and traceparent:
+        context = trace.get_current_span(extract({"traceparent": traceparent})).get_span_context()
     return f"{context.trace_id:032x}" if context.is_valid else None
 
 

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace import TracerProvider
 from psycopg.rows import TupleRow
 from sqlalchemy import Engine, event, make_url, text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm.exc import StaleDataError
 
 from domain import billing
+from domain.database import connect, sessions_for
 from domain.errors import InvalidEvent
 from domain.outbox import MOST_HEADER_BYTES, MOST_PAYLOAD_BYTES
 from domain.pricing import PriceQuoted
-from domain.unit_of_work import UnitOfWork, unit_of_work
+from domain.unit_of_work import UnitOfWork, run_unit_of_work, run_unit_of_work_async, unit_of_work
 from tests.quotes import NOON, a_quote
 
 pytestmark = pytest.mark.servers
@@ -493,3 +495,170 @@ def test_nobody_gets_into_a_partition_by_the_back_door(connection: Connection, r
                 f"insert into dovecote.{partition} (aggregate_type, aggregate_id, event_type, payload)"
                 " values ('a', 'b', 'c.d.v1', '{}')"
             )
+
+
+# Again, when another transaction was in the way -----------------------------------------------------
+
+
+@pytest.fixture
+def accounts(engine: Engine) -> Iterator[None]:
+    with engine.begin() as connection:
+        connection.execute(text("create table accounts (name text primary key, cents int)"))
+        connection.execute(text("insert into accounts values ('a', 0), ('b', 0)"))
+    yield
+    with engine.begin() as connection:
+        connection.execute(text("drop table accounts"))
+
+
+def add(uow: UnitOfWork, name: str) -> None:
+    uow.session.execute(text("update accounts set cents = cents + 1 where name = :name"), {"name": name})
+
+
+def cents(engine: Engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.scalars(text("select cents from accounts order by name")))
+
+
+@pytest.mark.usefixtures("accounts")
+def test_transactions_that_deadlock_all_come_through_with_their_events(
+    engine: Engine, sessions: sessionmaker[Session]
+) -> None:
+    tries = []
+    meeting = threading.Barrier(2)
+
+    def transfer(first: str, second: str) -> None:
+        def work(uow: UnitOfWork) -> None:
+            tries.append(first)
+            add(uow, first)
+            if len(tries) <= 2:
+                meeting.wait(10)  # each holds what the other wants next
+            add(uow, second)
+            uow.emit(a_quote(first))
+
+        run_unit_of_work(sessions, work)
+
+    threads = [threading.Thread(target=transfer, args=pair) for pair in (("a", "b"), ("b", "a"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(tries) == 3, "there was no deadlock"
+    assert cents(engine) == [2, 2]
+    assert sorted(written(engine)) == ["a", "b"]
+
+
+@pytest.mark.usefixtures("accounts")
+def test_serializable_transactions_that_collide_all_come_through(database_url: str) -> None:
+    engine = connect(database_url, pool_size=8).execution_options(isolation_level="SERIALIZABLE")
+    sessions = sessions_for(engine)
+    tries = []
+
+    def work(uow: UnitOfWork) -> None:
+        tries.append(1)
+        seen = uow.session.scalar(text("select sum(cents) from accounts"))
+        uow.session.execute(text("update accounts set cents = :seen + 1 where name = 'a'"), {"seen": seen})
+        uow.emit(a_quote("EUR", seen or 0))
+
+    def change() -> None:
+        for _ in range(5):
+            run_unit_of_work(sessions, work, tries=50)
+
+    threads = [threading.Thread(target=change) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(tries) > 20, "they never collided"
+    assert cents(engine) == [20, 0]
+    assert len(written(engine)) == 20
+    engine.dispose()
+
+
+def raise_in_postgres(uow: UnitOfWork, sqlstate: str) -> None:
+    uow.session.execute(text(f"do $$ begin raise exception 'on purpose' using errcode = '{sqlstate}'; end $$"))
+
+
+@pytest.mark.parametrize(("sqlstate", "tries"), [("40001", 4), ("40P01", 4), ("23505", 1), ("57P01", 1)])
+def test_only_a_conflict_is_tried_again_and_not_for_ever(
+    engine: Engine, sessions: sessionmaker[Session], sqlstate: str, tries: int
+) -> None:
+    tried = []
+
+    def work(uow: UnitOfWork) -> None:
+        tried.append(uow)
+        uow.emit(a_quote())
+        raise_in_postgres(uow, sqlstate)
+
+    with pytest.raises(sqlalchemy.exc.DBAPIError):
+        run_unit_of_work(sessions, work, tries=4)
+
+    assert len(tried) == tries
+    assert len({id(uow.session) for uow in tried}) == tries, "each try has a session of its own"
+    assert written(engine) == []
+
+
+def test_a_conflict_at_the_commit_is_tried_again_with_savepoints_and_all(
+    engine: Engine, sessions: sessionmaker[Session]
+) -> None:
+    tried: list[int] = []
+
+    def work(uow: UnitOfWork) -> str:
+        tried.append(1)
+        uow.emit(a_quote("outside"))
+        with uow.session.begin_nested():
+            uow.emit(a_quote("inside"))
+        savepoint = uow.session.begin_nested()
+        uow.emit(a_quote("dropped"))
+        savepoint.rollback()
+        if len(tried) == 1:
+            event.listen(uow.session, "before_commit", lambda _session: raise_in_postgres(uow, "40001"))
+        return "done"
+
+    assert run_unit_of_work(sessions, work) == "done"
+
+    assert len(tried) == 2
+    assert written(engine) == ["outside", "inside"]
+
+
+def test_an_aggregate_that_somebody_else_changed_is_loaded_again(
+    engine: Engine, sessions: sessionmaker[Session]
+) -> None:
+    tried = []
+
+    def work(uow: UnitOfWork) -> None:
+        tried.append(1)
+        uow.emit(a_quote())
+        if len(tried) == 1:
+            raise StaleDataError("somebody was here")
+
+    run_unit_of_work(sessions, work)
+
+    assert len(tried) == 2
+    assert written(engine) == ["EUR"]
+
+
+def test_an_async_story_is_told_again_too(database_url: str, engine: Engine) -> None:
+    tried = []
+
+    async def story() -> str:
+        async_engine = create_async_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
+
+        async def work(uow: UnitOfWork, session: AsyncSession) -> str:
+            tried.append(session)
+            uow.emit(a_quote("async"))
+            if len(tried) == 1:
+                await session.run_sync(lambda _: raise_in_postgres(uow, "40P01"))
+            if len(tried) == 2:
+                raise StaleDataError("somebody was here")
+            return "done"
+
+        try:
+            return await run_unit_of_work_async(async_sessionmaker(async_engine), work)
+        finally:
+            await async_engine.dispose()
+
+    assert asyncio.run(story()) == "done"
+    assert len(tried) == 3
+    assert written(engine) == ["async"]

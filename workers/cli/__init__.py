@@ -12,7 +12,7 @@ import sqlalchemy.exc
 import typer
 
 from domain.errors import DovecoteError
-from workers import schema, telemetry
+from workers import masking, schema
 from workers.binaries import ServerError
 from workers.bootstrap import refuse
 from workers.cli import benchmarking, looking, maintaining, running, working
@@ -37,7 +37,7 @@ def main() -> None:
         fail(str(error))
     except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
         cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
-        sentence = telemetry.masked(str(cause).strip().splitlines()[0])
+        sentence = masking.masked(str(cause).strip().splitlines()[0])
         if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
             fail(f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`")
         fail(f"{'Postgres is not there' if passes(error) else 'Postgres refused'}: {sentence}")

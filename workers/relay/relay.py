@@ -15,7 +15,7 @@ import structlog
 
 from domain.errors import DovecoteError
 from workers.broker import PASSING, NewerRelay, OutboxBroker, RedisLost
-from workers.outages import passes
+from workers.outages import asks_again, passes
 from workers.relay.leading import Leader
 from workers.relay.maintaining import Maintainer
 from workers.relay.reading import Connection, Reader
@@ -81,7 +81,7 @@ class Relay:
                         tries = 0
                         self._lead(connection)
             except (psycopg.Error, *PASSING, NewerRelay, RedisLost) as error:
-                if isinstance(error, psycopg.Error) and not passes(error):
+                if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error)):
                     raise
                 tries += 1
                 if tries in (1, 10) or tries % 100 == 0:
