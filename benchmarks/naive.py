@@ -56,6 +56,12 @@ APPLY = """
         price = case when excluded.as_of >= latest.as_of then excluded.price else latest.price end,
         as_of = greatest(excluded.as_of, latest.as_of)
 """
+#: The same for asyncpg, which counts its parameters and takes no text for a number or a moment.
+APPLY_POSITIONAL = (
+    APPLY.replace("%(symbol)s", "$1")
+    .replace("%(price)s", "$2::text::numeric")
+    .replace("%(as_of)s", "$3::text::timestamptz")
+)
 _WRITE = """
     insert into dovecote.billing_history (membership_id, user_id, event_type, amount_minor, currency, invoice_id,
                                           description, occurred_at, source_event_id)
@@ -76,7 +82,7 @@ _of_thread = threading.local()
 @dramatiq.actor(queue_name="pricing")
 def apply_quote(event_id: str, event: dict[str, Any]) -> None:
     """Act on one event in one transaction, once."""
-    connection = _connection()
+    connection = connection_of_thread()
     with connection.transaction():
         if connection.execute(_MARK, (event_id, "apply_quote")).fetchone():
             connection.execute(APPLY, event["data"])
@@ -85,7 +91,7 @@ def apply_quote(event_id: str, event: dict[str, Any]) -> None:
 @dramatiq.actor(queue_name="billing")
 def write_history(event_id: str, event: dict[str, Any]) -> None:
     """Write one line of a membership's history, once."""
-    connection = _connection()
+    connection = connection_of_thread()
     with connection.transaction():
         if connection.execute(_MARK, (event_id, "write_history")).fetchone():
             line = {**event["data"], "event_type": event["type"], "source_event_id": event_id}
@@ -127,7 +133,7 @@ def relay_batch(connection: Connection) -> int:
     return len(rows)
 
 
-def _connection() -> Connection:
+def connection_of_thread() -> Connection:
     connection: Connection | None = getattr(_of_thread, "connection", None)
     if connection is None:
         connection = _of_thread.connection = psycopg.connect(os.environ["DATABASE_URL"], autocommit=True)

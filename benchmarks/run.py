@@ -19,6 +19,8 @@ NAMES: Mapping[str, str] = {
     "history": "benchmarks.history:history",
     "idle": "benchmarks.quiet:idle",
     "memory": "benchmarks.quiet:memory",
+    "scale": "benchmarks.scale:scale",
+    "peers": "benchmarks.peers.measuring:peers",
 }
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 
 from benchmarks import limit, naive, seeding
@@ -115,13 +116,15 @@ def _from_the_queue(stage: Stage, options: Options, name: str, load: Load, event
     )
 
 
-def consumed(scene: Scene, events: int, load: Load = QUOTES, processes: int = 1) -> float:
-    """Return the seconds that our consumers took for what is queued."""
+def consumed(scene: Scene, events: int, load: Load = QUOTES, processes: int = 1, probe: Path | None = None) -> float:
+    """Return the seconds that our consumers took for what is queued; with a probe they note when."""
+    module = "benchmarks.probe:ours" if probe else "workers.bootstrap:consumers"
+    more = {"BENCH_PROBE": str(probe)} if probe else {}
     return _from_appearing(
         scene,
         load,
         events,
-        lambda: scene.start_consumers(queues=load.queue, processes=processes, threads=OUR_THREADS),
+        lambda: scene.start_consumers(module, queues=load.queue, processes=processes, threads=OUR_THREADS, more=more),
     )
 
 

@@ -1,0 +1,1 @@
+"""What a Python user would pick instead of us; `dovecote bench peers` measures them beside us."""
