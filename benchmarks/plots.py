@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_PLACE = Path(__file__).parent / "plots"
+#: What benchmarks/README.md shows; a quick run's are put aside.
+SHOWN = Path(__file__).parent / "plots"
+ROUGH = SHOWN / "quick"
 _WITHOUT = "none: matplotlib is not installed; in the checkout, .venv/bin/pip install -e '.[bench]' brings it"
 
 # Okabe and Ito's colours, which people tell apart whatever they see; the markers differ too.
@@ -23,22 +25,19 @@ _STYLE: Any = {
     "lines.linewidth": 2,
     "lines.markersize": 6,
     "svg.hashsalt": "dovecote",
+    "svg.fonttype": "none",
 }
 
 Points = Sequence[Mapping[str, Any]]
 
 
-def draw(curves: Mapping[str, Points], latency_at: int, *, quick: bool) -> list[str] | str:
-    """Draw the curves of `scale`; return the files, or the sentence that says why there are none.
-
-    Those of a quick run are put aside: they are too rough to be shown.
-    """
+def draw(curves: Mapping[str, Points], latency_at: int, place: Path) -> list[str] | str:
+    """Draw the curves of `scale`; return the files, or the sentence that says why there are none."""
     try:
         import matplotlib as mpl
     except ImportError:
         return _WITHOUT
     mpl.use("agg")
-    place = _PLACE / "quick" if quick else _PLACE
     place.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, tuple[Callable[..., None], str]] = {
         "processes": (_processes, f"Worker processes (bundles of 500; latency at {latency_at:,} events/s offered)"),

@@ -37,7 +37,7 @@ def scale(stage: Stage, options: Options) -> Report:
     """Events a second: the best of the curves; the curves are in the details and in benchmarks/plots."""
     size = _Size(options.size(50_000, 10_000), 1.5 if options.quick else 5.0)
     processes, bundles = ((1, 2), (10, 500)) if options.quick else (_PROCESSES, _BUNDLES)
-    loads = (100, 1_000, 5_000) if options.quick else _LOADS
+    loads = (100, 1_000, 3_000) if options.quick else _LOADS
     found: dict[str, list[list[Point]]] = {"processes": [], "bundle_size": [], "load": []}
     for number in options.repeat():
         usual = _point(stage, size, 1, _USUAL_BUNDLE)
@@ -60,7 +60,7 @@ def scale(stage: Stage, options: Options) -> Report:
             "events": size.events,
             "latency_at_events_per_second": PER_SECOND,
             "threads": OUR_THREADS,
-            "plots": plots.draw(curves, PER_SECOND, quick=options.quick),
+            "plots": plots.draw(curves, PER_SECOND, plots.ROUGH if options.quick else plots.SHOWN),
         },
     )
 
@@ -89,19 +89,24 @@ def _loads(stage: Stage, seconds: float, loads: Iterable[int]) -> list[Point]:
     """Offer more and more to one relay and one process of consumers, until they no longer keep up."""
     points: list[Point] = []
     with stage.scene() as scene:
+        noted_one_in = 0
         for load in loads:
             one_in = max(1, load // _NOTED_PER_SECOND)
-            scene.start_relay()
-            scene.start_consumers(
-                "benchmarks.probe:ours",
-                threads=OUR_THREADS,
-                more={"BENCH_PROBE": str(scene.directory / "probe"), "BENCH_PROBE_ONE_IN": str(one_in)},
-            )
+            if one_in != noted_one_in:
+                _start(scene, one_in)
+                noted_one_in = one_in
             points.append(_steady(scene, load, seconds, one_in))
-            scene.stop_processes()
             if not points[-1]["kept_up"]:
                 break
     return points
+
+
+def _start(scene: Scene, one_in: int) -> None:
+    """Start the relay and consumers that note one event in so many."""
+    scene.stop_processes()
+    probe = {"BENCH_PROBE": str(scene.directory / "probe"), "BENCH_PROBE_ONE_IN": str(one_in)}
+    scene.start_consumers("benchmarks.probe:ours", threads=OUR_THREADS, more=probe)
+    scene.start_relay()
 
 
 def _steady(scene: Scene, load: int, seconds: float, one_in: int = 1) -> Point:

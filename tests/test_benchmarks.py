@@ -11,6 +11,7 @@ import pytest
 from psycopg.rows import TupleRow
 from sqlalchemy.orm import Session, sessionmaker
 
+from benchmarks import plots
 from domain.database import connect, sessions_for
 from domain.unit_of_work import unit_of_work
 from tests.support import eventually
@@ -53,6 +54,33 @@ def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
 
     assert done.returncode == 2
     assert "latency" in done.stderr
+
+
+_CURVES = {
+    "by_processes": [{"processes": n, "events_per_second": 1e4, "p50_ms": 2.0, "p99_ms": 9.0} for n in (1, 2)],
+    "by_bundle_size": [
+        {"bundle_size": n, "relay_events_per_second": 1e5, "events_per_second": 1e4, "p50_ms": 2.0, "p99_ms": 9.0}
+        for n in (1, 500)
+    ],
+    "by_load": [{"load": n, "events_per_second": float(n), "p50_ms": 2.0, "p99_ms": 9.0} for n in (10, 1_000)],
+}
+
+
+def test_the_curves_of_scale_become_pictures(tmp_path: Path) -> None:
+    files = plots.draw(_CURVES, 1_000, tmp_path)
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(Path(file).name for file in files)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".svg"}
+    assert "events/s" in (tmp_path / "load.svg").read_text()
+
+
+def test_without_matplotlib_a_sentence_says_how_to_get_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    assert "pip install" in plots.draw(_CURVES, 1_000, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_costs_three_statements_and_one_script(settings: Settings) -> None:

@@ -64,10 +64,25 @@ def _show(report: dict[str, Any]) -> None:
         )
     out.print(table)
     for key, value in report["details"].items():
-        if key not in ("spread", "reach"):
+        if key in ("spread", "reach"):
+            continue
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            out.print(_curve(key, value))
+        else:
             out.print(f"{key}: {value}")
     out.print(f"{'reached' if report['reached'] else 'MISSED'}: {report['details']['reach']}")
     out.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()), style="dim")
+
+
+def _curve(title: str, points: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in points[0]:
+        table.add_column(column, justify="right")
+    for point in points:
+        table.add_row(*(str(value) if isinstance(value, bool) else _number(value) for value in point.values()))
+    return table
 
 
 def _number(value: float | None) -> str:
