@@ -34,6 +34,7 @@ __all__ = [
     "memberships",
     "metadata",
     "outbox",
+    "paused_handlers",
     "price_quotes",
     "processed_events",
     "published_batches",
@@ -57,6 +58,7 @@ published_batches = Table(
     Column("epoch", BigInteger, nullable=False),
     _moment("published_at"),
     Index("published_batches_positions_idx", "positions", postgresql_using="gist"),
+    Index("published_batches_moment_idx", "published_at"),
     postgresql_partition_by="RANGE (published_at)",
 )
 
@@ -88,7 +90,20 @@ deliveries = Table(
         "position",
         postgresql_where=text("state = 'waiting'"),
     ),
-    Index("deliveries_state_idx", "handler_name", "state", "error_fingerprint"),
+    Index("deliveries_listing_idx", "handler_name", "state", "position"),
+    Index("deliveries_group_idx", "state", "handler_name", "error_fingerprint", "updated_at"),
+)
+
+paused_handlers = Table(
+    "paused_handlers",
+    metadata,
+    Column("handler_name", Text, primary_key=True),
+    Column("state", Text, nullable=False, server_default=text("'paused'")),
+    Column("sent_up_to", BigInteger, nullable=False),
+    Column("paused_by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    _moment("paused_at"),
+    CheckConstraint("state in ('paused', 'resuming')", name="paused_handlers_state_is_known"),
 )
 
 subscriptions = Table(
@@ -138,6 +153,8 @@ audit_log = Table(
     Column("action", Text, nullable=False),
     Column("reason", Text),
     Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("login", Text, nullable=False, server_default=text("SESSION_USER")),
+    Column("affected", BigInteger),
 )
 
 dropped_weeks = Table(

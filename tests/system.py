@@ -41,8 +41,7 @@ class System:
 
     def is_quiet(self) -> bool:
         """Everything committed is published, and acted on or given up."""
-        status = self.status()
-        return status.relay.lag_events == 0 and all(not one.unprocessed for one in status.handlers.values())
+        return operations.count_everything(self.engine, self.routes).is_quiet
 
     def until_quiet(self, within_seconds: float = 20) -> operations.Status:
         eventually(self.is_quiet, within_seconds, f"a quiet system; it is {self.status()}")

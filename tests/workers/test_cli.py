@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import typer
 from sqlalchemy import make_url
 from typer.testing import CliRunner
 
@@ -37,6 +39,20 @@ HANDLER_KEYS = {
     "dead",
     "discarded",
     "oldest_unprocessed_seconds",
+    "processed_per_second",
+    "paused",
+    "at_least",
+}
+RELAY_KEYS = {
+    "lag_events",
+    "lag_seconds",
+    "leading",
+    "owner",
+    "epoch",
+    "checkpoint",
+    "published",
+    "published_per_second",
+    "at_least",
 }
 
 
@@ -80,7 +96,7 @@ def test_status_of_a_system_that_nobody_leads_shows_what_waits(tmp_path: Path, f
     status = json.loads(done.stdout)
     assert set(status) == {"relay", "handlers"}
     relay = status["relay"]
-    assert set(relay) == {"lag_events", "lag_seconds", "leading", "owner", "epoch", "checkpoint", "published"}
+    assert set(relay) == RELAY_KEYS
     assert (relay["lag_events"], relay["leading"], relay["owner"], relay["published"]) == (1, False, None, 0)
     assert relay["lag_seconds"] > 0
     assert set(status["handlers"]) == {route.handler for route in ROUTES}
@@ -103,7 +119,9 @@ def test_status_of_a_system_at_work_shows_its_leader_and_what_is_done(tmp_path: 
     relay, handler = machine["relay"], machine["handlers"]["billing.write_history"]
     assert (relay["lag_events"], relay["lag_seconds"], relay["leading"], relay["published"]) == (0, 0, True, 1)
     assert relay["owner"]
-    assert {key: handler[key] for key in HANDLER_KEYS - {"oldest_unprocessed_seconds"}} == {
+    assert {key: handler[key] for key in HANDLER_KEYS - {"oldest_unprocessed_seconds", "processed_per_second"}} == {
+        "paused": None,
+        "at_least": [],
         "processed": 1,
         "unprocessed": 0,
         "retrying": 0,
@@ -111,24 +129,47 @@ def test_status_of_a_system_at_work_shows_its_leader_and_what_is_done(tmp_path: 
         "dead": 0,
         "discarded": 0,
     }
-    assert re.search(r"^relay +led by \S+; 0 events behind, 0\.0 s; 1 published$", people, re.MULTILINE)
-    assert re.search(r"^billing\.write_history +1 +0 +0 +0 +0 *$", people, re.MULTILINE)
+    assert 0 < handler["processed_per_second"] <= 1
+    assert re.search(r"^relay +led by \S+; 0 events behind, 0\.0 s; 1 published, 0\.\d+/s$", people, re.MULTILINE)
+    assert re.search(r"^billing\.write_history +1 +0\.\d+ +0 +0 +0 +0 *$", people, re.MULTILINE)
+
+
+def test_a_watched_status_is_a_line_a_look_and_ends_well_on_ctrl_c(tmp_path: Path, fresh_database_url: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "workers", "status", "--watch", "--every-seconds", "0.2", "--json"],
+        env=environment(tmp_path, {"DATABASE_URL": fresh_database_url}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout
+        assert watching.stderr
+        looks = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        watching.send_signal(signal.SIGINT)
+        code, complaints = watching.wait(30), watching.stderr.read()
+
+    assert [set(look) for look in looks] == [{"relay", "handlers"}] * 2
+    assert (code, complaints) == (0, "")
 
 
 def test_the_version_is_the_distribution_s(tmp_path: Path) -> None:
     assert re.fullmatch(r"dovecote \d+\.\d+\.\d+\n", dovecote(tmp_path, "--version").stdout)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["up"], ["relay"], ["migrate"], ["exec"], ["status"], ["settings"], ["ingest", "prices"], ["demo"]],
-    ids=" ".join,
-)
+def every_command(group: Any, *words: str) -> Iterator[list[str]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, *words, name)
+        else:
+            yield [*words, name]
+
+
+@pytest.mark.parametrize("command", list(every_command(typer.main.get_command(app))), ids=" ".join)
 def test_every_command_s_help_has_an_example(command: list[str]) -> None:
     done = CliRunner().invoke(app, [*command, "--help"])
 
     assert done.exit_code == 0
-    assert re.search(rf"Example: .*dovecote {' '.join(command)}", " ".join(done.output.split()))
+    assert re.search(rf"Example: .*dovecote {' '.join(command)}\b", " ".join(done.output.split()))
 
 
 def test_exec_gives_a_command_what_it_needs_to_find_the_system(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from domain.errors import DovecoteError
 from workers import masking, schema
 from workers.binaries import ServerError
 from workers.bootstrap import refuse
-from workers.cli import benchmarking, looking, maintaining, running, working
+from workers.cli import benchmarking, looking, maintaining, running, status, working
 from workers.cli.output import fail, out
 from workers.home import HomeError
 from workers.outages import passes
@@ -23,7 +23,7 @@ from workers.settings import SettingsError
 from workers.supervisor import CannotRun, ProcfileError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A transactional outbox.")
-for commands in (running, looking, working, maintaining, benchmarking):
+for commands in (running, looking, working, maintaining, benchmarking, status):
     commands.register(app)
 
 

@@ -1,4 +1,4 @@
-"""Commands that only look."""
+"""`dovecote settings`: what can be set, and what is."""
 
 import sys
 from typing import Annotated
@@ -6,47 +6,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from workers import operations
-from workers.bootstrap import engine_during
 from workers.cli.output import AsJson, out, print_json
-from workers.routes import ROUTES
 from workers.settings import load_settings, options, shown
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(status)
     app.command(name="settings")(show_settings)
-
-
-def status(as_json: AsJson = False) -> None:
-    """Show how far the relay is and how each handler stands.
-
-    Example: dovecote status --json
-    """
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        found = operations.status(engine, ROUTES)
-    if as_json:
-        print_json(found.as_json())
-        return
-    relay = found.relay
-    leader = f"led by {relay.owner}" if relay.leading else "nobody leads"
-    out.print(
-        f"relay    {leader}; {relay.lag_events} events behind, {relay.lag_seconds:.1f} s; {relay.published} published"
-    )
-    table = Table("handler", box=None, pad_edge=False)
-    for column in ("processed", "unprocessed", "retrying", "waiting", "dead", "oldest unprocessed"):
-        table.add_column(column, justify="right")
-    for name, handler in found.handlers.items():
-        table.add_row(
-            name,
-            str(handler.processed),
-            str(handler.unprocessed),
-            str(handler.retrying),
-            str(handler.waiting),
-            str(handler.dead),
-            f"{handler.oldest_unprocessed_seconds:.1f} s" if handler.unprocessed else "",
-        )
-    out.print(table)
 
 
 def show_settings(

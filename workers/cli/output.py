@@ -2,6 +2,7 @@
 
 import json
 import sys
+from datetime import datetime
 from typing import Annotated, NoReturn
 
 import typer
@@ -19,8 +20,15 @@ def say(sentence: str) -> None:
     out.print(sentence, markup=False, soft_wrap=True)
 
 
-def print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, default=str) + "\n")
+def print_json(value: object, *, flush: bool = False) -> None:
+    """Print one line of JSON; moments as ISO 8601."""
+    sys.stdout.write(json.dumps(value, default=_as_text) + "\n")
+    if flush:
+        sys.stdout.flush()
+
+
+def _as_text(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def progress_bar(as_json: bool) -> Progress:

@@ -1,0 +1,10 @@
+drop table dovecote.paused_handlers;
+revoke insert (actor, action, reason, affected, details) on dovecote.audit_log from dovecote_worker, dovecote_operator;
+grant insert on dovecote.audit_log to dovecote_worker, dovecote_operator;
+comment on table dovecote.audit_log is null;
+comment on column dovecote.audit_log.actor is null;
+alter table dovecote.audit_log drop column login, drop column affected;
+drop function dovecote.processed_lately;
+drop index dovecote.published_batches_moment_idx;
+create index deliveries_state_idx on dovecote.deliveries (handler_name, state, error_fingerprint);
+drop index dovecote.deliveries_group_idx, dovecote.deliveries_listing_idx;

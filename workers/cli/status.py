@@ -1,0 +1,103 @@
+"""`dovecote status`: the first look, and the one to leave open."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from workers import operations
+from workers.bootstrap import engine_during
+from workers.cli.output import AsJson, out, print_json
+from workers.operations import HandlerStatus, Status
+from workers.routes import ROUTES
+from workers.settings import load_settings
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(status)
+
+
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Go on looking until Ctrl-C.")] = False,
+    every_seconds: Annotated[float, typer.Option(min=0.2, help="Pause between two looks of --watch.")] = 2.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far the relay is and how each handler stands. With --watch --json: one object a line.
+
+    Example: dovecote status --watch
+    """
+    with engine_during(load_settings(needs_redis=False)) as engine:
+
+        def look() -> Status:
+            return operations.status(engine, ROUTES)
+
+        if not watch:
+            found = look()
+            if as_json:
+                print_json(found.as_json())
+            else:
+                out.print(_screen(found))
+            return
+        with suppress(KeyboardInterrupt):
+            _watch(look, every_seconds, as_json)
+
+
+def _watch(look: Callable[[], Status], every_seconds: float, as_json: bool) -> None:
+    if as_json:
+        for found in _looks(look, every_seconds):
+            print_json(found.as_json(), flush=True)
+        return
+    with Live(console=out, auto_refresh=False) as live:
+        for found in _looks(look, every_seconds):
+            live.update(_screen(found), refresh=True)
+
+
+def _looks(look: Callable[[], Status], every_seconds: float) -> Iterator[Status]:
+    while True:
+        yield look()
+        time.sleep(every_seconds)  # the pace the operator asked for
+
+
+def _screen(found: Status) -> RenderableType:
+    relay = found.relay
+    leader = f"led by {relay.owner}" if relay.leading else "nobody leads"
+    first = Text(
+        f"relay    {leader}; {_count(relay, 'lag_events')} events behind, {relay.lag_seconds:.1f} s; "
+        f"{_count(relay, 'published')} published, {relay.published_per_second:g}/s"
+    )
+    if not relay.leading or relay.lag_seconds > 10:
+        first.stylize("bold red")
+    return Group(first, _handlers(found), *_pauses(found))
+
+
+def _handlers(found: Status) -> Table:
+    table = Table("handler", box=None, pad_edge=False)
+    for column in ("processed", "a second", "unprocessed", "retrying", "waiting", "dead", "oldest unprocessed"):
+        table.add_column(column, justify="right")
+    for name, handler in found.handlers.items():
+        table.add_row(
+            name,
+            _count(handler, "processed"),
+            f"{handler.processed_per_second:g}",
+            *(_count(handler, column) for column in ("unprocessed", "retrying", "waiting")),
+            Text(_count(handler, "dead"), style="bold red" if handler.dead else ""),
+            f"{handler.oldest_unprocessed_seconds:.1f} s" if handler.unprocessed else "",
+        )
+    return table
+
+
+def _pauses(found: Status) -> Iterator[Text]:
+    for name, handler in found.handlers.items():
+        if pause := handler.paused:
+            yield Text(f"{pause.state}: {name}, by {pause.by} since {pause.since:%F %T %Z}: {pause.reason}", "yellow")
+
+
+def _count(of: HandlerStatus | operations.RelayStatus, name: str) -> str:
+    return f"{getattr(of, name)}{'+' if name in of.at_least else ''}"
