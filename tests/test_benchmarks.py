@@ -17,7 +17,7 @@ from domain.unit_of_work import unit_of_work
 from tests.support import eventually
 from workers.bootstrap import broker_for
 from workers.broker import OutboxBroker
-from workers.relay.leading import Leader
+from workers.relay.leading import Leader, known_redis
 from workers.relay.reading import Connection, Reader
 from workers.relay.sleeping import Sleeper
 from workers.routes import ROUTES, queues
@@ -139,7 +139,7 @@ def _lead_through(settings: Settings, batches: int) -> _Counted:
             settings=settings.relay.model_copy(update={"batch_size": _BATCH}),
             sleeper=_UntilNothingIsLeft(),
             epoch=epoch,
-            redis_run_id=run_id,
+            known_redis=known_redis(run_id, epoch),
         ).lead()
     counted.scripts = _scripts(broker) - scripts
     # A session tells the statistics what it did when it ends.

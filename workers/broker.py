@@ -37,7 +37,7 @@ PASSING = (redis.RedisError,)
 
 
 class RedisLost(Exception):
-    """Redis no longer knows the relay: it came back empty."""
+    """Redis does not know this relay: it came back empty, or as it was before."""
 
 
 class NewerRelay(Exception):
@@ -95,15 +95,17 @@ class OutboxBroker(RedisBroker):
     def _marker(self) -> str:
         return f"{self.namespace}:__relay__"
 
-    def claim_epoch(self, epoch: int) -> int:
-        """Let only this epoch and newer ones publish; return the epoch found, -1 when there was none.
+    def claim_epoch(self, epoch: int, expected: int | None = None) -> bool:
+        """Let only this epoch publish, until a newer one claims it.
 
-        Errors: NewerRelay.
+        With `expected`, only where Redis still knows that epoch: False means that it does not, and nothing is claimed.
+        Errors: NewerRelay, PASSING.
         """
-        found = int(self._claim_epoch(keys=[self._marker], args=[epoch]))
+        args = [epoch] if expected is None else [epoch, expected]
+        found = int(self._claim_epoch(keys=[self._marker], args=args))
         if found > epoch:
             raise NewerRelay(f"epoch {found} has taken over from {epoch}")
-        return found
+        return expected is None or found == expected
 
     def publish(self, epoch: int, bundles: Sequence[QueuedBundle]) -> int:
         """Put the bundles on their queues with one call; return how many were not there yet.
@@ -120,13 +122,13 @@ class OutboxBroker(RedisBroker):
             raise NewerRelay(f"a newer relay has taken over from epoch {epoch}")
         return added
 
-    def identity(self) -> tuple[str, bool]:
-        """Return the run id of the Redis process and whether our marker is in it."""
+    def identity(self) -> tuple[str, int | None]:
+        """Return the run id of the Redis process and the epoch in its marker, None when there is no marker."""
         pipeline = self.client.pipeline(transaction=False)
         pipeline.info("server")
-        pipeline.exists(self._marker)
-        info, marked = pipeline.execute()
-        return str(info["run_id"]), bool(marked)
+        pipeline.get(self._marker)
+        info, marker = pipeline.execute()
+        return str(info["run_id"]), None if marker is None else int(marker)
 
     def reap(self) -> None:
         """Take back the messages of workers that have been silent too long, on every declared queue.

@@ -177,8 +177,8 @@ def test_only_the_newest_epoch_publishes(broker_with: Brokers) -> None:
 
     with pytest.raises(RedisLost):
         broker.publish(1, [a_bundle("a")])
-    assert broker.claim_epoch(3) == -1
-    assert broker.claim_epoch(10) == 3
+    broker.claim_epoch(3)
+    broker.claim_epoch(10)
     with pytest.raises(NewerRelay):
         broker.claim_epoch(9)
     with pytest.raises(NewerRelay):
@@ -186,6 +186,25 @@ def test_only_the_newest_epoch_publishes(broker_with: Brokers) -> None:
 
     assert queued(broker) == []
     assert broker.publish(10, [a_bundle("a")]) == 1
+
+
+def test_an_epoch_is_claimed_only_where_redis_remembers_the_one_expected(broker_with: Brokers) -> None:
+    broker = broker_with()
+
+    assert not broker.claim_epoch(2, expected=1)
+    assert broker.identity()[1] is None, "an empty Redis was marked"
+    broker.claim_epoch(1)
+    assert broker.claim_epoch(2, expected=1)
+    assert not broker.claim_epoch(3, expected=1)
+    assert broker.identity()[1] == 2
+
+
+def test_a_redis_that_went_back_to_an_older_epoch_takes_nothing(broker_with: Brokers) -> None:
+    broker = broker_with()
+    broker.claim_epoch(1)
+
+    with pytest.raises(RedisLost):
+        broker.publish(2, [a_bundle("a")])
 
 
 # Giving back --------------------------------------------------------------------------------------

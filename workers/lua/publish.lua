@@ -4,14 +4,14 @@
 -- ARGV[1]  the epoch of the caller
 -- ARGV     then for each message: full queue name, message id, message
 --
--- Returns how many messages were new; -1 when the marker is gone (Redis came back empty);
--- -2 when a newer relay has taken over.
-local epoch = redis.call('get', KEYS[1])
-if not epoch then
-    return -1
-end
-if tonumber(epoch) > tonumber(ARGV[1]) then
+-- Returns how many messages were new; -1 when the marker is gone or an older one is back (Redis lost what it was
+-- given); -2 when a newer relay has taken over.
+local epoch = tonumber(redis.call('get', KEYS[1]) or '-1')
+if epoch > tonumber(ARGV[1]) then
     return -2
+end
+if epoch < tonumber(ARGV[1]) then
+    return -1
 end
 local added = 0
 for i = 2, #ARGV, 3 do

@@ -135,7 +135,7 @@ class Relay:
     def _lead(self, connection: Connection) -> None:
         row = connection.execute(_TAKE_OVER, (f"{socket.gethostname()}:{os.getpid()}",)).fetchone()
         assert row is not None, "relay_state has one row"
-        epoch, checkpoint, redis_run_id = row
+        epoch, checkpoint, known_redis = row
         reader = Reader(connection, checkpoint, self._settings.relay.batch_size)
         self._subscribe(connection, reader.frontier)
         log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
@@ -147,7 +147,7 @@ class Relay:
             settings=self._settings.relay,
             sleeper=self._sleeper,
             epoch=epoch,
-            redis_run_id=redis_run_id,
+            known_redis=known_redis,
             maintain=self._maintainer.start,
         )
         leader.lead()

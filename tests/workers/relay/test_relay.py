@@ -178,7 +178,7 @@ def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int],
                 settings=system.settings.relay,
                 sleeper=Sleeper(),
                 epoch=epoch,
-                redis_run_id=None,
+                known_redis=None,
             )
 
         yield build
@@ -340,6 +340,29 @@ def test_what_is_still_queued_is_not_queued_again_when_redis_has_lost_the_rest(s
         eventually(lambda: len(queued_positions(system, "lost")) == 50, 5, "what was lost, again")
         assert queued_positions(system, "lost") == list(range(1, 51))
         assert queued_positions(system, "kept") == list(range(1, 51))
+
+
+@pytest.mark.parametrize("relay", ["the one that leads", "the next one"])
+def test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the_one_we_knew(
+    system_with: SystemWith, relay: str
+) -> None:
+    system = system_with(a_route(bundle_size=10))
+    with system.relay():
+        eventually(lambda: is_asleep(system), 5, "a sleeping relay")
+    with ExitStack() as leading:
+        leading.enter_context(system.relay())
+        write_quotes(system, range(50))
+        eventually(lambda: len(queued_positions(system)) == 50, 5, "everything on the queue")
+        if relay == "the next one":
+            leading.close()
+
+        wipe(system)
+        system.broker.claim_epoch(1)  # what a relay does that slept through its replacement
+
+        with ExitStack() as after:
+            if relay == "the next one":
+                after.enter_context(system.relay())
+            eventually(lambda: queued_positions(system) == list(range(1, 51)), 5, "everything again")
 
 
 def test_a_retry_is_sent_when_it_is_due(system_with: SystemWith) -> None:

@@ -1,0 +1,238 @@
+/* How the relay reads the outbox forward without losing anyone: DESIGN section 4, ADR 0003.
+ *
+ * Writers take positions from a sequence and commit in any order; they announce a floor before their first
+ * position. The reader asks for the horizon, then for rows beyond its frontier, then for rows that have turned
+ * up in the holes below it; it may die after sending a batch and before recording it, and start again.
+ * Every step that is one moment in Postgres is one step here, and Spin tries every order of them.
+ *
+ * In the code:  migrations/sql/0002_outbox.up.sql (announce, horizon), workers/relay/reading.py (Reader).
+ * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
+ * Not in here:  the bell, savepoints (a floor given back with its positions is a transaction rolled back),
+ *               the loss of Postgres' last records (it is a death before recording).
+ */
+
+#ifndef WRITERS
+#define WRITERS 2
+#define EVENTS  2                        /* most events of one transaction */
+#endif
+#define MOST    (WRITERS * EVENTS)       /* positions: a set of them fits into a byte */
+#define BATCH   2                        /* rows of one read, so that reads are cut short too */
+#define NONE    255                      /* no floor */
+#define HAS(set, position)  (((set) >> (position)) & 1)
+#define ONE(position)       (1 << (position))
+#define UPTO(position)      ((1 << ((position) + 1)) - 1)
+
+byte sequence;                           /* the highest position handed out */
+byte visible;                            /* positions of committed rows */
+byte floors[WRITERS] = NONE;             /* the advisory locks of writers at work */
+bool row_locked[2];                      /* an aggregate's row, locked by the transaction that changed it */
+bit  aggregate[8];                       /* whose event has which position */
+byte writers_left = WRITERS;
+
+byte recorded, checkpoint;               /* published_batches and relay_state */
+byte sent;                               /* what has reached the queues, ever */
+byte deaths = 1;
+
+/* A transaction of one or two events of one aggregate, which commits or not. */
+proctype writer(byte me) {
+    byte mine, floor, position, events;
+    bit whose;
+
+    select(events : 1 .. EVENTS);
+    if
+    :: whose = 0
+    :: me > 0 -> whose = 1               /* the first is the first of its kind, whichever that is */
+    fi;
+#ifndef ROW_NOT_LOCKED
+    atomic { !row_locked[whose] -> row_locked[whose] = true }
+#endif
+#ifndef LOCK_AFTER_POSITION
+    floor = sequence;                    /* the trigger: it looks, */
+    floors[me] = floor;                  /* and then takes its lock */
+#endif
+    do
+    :: events > 0 && sequence < MOST ->
+        d_step { sequence++; position = sequence; aggregate[position] = whose; mine = mine | ONE(position); events-- }
+#ifdef LOCK_AFTER_POSITION
+        if
+        :: floors[me] == NONE -> floor = sequence; floors[me] = floor
+        :: else
+        fi
+#endif
+    :: else -> break
+    od;
+#ifdef LOCK_RELEASED_BEFORE_COMMIT
+    floors[me] = NONE;
+#endif
+    if
+    :: d_step {
+        assert((mine & UPTO(checkpoint)) == 0);      /* nothing appears below the checkpoint */
+        visible = visible | mine
+       }
+    :: true                              /* rolled back: its positions are gone for ever */
+    fi;
+    d_step {                             /* locks are released only after the commit is visible */
+        floors[me] = NONE;
+        row_locked[whose] = false;
+        mine = 0; floor = 0; position = 0; whose = 0;
+        writers_left--
+    }
+}
+
+/* The first rows of a set, at most a batch of them. */
+inline take(set, rows, newest) {
+    d_step {
+        rows = 0; newest = 0; taken = 0; p = 1;
+        do
+        :: p <= MOST && taken < BATCH ->
+            if
+            :: HAS(set, p) -> rows = rows | ONE(p); newest = p; taken++
+            :: else
+            fi;
+            p++
+        :: else -> break
+        od;
+        p = 0
+    }
+}
+
+inline horizon() {
+    last_position = sequence
+}
+
+inline read_floors() {
+    d_step {
+        settled = NONE; p = 0;
+        do
+        :: p < WRITERS -> settled = (floors[p] < settled -> floors[p] : settled); p++
+        :: else -> break
+        od;
+        p = 0
+    }
+}
+
+inline read_beyond() { take(visible & ~UPTO(frontier), beyond, newest_beyond); beyond_cut = (taken == BATCH) }
+inline read_late()   { take(visible & holes, late, newest_late); late_cut = (taken == BATCH) }
+
+/* Put rows on the queues, in order. */
+inline send(rows) {
+    d_step {
+        p = 1;
+        do
+        :: p <= MOST ->
+            if
+            :: HAS(rows, p) ->
+                assert(!HAS(by_this_reader, p));             /* nothing twice by one reader */
+                assert(p > newest_of[aggregate[p]]);         /* an aggregate's events in order */
+                newest_of[aggregate[p]] = p;
+                by_this_reader = by_this_reader | ONE(p);
+                sent = sent | ONE(p)
+            :: else
+            fi;
+            p++
+        :: else -> break
+        od;
+        p = 0
+    }
+}
+
+active proctype reader() {
+    byte frontier, holes, last_position, settled, beyond, late, newest_beyond, newest_late;
+    byte by_this_reader, taken, p, next_checkpoint;
+    byte newest_of[2];
+    bool beyond_cut, late_cut;
+
+start_again: true;
+    d_step {                             /* from what is recorded: the holes come back with the batches */
+        frontier = checkpoint; p = 1;
+        by_this_reader = recorded; newest_of[0] = 0; newest_of[1] = 0;
+        do
+        :: p <= MOST ->
+            if
+            :: HAS(recorded, p) ->
+                newest_of[aggregate[p]] = p;
+                frontier = (p > frontier -> p : frontier)
+            :: else
+            fi;
+            p++
+        :: else -> break
+        od;
+        p = 0;
+        holes = UPTO(frontier) & ~UPTO(checkpoint) & ~recorded;
+        next_checkpoint = checkpoint
+    }
+    do
+    ::
+#if defined(ROWS_BEFORE_HORIZON)
+        read_beyond(); read_late(); horizon(); read_floors();
+#elif defined(FLOORS_BEFORE_SEQUENCE)
+        read_floors(); horizon(); read_beyond(); read_late();
+#elif defined(LATE_BEFORE_BEYOND)
+        horizon(); read_floors(); read_late(); read_beyond();
+#else
+        horizon();                       /* the order is the proof */
+        read_floors();
+        read_beyond();
+        read_late();
+#endif
+        d_step {
+            settled = (last_position < settled -> last_position : settled);
+            if
+            :: late_cut ->              /* more have turned up than one batch takes: they go first */
+                beyond = 0;
+                holes = holes & ~late
+            :: else ->
+                newest_beyond = (beyond_cut -> newest_beyond
+                                 : (last_position > newest_beyond -> last_position : newest_beyond));
+                newest_beyond = (newest_beyond > frontier -> newest_beyond : frontier);
+                holes = (holes | (UPTO(newest_beyond) & ~UPTO(frontier))) & ~late & ~beyond & ~UPTO(settled);
+                frontier = newest_beyond;
+#ifdef CHECKPOINT_AT_FRONTIER
+                settled = frontier;
+#endif
+                next_checkpoint = (settled < frontier
+                                   -> (settled > next_checkpoint -> settled : next_checkpoint)
+                                   : (frontier > next_checkpoint -> frontier : next_checkpoint))
+            fi;
+            last_position = 0; settled = 0; newest_beyond = 0; newest_late = 0; taken = 0;
+            beyond_cut = false; late_cut = false
+        }
+#ifdef RECORDED_BEFORE_SENT
+        d_step { recorded = recorded | late | beyond; checkpoint = next_checkpoint }
+        if
+        :: deaths > 0 -> deaths--; late = 0; beyond = 0; goto start_again
+        :: true
+        fi;
+#endif
+        if
+        :: (late | beyond) != 0 -> send(late | beyond)
+        :: else
+        fi;
+        if
+        :: deaths > 0 -> deaths--; late = 0; beyond = 0; goto start_again          /* sent, and not recorded */
+        :: true
+        fi;
+#ifndef RECORDED_BEFORE_SENT
+        d_step { recorded = recorded | late | beyond; checkpoint = next_checkpoint; late = 0; beyond = 0 }
+#endif
+        assert((visible & UPTO(checkpoint) & ~sent) == 0);   /* the checkpoint leaves nobody behind */
+        if
+        :: writers_left == 0 && checkpoint == sequence -> break
+        :: else
+        fi
+    od;
+    assert(sent == visible)              /* the checkpoint has come to the end, and nobody is lost */
+}
+
+init {
+    byte number;
+    atomic {
+        do
+        :: number < WRITERS -> run writer(number); number++
+        :: else -> break
+        od
+    }
+}
+
+/* Under fairness everything committed is sent, and the checkpoint comes to the end. */
+ltl all_is_sent { <> (writers_left == 0 && sent == visible && checkpoint == sequence) }
