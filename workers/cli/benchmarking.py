@@ -88,7 +88,7 @@ def _curve(title: str, points: list[dict[str, Any]]) -> Any:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+    return f"{value:,.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.2f}"
 
 
 def _say(sentence: str) -> None:
