@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
-from sqlalchemy.event import listen
+from sqlalchemy.event import listens_for
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
@@ -183,18 +183,16 @@ class _Facts:
     but written inside it is written again.
     """
 
-    _KEY = "dovecote.facts"
+    KEY = "dovecote.facts"
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self) -> None:
         self._facts: list[_Fact] = []
-        listen(session, "before_commit", self._write)
-        listen(session, "after_soft_rollback", self._undo)
-        listen(session, "after_transaction_end", self._end)
 
     @classmethod
     def of(cls, session: Session) -> "_Facts":
-        facts: _Facts = session.info.setdefault(cls._KEY, None) or cls(session)
-        session.info[cls._KEY] = facts
+        facts: _Facts | None = session.info.get(cls.KEY)
+        if facts is None:
+            facts = session.info[cls.KEY] = cls()
         return facts
 
     def add(self, session: Session, row: dict[str, Any]) -> None:
@@ -202,7 +200,7 @@ class _Facts:
             session.begin()  # as any statement would; without one, close() and rollback() end nothing
         self._facts.append(_Fact(row, emitted_in=session.get_nested_transaction()))
 
-    def _write(self, session: Session) -> None:
+    def write(self, session: Session) -> None:
         waiting = [fact for fact in self._facts if not fact.written]
         if not waiting:
             return
@@ -213,16 +211,35 @@ class _Facts:
         for fact in waiting:
             fact.written, fact.written_in = True, session.get_nested_transaction()
 
-    def _undo(self, _session: Session, rolled_back: SessionTransaction) -> None:
+    def undo(self, rolled_back: SessionTransaction) -> None:
         self._facts = [fact for fact in self._facts if not _within(fact.emitted_in, rolled_back)]
         for fact in self._facts:
             if _within(fact.written_in, rolled_back):
                 fact.written, fact.written_in = False, None
 
-    def _end(self, _session: Session, transaction: SessionTransaction) -> None:
+    def end(self, transaction: SessionTransaction) -> None:
         # Also after close() without commit, which calls no rollback hook.
         if transaction.parent is None:
             self._facts.clear()
+
+
+# On every session there is: to listen to each anew costs a transaction more than writing its event.
+@listens_for(Session, "before_commit")
+def _before_commit(session: Session) -> None:
+    if facts := session.info.get(_Facts.KEY):
+        facts.write(session)
+
+
+@listens_for(Session, "after_soft_rollback")
+def _after_soft_rollback(session: Session, rolled_back: SessionTransaction) -> None:
+    if facts := session.info.get(_Facts.KEY):
+        facts.undo(rolled_back)
+
+
+@listens_for(Session, "after_transaction_end")
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if facts := session.info.get(_Facts.KEY):
+        facts.end(transaction)
 
 
 def _within(inner: SessionTransaction | None, outer: SessionTransaction) -> bool:
