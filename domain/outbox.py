@@ -60,10 +60,15 @@ outbox = Table(
 )
 
 _COLUMNS = ("id", "aggregate_type", "aggregate_id", "event_type", "payload", "headers")
-_INTO = f"insert into dovecote.outbox ({', '.join(_COLUMNS)})"
-_APPEND_ONE = f"{_INTO} values (%s, %s, %s, %s, %s, %s)"
+_APPEND_ONE = """
+    insert into dovecote.outbox (id, aggregate_type, aggregate_id, event_type, payload, headers)
+    values (%s, %s, %s, %s, %s, %s)
+"""
 # One statement for any number of events: the trigger fires once, and unnest keeps their order.
-_APPEND = f"{_INTO} select * from unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::jsonb[], %s::jsonb[])"
+_APPEND = """
+    insert into dovecote.outbox (id, aggregate_type, aggregate_id, event_type, payload, headers)
+    select * from unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::jsonb[], %s::jsonb[])
+"""
 
 
 def append(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
