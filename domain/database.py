@@ -56,6 +56,7 @@ def connect(
             "keepalives_idle": 5,
             "keepalives_interval": 3,
             "keepalives_count": 3,
+            "tcp_user_timeout": 14_000,  # keepalives are silent while something sent is unanswered
             **(connect_args or {}),
         },
     )

@@ -1,9 +1,12 @@
 """A handler whose effects can be counted: each is a row, and nothing stops it from writing one twice."""
 
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import sqlalchemy.exc
 from sqlalchemy import Engine, text
 
 from domain.pricing import PriceQuoted
@@ -58,3 +61,40 @@ def write_quotes(system: System, prices: Sequence[int], symbol: str = "EUR") -> 
     with unit_of_work(system.sessions) as uow:
         for price in prices:
             uow.emit(a_quote(symbol, price))
+
+
+class Writers:
+    """Threads that write quotes until the end of the block, and know how many they committed."""
+
+    def __init__(self, system: System, threads: int = 3, pause_seconds: float = 0.002) -> None:
+        self.written = 0
+        self._pause_seconds = pause_seconds
+        self._system, self._stop, self._lock = system, threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self._write, args=(n,)) for n in range(threads)]
+
+    def __enter__(self) -> "Writers":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def have_written(self, events: int) -> bool:
+        return self.written >= events
+
+    def _write(self, number: int) -> None:
+        price = 0
+        while not self._stop.wait(self._pause_seconds):
+            prices = list(range(price, price + 20))
+            with suppress(sqlalchemy.exc.DBAPIError):
+                write_quotes(self._system, prices, f"S{number}")
+                with self._lock:
+                    self.written += 20
+            price += 20
+
+
+def each_once(effects: Sequence[Effect]) -> bool:
+    return len(effects) == len(set(effects))

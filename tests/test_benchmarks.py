@@ -105,8 +105,9 @@ class _Counted:
 class _UntilNothingIsLeft(Sleeper):
     """Stops the leader when it would sleep for the bell."""
 
-    def sleep(self, seconds: float, connection: Connection | None = None) -> None:
+    def sleep(self, seconds: float, connection: Connection | None = None) -> bool:
         self.stopping = self.stopping or connection is not None
+        return True
 
 
 def _lead_through(settings: Settings, batches: int) -> _Counted:

@@ -266,7 +266,12 @@ class BlockingConsumer(_RedisConsumer):
     def _something_comes(self) -> bool:
         queue = f"{self.broker.namespace}:{self.queue_name}"
         wait_seconds = min(self.timeout, self.broker.idle_wait_ms) / 1_000
-        return self.broker.client.blmove(queue, queue, wait_seconds, "LEFT", "LEFT") is not None
+        try:
+            return self.broker.client.blmove(queue, queue, wait_seconds, "LEFT", "LEFT") is not None
+        except redis.exceptions.OutOfMemoryError:
+            # It moves nothing, but Redis refuses it when it is full: look again a little later instead.
+            self._room.wait(wait_seconds)
+            return True
 
     def ack(self, message: MessageProxy) -> None:
         if not is_handed_back(message):

@@ -104,12 +104,18 @@ class Relay(Section):
         1.0,
         ge=0.05,
         le=60,
-        description="Longest sleep when the bell is silent; retries and dead workers wait as long.",
+        description="Longest time without a look at the outbox when the bell is silent.",
     )
     busy_poll_ms: float = Field(
         10.0, ge=0.5, le=1_000, description="Longest pause between reads while a writer is still at work."
     )
     standby_seconds: float = Field(0.5, ge=0.05, le=60, description="How often a standby tries to take over.")
+    frozen_after_seconds: float = Field(
+        15.0,
+        ge=3,
+        le=3_600,
+        description="A leader silent for so long is frozen, and a standby ends its session.",
+    )
     retry_lease_seconds: float = Field(
         60.0, ge=1, le=86_400, description="A retry sent but not heard of again is sent once more after this."
     )

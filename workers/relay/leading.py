@@ -24,7 +24,8 @@ from workers.telemetry import tracer
 log = structlog.get_logger()
 
 _TICK_SECONDS = 1.0
-_REAP_SECONDS = 5.0
+# A dead worker is found this long after its heartbeat's time-out.
+_REAP_SECONDS = 2.0
 _PARTITIONS_SECONDS = 3_600.0
 
 # Nothing is recorded by a relay that has been replaced: its epoch matches no row any more.
@@ -141,11 +142,14 @@ class Leader:
     def _through_outages(self, work: Callable[[], object]) -> None:
         """Do the work; while Redis is away, wait for it. What it forgot meanwhile is sent again first."""
         tries = 0
+        began = time.monotonic()
         while True:
             try:
                 if tries:
                     self._greet_redis()
                 work()
+                if tries:
+                    self._spare_workers(time.monotonic() - began)
                 return
             except (*PASSING, RedisLost) as error:
                 tries += 1
@@ -156,6 +160,13 @@ class Leader:
                 self._sleeper.sleep(min(1.0, 0.02 * 2 ** min(tries, 8)))
                 # The lock that makes us leader lives in this session: its end must not go unnoticed here.
                 self._connection.execute("select")
+
+    def _spare_workers(self, outage_seconds: float) -> None:
+        """Give live workers time for a heartbeat before the reaper looks: they were cut off just as we were."""
+        timeout_seconds = self._broker.heartbeat_timeout / 1_000
+        if outage_seconds > timeout_seconds / 2:
+            log.info("redis is back", after_seconds=round(outage_seconds, 1))
+            self._next_reaping = max(self._next_reaping, time.monotonic() + timeout_seconds / 2)
 
     def _greet_redis(self) -> None:
         """Put our epoch into Redis; if it is not the Redis we knew, send again what it may have lost."""
@@ -240,7 +251,7 @@ class Leader:
         if self._heard:
             return  # it rang with the answer to that
         if self._holds_bell:
-            self._sleeper.sleep(self._settings.poll_seconds, self._connection)
+            self._sleep_until_called()
             return
         row = self._connection.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone()
         self._holds_bell = row == (True,)
@@ -249,3 +260,12 @@ class Leader:
             self._pause_seconds = min(self._settings.busy_poll_ms / 1_000, self._pause_seconds * 2 or 0.001)
             self._sleeper.sleep(self._pause_seconds)
         # With the bell in hand, read once more before sleeping: for what was written before we took it.
+
+    def _sleep_until_called(self) -> None:
+        """Until the bell rings or it is time to look anyway; retries and the reaper wait for neither."""
+        look_again = time.monotonic() + self._settings.poll_seconds
+        called = False
+        while not called and not self._heard and time.monotonic() < look_again:
+            called = self._sleeper.sleep(min(look_again, self._next_tick) - time.monotonic(), self._connection)
+            if time.monotonic() >= self._next_tick:
+                self._tick()

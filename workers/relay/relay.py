@@ -6,6 +6,7 @@ leadership: all that the next leader starts from is in Postgres.
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from uuid import uuid4
@@ -36,7 +37,16 @@ _SUBSCRIBE = """
     from unnest(%s::text[], %s::text[]) as wanted (handler_name, event_type)
     on conflict do nothing
 """
-
+# The session that holds the leader's lock and has been waiting for its client for too long. A leader says something
+# to Postgres every second, whatever it is doing or waiting for.
+_END_FROZEN_LEADER = """
+    select pid, pg_terminate_backend(pid)
+    from pg_locks join pg_stat_activity using (pid)
+    where locktype = 'advisory' and objsubid = 1 and granted
+      and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
+      and pg_locks.database = (select oid from pg_database where datname = current_database())
+      and wait_event_type = 'Client' and state_change < clock_timestamp() - make_interval(secs => %s)
+"""
 
 # A notification through one server takes a millisecond or two.
 _HEARD_WITHIN_SECONDS = 5.0
@@ -85,7 +95,8 @@ class Relay:
                     raise
                 tries += 1
                 if tries in (1, 10) or tries % 100 == 0:
-                    log.warning("relay starts over", tries=tries, error=f"{type(error).__name__}: {error}")
+                    what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
+                    log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
                 self._sleeper.sleep(min(2.0, 0.05 * 2 ** min(tries, 8)))
 
     @contextmanager
@@ -98,10 +109,14 @@ class Relay:
             keepalives_idle=5,
             keepalives_interval=3,
             keepalives_count=3,
+            tcp_user_timeout=14_000,
             # What the relay records may be lost in a crash of Postgres: it then publishes again, and
             # consumers absorb it. The plan is guarded: positions are read by index, whatever the statistics say.
             options="-c timezone=UTC -c synchronous_commit=off -c jit=off -c enable_seqscan=off"
-            " -c enable_bitmapscan=off -c enable_sort=off",
+            " -c enable_bitmapscan=off -c enable_sort=off"
+            # Postgres, too, is to find out that our machine is gone: until then nobody else leads.
+            " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=3 -c tcp_keepalives_count=3"
+            " -c tcp_user_timeout=14000",
         ) as connection:
             yield connection
 
@@ -121,6 +136,8 @@ class Relay:
 
     def _becomes_leader(self, connection: Connection) -> bool:
         stood_by = False
+        frozen_after = self._settings.relay.frozen_after_seconds
+        next_look = time.monotonic() + frozen_after
         while not self._sleeper.stopping:
             (locked,) = connection.execute("select pg_try_advisory_lock(dovecote.leader_key())").fetchone() or (False,)
             if locked:
@@ -128,9 +145,22 @@ class Relay:
             if not stood_by:
                 stood_by = True
                 log.info("relay stands by")
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + frozen_after / 5
+                self._end_frozen_leader(connection, frozen_after)
             # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
             self._sleeper.sleep(self._settings.relay.standby_seconds)
         return False
+
+    def _end_frozen_leader(self, connection: Connection, frozen_after_seconds: float) -> None:
+        """End the session of a leader that is stopped or cut off: its lock would live as long as the session."""
+        try:
+            ended = connection.execute(_END_FROZEN_LEADER, (frozen_after_seconds,)).fetchall()
+        except psycopg.errors.InsufficientPrivilege as error:
+            log.warning("the leader is frozen, and this login may not end its session", error=str(error))
+            return
+        for pid, _ in ended:
+            log.warning("ended the session of a frozen leader", pid=pid, silent_for_seconds=frozen_after_seconds)
 
     def _lead(self, connection: Connection) -> None:
         row = connection.execute(_TAKE_OVER, (f"{socket.gethostname()}:{os.getpid()}",)).fetchone()

@@ -18,7 +18,9 @@ class Sleeper:
         self.stopping = True
         os.write(self._wake_writer, b".")
 
-    def sleep(self, seconds: float, connection: Connection | None = None) -> None:
-        if not self.stopping:
-            watched = [self._wake_reader, *([connection.fileno()] if connection else [])]
-            select.select(watched, [], [], seconds)
+    def sleep(self, seconds: float, connection: Connection | None = None) -> bool:
+        """Return whether something came before the time was over."""
+        if self.stopping:
+            return True
+        watched = [self._wake_reader, *([connection.fileno()] if connection else [])]
+        return bool(select.select(watched, [], [], max(0.0, seconds))[0])

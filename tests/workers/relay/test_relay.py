@@ -1,8 +1,9 @@
 """The relay as a whole: woken by the bell, replaced when it dies, and never the cause of a loss."""
 
-import threading
+import os
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import pairwise
@@ -12,16 +13,24 @@ from typing import Any
 import orjson
 import psycopg
 import pytest
-import sqlalchemy.exc
 from sqlalchemy import text
 
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests.conftest import Servers, settings_for
-from tests.effects import Effect, a_route, effects_in, make_room_for_effects, note_as, write_quotes
+from tests.effects import (
+    Writers,
+    a_route,
+    each_once,
+    effects_in,
+    make_room_for_effects,
+    note_as,
+    write_quotes,
+)
 from tests.quotes import a_quote
 from tests.support import eventually
 from tests.system import System, system_for
+from workers.bootstrap import relay_for
 from workers.broker import NewerRelay
 from workers.relay.leading import Leader
 from workers.relay.positions import multirange
@@ -162,6 +171,31 @@ def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_wit
         assert [effect.price for effect in effects_in(system.engine)] == [1, 2]
 
 
+def test_a_standby_ends_the_session_of_a_leader_that_says_nothing(system_with: SystemWith) -> None:
+    system = system_with(RELAY__FROZEN_AFTER_SECONDS=3)
+    with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as frozen:
+        frozen.execute("select pg_advisory_lock(dovecote.leader_key())")
+        write_quotes(system, [1])
+
+        with system.relay():
+            eventually(lambda: queued_positions(system) == [1], 15, "the message")
+
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            frozen.execute("select")
+
+
+def test_both_ends_of_a_relay_s_connection_notice_that_the_other_is_gone(system_with: SystemWith) -> None:
+    system = system_with()
+    with relay_for(system.settings, system.routes)._session() as connection:
+        ends = socket.socket(fileno=os.dup(connection.fileno()))
+        theirs = [connection.execute(f"show {name}").fetchone() for name in ("tcp_keepalives_idle", "tcp_user_timeout")]
+        ours = ends.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        ends.close()
+
+    assert theirs == [("5",), ("14000",)]
+    assert ours == 14_000
+
+
 @pytest.fixture
 def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int], Leader]]:
     with ExitStack() as stack:
@@ -275,42 +309,6 @@ def test_stopping_ends_after_the_batch_at_hand(system_with: SystemWith) -> None:
 # What breaks --------------------------------------------------------------------------------------
 
 
-class Writers:
-    """Threads that write quotes until the end of the block, and know how many they committed."""
-
-    def __init__(self, system: System, threads: int = 3) -> None:
-        self.written = 0
-        self._system, self._stop, self._lock = system, threading.Event(), threading.Lock()
-        self._threads = [threading.Thread(target=self._write, args=(n,)) for n in range(threads)]
-
-    def __enter__(self) -> "Writers":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def have_written(self, events: int) -> bool:
-        return self.written >= events
-
-    def _write(self, number: int) -> None:
-        price = 0
-        while not self._stop.wait(0.002):
-            prices = list(range(price, price + 20))
-            with suppress(sqlalchemy.exc.OperationalError):
-                write_quotes(self._system, prices, f"S{number}")
-                with self._lock:
-                    self.written += 20
-            price += 20
-
-
-def each_once(effects: Sequence[Effect]) -> bool:
-    return len(effects) == len(set(effects))
-
-
 def test_losing_every_key_of_redis_under_load_loses_and_doubles_nothing(system_with: SystemWith) -> None:
     def take_time(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         time.sleep(0.001)
@@ -330,7 +328,8 @@ def test_losing_every_key_of_redis_under_load_loses_and_doubles_nothing(system_w
 
 
 def test_what_is_still_queued_is_not_queued_again_when_redis_has_lost_the_rest(system_with: SystemWith) -> None:
-    system = system_with(a_route("test.kept", queue="kept"), a_route("test.lost", queue="lost", bundle_size=7))
+    routes = (a_route("test.kept", queue="kept"), a_route("test.lost", queue="lost", bundle_size=7))
+    system = system_with(*routes, RELAY__POLL_SECONDS=60)
     with system.relay():
         write_quotes(system, range(50))
         eventually(lambda: len(queued_positions(system, "lost")) == 50, 5, "everything on the queues")
@@ -373,7 +372,8 @@ def test_a_retry_is_sent_when_it_is_due(system_with: SystemWith) -> None:
         if len(tried) < 3:
             raise RuntimeError
 
-    system = system_with(a_route(act=fail_at_first, backoff_seconds=0.3, longest_backoff_seconds=0.3))
+    route = a_route(act=fail_at_first, backoff_seconds=0.3, longest_backoff_seconds=0.3)
+    system = system_with(route, RELAY__POLL_SECONDS=60)
 
     with system.running():
         write_quotes(system, [1])
