@@ -80,6 +80,7 @@ deliveries = Table(
     Column("trace_id", Text),
     _moment("first_failed_at"),
     _moment("updated_at"),
+    _moment("leased_until", nullable=True),
     CheckConstraint("state in ('retrying', 'waiting', 'dead', 'discarded')", name="deliveries_state_is_known"),
     Index("deliveries_due_idx", "next_attempt_at", postgresql_where=text("state = 'retrying'")),
     Index(

@@ -237,13 +237,20 @@ _LEASE_DUE = """
         for update skip locked
     ), leased as (
         update dovecote.deliveries d
-        set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s), updated_at = clock_timestamp()
+        set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s),
+            leased_until = now() + make_interval(secs => %(lease_seconds)s), updated_at = clock_timestamp()
         from due where d.handler_name = due.handler_name and d.event_id = due.event_id
         returning d.handler_name, d.event_id, d.position, d.attempts
     )
     select leased.*, dovecote.envelope(o) as envelope
     from leased join dovecote.outbox o on o.id = leased.event_id
     order by leased.position
+"""
+
+# A retry that has failed since has another time than its lease: its backoff is left alone.
+_END_LEASES = """
+    update dovecote.deliveries set next_attempt_at = now()
+    where state = 'retrying' and next_attempt_at = leased_until and next_attempt_at > now()
 """
 
 # Events that wait for nothing any more: their predecessor was resolved while they were being parked.
@@ -269,6 +276,11 @@ def lease_due(connection: psycopg.Connection[TupleRow], limit: int, lease_second
     """
     with connection.cursor(row_factory=class_row(DueDelivery)) as cursor:
         return cursor.execute(_LEASE_DUE, {"limit": limit, "lease_seconds": lease_seconds}).fetchall()
+
+
+def end_leases(connection: psycopg.Connection[TupleRow]) -> int:
+    """Make every retry that was sent due at once, because nobody knows if its message still is; return how many."""
+    return connection.execute(_END_LEASES).rowcount
 
 
 def release_strays(connection: psycopg.Connection[TupleRow], route: Route) -> int:

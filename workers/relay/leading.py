@@ -87,6 +87,8 @@ class Leader:
         Errors: psycopg.OperationalError when the connection is lost, NewerRelay when another has taken over.
         """
         self._listen()
+        # The relay before us may have ended between leasing a retry and sending it.
+        deliveries.end_leases(self._connection)
         self._through_outages(self._greet_redis)
         while not self._sleeper.stopping:
             heard, self._heard = self._heard, set()
@@ -175,6 +177,7 @@ class Leader:
             # Until the last message is sent again no Redis is known: a crash in between starts this over.
             self._know_redis(None)
             self._broker.claim_epoch(self._epoch)
+            deliveries.end_leases(self._connection)
             found = missing.bundles(self._connection, self._reader, self._bundler, self._routes)
             sent = sum(self._broker.publish(self._epoch, bundles) for bundles in found if bundles)
             if sent:

@@ -383,26 +383,72 @@ def test_a_retry_is_sent_when_it_is_due(system_with: SystemWith) -> None:
     assert all(later - earlier > 0.15 for earlier, later in pairwise(tried))
 
 
-def test_a_retry_that_got_lost_is_sent_again_after_its_lease(system_with: SystemWith) -> None:
-    system = system_with(RELAY__RETRY_LEASE_SECONDS=1)
-    write_quotes(system, [1])
+def make_it_retry(system: System, due: str = "now()") -> None:
+    """Let every event in the outbox be one that failed before."""
     with system.engine.begin() as connection:
         connection.execute(
             text(
-                """
+                f"""
                 insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id,
                     event_type, state, attempts, next_attempt_at)
-                select 'test.note', id, position, aggregate_type, aggregate_id, event_type, 'retrying', 1, now()
+                select 'test.note', id, position, aggregate_type, aggregate_id, event_type, 'retrying', 1, {due}
                 from dovecote.outbox
                 """
             )
         )
+
+
+def test_a_retry_that_got_lost_is_sent_again_after_its_lease(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=1)
+    write_quotes(system, [1])
+    make_it_retry(system)
     with system.relay():
         eventually(lambda: queued_positions(system) == [1, 1], 5, "the event and its retry")
 
         wipe(system, "test*")
 
         eventually(lambda: queued_positions(system) == [1], 5, "the retry once more")
+
+
+def test_a_retry_that_was_lost_with_all_of_redis_is_sent_again_at_once(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=3_600)
+    write_quotes(system, [1])
+    make_it_retry(system)
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event and its retry")
+
+        wipe(system)
+
+        eventually(lambda: queued_positions(system) == [1], 20, "the retry once more")
+
+
+def test_a_retry_that_was_lost_with_the_relay_is_sent_again_by_the_next(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=3_600)
+    write_quotes(system, [1])
+    make_it_retry(system)
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event and its retry")
+    wipe(system, "test*")
+
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1], 20, "the retry once more")
+
+
+def test_the_loss_of_redis_cuts_no_backoff_short(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=3_600)
+    write_quotes(system, [1])
+    make_it_retry(system, due="now() + interval '1 hour'")
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1], 10, "the event, as it is sent first")
+        write_quotes(system, [2])
+        eventually(lambda: queued_positions(system) == [1, 2], 10, "another event, in a batch of its own")
+
+        wipe(system)
+
+        eventually(lambda: queued_positions(system) == [2], 20, "the one that never failed")
+        eventually(lambda: one_value(system, "select redis_run_id from dovecote.relay_state"), 20, "a Redis greeted")
+    assert queued_positions(system) == [2]
+    assert one_value(system, "select next_attempt_at > now() + interval '50 minutes' from dovecote.deliveries")
 
 
 def test_terminating_the_relay_s_backend_again_and_again_loses_and_doubles_nothing(system_with: SystemWith) -> None:

@@ -1,0 +1,1 @@
+alter table dovecote.deliveries drop column leased_until;
