@@ -256,7 +256,7 @@ def test_exactly_the_positions_published_are_recorded(system_with: SystemWith) -
     write_quotes(system, [1, 2])
     with suppress(ZeroDivisionError), unit_of_work(system.sessions) as uow:
         uow.emit(a_quote())
-        uow.session.info["dovecote.facts"]._write(uow.session)  # positions are taken, then given up
+        uow.session.info["dovecote.facts"].write(uow.session)  # positions are taken, then given up
         raise ZeroDivisionError
     write_quotes(system, [3])
 
