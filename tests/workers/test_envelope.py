@@ -9,7 +9,6 @@ from domain.errors import InvalidEvent
 from tests.system import System, system_for
 from workers.envelope import read_envelope, read_message
 from workers.relay.bundles import Bundler
-from workers.relay.reading import Row
 from workers.routes import ROUTES
 from workers.settings import Settings
 
@@ -26,7 +25,7 @@ def an_envelope(position: int, extra: str = "0", subject: str = "EUR") -> bytes:
 
 
 def a_message(*envelopes: bytes) -> bytes:
-    rows = [Row(n, "pricing.price_quoted.v1", envelope) for n, envelope in enumerate(envelopes)]
+    rows = [(n, "pricing.price_quoted.v1", envelope) for n, envelope in enumerate(envelopes)]
     (bundle,) = Bundler(ROUTES).bundles(rows)
     return bundle.message
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from workers.broker import QueuedBundle
 from workers.deliveries import DueDelivery
-from workers.relay.reading import Row
+from workers.relay.reading import Row, positions
 from workers.routes import Route
 
 # Redis and the worker hold a whole message in memory; large payloads make smaller bundles.
@@ -39,14 +39,15 @@ class Bundler:
         """Return the messages, each with the positions in it."""
         wanted: dict[str, list[Row]] = {}
         for row in rows:
-            for route in self._by_type.get(row.event_type, ()):
+            _, event_type, _ = row
+            for route in self._by_type.get(event_type, ()):
                 wanted.setdefault(route.handler, []).append(row)
         cut = []
         for handler, its_rows in wanted.items():
             route = self._by_handler[handler]
             for part in _parts(its_rows, route.bundle_size):
-                positions = [row.position for row in part]
-                cut.append((_bundle(route, positions, [row.envelope for row in part]), positions))
+                inside = positions(part)
+                cut.append((_bundle(route, inside, [envelope for _, _, envelope in part]), inside))
         return cut
 
     def retries(self, due: Iterable[DueDelivery]) -> list[QueuedBundle]:
@@ -71,11 +72,11 @@ class Bundler:
 def _parts(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
     for chunk in _chunks(rows, most):
         start, size = 0, 0
-        for end, row in enumerate(chunk):
-            if end > start and size + len(row.envelope) > _MOST_BYTES:
+        for end, (_, _, envelope) in enumerate(chunk):
+            if end > start and size + len(envelope) > _MOST_BYTES:
                 yield chunk[start:end]
                 start, size = end, 0
-            size += len(row.envelope)
+            size += len(envelope)
         yield chunk[start:]
 
 

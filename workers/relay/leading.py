@@ -13,9 +13,10 @@ import structlog
 from workers import deliveries
 from workers.broker import PASSING, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.relay import missing
+from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.positions import multirange
-from workers.relay.reading import Batch, Connection, Reader
+from workers.relay.reading import Batch, Connection, Reader, positions
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
@@ -75,7 +76,9 @@ class Leader:
         self._epoch = epoch
         self._known_redis = known_redis
         self._maintain = maintain
-        self._recorded_checkpoint = reader.checkpoint
+        self._ahead = ReadAhead(reader)
+        #: What is published up to; the reader itself may be a batch ahead.
+        self.checkpoint = self._recorded_checkpoint = reader.checkpoint
         self._heard: set[str] = set()
         self._holds_bell = False
         self._pause_seconds = 0.0
@@ -86,25 +89,30 @@ class Leader:
 
         Errors: psycopg.OperationalError when the connection is lost, NewerRelay when another has taken over.
         """
-        self._listen()
-        # The relay before us may have ended between leasing a retry and sending it.
-        deliveries.end_leases(self._connection)
-        self._through_outages(self._greet_redis)
-        while not self._sleeper.stopping:
-            heard, self._heard = self._heard, set()
-            batch = self._reader.read()
-            if batch.rows:
-                self._publish(batch)
-            if "dovecote_deliveries" in heard:
-                self._send_retries()
-            if time.monotonic() >= self._next_tick:
-                self._tick()
-            if batch.rows:
-                self._stay_awake()
-                self._gather(batch)
-            elif not self._heard:
-                self._rest()
+        with self._ahead:
+            self._listen()
+            # The relay before us may have ended between leasing a retry and sending it.
+            deliveries.end_leases(self._connection)
+            self._through_outages(self._greet_redis)
+            while not self._sleeper.stopping:
+                self._turn()
         self._record_checkpoint()
+
+    def _turn(self) -> None:
+        heard, self._heard = self._heard, set()
+        batch = self._ahead.take()
+        if batch.rows:
+            self._publish(batch)
+        self.checkpoint = batch.checkpoint
+        if "dovecote_deliveries" in heard:
+            self._send_retries()
+        if time.monotonic() >= self._next_tick:
+            self._tick()
+        if batch.rows:
+            self._stay_awake()
+            self._gather(batch)
+        elif not self._heard:
+            self._rest()
 
     # Publishing ------------------------------------------------------------------------------
 
@@ -118,7 +126,7 @@ class Leader:
                 {
                     "checkpoint": batch.checkpoint,
                     "epoch": self._epoch,
-                    "positions": multirange([row.position for row in batch.rows]),
+                    "positions": multirange(positions(batch.rows)),
                     "events": len(batch.rows),
                 },
             )
@@ -130,10 +138,10 @@ class Leader:
             self._through_outages(lambda: self._broker.publish(self._epoch, bundles))
 
     def _record_checkpoint(self) -> None:
-        if self._reader.checkpoint > self._recorded_checkpoint:
-            recorded = self._connection.execute(_RECORD_CHECKPOINT, (self._reader.checkpoint, self._epoch))
+        if self.checkpoint > self._recorded_checkpoint:
+            recorded = self._connection.execute(_RECORD_CHECKPOINT, (self.checkpoint, self._epoch))
             self._require_ownership(recorded.rowcount)
-            self._recorded_checkpoint = self._reader.checkpoint
+            self._recorded_checkpoint = self.checkpoint
 
     def _require_ownership(self, rows_changed: int) -> None:
         if rows_changed != 1:
@@ -172,6 +180,7 @@ class Leader:
 
     def _greet_redis(self) -> None:
         """Put our epoch into Redis; if it is not the Redis we knew, send again what it may have lost."""
+        self._ahead.settle()
         run_id, _ = self._broker.identity()
         if not self._claims_as_known(run_id):
             # Until the last message is sent again no Redis is known: a crash in between starts this over.

@@ -14,10 +14,8 @@ far everything is settled; it must be asked before the rows are (docs/adr/0003-r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import psycopg
-from psycopg.adapt import Loader
 from psycopg.rows import TupleRow
 
 from workers.relay.positions import above, holes, without
@@ -25,12 +23,8 @@ from workers.relay.positions import above, holes, without
 Connection = psycopg.Connection[TupleRow]
 
 
-class Row(NamedTuple):
-    """One event; `envelope` is its CloudEvents JSON in UTF-8."""
-
-    position: int
-    event_type: str
-    envelope: bytes
+#: One event: its position, its type, and its CloudEvents JSON in UTF-8. A plain tuple, as psycopg makes it in C.
+Row = tuple[int, str, bytes]
 
 
 @dataclass(frozen=True)
@@ -41,18 +35,19 @@ class Batch:
     checkpoint: int
 
 
-_SELECT = "select o.position, o.event_type, dovecote.envelope(o) from dovecote.outbox o"
+# As bytes: an envelope goes to Redis as it is, and decoding it would cost as much as all else done with it here.
+_SELECT = "select o.position, o.event_type, convert_to(dovecote.envelope(o), 'UTF8') from dovecote.outbox o"
 _BEYOND = f"{_SELECT} where o.position > %s order by o.position limit %s"
 # Hole by hole: the planner would rather read the whole outbox in order and throw away what is in none.
 _IN_HOLES = """
-    select o.position, o.event_type, dovecote.envelope(o)
+    select o.position, o.event_type, convert_to(dovecote.envelope(o), 'UTF8')
     from unnest(%s::bigint[], %s::bigint[]) as hole (low, high)
     cross join lateral (select * from dovecote.outbox where position between hole.low and hole.high
                         order by position limit %s) o
     order by o.position limit %s
 """
 _IN_BATCHES = """
-    select o.position, o.event_type, dovecote.envelope(o)
+    select o.position, o.event_type, convert_to(dovecote.envelope(o), 'UTF8')
     from unnest(%s::int8multirange) as stretch
     cross join lateral (select * from dovecote.outbox
                         where position >= lower(stretch) and position < upper(stretch) order by position) o
@@ -93,19 +88,21 @@ class Reader:
         late = self._late()
         if len(late) == self._batch_size:
             # More have turned up in the holes than one batch takes. They go first.
-            self._holes = without(self._holes, [row.position for row in late])
+            self._holes = without(self._holes, positions(late))
             return Batch(late, self.checkpoint)
 
-        positions = [row.position for row in beyond]
-        if len(beyond) == self._batch_size:
-            frontier = positions[-1]
-        else:
-            frontier = max(self.frontier, last_position, *positions[-1:])
-        found = without(self._holes, [row.position for row in late])
-        self._holes = above([*found, *holes(self.frontier, frontier, positions)], settled)
+        found = positions(beyond)
+        full = len(beyond) == self._batch_size
+        frontier = found[-1] if full else max(self.frontier, last_position, *found[-1:])
+        still_missing = without(self._holes, positions(late))
+        self._holes = above([*still_missing, *holes(self.frontier, frontier, found)], settled)
         self.frontier = frontier
         self.checkpoint = max(self.checkpoint, min(settled, frontier))
         return Batch([*late, *beyond], self.checkpoint)
+
+    def is_full(self, batch: Batch) -> bool:
+        """Return whether more may be waiting behind this batch."""
+        return len(batch.rows) >= self._batch_size
 
     def rows_in(self, multirange: str) -> list[Row]:
         """Return the rows at exactly these positions, to publish a batch again as it was."""
@@ -128,14 +125,11 @@ class Reader:
         )
 
     def _rows(self, query: str, *parameters: object) -> list[Row]:
-        with self._connection.cursor() as cursor:
-            cursor.adapters.register_loader("text", _Utf8)
-            found = cursor.execute(query, parameters).fetchall()
-        return [Row(position, event_type.decode(), envelope) for position, event_type, envelope in found]
+        with self._connection.cursor(binary=True) as cursor:
+            rows: list[Row] = cursor.execute(query, parameters).fetchall()
+        return rows
 
 
-class _Utf8(Loader):
-    """Text as the bytes it came in: an envelope goes to Redis as it is."""
-
-    def load(self, data: psycopg.abc.Buffer) -> bytes:
-        return bytes(data)
+def positions(rows: Sequence[Row]) -> list[int]:
+    """Return the position of each row."""
+    return [position for position, _, _ in rows]

@@ -181,7 +181,7 @@ class Relay:
             maintain=self._maintainer.start,
         )
         leader.lead()
-        log.info("relay stopped", epoch=epoch, checkpoint=reader.checkpoint)
+        log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
 
     def _subscribe(self, connection: Connection, since_position: int) -> None:
         """Note since when each handler wants each type; what is noted already stays."""

@@ -28,7 +28,7 @@ from tests.quotes import a_quote
 from workers.bootstrap import relay_for
 from workers.relay import reading
 from workers.relay.positions import multirange
-from workers.relay.reading import Batch, Reader, Row
+from workers.relay.reading import Batch, Reader, Row, positions
 from workers.routes import ROUTES
 
 pytestmark = pytest.mark.servers
@@ -83,7 +83,7 @@ def relays(url: str) -> Iterator[Connection]:
 
 
 def positions_in(batch: Batch) -> list[int]:
-    return [row.position for row in batch.rows]
+    return positions(batch.rows)
 
 
 def record(connection: Connection, batch: Batch) -> None:
@@ -105,9 +105,9 @@ class Seen:
     events: list[tuple[int, str, int]] = field(default_factory=list)
 
     def add(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            envelope = json.loads(row.envelope)
-            self.events.append((row.position, envelope["subject"], int(Decimal(envelope["data"]["price"]))))
+        for position, _, envelope in rows:
+            told = json.loads(envelope)
+            self.events.append((position, told["subject"], int(Decimal(told["data"]["price"]))))
 
     @property
     def positions(self) -> list[int]:
@@ -210,7 +210,7 @@ def read_naively(url: str, seen: Seen, stop: threading.Event) -> None:
             last_round = stop.is_set()
             rows = reader._rows(reading._BEYOND, last, 25)
             seen.add(rows)
-            last = rows[-1].position if rows else last
+            last = positions(rows)[-1] if rows else last
             if last_round and not rows:
                 return
             time.sleep(0 if rows else 0.001)
@@ -524,14 +524,14 @@ class Reading(RuleBasedStateMachine):
         self.recorded_before = set(self.recorded)
 
     def _check_this_reader(self) -> None:
-        positions = [row.position for row in self.by_this_reader]
-        assert len(positions) == len(set(positions)), "handed out twice by one reader"
-        assert self.recorded_before.isdisjoint(positions), "handed out although an earlier reader recorded it"
+        handed_out = positions(self.by_this_reader)
+        assert len(handed_out) == len(set(handed_out)), "handed out twice by one reader"
+        assert self.recorded_before.isdisjoint(handed_out), "handed out although an earlier reader recorded it"
         newest: dict[str, int] = {}
-        for row in self.by_this_reader:
-            aggregate = json.loads(row.envelope)["subject"]
-            assert row.position > newest.get(aggregate, 0), "an aggregate's events in the wrong order"
-            newest[aggregate] = row.position
+        for position, _, envelope in self.by_this_reader:
+            aggregate = json.loads(envelope)["subject"]
+            assert position > newest.get(aggregate, 0), "an aggregate's events in the wrong order"
+            newest[aggregate] = position
 
     def teardown(self) -> None:
         if not hasattr(self, "relay"):
