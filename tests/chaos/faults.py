@@ -135,7 +135,8 @@ def _redis_empty(stage: Stage, _fault: Fault) -> Iterator[None]:
 @contextmanager
 def _redis_a_second_short(stage: Stage, _fault: Fault) -> Iterator[None]:
     """The last second had not reached the disk: `appendfsync everysec` promises no more."""
-    (log,) = (stage.redis.data / "appendonlydir").glob("*.incr.aof")
+    # Two of them while the file is being rewritten; what is written now goes to the newer one.
+    log = max((stage.redis.data / "appendonlydir").glob("*.incr.aof"), key=lambda file: file.stat().st_mtime)
     size = log.stat().st_size
     time.sleep(1)  # the second that will be forgotten
     stage.redis.kill()

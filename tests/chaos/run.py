@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import redis
 
@@ -127,7 +128,7 @@ def _befall_all(
                 try:
                     befalling.__enter__()
                     going.append((fault, befalling))
-                except (Moot, psycopg.Error, redis.RedisError) as why:
+                except (Moot, psutil.Error, psycopg.Error, redis.RedisError) as why:
                     say(f"         it found nothing to befall: {why}".rstrip())
                     moot.append(fault)
             stage.keep_writing()

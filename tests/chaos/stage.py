@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import redis
+import sqlalchemy.exc
 from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 
@@ -227,8 +228,10 @@ class Stage:
         """Return how long it took until nothing was due, and nothing on a queue; None if it did not come to that."""
         began = time.monotonic()
         while time.monotonic() - began < within_seconds:
-            if not self._is_anything_due() and not self.left_on_queues():
-                return time.monotonic() - began
+            # Postgres may still be recovering from the last fault.
+            with suppress(sqlalchemy.exc.OperationalError, redis.RedisError):
+                if not self._is_anything_due() and not self.left_on_queues():
+                    return time.monotonic() - began
             time.sleep(0.2)  # a pace: each look reads whole tables
         return None
 
