@@ -1,0 +1,461 @@
+"""The lines that protect something, each with a way to break it and the tests that must notice.
+
+One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations/test_mutants.py looks), `new` takes
+its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
+"""
+
+from dataclasses import dataclass
+
+READING = "tests/workers/relay/test_reading_forward.py"
+RELAY = "tests/workers/relay/test_relay.py"
+BROKER = "tests/workers/test_broker.py"
+CONSUME = "tests/workers/test_consume.py"
+WRITING = "tests/domain/test_unit_of_work.py"
+RETENTION = "tests/workers/test_retention.py"
+ENVELOPE = "tests/workers/test_envelope.py"
+
+OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
+RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One protecting line, broken."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    # Writing ------------------------------------------------------------------------------------
+    Mutant(
+        "no floor is announced",
+        OUTBOX_SQL,
+        "if not pg_try_advisory_xact_lock_shared(\n                dovecote.floor_key(",
+        "if false and not pg_try_advisory_xact_lock_shared(\n                dovecote.floor_key(",
+        READING,
+    ),
+    Mutant(
+        "the floor is announced after the position",
+        OUTBOX_SQL,
+        "create trigger announce before insert",
+        "create trigger announce after insert",
+        READING,
+    ),
+    Mutant(
+        "the floor is that of the highest position, not of one's own",
+        OUTBOX_SQL,
+        "coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0)",
+        "coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1",
+        READING,
+    ),
+    Mutant(
+        "a transaction announces itself once in a session's life",
+        OUTBOX_SQL,
+        "announced := set_config('dovecote.announced', this_transaction, true);",
+        "announced := set_config('dovecote.announced', this_transaction, false);",
+        READING,
+    ),
+    Mutant(
+        "the sequence hands out blocks of positions",
+        OUTBOX_SQL,
+        "create sequence dovecote.outbox_position as bigint cache 1;",
+        "create sequence dovecote.outbox_position as bigint cache 20;",
+        READING,
+    ),
+    Mutant(
+        "nobody rings the bell",
+        OUTBOX_SQL,
+        "if not pg_try_advisory_xact_lock_shared(dovecote.bell_key()) then",
+        "if false then",
+        f"{WRITING} {RELAY}",
+    ),
+    Mutant(
+        "events get their positions before the aggregate's row is locked",
+        "domain/unit_of_work.py",
+        "        session.flush()\n        outbox.append(",
+        "        outbox.append(",
+        WRITING,
+    ),
+    Mutant(
+        "a savepoint rolled back keeps the facts told inside it",
+        "domain/unit_of_work.py",
+        "[fact for fact in self._facts if not _within(fact.emitted_in, rolled_back)]",
+        "list(self._facts)",
+        WRITING,
+    ),
+    Mutant(
+        "what was written inside a savepoint rolled back is not written again",
+        "domain/unit_of_work.py",
+        "            if _within(fact.written_in, rolled_back):\n",
+        "            if False:\n",
+        WRITING,
+    ),
+    Mutant(
+        "facts outlive the transaction they were told in",
+        "domain/unit_of_work.py",
+        "            self._facts.clear()",
+        "            pass",
+        WRITING,
+    ),
+    Mutant(
+        "a writer may go round the trigger into a partition",
+        OUTBOX_SQL,
+        "    on dovecote.outbox to dovecote_writer, dovecote_worker;\n",
+        "    on dovecote.outbox, dovecote.outbox_default to dovecote_writer, dovecote_worker;\n",
+        WRITING,
+    ),
+    # Reading ------------------------------------------------------------------------------------
+    Mutant(
+        "floors are not asked for",
+        OUTBOX_SQL,
+        "settled := least(last_position, lowest_floor);",
+        "settled := last_position;",
+        READING,
+    ),
+    Mutant(
+        "the checkpoint goes to the frontier",
+        "workers/relay/reading.py",
+        "self.checkpoint = max(self.checkpoint, min(settled, frontier))",
+        "self.checkpoint = max(self.checkpoint, frontier)",
+        READING,
+    ),
+    Mutant(
+        "a hole that is settled is kept for ever",
+        "workers/relay/reading.py",
+        "above([*found, *holes(self.frontier, frontier, positions)], settled)",
+        "[*found, *holes(self.frontier, frontier, positions)]",
+        READING,
+    ),
+    Mutant(
+        "holes are not looked into",
+        "workers/relay/reading.py",
+        "        if not self._holes:\n            return []",
+        "        if True:\n            return []",
+        READING,
+    ),
+    Mutant(
+        "a new reader forgets the holes above the checkpoint",
+        "workers/relay/reading.py",
+        "                self._holes += holes(self.frontier, stop - 1, range(max(start, self.frontier + 1), stop))\n",
+        "",
+        READING,
+    ),
+    Mutant(
+        "late rows are asked for before those beyond",
+        "workers/relay/reading.py",
+        "        beyond = self._rows(_BEYOND, self.frontier, self._batch_size)\n",
+        "        early = self._late()\n        beyond = self._rows(_BEYOND, self.frontier, self._batch_size)\n"
+        "        self._late = lambda: early  # type: ignore[method-assign]\n",
+        READING,
+    ),
+    Mutant(
+        "a batch cut short leaves out what it did not take",
+        "workers/relay/reading.py",
+        "        if len(beyond) == self._batch_size:\n            frontier = positions[-1]",
+        "        if False:\n            frontier = positions[-1]",
+        READING,
+    ),
+    # Publishing ---------------------------------------------------------------------------------
+    Mutant(
+        "a batch is recorded and not sent",
+        "workers/relay/leading.py",
+        "            self._send(self._bundler.bundles(batch.rows))\n            recorded =",
+        "            recorded =",
+        RELAY,
+    ),
+    Mutant(
+        "an old epoch may record",
+        "workers/relay/leading.py",
+        "        where epoch = %(epoch)s returning epoch\n",
+        "        where epoch > 0 returning epoch\n",
+        RELAY,
+    ),
+    Mutant(
+        "an old epoch goes on although its record was refused",
+        "workers/relay/leading.py",
+        "        if rows_changed != 1:\n",
+        "        if False:\n",
+        RELAY,
+    ),
+    Mutant(
+        "an old epoch may publish",
+        "workers/lua/publish.lua",
+        "if epoch > tonumber(ARGV[1]) then",
+        "if false then",
+        f"{BROKER} {RELAY}",
+    ),
+    Mutant(
+        "an empty Redis is published to as if it knew us",
+        "workers/lua/publish.lua",
+        "if epoch < tonumber(ARGV[1]) then",
+        "if false then",
+        f"{BROKER} {RELAY}",
+    ),
+    Mutant(
+        "an older relay takes the marker back",
+        "workers/lua/claim_epoch.lua",
+        "if found <= tonumber(ARGV[1]) and",
+        "if",
+        f"{BROKER} {RELAY}",
+    ),
+    Mutant(
+        "the marker is not compared where it is claimed",
+        "workers/lua/claim_epoch.lua",
+        "and (not ARGV[2] or found == tonumber(ARGV[2])) then",
+        "then",
+        f"{BROKER} {RELAY}",
+    ),
+    Mutant(
+        "a message is queued again while it is queued",
+        "workers/lua/publish.lua",
+        "if redis.call('hsetnx', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2]) == 1 then",
+        "if redis.call('hset', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2]) >= 0 then",
+        BROKER,
+    ),
+    Mutant(
+        "nobody looks whether Redis is the one we knew",
+        "workers/relay/leading.py",
+        "        self._through_outages(self._check_redis)\n",
+        "",
+        RELAY,
+    ),
+    Mutant(
+        "what Redis lost is not sent again",
+        "workers/relay/leading.py",
+        "sent = sum(self._broker.publish(self._epoch, bundles) for bundles in found if bundles)",
+        "sent = sum(0 for bundles in found if bundles)",
+        RELAY,
+    ),
+    Mutant(
+        "a Redis is known before what it lost is sent again",
+        "workers/relay/leading.py",
+        "            self._know_redis(None)\n",
+        "            self._know_redis(known_redis(run_id, self._epoch))\n",
+        RELAY,
+    ),
+    Mutant(
+        "a relay that leads is not alone",
+        "workers/relay/relay.py",
+        "            if locked:\n",
+        "            if True:\n",
+        RELAY,
+    ),
+    Mutant(
+        "the relay sleeps without a last look",
+        "workers/relay/leading.py",
+        "            self._sleeper.sleep(self._pause_seconds)\n",
+        "            self._sleeper.sleep(self._pause_seconds)\n"
+        "        else:\n            self._sleeper.sleep(self._settings.poll_seconds, self._connection)\n",
+        RELAY,
+    ),
+    Mutant(
+        "a writer need not ring once the relay has slept",
+        "workers/relay/leading.py",
+        '            self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")\n',
+        "",
+        f"{RELAY} tests/test_benchmarks.py",
+    ),
+    Mutant(
+        "a retry that was sent is forgotten",
+        "workers/deliveries.py",
+        "set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s)",
+        "set next_attempt_at = now() + interval '1 year'",
+        RELAY,
+    ),
+    # Consuming ----------------------------------------------------------------------------------
+    Mutant(
+        "a handler acts before it is marked",
+        "workers/consume.py",
+        "        fresh = uow.once(route.handler, envelopes)\n",
+        "        fresh = list(envelopes)\n",
+        CONSUME,
+    ),
+    Mutant(
+        "a mark that is there is an error",
+        "domain/processed_events.py",
+        "    on conflict do nothing\n",
+        "",
+        CONSUME,
+    ),
+    Mutant(
+        "bundles that overlap mark in any order",
+        "domain/processed_events.py",
+        "    order by event_id\n",
+        "    order by md5(random()::text)\n",
+        CONSUME,
+    ),
+    Mutant(
+        "a bundle that failed is given up as a whole",
+        "workers/consume.py",
+        "error = failure if alone else self._through_outages(route, [envelope], retry)",
+        "error = failure",
+        CONSUME,
+    ),
+    Mutant(
+        "a failure that cannot be recorded is acknowledged",
+        "workers/consume.py",
+        "        state = self._held(write)\n",
+        "        try:\n            state = write()\n        except Exception:\n            state = 'lost'\n",
+        CONSUME,
+    ),
+    Mutant(
+        "trouble that passes spends an attempt",
+        "workers/consume.py",
+        "                if passes(error):\n                    raise\n",
+        "",
+        CONSUME,
+    ),
+    Mutant(
+        "a redelivered bundle takes up what failed, before its time",
+        "workers/consume.py",
+        "pick = deliveries.still_due if retry else deliveries.not_yet_failed",
+        "pick = deliveries.still_due if retry else lambda session, route, envelopes: list(envelopes)",
+        CONSUME,
+    ),
+    Mutant(
+        "a retry takes up what is no longer due",
+        "workers/consume.py",
+        "pick = deliveries.still_due if retry else deliveries.not_yet_failed",
+        "pick = (lambda session, route, envelopes: list(envelopes)) if retry else deliveries.not_yet_failed",
+        CONSUME,
+    ),
+    Mutant(
+        "two workers with one retry do not wait for each other",
+        "workers/deliveries.py",
+        "and event_id = any(:event_ids) and state = 'retrying'\n    for update\n",
+        "and event_id = any(:event_ids) and state = 'retrying'\n",
+        CONSUME,
+    ),
+    Mutant(
+        "what was discarded fails back to life",
+        "workers/deliveries.py",
+        "        where known.state <> 'discarded'\n",
+        "",
+        CONSUME,
+    ),
+    Mutant(
+        "an ordered handler asks for no predecessor",
+        "workers/consume.py",
+        "        if route.ordered and envelopes:\n",
+        "        if False:\n",
+        CONSUME,
+    ),
+    Mutant(
+        "an event goes although the one before it in its bundle must wait",
+        "workers/deliveries.py",
+        "if before is not None and (before not in here or before in waiting):",
+        "if before is not None and before not in here:",
+        CONSUME,
+    ),
+    Mutant(
+        "what waits is not sent on by the one it waited for",
+        "workers/consume.py",
+        "            deliveries.release(session, route, envelopes)\n",
+        "            pass\n",
+        CONSUME,
+    ),
+    Mutant(
+        "strays wait for ever",
+        "workers/relay/leading.py",
+        "                deliveries.release_strays(self._connection, route)\n",
+        "                pass\n",
+        RELAY,
+    ),
+    Mutant(
+        "a discarded event blocks its aggregate",
+        OUTBOX_SQL,
+        "where d.event_id = before.id and d.handler_name = handler and d.state = 'discarded')",
+        "where d.event_id = before.id and d.handler_name = handler and d.state = 'nothing')",
+        CONSUME,
+    ),
+    Mutant(
+        "an attempt counts for nothing",
+        "workers/deliveries.py",
+        "attempts = (so_far.attempts if so_far else 0) + 1",
+        "attempts = so_far.attempts if so_far else 1",
+        CONSUME,
+    ),
+    Mutant(
+        "a provider that is away spends attempts",
+        "workers/deliveries.py",
+        "    if isinstance(error, GatewayUnavailable):\n",
+        "    if False:\n",
+        CONSUME,
+    ),
+    # The broker ---------------------------------------------------------------------------------
+    Mutant(
+        "nobody reaps the dead",
+        "workers/broker.py",
+        "self._look_at(name, pipeline, maintain=True)",
+        "self._look_at(name, pipeline, maintain=False)",
+        BROKER,
+    ),
+    Mutant(
+        "the relay does not reap",
+        "workers/relay/leading.py",
+        "            self._through_outages(self._broker.reap)\n",
+        "            pass\n",
+        RELAY,
+    ),
+    Mutant(
+        "messages are handed back in reverse",
+        "workers/lua/hand_back.lua",
+        "for i = #ARGV, 1, -1 do",
+        "for i = 1, #ARGV do",
+        BROKER,
+    ),
+    Mutant(
+        "messages are handed back to the tail",
+        "workers/lua/hand_back.lua",
+        "redis.call('lpush', KEYS[2], ARGV[i])",
+        "redis.call('rpush', KEYS[2], ARGV[i])",
+        BROKER,
+    ),
+    Mutant(
+        "what a lost reply held is not asked for",
+        "workers/broker.py",
+        "                self.broker.reclaim(self.queue_name)\n",
+        "",
+        BROKER,
+    ),
+    Mutant(
+        "a message that failed is acknowledged",
+        "workers/broker.py",
+        "            self._stopping.wait(self._pause_seconds)\n            hand_back(message)\n",
+        "            self._stopping.wait(self._pause_seconds)\n",
+        BROKER,
+    ),
+    Mutant(
+        "a message that cannot be read comes back for ever",
+        "workers/broker.py",
+        "        if unreadable:\n            self.broker.bury_unreadable(self.queue_name)\n",
+        "",
+        BROKER,
+    ),
+    Mutant(
+        "one payload that cannot be read takes its bundle along",
+        "workers/envelope.py",
+        "        if not envelopes:\n            raise\n",
+        "        raise\n",
+        ENVELOPE,
+    ),
+    # Retention ----------------------------------------------------------------------------------
+    Mutant(
+        "a week that is needed is dropped all the same",
+        RETENTION_SQL,
+        "        raise exception 'week % is still needed: %', week, in_the_way using errcode = 'object_in_use';\n",
+        "        raise notice 'week % is still needed: %', week, in_the_way;\n",
+        RETENTION,
+    ),
+    Mutant(
+        "a dropped week takes events again",
+        RETENTION_SQL,
+        "        raise exception 'the outbox refuses the event: id % is of %, a week that was dropped;",
+        "        raise notice 'the outbox refuses the event: id % is of %, a week that was dropped;",
+        RETENTION,
+    ),
+)
