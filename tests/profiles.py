@@ -5,12 +5,9 @@ import os
 from hypothesis import HealthCheck, settings
 
 # Real servers on a loaded machine keep no deadline, and their fixtures are cleaned by the tests themselves.
-_RELAXED = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
-}
-settings.register_profile("dovecote", **_RELAXED)
-settings.register_profile("thorough", **_RELAXED, max_examples=5_000)
+_ON_SERVERS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+settings.register_profile("dovecote", deadline=None, suppress_health_check=_ON_SERVERS)
+settings.register_profile("thorough", deadline=None, suppress_health_check=_ON_SERVERS, max_examples=5_000)
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 settings.load_profile("thorough" if THOROUGH else "dovecote")

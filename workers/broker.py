@@ -380,7 +380,7 @@ class OrjsonEncoder(Encoder):
     def decode(self, data: bytes) -> MessageData:
         try:
             decoded: MessageData = read_message(data)
-        except orjson.JSONDecodeError as error:
+        except ValueError as error:
             raise DecodeError(f"not a message: {data[:200]!r}", data, error) from None
         return decoded
 

@@ -16,6 +16,17 @@ from domain.errors import InvalidEvent
 from domain.events import Event, read_event
 from domain.privacy import Keyring
 
+# What the broker and Dramatiq's worker take for granted in a message.
+_FIELDS: Mapping[str, type] = {
+    "queue_name": str,
+    "actor_name": str,
+    "args": list,
+    "kwargs": dict,
+    "options": dict,
+    "message_id": str,
+    "message_timestamp": int,
+}
+
 
 @dataclass(frozen=True)
 class Envelope:
@@ -53,16 +64,28 @@ def read_message(data: bytes) -> dict[str, Any]:
 
     Postgres keeps JSON that a parser here refuses, such as 1e400 or a thousand brackets. Such a payload
     must not take its bundle along: its envelope comes without `data`, and says why in `unreadable`.
-    Errors: orjson.JSONDecodeError for what is no message at all.
+    Errors: ValueError for what is no message at all.
     """
     try:
-        message: dict[str, Any] = orjson.loads(data)
+        return _checked(orjson.loads(data))
     except orjson.JSONDecodeError:
         head, *envelopes, tail = data.split(b"\n")
         if not envelopes:
             raise
-        message = orjson.loads(head + tail)
+        message = _checked(orjson.loads(head + tail))
         message["args"] = [[_read_alone(line.removesuffix(b",")) for line in envelopes]]
+        return message
+
+
+def _checked(message: Any) -> dict[str, Any]:
+    # Whoever fetches a message would fall over one that lacks any of it, again and again.
+    if not isinstance(message, dict) or not message.keys() >= _FIELDS.keys():
+        raise ValueError("not a message of Dramatiq: fields are missing")
+    for name, kind in _FIELDS.items():
+        if not isinstance(message[name], kind):
+            raise ValueError(f"not a message of Dramatiq: {name} is no {kind.__name__}")
+    if not isinstance(message["options"].get("redis_message_id"), str):
+        raise ValueError("not a message of Dramatiq's Redis broker: its options have no redis_message_id")
     return message
 
 
@@ -72,8 +95,18 @@ def _read_alone(envelope: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         # The payload comes last, and a quote inside of a text is escaped: this is where it begins.
         attributes, _, _ = envelope.partition(b',"data":')
-        fields = orjson.loads(attributes + b"}")
+        fields = _attributes(attributes + b"}")
         fields |= {"data": None, "unreadable": str(error)}
+    return fields
+
+
+def _attributes(envelope: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(envelope)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"a line that is no envelope: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError("a line that is no envelope: it is not a JSON object")
     return fields
 
 
@@ -91,8 +124,9 @@ def read_envelope(fields: Mapping[str, Any], keys: Keyring | None = None) -> Env
             position=int(fields["position"]),
             time=fields["time"],
             data=fields["data"],
-            traceparent=fields.get("traceparent"),
-            correlation_id=fields.get("correlationid"),
+            # Headers are the writer's own: what is no text in them is no reason to lose the event.
+            traceparent=_text_or_none(fields.get("traceparent")),
+            correlation_id=_text_or_none(fields.get("correlationid")),
             keys=keys,
             unreadable=fields.get("unreadable"),
         )
@@ -100,3 +134,7 @@ def read_envelope(fields: Mapping[str, Any], keys: Keyring | None = None) -> Env
         raise ValueError(f"an envelope without {error.args[0]!r}") from error
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"an envelope that cannot be read: {error}") from error
+
+
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -55,8 +55,8 @@ MUTANTS = (
     Mutant(
         "a transaction announces itself once in a session's life",
         OUTBOX_SQL,
-        "announced := set_config('dovecote.announced', this_transaction, true);",
-        "announced := set_config('dovecote.announced', this_transaction, false);",
+        "if current_setting('dovecote.announced', true) is distinct from this_transaction then",
+        "if current_setting('dovecote.announced', true) is null then",
         READING,
     ),
     Mutant(
