@@ -28,7 +28,6 @@ from workers.cli import app
 from workers.envelope import read_envelope, read_message
 from workers.ingest import Columns, NotReadable, Refusal, ingest, opened, prices
 from workers.relay.bundles import Bundler
-from workers.relay.reading import Row
 from workers.routes import ROUTES
 
 COLUMNS = Columns("symbol", "price", "at")
@@ -98,7 +97,7 @@ def test_an_event_is_refused_in_words_or_comes_back_as_it_went_in(
                 "select position, event_type, dovecote.envelope(o) from dovecote.outbox o where id = %s", found
             ).fetchone()
             assert row, "an event that was taken is gone"
-            rows.append(Row(row[0], QUOTED, row[2].encode()))
+            rows.append((row[0], QUOTED, row[2].encode()))
             written.append((found[0], *event))
         except psycopg.Error as refusal:
             refusals.append(refusal)
@@ -139,7 +138,7 @@ ENVELOPE = (
     b'"type":"pricing.price_quoted.v1","subject":"EUR","time":"2026-11-20T12:00:00+00:00","position":"1",'
     b'"data":{"symbol": "EUR"}}'
 )
-MESSAGE = Bundler(ROUTES).bundles([Row(n, QUOTED, ENVELOPE) for n in range(3)])[0].message
+MESSAGE = Bundler(ROUTES).bundles([(n, QUOTED, ENVELOPE) for n in range(3)])[0].message
 
 
 @st.composite
@@ -171,7 +170,7 @@ def test_bytes_are_a_message_or_are_said_to_be_none(data: bytes) -> None:
 @settings(max_examples=examples(100, 10_000))
 def test_a_payload_that_cannot_be_read_takes_no_other_event_along(payload: str, place: int) -> None:
     line = ENVELOPE.replace(b'{"symbol": "EUR"}', payload.replace("\n", " ").encode())
-    rows = [Row(n, QUOTED, line if n == place else ENVELOPE) for n in range(3)]
+    rows = [(n, QUOTED, line if n == place else ENVELOPE) for n in range(3)]
 
     (bundle,) = Bundler(ROUTES).bundles(rows)
     envelopes = [read_envelope(fields) for fields in read_message(bundle.message)["args"][0]]

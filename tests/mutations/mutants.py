@@ -10,11 +10,14 @@ READING = "tests/workers/relay/test_reading_forward.py"
 RELAY = "tests/workers/relay/test_relay.py"
 BROKER = "tests/workers/test_broker.py"
 CONSUME = "tests/workers/test_consume.py"
+ANY_ORDER = "tests/workers/test_consuming_in_any_order.py"
 WRITING = "tests/domain/test_unit_of_work.py"
 RETENTION = "tests/workers/test_retention.py"
 ENVELOPE = "tests/workers/test_envelope.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
+WRITERS_SQL = "migrations/sql/0012_writers.up.sql"
+BLOCKER_SQL = "migrations/sql/0013_blocker.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
 
@@ -33,7 +36,7 @@ MUTANTS = (
     # Writing ------------------------------------------------------------------------------------
     Mutant(
         "no floor is announced",
-        OUTBOX_SQL,
+        WRITERS_SQL,
         "if not pg_try_advisory_xact_lock_shared(\n                dovecote.floor_key(",
         "if false and not pg_try_advisory_xact_lock_shared(\n                dovecote.floor_key(",
         READING,
@@ -47,15 +50,15 @@ MUTANTS = (
     ),
     Mutant(
         "the floor is that of the highest position, not of one's own",
-        OUTBOX_SQL,
+        WRITERS_SQL,
         "coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0)",
         "coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1",
         READING,
     ),
     Mutant(
         "a transaction announces itself once in a session's life",
-        OUTBOX_SQL,
-        "if current_setting('dovecote.announced', true) is distinct from this_transaction then",
+        WRITERS_SQL,
+        "if current_setting('dovecote.announced', true) is distinct from pg_current_xact_id()::text then",
         "if current_setting('dovecote.announced', true) is null then",
         READING,
     ),
@@ -68,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "nobody rings the bell",
-        OUTBOX_SQL,
+        WRITERS_SQL,
         "if not pg_try_advisory_xact_lock_shared(dovecote.bell_key()) then",
         "if false then",
         f"{WRITING} {RELAY}",
@@ -126,8 +129,8 @@ MUTANTS = (
     Mutant(
         "a hole that is settled is kept for ever",
         "workers/relay/reading.py",
-        "above([*found, *holes(self.frontier, frontier, positions)], settled)",
-        "[*found, *holes(self.frontier, frontier, positions)]",
+        "above([*still_missing, *holes(self.frontier, frontier, found)], settled)",
+        "[*still_missing, *holes(self.frontier, frontier, found)]",
         READING,
     ),
     Mutant(
@@ -155,8 +158,8 @@ MUTANTS = (
     Mutant(
         "a batch cut short leaves out what it did not take",
         "workers/relay/reading.py",
-        "        if len(beyond) == self._batch_size:\n            frontier = positions[-1]",
-        "        if False:\n            frontier = positions[-1]",
+        "        full = len(beyond) == self._batch_size\n",
+        "        full = False\n",
         READING,
     ),
     # Publishing ---------------------------------------------------------------------------------
@@ -367,9 +370,9 @@ MUTANTS = (
     ),
     Mutant(
         "a discarded event blocks its aggregate",
-        OUTBOX_SQL,
-        "where d.event_id = before.id and d.handler_name = handler and d.state = 'discarded')",
-        "where d.event_id = before.id and d.handler_name = handler and d.state = 'nothing')",
+        BLOCKER_SQL,
+        "and d.state = 'discarded')",
+        "and d.state = 'nothing')",
         CONSUME,
     ),
     Mutant(

@@ -101,6 +101,16 @@ class Bench:
             )
             return [Delivery(*row) for row in found]
 
+    def discard(self, price: int) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(
+                text(
+                    "update dovecote.deliveries d set state = 'discarded', next_attempt_at = null"
+                    " from dovecote.outbox o where o.id = d.event_id and o.payload ->> 'price' = :price"
+                ),
+                {"price": str(price)},
+            )
+
     def states(self) -> list[tuple[str, str]]:
         return [(delivery.symbol, delivery.state) for delivery in self.deliveries()]
 
@@ -403,6 +413,21 @@ def test_a_dead_event_blocks_its_aggregate_and_no_other(bench: Bench) -> None:
     assert bench.states() == [("A", "dead"), ("A", "waiting"), ("A", "waiting")]
     assert bench.release_strays(route) == 0
     assert bench.effects() == [("B", 3)]
+
+
+def test_discarding_an_event_that_waits_frees_nobody_behind_it(bench: Bench) -> None:
+    route = a_route(act=Failing({1: FOR_EVER}, lambda: Refused("no")), ordered=True)
+    bench.consumer.consume(route, bench.write(1, 2, 3, symbol="A"))
+    assert bench.states() == [("A", "dead"), ("A", "waiting"), ("A", "waiting")]
+
+    bench.discard(2)
+
+    assert bench.release_strays(route) == 0
+    assert bench.effects() == []
+    bench.discard(1)
+    assert bench.release_strays(route) == 1
+    bench.retry(route)
+    assert bench.effects() == [("A", 3)]
 
 
 def test_an_event_waits_for_the_one_before_it_in_another_worker_s_hands(bench: Bench) -> None:
