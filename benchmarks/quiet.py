@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import psutil
-
 from benchmarks import seeding
 from benchmarks.footprint import Footprint
 from benchmarks.harness import Options, Process, Scene, Stage
+from benchmarks.processor import family
 from benchmarks.report import Report
 from benchmarks.throughput import drained, until_acted_on
 from workers.routes import ROUTES, queues
@@ -25,7 +24,7 @@ def idle(stage: Stage, options: Options) -> Report:
     for _ in options.repeat(quick=1):
         with stage.scene() as scene:
             scene.start_relay()
-            for queue in queues(ROUTES):
+            for queue in _four_queues():
                 scene.start_consumers(queues=queue)
             # What is measured is that nothing happens for so long; the start must be over first.
             time.sleep(3.0)
@@ -47,12 +46,20 @@ def idle(stage: Stage, options: Options) -> Report:
         details={
             "statements_per_second": [round(one, 2) for one in statements],
             "cpu_percent_of_each": parts,
+            "queues": _four_queues(),
+            "not_measured": "the console, which does not exist yet",
             "seconds": seconds,
         },
     )
 
 
 idle.postgres_settings = {"log_statement": "all"}  # type: ignore[attr-defined]
+
+
+def _four_queues() -> list[str]:
+    """Return the queue of each consumer process; where there are fewer than four, the first has two."""
+    names = queues(ROUTES)
+    return [*names, *names[: max(0, 4 - len(names))]]
 
 
 def memory(stage: Stage, options: Options) -> Report:
@@ -115,20 +122,15 @@ def _watching(relay: Process, consumers: Process) -> Iterator[dict[str, int]]:
 
 def _rss(process: Process) -> int:
     """Return the largest resident size among a process and its children: of Dramatiq's, that is the worker."""
-    return max(one.memory_info().rss for one in _family(process))
+    return max(one.memory_info().rss for one in family(process))
 
 
 def _used(processes: Sequence[Process]) -> dict[str, float]:
     """Return the processor seconds each has used with its children."""
     return {
-        f"{number} {process.name}": sum(sum(one.cpu_times()[:2]) for one in _family(process))
+        f"{number} {process.name}": sum(sum(one.cpu_times()[:2]) for one in family(process))
         for number, process in enumerate(processes)
     }
-
-
-def _family(process: Process) -> list[psutil.Process]:
-    parent = psutil.Process(process.popen.pid)
-    return [parent, *parent.children(recursive=True)]
 
 
 def _statements(stage: Stage) -> int:

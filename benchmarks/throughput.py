@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from benchmarks import limit, naive, seeding
+from benchmarks import limit, naive, processor, seeding
 from benchmarks.footprint import Footprint
 from benchmarks.harness import Options, Scene, Stage
 from benchmarks.report import Report, ratio
@@ -31,7 +32,9 @@ def relay(stage: Stage, options: Options) -> Report:
     for number in options.repeat(quick=2):
         with stage.scene() as scene:
             footprint = Footprint(scene)
+            empty = _redis_bytes(scene)
             rounds["ours"].append(events / relayed(scene, events))
+            queued = (_redis_bytes(scene) - empty) / events
             rounds["limit"].append(events / limit.run(scene))
             of_rows.append(events / limit.run(scene, limit.ROWS))
             scene.stop_processes()
@@ -54,6 +57,7 @@ def relay(stage: Stage, options: Options) -> Report:
             "events": events,
             "naive_events": events // 5,
             "limit_of_bare_rows": round(median(of_rows), 1),
+            "redis_bytes_per_queued_event": round(queued, 1),
             **kept.details(),
         },
     )
@@ -159,11 +163,12 @@ def _from_appearing(scene: Scene, load: Load, events: int, start: Callable[[], o
 def drain(stage: Stage, options: Options) -> Report:
     """A committed backlog to committed effects, relay and consumers at once."""
     events = options.size(100_000, 50_000)
+    costs: dict[str, float] = {}
     rounds: Rounds = {"ours": [], "naive": []}
     for number in options.repeat():
         with stage.scene() as scene:
             footprint = Footprint(scene)
-            rounds["ours"].append(events / drained(scene, events))
+            rounds["ours"].append(events / drained(scene, events, costs))
             footprint.mark(events)
             if number == 0:
                 drained(scene, events)
@@ -178,17 +183,28 @@ def drain(stage: Stage, options: Options) -> Report:
         reach="at least 15 times naive; nothing dead or bloated",
         rounds=rounds,
         reached=(ratio(rounds, "naive") or 0) >= 15 and kept.is_clean,
-        details={"events": events, "naive_events": events // 10, **kept.details()},
+        details={
+            "events": events,
+            "naive_events": events // 10,
+            "processor_us_per_event": costs,
+            **kept.details(),
+        },
     )
 
 
-def drained(scene: Scene, events: int, processes: int = 1) -> float:
-    """Commit events, let relay and consumers at them; return the seconds until the last effect."""
+def drained(scene: Scene, events: int, costs: dict[str, float] | None = None) -> float:
+    """Commit events, let relay and consumers at them; return the seconds until the last effect.
+
+    `costs` takes what an event cost each kind of process, in microseconds of one processor.
+    """
     done = scene.one(QUOTES.effects)
-    scene.start_consumers(processes=processes, threads=OUR_THREADS)
+    scene.start_consumers(threads=OUR_THREADS)
     with scene.relay_on_standby():
         seeding.outbox(scene, events)
+        before = processor.used(scene)
     acted_on_at = until_acted_on(scene, done + events)
+    if costs is not None:
+        costs.update(processor.microseconds_each(before, processor.used(scene), events))
     seconds = acted_on_at - _leads_since(scene)
     scene.stop_processes()
     return seconds
@@ -213,6 +229,11 @@ def until_acted_on(scene: Scene, events: int, load: Load = QUOTES) -> float:
         lambda: scene.one(load.effects) == events, _WITHIN_SECONDS, f"{events} effects are committed", every=0.025
     )
     return time.time()
+
+
+def _redis_bytes(scene: Scene) -> int:
+    about: Any = scene.client.info("memory")
+    return int(about["used_memory"])
 
 
 def _until_naive_is_sent(scene: Scene) -> None:

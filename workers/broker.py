@@ -35,6 +35,10 @@ _LUA = Path(__file__).parent / "lua"
 #: All of it passes once somebody has seen to the server; what we hold is worth waiting for.
 PASSING = (redis.RedisError,)
 
+#: Of one process. It uses one for each queue and delay queue it waits on, and one for each thread that
+#: acknowledges; without an end, a process of many threads could use up what the server gives to all.
+MOST_CONNECTIONS = 64
+
 
 class RedisLost(Exception):
     """Redis does not know this relay: it came back empty, or as it was before."""
@@ -385,12 +389,18 @@ class OrjsonEncoder(Encoder):
         return decoded
 
 
-def connect_redis(url: str, socket_timeout_seconds: float) -> redis.Redis:
-    """Return a client that never repeats a command by itself: a lost reply may have been a fetch."""
-    return redis.Redis.from_url(
+def connect_redis(url: str, socket_timeout_seconds: float, max_connections: int = MOST_CONNECTIONS) -> redis.Redis:
+    """Return a client that never repeats a command by itself: a lost reply may have been a fetch.
+
+    Whoever finds all connections in use waits for one, as long as for an answer.
+    """
+    pool = redis.BlockingConnectionPool.from_url(
         url,
+        max_connections=max_connections,
+        timeout=socket_timeout_seconds,
         socket_timeout=socket_timeout_seconds,
         socket_connect_timeout=5,
         socket_keepalive=True,
         retry=Retry(NoBackoff(), 0),
     )
+    return redis.Redis.from_pool(pool)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,15 @@ from tests.conftest import Servers, settings_for
 from tests.effects import a_route
 from tests.support import eventually
 from workers.bootstrap import _StopsWaiting, broker_for, declare_handlers, gateways_for
-from workers.broker import BlockingConsumer, HandBackWhatFails, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from workers.broker import (
+    BlockingConsumer,
+    HandBackWhatFails,
+    NewerRelay,
+    OutboxBroker,
+    QueuedBundle,
+    RedisLost,
+    connect_redis,
+)
 from workers.consume import Consumer
 
 pytestmark = pytest.mark.servers
@@ -387,3 +396,20 @@ def test_stopping_during_an_outage_gives_every_message_back_in_order(servers: Se
         assert queued(broker) == list("abcdef")
     finally:
         clean(broker)
+
+
+def test_a_process_of_many_threads_holds_no_more_connections_than_it_may(servers: Servers) -> None:
+    client = connect_redis(servers.redis_url, 5.0, max_connections=3)
+    names = [f"dovecote-test-{uuid4().hex}"] * 40
+    together = threading.Barrier(len(names))
+
+    def ask(name: str) -> int:
+        together.wait()
+        client.client_setname(name)
+        return sum(one["name"] == name for one in client.client_list())
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        most = max(threads.map(ask, names))
+    client.close()
+
+    assert 1 <= most <= 3
