@@ -1,7 +1,8 @@
 """What an event is, how it becomes JSON and back, and which events exist.
 
 An event is a frozen dataclass that names its wire type, `<slice>.<fact>.v<n>`. The name and the shape
-of a version never change once they have been written; a new shape is a new version.
+of a version never change once they have been written; a new shape is a new version. Code knows the
+newest class of a fact only; an upcaster makes the payload of an older version one of the next.
 """
 
 import json
@@ -23,7 +24,11 @@ from domain.privacy import Keyring
 type_name = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*\.v[1-9][0-9]*")
 _aggregate_name = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
+Upcaster = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
 _registry: "dict[str, type[Event]]" = {}
+# By the older type: the type right after it, and how to get there.
+_upcasters: dict[str, tuple[str, Upcaster]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +116,70 @@ def sensitive() -> Any:
     return field(metadata={"sensitive": True}, repr=False)
 
 
+def upcaster(older: str, newer: str) -> Callable[[Upcaster], Upcaster]:
+    """Register a pure function from the payload of one version to that of the next.
+
+        @upcaster("shop.order_placed.v1", "shop.order_placed.v2")
+        def _with_currency(payload: Mapping[str, Any]) -> dict[str, Any]:
+            return {**payload, "currency": "EUR"}
+
+    A sealed field may stay or go, but not get another name: the seal is bound to it.
+    Errors: InvalidEvent unless the two are neighbouring versions of one fact, or when there is one already.
+    """
+    fact, version = versioned(older)
+    if versioned(newer) != (fact, version + 1):
+        raise InvalidEvent(f"an upcaster leads to the next version of the same fact, not from {older} to {newer}")
+
+    def register(upcast_one: Upcaster) -> Upcaster:
+        known = _upcasters.get(older)
+        if known is not None and known[1].__qualname__ != upcast_one.__qualname__:
+            raise InvalidEvent(f"{older} has an upcaster already: {known[1].__qualname__}")
+        _upcasters[older] = newer, upcast_one
+        return upcast_one
+
+    return register
+
+
+def versioned(type: str) -> tuple[str, int]:
+    """Return the fact and the version of a wire type: `shop.order_placed` and 2.
+
+    Errors: InvalidEvent when it is no wire type.
+    """
+    if not type_name.fullmatch(type):
+        raise InvalidEvent(f"type {type!r} is not <slice>.<fact>.v<n>")
+    fact, _, version = type.rpartition(".v")
+    return fact, int(version)
+
+
+def readable_as(event_class: type[Event]) -> list[str]:
+    """Return the wire types that are read as this class: its own, and the older versions of it, newest first."""
+    types = [event_class.type]
+    older = {newer: older for older, (newer, _) in _upcasters.items()}
+    while types[-1] in older:
+        types.append(older[types[-1]])
+    return types
+
+
+def upcast(type: str, payload: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the newest type that this one leads to, and the payload in its shape."""
+    while type in _upcasters:
+        type, step = _upcasters[type]
+        payload = step(payload)
+    return type, payload
+
+
 def read_event(type: str, event_id: UUID, payload: Mapping[str, Any], keys: Keyring | None = None) -> Event:
-    """Return the event that a row or an envelope holds.
+    """Return the event that a row or an envelope holds, as the newest version of it.
 
     Errors: UnknownEvent when no class has that type; InvalidEvent when the payload does not fit it;
             CannotOpen when a sensitive field was sealed with a key that is not among these.
     """
     try:
-        event_class = _registry[type]
+        newest, payload = upcast(type, payload) if type in _upcasters else (type, payload)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise InvalidEvent(f"{type} {event_id}: its payload is not of that version: {error!r}") from None
+    try:
+        event_class = _registry[newest]
     except KeyError:
         raise UnknownEvent(f"event {event_id} has the unknown type {type!r}") from None
     return event_class.from_payload(event_id, payload, keys)

@@ -10,7 +10,7 @@ from typing import Any
 
 from domain import billing, pricing, verification
 from domain.errors import DomainError
-from domain.events import Event
+from domain.events import Event, readable_as
 from workers.consumers import billing as on_billing
 from workers.consumers import pricing as on_pricing
 from workers.consumers import verification as on_verification
@@ -47,7 +47,8 @@ class Route:
 
     @property
     def event_types(self) -> list[str]:
-        return [event.type for event in self.events]
+        """Return the wire types it wants: of each event the newest version and those an upcaster leads from."""
+        return [event_type for event in self.events for event_type in readable_as(event)]
 
 
 ROUTES: tuple[Route, ...] = (

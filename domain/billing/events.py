@@ -1,11 +1,13 @@
 """The facts of billing. Each names the membership and its user, so that a reader needs no look-up."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
+from typing import Any
 from uuid import UUID
 
-from domain.events import Event
+from domain.events import Event, upcaster
 from domain.money import Money
 
 
@@ -61,12 +63,20 @@ class TierChanged(Event, type="billing.tier_changed.v1", aggregate="membership",
 
 
 @dataclass(frozen=True, kw_only=True)
-class MembershipCancelled(Event, type="billing.membership_cancelled.v1", aggregate="membership", key="membership_id"):
-    """It will not be renewed; it runs until `runs_until`, or has ended at once where that is None."""
+class MembershipCancelled(Event, type="billing.membership_cancelled.v2", aggregate="membership", key="membership_id"):
+    """It will not be renewed. `ends_at` is the end of its period; the moment it was cancelled, if it had none."""
 
     membership_id: UUID
     user_id: str
-    runs_until: datetime | None
+    ends_at: datetime
+
+
+@upcaster("billing.membership_cancelled.v1", "billing.membership_cancelled.v2")
+def _cancelled_v1_to_v2(payload: Mapping[str, Any]) -> dict[str, Any]:
+    # The first version left it open when a membership without a period ends: at once.
+    told = dict(payload)
+    runs_until = told.pop("runs_until")
+    return {**told, "ends_at": runs_until or told["occurred_at"]}
 
 
 @dataclass(frozen=True, kw_only=True)

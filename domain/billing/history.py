@@ -167,7 +167,7 @@ def _in_words(event: BillingEvent) -> str:
         case TierChanged():
             return f"Moved from {event.previous_tier.value} to {event.tier.value}{_until(event.period_end)}"
         case MembershipCancelled():
-            return f"Cancelled{', runs' if event.runs_until else ''}{_until(event.runs_until)}"
+            return f"Cancelled, runs{_until(event.ends_at)}" if event.ends_at > event.occurred_at else "Cancelled"
         case MembershipExpired():
             return "Expired"
         case PaymentRecorded() | PaymentRefunded():

@@ -178,7 +178,7 @@ class Membership:
         self._only("cancelled", Status.PENDING, Status.ACTIVE)
         self.status = Status.CANCELLED
         return MembershipCancelled(
-            membership_id=self.id, user_id=self.user_id, runs_until=self.current_period_end, occurred_at=at
+            membership_id=self.id, user_id=self.user_id, ends_at=self.current_period_end or at, occurred_at=at
         )
 
     def expire(self, at: datetime) -> MembershipExpired:

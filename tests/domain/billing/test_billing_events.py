@@ -77,6 +77,7 @@ def test_a_refund_is_positive_as_a_fact_and_negative_in_the_history(amount: Mone
         ("billing.membership_renewed.v1", "Renewed on the monthly tier until 2026-05-01"),
         ("billing.tier_changed.v1", "Moved from monthly to annual until 2027-03-15"),
         ("billing.membership_cancelled.v1", "Cancelled, runs until 2026-04-01"),
+        ("billing.membership_cancelled.v2", "Cancelled, runs until 2026-04-01"),
         ("billing.membership_expired.v1", "Expired"),
         ("billing.payment_recorded.v1", "Monthly membership, March 2026"),
         ("billing.payment_refunded.v1", "Monthly membership, March 2026"),
@@ -89,7 +90,7 @@ def test_every_fact_has_a_line_in_words(type_: str, description: str) -> None:
     line = line_for(typing.cast(BillingEvent, event))
 
     assert line.description == description
-    assert (line.event_type, line.source_event_id) == (type_, event_id)
+    assert (line.event_type, line.source_event_id) == (event.type, event_id)
     assert line.membership_id == UUID("019cb0a1-7c00-7000-8000-000000000001")
 
 

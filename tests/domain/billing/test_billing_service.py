@@ -209,7 +209,7 @@ def test_the_life_of_a_membership_is_told_in_order(sessions: Sessions) -> None:
         "billing.membership_renewed.v1",
         "billing.tier_changed.v1",
         "billing.payment_refunded.v1",
-        "billing.membership_cancelled.v1",
+        "billing.membership_cancelled.v2",
         "billing.membership_expired.v1",
     ]
     assert the_stored(sessions, membership_id).status is Status.EXPIRED
@@ -225,7 +225,7 @@ def test_a_whole_life_in_one_transaction_is_told_in_order_too(sessions: Sessions
     assert [type_ for type_, _ in facts_of(sessions, membership_id)] == [
         "billing.membership_started.v1",
         "billing.membership_activated.v1",
-        "billing.membership_cancelled.v1",
+        "billing.membership_cancelled.v2",
         "billing.membership_expired.v1",
     ]
     assert the_stored(sessions, membership_id).status is Status.EXPIRED

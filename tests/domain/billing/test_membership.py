@@ -128,7 +128,7 @@ def test_a_cancelled_membership_runs_to_the_end_of_its_period() -> None:
 
     cancelled = membership.cancel(NOON)
 
-    assert cancelled.runs_until == IN_A_MONTH
+    assert cancelled.ends_at == IN_A_MONTH
     assert membership.is_running(IN_A_MONTH - timedelta(seconds=1))
     assert not membership.is_running(IN_A_MONTH)
 
@@ -138,7 +138,7 @@ def test_a_cancelled_free_membership_has_ended_at_once() -> None:
 
     cancelled = membership.cancel(NOON)
 
-    assert cancelled.runs_until is None
+    assert cancelled.ends_at == NOON
     assert not membership.is_running(NOON)
 
 
