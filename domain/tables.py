@@ -41,6 +41,7 @@ __all__ = [
     "relay_state",
     "replays",
     "subscriptions",
+    "unrouted_types",
     "verified_phones",
 ]
 
@@ -114,6 +115,7 @@ subscriptions = Table(
     Column("event_type", Text, primary_key=True),
     Column("since_position", BigInteger, nullable=False),
     _moment("created_at"),
+    Column("routed_epoch", BigInteger),
 )
 
 relay_state = Table(
@@ -176,4 +178,15 @@ dropped_weeks = Table(
     Column("dropped_by", Text, nullable=False),
     _moment("dropped_at"),
     Index("dropped_weeks_ids_idx", "lower_id"),
+)
+
+unrouted_types = Table(
+    "unrouted_types",
+    metadata,
+    Column("event_type", Text, primary_key=True),
+    Column("events", BigInteger, nullable=False),
+    Column("first_position", BigInteger, nullable=False),
+    Column("last_position", BigInteger, nullable=False),
+    _moment("first_seen_at"),
+    _moment("last_seen_at"),
 )

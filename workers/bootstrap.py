@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import dramatiq
@@ -18,7 +19,7 @@ from dramatiq.middleware import Middleware
 from sqlalchemy import Engine
 
 from domain.database import connect, sessions_for
-from workers import telemetry
+from workers import schema, telemetry
 from workers.broker import HandBackWhatFails, OrjsonEncoder, OutboxBroker, connect_redis
 from workers.children import die_with_parent
 from workers.consume import Consumer, Stopping
@@ -46,11 +47,13 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
         gateways = gateways_for(settings)
     except SettingsError as error:
         refuse(str(error))
+    engine = engine_for(settings, "dovecote consumer")
     consumer = Consumer(
-        sessions_for(engine_for(settings, "dovecote consumer")),
+        sessions_for(engine),
         gateways,
         stopping,
         settings.consumers.outage_pause_seconds,
+        partial(schema.await_current, engine, stopping),
     )
     declare_handlers(broker, consumer, routes)
     # What was imported lives for ever: the collector need not look at it again with every bundle.

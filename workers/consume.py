@@ -45,11 +45,13 @@ class Consumer:
         gateways: Gateways,
         stopping: threading.Event | None = None,
         outage_pause_seconds: float = 1.0,
+        await_schema: Callable[[], bool] | None = None,
     ) -> None:
         self._sessions = sessions
         self._gateways = gateways
         self._stopping = stopping or threading.Event()
         self._outage_pause_seconds = outage_pause_seconds
+        self._await_schema = await_schema
         self.keys = gateways.keys
 
     def consume(self, route: Route, envelopes: Sequence[Envelope], *, retry: bool = False) -> None:
@@ -58,6 +60,11 @@ class Consumer:
         `retry` says that the message was sent for deliveries that are due: only those still due are taken.
         Errors: Stopping.
         """
+        if self._await_schema is not None:
+            # Deployed before the schema it is written for: the message is held, as while Postgres is away.
+            if not self._await_schema():
+                raise Stopping("the schema is older than this code")
+            self._await_schema = None
         envelopes = sorted(envelopes, key=lambda envelope: envelope.position)
         with tracer.start_as_current_span(
             "consume.bundle",

@@ -15,7 +15,7 @@ from psycopg.rows import TupleRow, class_row
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from domain.errors import DomainError
+from domain.errors import DomainError, UnknownEvent
 from workers.envelope import Envelope
 from workers.failures import Failure, KilledTheProcess
 from workers.gateways.errors import GatewayUnavailable
@@ -99,8 +99,9 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
     so_far = session.execute(
         _attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id}
     ).one_or_none()
-    if isinstance(error, GatewayUnavailable):
-        # The event is well, the provider is not: no attempt is spent, however long it takes.
+    if isinstance(error, GatewayUnavailable | UnknownEvent):
+        # The event is well, the provider is not; or this is old code, and newer code will come. No attempt is
+        # spent, however long it takes.
         attempts = so_far.attempts if so_far else 0
         final, pause = False, outage_pause(route, so_far.age if so_far else timedelta())
     else:

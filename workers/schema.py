@@ -1,20 +1,31 @@
 """Bring the database's schema to a revision. The revisions point at SQL files; this runs them."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
+import structlog
 from alembic import command, op
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from domain.database import SCHEMA, connect
+from workers.outages import passes
+
+log = structlog.get_logger()
 
 # Beside us in an installed wheel, at the top level in a checkout.
 _PACKAGED = Path(__file__).parent / "migrations"
 MIGRATIONS = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "migrations"
+
+
+REVISION = "select version_num from dovecote.alembic_version"
+WAITING = "waiting for the schema, which is older than this code: run `dovecote migrate`"
 
 
 class SchemaError(Exception):
@@ -34,9 +45,46 @@ def downgrade(url: str, revision: str) -> None:
 def pending(connection: Connection) -> list[str]:
     """Return the revisions that are not applied yet, oldest first; empty when the schema is up to date."""
     applied = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA}).get_current_heads()
+    return pending_for(applied[-1] if applied else None)
+
+
+def pending_for(applied: str | None) -> list[str]:
+    """Return the revisions above this one, oldest first; none where a newer deploy's is one we do not know."""
     script = ScriptDirectory.from_config(_config())
     every = [revision.revision for revision in script.walk_revisions()][::-1]
-    return every[every.index(applied[-1]) + 1 :] if applied else every
+    if applied is None:
+        return every
+    return every[every.index(applied) + 1 :] if applied in every else []
+
+
+def await_current(engine: Engine, stopping: threading.Event) -> bool:
+    """Wait until the schema is as new as this code, and say so meanwhile; False when told to stop before.
+
+    Errors: DBAPIError when there is no schema at all.
+    """
+    tries = 0
+    while wanted := _wanted(engine):
+        if tries % 60 == 0:
+            log.warning(WAITING, newest=wanted)
+        tries += 1
+        if stopping.wait(1.0):
+            return False
+    return True
+
+
+def _wanted(engine: Engine) -> str | None:
+    """Return the newest revision while it is not applied, None once it is; `postgres` while that is away."""
+    try:
+        with engine.connect() as connection:
+            waiting = pending_for(connection.exec_driver_sql(REVISION).scalar_one_or_none())
+    except DBAPIError as error:
+        if passes(error):
+            return "postgres itself"
+        if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):  # a revision that does not show it yet
+            waiting = pending_for(None)
+        else:
+            raise
+    return waiting[-1] if waiting else None
 
 
 def run(file: str) -> None:

@@ -1,7 +1,5 @@
 """Commands that look after the weeks: partitions ahead, old weeks archived and dropped."""
 
-import getpass
-import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +8,7 @@ from rich.table import Table
 
 from workers.bootstrap import engine_during, refuse
 from workers.cli.output import AsJson, out, print_json, say
-from workers.operations import retention
+from workers.operations import retention, whoever
 from workers.routes import ROUTES
 from workers.settings import load_settings
 
@@ -44,7 +42,7 @@ def maintain(
     settings = load_settings(needs_redis=False)
     if forget_handler in {route.handler for route in ROUTES}:
         refuse(f"{forget_handler} has a route: take that out of workers/routes.py before it is forgotten")
-    by = f"{getpass.getuser()}@{socket.gethostname()}"
+    by = whoever()
     with engine_during(settings) as engine:
         if forget_handler is not None and not dry_run and not retention.forget_handler(engine, forget_handler, by=by):
             refuse(f"no handler {forget_handler!r} has subscriptions")

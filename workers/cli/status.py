@@ -74,7 +74,13 @@ def _screen(found: Status) -> RenderableType:
     )
     if not relay.leading or relay.lag_seconds > 10:
         first.stylize("bold red")
-    return Group(first, _handlers(found), *_pauses(found))
+    return Group(first, _handlers(found), *_pauses(found), *_unrouted(found))
+
+
+def _unrouted(found: Status) -> Iterator[Text]:
+    for kind in found.unrouted:
+        deploy = f"; {', '.join(kind.wanted_by)} will get them from code that knows it" if kind.wanted_by else ""
+        yield Text(f"no route for {kind.event_type}: about {kind.events} events, kept in the outbox{deploy}")
 
 
 def _handlers(found: Status) -> Table:

@@ -7,6 +7,7 @@ from workers.operations.audit import AuditEntry, AuditPage, NoReason, audit, rec
 from workers.operations.counting import Counted, count_everything
 from workers.operations.retention import Archived, Maintenance, Partitions, maintain, partitions, require_present
 from workers.operations.status import HandlerStatus, Pause, RelayStatus, Status, status
+from workers.operations.unrouted import UnroutedType, unrouted
 
 __all__ = [
     "Archived",
@@ -20,6 +21,7 @@ __all__ = [
     "Pause",
     "RelayStatus",
     "Status",
+    "UnroutedType",
     "audit",
     "count_everything",
     "maintain",
@@ -27,5 +29,6 @@ __all__ = [
     "record",
     "require_present",
     "status",
+    "unrouted",
     "whoever",
 ]

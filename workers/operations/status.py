@@ -5,13 +5,14 @@ counts that may be larger than they say; `count_everything` is exact and takes a
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
 from workers.operations.reading import snapshot
+from workers.operations.unrouted import UnroutedType, unrouted
 from workers.routes import Route
 
 # Rows looked at. They set what `status` costs: some 60 ms all together.
@@ -82,6 +83,7 @@ class HandlerStatus:
 class Status:
     relay: RelayStatus
     handlers: dict[str, HandlerStatus]
+    unrouted: list[UnroutedType] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -200,7 +202,9 @@ _AGE = text(
 def status(engine: Engine, routes: Sequence[Route]) -> Status:
     """Return how far relay and handlers are, from one snapshot."""
     with snapshot(engine) as connection:
-        return Status(relay=_relay(connection), handlers=_handlers(connection, routes))
+        return Status(
+            relay=_relay(connection), handlers=_handlers(connection, routes), unrouted=unrouted(connection)
+        )
 
 
 def _relay(connection: Connection) -> RelayStatus:

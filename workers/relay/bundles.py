@@ -6,7 +6,7 @@ a batch that is published again adds only what is no longer queued.
 
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from hashlib import blake2b
 from typing import TypeVar
 
@@ -30,6 +30,11 @@ class Bundler:
         for route in routes:
             for event_type in route.event_types:
                 self._by_type.setdefault(event_type, []).append(route)
+
+    @property
+    def types(self) -> Set[str]:
+        """The wire types that somebody wants."""
+        return self._by_type.keys()
 
     def bundles(self, rows: Iterable[Row]) -> list[QueuedBundle]:
         """Return the messages for these rows; a row nobody wants is in none."""

@@ -12,7 +12,7 @@ import structlog
 
 from workers import deliveries
 from workers.broker import PASSING, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
-from workers.relay import missing
+from workers.relay import missing, unrouted
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.positions import multirange
@@ -132,6 +132,7 @@ class Leader:
             )
         self._require_ownership(recorded.rowcount)
         self._recorded_checkpoint = batch.checkpoint
+        unrouted.note(self._connection, self._bundler.types, batch.rows)
 
     def _send(self, bundles: Sequence[QueuedBundle]) -> None:
         if bundles:

@@ -15,6 +15,7 @@ import psycopg
 import structlog
 
 from domain.errors import DovecoteError
+from workers import schema
 from workers.broker import PASSING, NewerRelay, OutboxBroker, RedisLost
 from workers.outages import asks_again, passes
 from workers.relay.leading import Leader
@@ -31,11 +32,17 @@ _TAKE_OVER = """
     set epoch = epoch + 1, owner = %s, owned_since = clock_timestamp(), seen_at = clock_timestamp()
     returning epoch, checkpoint, redis_run_id
 """
+# A version of a fact that the handler wants already is wanted since then: it may have been written before we knew it.
 _SUBSCRIBE = """
-    insert into dovecote.subscriptions (handler_name, event_type, since_position)
-    select handler_name, event_type, %s
-    from unnest(%s::text[], %s::text[]) as wanted (handler_name, event_type)
-    on conflict do nothing
+    insert into dovecote.subscriptions (handler_name, event_type, since_position, routed_epoch)
+    select wanted.handler_name, wanted.event_type,
+           coalesce((select min(s.since_position) from dovecote.subscriptions s
+                     where s.handler_name = wanted.handler_name
+                       and dovecote.fact_of(s.event_type) = dovecote.fact_of(wanted.event_type)),
+                    %(since_position)s),
+           %(epoch)s
+    from unnest(%(handlers)s::text[], %(event_types)s::text[]) as wanted (handler_name, event_type)
+    on conflict (handler_name, event_type) do update set routed_epoch = excluded.routed_epoch
 """
 # The session that holds the leader's lock and has been waiting for its client for too long. A leader says something
 # to Postgres every second, whatever it is doing or waiting for.
@@ -47,6 +54,19 @@ _END_FROZEN_LEADER = """
       and pg_locks.database = (select oid from pg_database where datname = current_database())
       and wait_event_type = 'Client' and state_change < clock_timestamp() - make_interval(secs => %s)
 """
+# Something we route was not routed by the leader before us, who knew less: it has passed over events of ours.
+_PASSED_OVER = """
+    select exists (
+        select from unnest(%(handlers)s::text[], %(event_types)s::text[]) as wanted (handler_name, event_type)
+        join dovecote.subscriptions known on known.handler_name = wanted.handler_name
+            and dovecote.fact_of(known.event_type) = dovecote.fact_of(wanted.event_type)
+        left join dovecote.subscriptions own on own.handler_name = wanted.handler_name
+            and own.event_type = wanted.event_type
+        where own.routed_epoch is distinct from %(epoch)s - 1
+    )
+"""
+_FORGET_REDIS = "update dovecote.relay_state set redis_run_id = null where epoch = %(epoch)s"
+
 
 # A notification through one server takes a millisecond or two.
 _HEARD_WITHIN_SECONDS = 5.0
@@ -60,6 +80,15 @@ class NoSession(DovecoteError):
             "DATABASE_URL leads through a proxy that pools transactions: LISTEN and session locks do not work "
             "there, and the relay needs both; give it a URL that leads to Postgres itself, or a session pool"
         )
+
+
+def _revision(connection: Connection) -> str | None:
+    """Return the schema's revision; None while it is one that does not show it yet."""
+    try:
+        (revision,) = connection.execute(schema.REVISION).fetchone() or (None,)
+    except psycopg.errors.InsufficientPrivilege:
+        return None
+    return None if revision is None else str(revision)
 
 
 class Relay:
@@ -87,6 +116,7 @@ class Relay:
             try:
                 with self._session() as connection:
                     self._require_session(connection)
+                    self._await_schema(connection)
                     if self._becomes_leader(connection):
                         tries = 0
                         self._lead(connection)
@@ -134,6 +164,15 @@ class Relay:
             raise NoSession
         connection.execute(f"unlisten {channel}")
 
+    def _await_schema(self, connection: Connection) -> None:
+        """Stand back while the schema is older than this code: relays from before the deploy go on meanwhile."""
+        tries = 0
+        while not self._sleeper.stopping and (pending := schema.pending_for(_revision(connection))):
+            if tries % 60 == 0:
+                log.warning(schema.WAITING, newest=pending[-1])
+            tries += 1
+            self._sleeper.sleep(1.0)
+
     def _becomes_leader(self, connection: Connection) -> bool:
         stood_by = False
         frozen_after = self._settings.relay.frozen_after_seconds
@@ -167,7 +206,8 @@ class Relay:
         assert row is not None, "relay_state has one row"
         epoch, checkpoint, known_redis = row
         reader = Reader(connection, checkpoint, self._settings.relay.batch_size)
-        self._subscribe(connection, reader.frontier)
+        if self._subscribe(connection, epoch, reader.frontier):
+            known_redis = None  # as if Redis had lost it: what is published and not done is sent again
         log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
         leader = Leader(
             connection=connection,
@@ -183,8 +223,21 @@ class Relay:
         leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
 
-    def _subscribe(self, connection: Connection, since_position: int) -> None:
-        """Note since when each handler wants each type; what is noted already stays."""
+    def _subscribe(self, connection: Connection, epoch: int, since_position: int) -> bool:
+        """Note since when each handler wants each type; what is noted already stays.
+
+        Return whether leaders before us may have passed over events that are wanted.
+        """
         wanted = [(route.handler, event_type) for route in self._routes for event_type in route.event_types]
-        handlers, event_types = [handler for handler, _ in wanted], [event_type for _, event_type in wanted]
-        connection.execute(_SUBSCRIBE, (since_position, handlers, event_types))
+        parameters = {
+            "epoch": epoch,
+            "since_position": since_position,
+            "handlers": [handler for handler, _ in wanted],
+            "event_types": [event_type for _, event_type in wanted],
+        }
+        with connection.transaction():
+            (passed_over,) = connection.execute(_PASSED_OVER, parameters).fetchone() or (False,)
+            connection.execute(_SUBSCRIBE, parameters)
+            if passed_over:
+                connection.execute(_FORGET_REDIS, parameters)
+        return bool(passed_over)
