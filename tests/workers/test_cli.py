@@ -94,7 +94,7 @@ def test_status_of_a_system_that_nobody_leads_shows_what_waits(tmp_path: Path, f
 
     assert (done.returncode, done.stderr) == (0, "")
     status = json.loads(done.stdout)
-    assert set(status) == {"relay", "handlers"}
+    assert set(status) == {"relay", "handlers", "unrouted"}
     relay = status["relay"]
     assert set(relay) == RELAY_KEYS
     assert (relay["lag_events"], relay["leading"], relay["owner"], relay["published"]) == (1, False, None, 0)
