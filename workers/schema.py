@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psycopg
@@ -50,11 +51,17 @@ def pending(connection: Connection) -> list[str]:
 
 def pending_for(applied: str | None) -> list[str]:
     """Return the revisions above this one, oldest first; none where a newer deploy's is one we do not know."""
-    script = ScriptDirectory.from_config(_config())
-    every = [revision.revision for revision in script.walk_revisions()][::-1]
+    every = revisions()
     if applied is None:
         return every
     return every[every.index(applied) + 1 :] if applied in every else []
+
+
+@cache
+def revisions() -> list[str]:
+    """Return all that this code knows, oldest first. The first call reads and imports each of them."""
+    script = ScriptDirectory.from_config(_config())
+    return [revision.revision for revision in script.walk_revisions()][::-1]
 
 
 def await_current(engine: Engine, stopping: threading.Event) -> bool:

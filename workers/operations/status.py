@@ -202,9 +202,7 @@ _AGE = text(
 def status(engine: Engine, routes: Sequence[Route]) -> Status:
     """Return how far relay and handlers are, from one snapshot."""
     with snapshot(engine) as connection:
-        return Status(
-            relay=_relay(connection), handlers=_handlers(connection, routes), unrouted=unrouted(connection)
-        )
+        return Status(relay=_relay(connection), handlers=_handlers(connection, routes), unrouted=unrouted(connection))
 
 
 def _relay(connection: Connection) -> RelayStatus:

@@ -100,6 +100,8 @@ class Relay:
         self._routes = routes
         self._sleeper = Sleeper()
         self._maintainer = Maintainer(settings, routes)
+        self._schema_is_current = False
+        schema.revisions()  # read before a leadership hangs on it
 
     def stop(self) -> None:
         """End after the batch at hand."""
@@ -166,12 +168,15 @@ class Relay:
 
     def _await_schema(self, connection: Connection) -> None:
         """Stand back while the schema is older than this code: relays from before the deploy go on meanwhile."""
+        if self._schema_is_current:
+            return
         tries = 0
         while not self._sleeper.stopping and (pending := schema.pending_for(_revision(connection))):
             if tries % 60 == 0:
                 log.warning(schema.WAITING, newest=pending[-1])
             tries += 1
             self._sleeper.sleep(1.0)
+        self._schema_is_current = not self._sleeper.stopping
 
     def _becomes_leader(self, connection: Connection) -> bool:
         stood_by = False
