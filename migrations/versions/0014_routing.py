@@ -4,16 +4,16 @@ from alembic import op
 
 from workers.schema import run_as_owner
 
-revision = "0013"
-down_revision = "0012"
+revision = "0014"
+down_revision = "0013"
 
 
 def upgrade() -> None:
     # Alembic's own table belongs to the login that migrates.
     op.execute("grant select on dovecote.alembic_version to dovecote_worker, dovecote_operator")
-    run_as_owner("0013_routing.up.sql")
+    run_as_owner("0014_routing.up.sql")
 
 
 def downgrade() -> None:
-    run_as_owner("0013_routing.down.sql")
+    run_as_owner("0014_routing.down.sql")
     op.execute("revoke select on dovecote.alembic_version from dovecote_worker, dovecote_operator")
