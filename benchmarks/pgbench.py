@@ -6,25 +6,41 @@ import shutil
 import subprocess
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import NamedTuple
 
 import psycopg
 
 from benchmarks.harness import BenchmarkFailed, Scene
+from workers.binaries import ServerError, find_postgres
 
 # A domain row and its event, as a service writes them. The statements of a transaction go one by one.
-DOMAIN_ROW = """
+_DOMAIN_ROW = """
     insert into dovecote.price_quotes (symbol, as_of, price) values ('s' || :symbol, clock_timestamp(), 1.25)
     on conflict (symbol, as_of) do update set price = excluded.price, recorded_at = excluded.recorded_at
 """
-EVENT = """
+_EVENT = """
     insert into {table} (aggregate_type, aggregate_id, event_type, payload, headers)
     values ('price', 's' || :symbol, 'pricing.price_quoted.v1',
             ('{{"as_of": "2026-01-01T00:00:00+00:00", "price": "1.25", "symbol": "s' || :symbol ||
              '", "occurred_at": "2026-01-01T00:00:00+00:00", "remark": "{remark}"}}')::jsonb,
             '{{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"}}')
 """
+# The same for several symbols that a feed quotes at once.
+_DOMAIN_ROWS = """
+    insert into dovecote.price_quotes (symbol, as_of, price)
+    select 's' || (:symbol + n) % 1000, clock_timestamp(), 1.25 from generate_series(1, {count}) n
+    on conflict (symbol, as_of) do update set price = excluded.price, recorded_at = excluded.recorded_at
+"""
+_EVENTS = """
+    insert into {table} (aggregate_type, aggregate_id, event_type, payload, headers)
+    select 'price', symbol, 'pricing.price_quoted.v1',
+           ('{{"as_of": "2026-01-01T00:00:00+00:00", "price": "1.25", "symbol": "' || symbol ||
+            '", "occurred_at": "2026-01-01T00:00:00+00:00", "remark": "{remark}"}}')::jsonb,
+           '{{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"}}'
+    from generate_series(1, {count}) n cross join lateral (select 's' || (:symbol + n) % 1000) quoted (symbol)
+"""
+_REMARK = "x" * 148
 
 
 class Written(NamedTuple):
@@ -35,11 +51,15 @@ class Written(NamedTuple):
 
 
 def domain_only() -> str:
-    return _script(DOMAIN_ROW)
+    return _script(_DOMAIN_ROW)
 
 
 def with_event(table: str) -> str:
-    return _script(DOMAIN_ROW, EVENT.format(table=table, remark="x" * 148))
+    return _script(_DOMAIN_ROW, _EVENT.format(table=table, remark=_REMARK))
+
+
+def with_events(table: str, count: int) -> str:
+    return _script(_DOMAIN_ROWS.format(count=count), _EVENTS.format(table=table, remark=_REMARK, count=count))
 
 
 def _script(*statements: str) -> str:
@@ -48,9 +68,12 @@ def _script(*statements: str) -> str:
 
 
 def find() -> str | None:
-    """Return pgbench, newest first; None where there is none."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pgbench"))
-    return str(found[-1]) if found else shutil.which("pgbench")
+    """Return the pgbench that comes with the server, else any; None where there is none."""
+    with suppress(ServerError):
+        beside = find_postgres(os.environ).path.with_name("pgbench")
+        if beside.exists():
+            return str(beside)
+    return shutil.which("pgbench")
 
 
 def write(scene: Scene, script: str, seconds: float, connections: int = 8) -> Written:
