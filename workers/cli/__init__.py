@@ -12,10 +12,10 @@ import sqlalchemy.exc
 import typer
 
 from domain.errors import DovecoteError
-from workers import masking, schema
+from workers import masking, operations, schema
 from workers.binaries import ServerError
 from workers.bootstrap import refuse
-from workers.cli import benchmarking, looking, maintaining, running, status, working
+from workers.cli import auditing, benchmarking, deliveries, looking, maintaining, running, status, working
 from workers.cli.output import fail, out
 from workers.home import HomeError
 from workers.outages import passes
@@ -23,7 +23,7 @@ from workers.settings import SettingsError
 from workers.supervisor import CannotRun, ProcfileError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A transactional outbox.")
-for commands in (running, looking, working, maintaining, benchmarking, status):
+for commands in (running, status, deliveries, auditing, looking, working, maintaining, benchmarking):
     commands.register(app)
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Run the command; an error becomes one sentence, never a traceback."""
     try:
         app(prog_name=os.environ.get("DOVECOTE_COMMAND", "dovecote"))
-    except SettingsError as error:
+    except (SettingsError, operations.BadCursor, operations.NoReason) as error:
         refuse(str(error))
     except (DovecoteError, HomeError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:
         fail(str(error))

@@ -8,6 +8,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 # A pipe has no width; a table in it must not be folded.
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -18,6 +20,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for
 
 def say(sentence: str) -> None:
     out.print(sentence, markup=False, soft_wrap=True)
+
+
+def add_row(table: Table, *values: object) -> None:
+    """Add a row of plain text: an error's words are not markup."""
+    table.add_row(
+        *(value if isinstance(value, Text) else Text("" if value is None else str(value)) for value in values)
+    )
+
+
+def print_table(table: Table, if_empty: str) -> None:
+    if table.row_count:
+        out.print(table)
+    else:
+        say(if_empty)
 
 
 def print_json(value: object, *, flush: bool = False) -> None:

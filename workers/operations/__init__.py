@@ -3,8 +3,25 @@
 One module a subject; a verb takes an engine, returns a dataclass with `as_json`, and prints nothing.
 """
 
+from workers.operations.aggregates import Blocked, BlockedPage, blocked_aggregates
 from workers.operations.audit import AuditEntry, AuditPage, NoReason, audit, record, whoever
 from workers.operations.counting import Counted, count_everything
+from workers.operations.events import EventFilter, EventLife, EventPage, NoSuchEvent, event, events
+from workers.operations.failures import (
+    BadCursor,
+    Failure,
+    FailurePage,
+    Filter,
+    Group,
+    Groups,
+    NotThere,
+    Story,
+    failure,
+    failure_groups,
+    failures,
+)
+from workers.operations.following import Followed, follow
+from workers.operations.remedies import CannotChange, Change, discard, retry
 from workers.operations.retention import Archived, Maintenance, Partitions, maintain, partitions, require_present
 from workers.operations.status import HandlerStatus, Pause, RelayStatus, Status, status
 from workers.operations.unrouted import UnroutedType, unrouted
@@ -13,21 +30,47 @@ __all__ = [
     "Archived",
     "AuditEntry",
     "AuditPage",
+    "BadCursor",
+    "Blocked",
+    "BlockedPage",
+    "CannotChange",
+    "Change",
     "Counted",
+    "EventFilter",
+    "EventLife",
+    "EventPage",
+    "Failure",
+    "FailurePage",
+    "Filter",
+    "Followed",
+    "Group",
+    "Groups",
     "HandlerStatus",
     "Maintenance",
     "NoReason",
+    "NoSuchEvent",
+    "NotThere",
     "Partitions",
     "Pause",
     "RelayStatus",
     "Status",
+    "Story",
     "UnroutedType",
     "audit",
+    "blocked_aggregates",
     "count_everything",
+    "discard",
+    "event",
+    "events",
+    "failure",
+    "failure_groups",
+    "failures",
+    "follow",
     "maintain",
     "partitions",
     "record",
     "require_present",
+    "retry",
     "status",
     "unrouted",
     "whoever",
