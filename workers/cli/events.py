@@ -2,7 +2,6 @@
 
 import json
 import time
-from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from rich.table import Table
 from workers import operations
 from workers.bootstrap import engine_during, refuse
 from workers.cli.options import AggregateId, AggregateType, EventType, Limit, identifier, moment
-from workers.cli.output import AsJson, add_row, out, print_json, print_table, say
+from workers.cli.output import AsJson, add_row, out, print_json, print_table, say, until_ctrl_c
 from workers.operations import EventFilter, EventLife
 from workers.routes import ROUTES
 from workers.settings import load_settings
@@ -146,7 +145,7 @@ def tail(
     Example: dovecote events tail --type pricing.price_quoted.v1
     """
     url = load_settings(needs_redis=False).database.url.get_secret_value()
-    with suppress(KeyboardInterrupt):
+    with until_ctrl_c():
         # The pace of a pair of eyes; the database is asked five times a second and never left a lock.
         for one in operations.follow(url, lambda: time.sleep(_TAIL_SECONDS)):
             if event_type not in (None, one.event_type) or aggregate_type not in (None, one.aggregate_type):

@@ -1,7 +1,10 @@
 """How commands print: text for people, one JSON object for machines, one sentence for an error."""
 
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Annotated, NoReturn
 
@@ -57,6 +60,15 @@ def progress_bar(as_json: bool) -> Progress:
         disable=as_json or not err.is_terminal,
         transient=True,
     )
+
+
+@contextmanager
+def until_ctrl_c() -> Iterator[None]:
+    """Run the block until it ends or Ctrl-C ends it, which is a good end."""
+    # Explicit: a command that was started in the background of a script has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        yield
 
 
 def fail(sentence: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from workers import operations
 from workers.bootstrap import engine_during
-from workers.cli.output import AsJson, out, print_json
+from workers.cli.output import AsJson, out, print_json, until_ctrl_c
 from workers.operations import HandlerStatus, Status
 from workers.routes import ROUTES
 from workers.settings import load_settings
@@ -45,7 +44,7 @@ def status(
             else:
                 out.print(_screen(found))
             return
-        with suppress(KeyboardInterrupt):
+        with until_ctrl_c():
             _watch(look, every_seconds, as_json)
 
 

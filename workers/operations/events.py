@@ -172,7 +172,8 @@ def events(
     forward = after is not None
     with snapshot(engine) as connection:
         if wanted.since or wanted.until:
-            require_present(connection, since=wanted.since, until=wanted.until)
+            # Without a beginning it is a look back from its end, which goes on for as long as there are events.
+            require_present(connection, since=wanted.since or wanted.until, until=wanted.until)
         walk = _Walk(connection, wanted, after or before, forward)
         rows = walk.take(limit)
         ended_early = len(rows) < limit

@@ -13,6 +13,7 @@ from workers.operations.reading import snapshot
 from workers.routes import Route
 
 _MOST_COUNTED = 10_000
+_STATES_WITH_ERROR = ("retrying", "dead", "discarded")
 
 
 class NotThere(DovecoteError):
@@ -203,7 +204,8 @@ def failures(engine: Engine, wanted: Filter, *, limit: int = 50, before: str | N
         rows = connection.execute(
             _LIST,
             {
-                **parameters_of(wanted, ("retrying", "waiting", "dead", "discarded")),
+                # What waits has no error: it need not be searched for one.
+                **parameters_of(wanted, _STATES_WITH_ERROR if wanted.fingerprint else (*_STATES_WITH_ERROR, "waiting")),
                 "before_position": int(position) if before else 2**63 - 1,
                 "before_handler": handler,
                 "limit": limit + 1,

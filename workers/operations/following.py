@@ -42,12 +42,12 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
         reader = Reader(connection, row[0], 500)
         while True:
             batch = reader.read()
-            for one in batch.rows:
-                envelope = json.loads(one.envelope)
+            for position, event_type, content in batch.rows:
+                envelope = json.loads(content)
                 yield Followed(
                     id=UUID(envelope["id"]),
-                    position=one.position,
-                    event_type=envelope["type"],
+                    position=position,
+                    event_type=event_type,
                     aggregate_type=envelope["source"].rsplit("/", 1)[1],
                     aggregate_id=envelope["subject"],
                     created_at=datetime.fromisoformat(envelope["time"]),
