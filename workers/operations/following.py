@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -35,7 +36,8 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
     It reads as the relay reads, so an event whose transaction ends late is not missed, only late. Events of
     transactions that were at work when it began may be missing.
     """
-    with psycopg.connect(url, autocommit=True, application_name="dovecote events tail") as connection:
+    # Closed, not rolled back: Ctrl-C may come in the middle of a query.
+    with closing(psycopg.connect(url, autocommit=True, application_name="dovecote events tail")) as connection:
         connection.execute("set enable_seqscan = off; set jit = off; set timezone = 'UTC'")
         row = connection.execute("select last_position from dovecote.horizon()").fetchone()
         assert row is not None
