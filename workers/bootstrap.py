@@ -31,6 +31,7 @@ from workers.masking import never_show
 from workers.relay.relay import Relay
 from workers.routes import ROUTES, Route, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets
+from workers.suspects import Suspect
 
 log = structlog.get_logger()
 
@@ -66,7 +67,7 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
     """Make each route's handler an actor of the broker."""
     for route in routes:
         declare = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker, throws=Stopping)
-        declare(_actor_function(consumer, route))
+        declare(_actor_function(consumer, route, broker))
 
 
 def run_relay(routes: Sequence[Route] = ROUTES) -> None:
@@ -159,15 +160,20 @@ def _next_database(settings: Settings) -> Any:
     return client
 
 
-def _actor_function(consumer: Consumer, route: Route) -> Callable[..., None]:
-    def act(envelopes: Sequence[Mapping[str, Any]], retry: bool = False) -> None:
+def _actor_function(consumer: Consumer, route: Route, broker: Broker) -> Callable[..., None]:
+    def act(
+        envelopes: Sequence[Mapping[str, Any]], retry: bool = False, crashes: int = 0, message_id: str = ""
+    ) -> None:
         try:
             bundle = [read_envelope(fields, consumer.keys) for fields in envelopes]
         except ValueError as error:
             # Not written by any relay of ours. Postgres still knows the event as unprocessed.
             log.error("message refused", handler=route.handler, error=str(error))
             return
-        consumer.consume(route, bundle, retry=retry)
+        suspect = None
+        if crashes and isinstance(broker, OutboxBroker):
+            suspect = Suspect(broker.client, f"{broker.namespace}:{route.queue}", message_id, crashes)
+        consumer.consume(route, bundle, retry=retry, suspect=suspect)
 
     return act
 

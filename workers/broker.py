@@ -83,6 +83,7 @@ class OutboxBroker(RedisBroker):
         self.scripts["dispatch"] = self.client.register_script(dispatch)
         self._publish = self.client.register_script((_LUA / "publish.lua").read_bytes())
         self._hand_back = self.client.register_script((_LUA / "hand_back.lua").read_bytes())
+        self._reap = self.client.register_script((_LUA / "reap.lua").read_bytes())
         self._claim_epoch = self.client.register_script((_LUA / "claim_epoch.lua").read_bytes())
         #: What this process holds of each queue, in the order it was fetched.
         self._in_hand: dict[str, dict[str, None]] = {}
@@ -143,6 +144,11 @@ class OutboxBroker(RedisBroker):
         with self.client.pipeline(transaction=False) as pipeline:
             for queue in self.queues:
                 for name in (queue, dq_name(queue)):
+                    self._reap(
+                        keys=[f"{self.namespace}:{name}", f"{self.namespace}:__heartbeats__"],
+                        args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name],
+                        client=pipeline,
+                    )
                     self._look_at(name, pipeline, maintain=True)
             pipeline.execute()
 

@@ -4,12 +4,18 @@ In one transaction: record the events in `processed_events`, act, commit. Only t
 acknowledged, so a crash anywhere repeats the bundle and the record absorbs what was done. A bundle that
 fails is rolled back and its events are taken one by one; those that fail are written to `deliveries`.
 While Postgres is away the message is held: that spends no attempt. Neither does a transaction that was in
-another's way, unless it is so time after time.
+another's way, unless it is so time after time. A handler that takes too long is cut off, and the event that
+kills its process is found (workers/suspects.py).
 """
 
+import os
 import random
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from types import TracebackType
 from typing import TypeVar
 
 import structlog
@@ -18,11 +24,13 @@ from domain.database import Sessions
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from workers import deliveries
 from workers.envelope import Envelope
-from workers.failures import describe
+from workers.failures import KilledTheProcess, TimeLimitExceeded, describe
 from workers.gateways import Gateways
 from workers.outages import asks_again, passes
 from workers.routes import Route
+from workers.suspects import MOST_STARTS, Suspect, one_at_a_time
 from workers.telemetry import links_to, tracer
+from workers.time_limits import TimeLimits, Watch, backend_pid, exceeded
 
 log = structlog.get_logger()
 
@@ -30,6 +38,9 @@ Result = TypeVar("Result")
 
 # Some seconds of trying, with the pauses of `_wait`; then it is a failure like any other.
 _MOST_CONFLICTS = 8
+# How long the record of a stuck handler may take before its process ends all the same.
+_GOODBYE_SECONDS = 10.0
+_STUCK_EXIT_CODE = 70
 
 
 class Stopping(Exception):
@@ -52,12 +63,16 @@ class Consumer:
         self._stopping = stopping or threading.Event()
         self._outage_pause_seconds = outage_pause_seconds
         self._await_schema = await_schema
+        self._time_limits = TimeLimits(self._end_stuck_process)
         self.keys = gateways.keys
 
-    def consume(self, route: Route, envelopes: Sequence[Envelope], *, retry: bool = False) -> None:
+    def consume(
+        self, route: Route, envelopes: Sequence[Envelope], *, retry: bool = False, suspect: Suspect | None = None
+    ) -> None:
         """Act on every event that the handler has not acted on yet; leave those that fail to their schedule.
 
         `retry` says that the message was sent for deliveries that are due: only those still due are taken.
+        `suspect` says that the message was in the hands of processes that died.
         Errors: Stopping.
         """
         if self._await_schema is not None:
@@ -80,6 +95,9 @@ class Consumer:
             if span.is_recording():
                 for link in links_to(envelope.traceparent for envelope in envelopes):
                     span.add_link(link.context)
+            if suspect is not None:
+                self._carefully(route, envelopes, retry, suspect)
+                return
             failure = self._through_outages(route, envelopes, retry)
             if failure is not None:
                 self._one_by_one(route, envelopes, retry, failure)
@@ -90,6 +108,44 @@ class Consumer:
             error = failure if alone else self._through_outages(route, [envelope], retry)
             if error is not None:
                 self._record(route, envelope, error)
+
+    def _carefully(self, route: Route, envelopes: Sequence[Envelope], retry: bool, suspect: Suspect) -> None:
+        """One event at a time, each marked before it starts: one of them may kill this process."""
+        log.warning(
+            "message was in a dying process's hands; its events are taken one by one",
+            handler=route.handler,
+            events=len(envelopes),
+            crashes=suspect.crashes,
+        )
+        for envelope in envelopes:
+            with one_at_a_time(self._stop_if_told):
+                starts = self._held(partial(suspect.starts, envelope.event_id))
+                if starts >= MOST_STARTS:
+                    self._bury(route, envelope, retry, starts)
+                    self._held(suspect.explained)
+                    continue
+                error = self._through_outages(route, [envelope], retry, suspect)
+                if error is not None:
+                    self._record(route, envelope, error)
+        self._held(suspect.cleared)
+
+    def _bury(self, route: Route, envelope: Envelope, retry: bool, starts: int) -> None:
+        if self._held(partial(self._is_open, route, envelope, retry)):
+            message = (
+                f"the process died each of the {starts} times that this event was at work: killed, out of memory, "
+                "or a crash in C code; it is not started again by itself"
+            )
+            self._record(route, envelope, KilledTheProcess(message))
+
+    def _is_open(self, route: Route, envelope: Envelope, retry: bool) -> bool:
+        """Neither done nor, by the same message, on record already."""
+        pick = deliveries.still_due if retry else deliveries.not_yet_failed
+        with self._sessions() as session:
+            return bool(pick(session, route, [envelope])) and not deliveries.is_processed(session, route, envelope)
+
+    def _stop_if_told(self) -> None:
+        if self._stopping.is_set():
+            raise Stopping
 
     def _record(self, route: Route, envelope: Envelope, error: BaseException) -> None:
         failure = describe(error, envelope)
@@ -107,14 +163,20 @@ class Consumer:
             error=failure.headline,
         )
 
-    def _through_outages(self, route: Route, envelopes: Sequence[Envelope], retry: bool) -> BaseException | None:
+    def _through_outages(
+        self, route: Route, envelopes: Sequence[Envelope], retry: bool, suspect: Suspect | None = None
+    ) -> BaseException | None:
         """Act in one transaction; return what the handler raised, if anything."""
         conflicts = 0
 
         def act() -> BaseException | None:
             nonlocal conflicts
             try:
-                with unit_of_work(self._sessions, keys=self.keys) as uow:
+                # The mark is not left standing while Postgres is waited for: whoever kills us then is not the event.
+                with (
+                    suspect.at_work(envelopes[0].event_id) if suspect else nullcontext(),
+                    unit_of_work(self._sessions, keys=self.keys) as uow,
+                ):
                     self._act(uow, route, envelopes, retry)
             except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
                 if passes(error):
@@ -136,15 +198,54 @@ class Consumer:
         if not envelopes:
             return
         fresh = uow.once(route.handler, envelopes)
-        if fresh and route.bulk:
-            route.act(fresh, uow, self._gateways)
-        elif fresh:
-            for envelope in fresh:
-                route.act(envelope.event, uow, self._gateways)
+        if fresh:
+            self._handle(uow, route, fresh)
         if retry:
             deliveries.resolve(session, route, envelopes)
         if route.ordered:
             deliveries.release(session, route, envelopes)
+
+    def _handle(self, uow: UnitOfWork, route: Route, fresh: Sequence[Envelope]) -> None:
+        watch = Watch(route, uow.session)
+
+        def handle() -> None:
+            if route.bulk:
+                watch.envelope = fresh[0] if len(fresh) == 1 else None
+                route.act(fresh, uow, self._gateways)
+                return
+            for envelope in fresh:
+                watch.next(envelope)
+                route.act(envelope.event, uow, self._gateways)
+
+        try:
+            self._time_limits.within(watch, handle)
+        except TimeLimitExceeded:
+            # It may have been in the middle of a statement: nobody is to use this connection again.
+            uow.session.invalidate()
+            raise
+
+    def _end_stuck_process(self, watch: Watch) -> None:
+        """End this process because a handler that was cut off did not notice; first write down which."""
+        error = exceeded(watch).with_traceback(_traceback_of(watch.thread_id))
+        log.critical(
+            "handler does not notice that it was cut off: this process ends",
+            handler=watch.route.handler,
+            event_id=str(watch.envelope.event_id) if watch.envelope else None,
+            exc_info=error,
+        )
+        if watch.envelope is not None:
+            # In a thread: Postgres may be away, and then the crash is counted instead (workers/suspects.py).
+            record = threading.Thread(target=self._record_stuck, args=(watch, watch.envelope, error), daemon=True)
+            record.start()
+            record.join(_GOODBYE_SECONDS)
+        os._exit(_STUCK_EXIT_CODE)
+
+    def _record_stuck(self, watch: Watch, envelope: Envelope, error: BaseException) -> None:
+        pid = backend_pid(watch.session)
+        with self._sessions() as session, session.begin():
+            # Its transaction ends with its connection; a retry holds the row that is to be written.
+            deliveries.end_backend(session, pid)
+            deliveries.record_failure(session, watch.route, envelope, error, describe(error, envelope))
 
     def _without_blocked(self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
         blocked = deliveries.blocked(uow.session, route, envelopes)
@@ -169,3 +270,13 @@ class Consumer:
             log.warning("waiting for postgres", tries=tries, error=f"{type(error).__name__}: {error}")
         if self._stopping.wait(pause):
             raise Stopping from error
+
+
+def _traceback_of(thread_id: int) -> TracebackType | None:
+    """Return where the thread is now, as if it had raised there."""
+    frame = sys._current_frames().get(thread_id)
+    found: TracebackType | None = None
+    while frame is not None:
+        found = TracebackType(found, frame, frame.f_lasti, frame.f_lineno)
+        frame = frame.f_back
+    return found

@@ -57,6 +57,13 @@ _known = text(
     "select event_id from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)"
 )
 
+_is_processed = text(
+    "select exists (select from dovecote.processed_events where event_id = :event_id and handler_name = :handler_name)"
+)
+
+# Waits for its end, a few seconds at most.
+_end_backend = text("select pg_terminate_backend(:pid, 5000)")
+
 _resolve = text("delete from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)")
 
 _blockers = text(
@@ -163,6 +170,17 @@ def still_due(session: Session, route: Route, envelopes: Sequence[Envelope]) -> 
 def resolve(session: Session, route: Route, envelopes: Sequence[Envelope]) -> None:
     """Forget deliveries whose effect commits with this transaction."""
     session.execute(_resolve, _key(route, envelopes))
+
+
+def is_processed(session: Session, route: Route, envelope: Envelope) -> bool:
+    found = session.scalar(_is_processed, {"event_id": envelope.event_id, "handler_name": route.handler})
+    return bool(found)
+
+
+def end_backend(session: Session, pid: int | None) -> None:
+    """End another session of our own role, and with it what it has locked."""
+    if pid is not None:
+        session.execute(_end_backend, {"pid": pid})
 
 
 def blocked(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:

@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -522,6 +524,96 @@ def test_many_workers_keep_the_order_of_every_aggregate(bench: Bench) -> None:
     for symbol in ("S0", "S1", "S2", "S3"):
         prices = [price for of, price in bench.effects() if of == symbol]
         assert prices == sorted(prices)
+
+
+# Too long -----------------------------------------------------------------------------------------
+
+
+def for_ever(_uow: UnitOfWork) -> None:
+    while True:
+        time.sleep(0.01)  # a handler that hangs
+
+
+def in_postgres(uow: UnitOfWork) -> None:
+    uow.session.execute(text("select pg_sleep(25)"))
+
+
+def and_says_it_is_another_error(uow: UnitOfWork) -> None:
+    try:
+        for_ever(uow)
+    except BaseException as error:
+        raise KeyError("something else") from error
+
+
+def and_swallows_it(uow: UnitOfWork) -> None:
+    with suppress(BaseException):
+        for_ever(uow)
+
+
+@pytest.mark.parametrize("hang", [for_ever, in_postgres, and_says_it_is_another_error, and_swallows_it])
+@pytest.mark.parametrize("bulk", [False, True])
+def test_a_handler_that_hangs_is_cut_off_and_its_bundle_mates_go_through(
+    bench: Bench, hang: Callable[[UnitOfWork], None], bulk: bool
+) -> None:
+    def act_on(event: Any, uow: UnitOfWork) -> None:
+        note_as("test.note", event, uow)
+        if int(event.price) == 2:
+            hang(uow)
+
+    def one(event: Any, uow: UnitOfWork, _gateways: object) -> None:
+        act_on(event, uow)
+
+    def all_of_them(envelopes: Sequence[Envelope], uow: UnitOfWork, _gateways: object) -> None:
+        for envelope in envelopes:
+            act_on(envelope.event, uow)
+
+    route = a_route(act=all_of_them if bulk else one, bulk=bulk, time_limit_seconds=0.3)
+    began = time.monotonic()
+
+    bench.consumer.consume(route, bench.write(1, 2, 3))
+
+    assert time.monotonic() - began < 15, "it was not cut off"
+    assert bench.effects() == [("EUR", 1), ("EUR", 3)]
+    (delivery,) = bench.deliveries()
+    assert (delivery.state, delivery.attempts, delivery.error_type) == ("retrying", 1, "TimeLimitExceeded")
+    assert delivery.error is not None
+    assert "cut off after 0.3 s" in delivery.error
+    if hang is not and_swallows_it:
+        assert hang.__name__ in delivery.error, "it says where it was"
+
+
+def test_the_limit_is_for_each_event_of_a_bundle(bench: Bench) -> None:
+    calls = []
+
+    def slow(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        calls.append(event)
+        time.sleep(0.2)  # a slow handler
+        note_as("test.note", event, uow)
+
+    bench.consumer.consume(a_route(act=slow, time_limit_seconds=1.0), bench.write(*range(8)))
+
+    assert len(calls) == 8, "the bundle was cut off"
+    assert bench.deliveries() == []
+
+
+def test_many_handlers_that_end_just_in_time_are_each_done_or_cut_off(bench: Bench) -> None:
+    def nearly(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        note_as("test.note", event, uow)
+        time.sleep(0.05 + int(event.price) / 100)  # around the moment of the cut
+
+    route = a_route(act=nearly, time_limit_seconds=0.05)
+    bundles = [bench.write(price, symbol=f"S{price}") for price in range(24)]
+    workers = [threading.Thread(target=bench.consumer.consume, args=(route, bundle)) for bundle in bundles]
+
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    done, cut_off = dict(bench.effects()), dict(bench.states())
+    assert done.keys() | cut_off.keys() == {f"S{price}" for price in range(24)}
+    assert not done.keys() & cut_off.keys()
+    assert set(cut_off.values()) <= {"retrying"}
 
 
 # Postgres goes away -------------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""Which event kills the process that acts on it.
+
+A process that dies tells nobody why. The relay's reaper counts the crash in each message that was in its
+hands (lua/reap.lua); a message with crashes is a suspect. Its events are taken one at a time, one suspect at
+a time in the whole process, with a mark in Redis before each: if the process dies again, the mark names the
+one that was at work. A message that was never in a crash pays nothing for this.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import orjson
+import redis
+
+#: An event that was at work in so many processes when they died is not started again.
+MOST_STARTS = 3
+
+# One event at a time in this process: neither another suspect in the next thread nor its own bundle-mates
+# are to be marked when it dies.
+_one_at_a_time = threading.Lock()
+
+# A mark goes with its message. Should the message get lost, it goes by itself.
+_MARK_SECONDS = 7 * 24 * 3_600
+
+
+@dataclass
+class _Marks:
+    """`starts` without an end, by event, and how many crashes the buried events explain."""
+
+    starts: dict[str, int] = field(default_factory=dict)
+    explained: int = 0
+
+
+class Suspect:
+    """One message that was in the hands of `crashes` processes when they died.
+
+    Errors: every method may raise redis.RedisError.
+    """
+
+    def __init__(self, client: redis.Redis, queue: str, message_id: str, crashes: int) -> None:
+        """`queue` with its namespace."""
+        self.crashes = crashes
+        self._client = client
+        self._key = f"{queue}.at_work"
+        self._message_id = message_id
+
+    def starts(self, event_id: UUID) -> int:
+        """Return in how many processes the event was at work when they died.
+
+        The crash that made the message a suspect had no mark: it counts against the first event that dies again.
+        """
+        marks = self._marks()
+        known = marks.starts.get(str(event_id), 0)
+        unexplained = self.crashes - marks.explained > known
+        return known + 1 if known and unexplained else known
+
+    @contextmanager
+    def at_work(self, event_id: UUID) -> Iterator[None]:
+        """Say that the event is at work until the end of the block, however it ends, short of death."""
+        marks = self._marks()
+        others = {id: starts for id, starts in marks.starts.items() if id != str(event_id)}
+        starts = marks.starts.get(str(event_id), 0) + 1
+        # Written, not incremented: after a lost reply it is written again.
+        self._write(_Marks({**others, str(event_id): starts}, marks.explained))
+        try:
+            yield
+        finally:
+            self._write(_Marks(others, marks.explained))
+
+    def explained(self) -> None:
+        """The killer is found: what happened so far speaks against no other event."""
+        self._write(_Marks(explained=self.crashes))
+
+    def cleared(self) -> None:
+        """The message is done with."""
+        self._client.hdel(self._key, self._message_id)
+
+    def _marks(self) -> _Marks:
+        found = self._client.hget(self._key, self._message_id)
+        return _Marks(**orjson.loads(found)) if isinstance(found, bytes) else _Marks()
+
+    def _write(self, marks: _Marks) -> None:
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.hset(self._key, self._message_id, orjson.dumps(marks))
+            pipeline.expire(self._key, _MARK_SECONDS)
+            pipeline.execute()
+
+
+@contextmanager
+def one_at_a_time(give_up: Callable[[], None]) -> Iterator[None]:
+    """Hold off every other suspect of this process. `give_up` is called while waiting, and may raise."""
+    while not _one_at_a_time.acquire(timeout=0.2):
+        give_up()
+    try:
+        yield
+    finally:
+        _one_at_a_time.release()
