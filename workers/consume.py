@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import structlog
+from sqlalchemy.orm import Session
 
 from domain.database import Sessions
 from domain.unit_of_work import UnitOfWork, unit_of_work
@@ -139,9 +140,9 @@ class Consumer:
 
     def _is_open(self, route: Route, envelope: Envelope, retry: bool) -> bool:
         """Neither done nor, by the same message, on record already."""
-        pick = deliveries.still_due if retry else deliveries.not_yet_failed
         with self._sessions() as session:
-            return bool(pick(session, route, [envelope])) and not deliveries.is_processed(session, route, envelope)
+            to_do = _to_do(session, route, [envelope], retry)
+            return bool(to_do) and not deliveries.is_processed(session, route, envelope)
 
     def _stop_if_told(self) -> None:
         if self._stopping.is_set():
@@ -191,8 +192,7 @@ class Consumer:
 
     def _act(self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], retry: bool) -> None:
         session = uow.session
-        pick = deliveries.still_due if retry else deliveries.not_yet_failed
-        envelopes = pick(session, route, envelopes)
+        envelopes = _to_do(session, route, envelopes, retry)
         if route.ordered and envelopes:
             envelopes = self._without_blocked(uow, route, envelopes)
         if not envelopes:
@@ -270,6 +270,12 @@ class Consumer:
             log.warning("waiting for postgres", tries=tries, error=f"{type(error).__name__}: {error}")
         if self._stopping.wait(pause):
             raise Stopping from error
+
+
+def _to_do(session: Session, route: Route, envelopes: Sequence[Envelope], retry: bool) -> list[Envelope]:
+    """Leave out what another message or an operator has to do with by now."""
+    pick = deliveries.still_due if retry else deliveries.not_yet_failed
+    return pick(session, route, envelopes)
 
 
 def _traceback_of(thread_id: int) -> TracebackType | None:

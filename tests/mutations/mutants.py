@@ -14,6 +14,8 @@ ANY_ORDER = "tests/workers/test_consuming_in_any_order.py"
 WRITING = "tests/domain/test_unit_of_work.py"
 RETENTION = "tests/workers/test_retention.py"
 ENVELOPE = "tests/workers/test_envelope.py"
+POISON = "tests/flows/test_poison.py"
+SUSPECTS = "tests/workers/test_suspects.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 WRITERS_SQL = "migrations/sql/0012_writers.up.sql"
@@ -385,16 +387,123 @@ MUTANTS = (
     Mutant(
         "a provider that is away spends attempts",
         "workers/deliveries.py",
-        "    if isinstance(error, GatewayUnavailable):\n",
+        "    if isinstance(error, GatewayUnavailable | UnknownEvent):\n",
         "    if False:\n",
         CONSUME,
+    ),
+    # What kills or hangs ------------------------------------------------------------------------
+    Mutant(
+        "crashes are not counted",
+        "workers/lua/reap.lua",
+        "redis.call('hset', KEYS[1] .. '.msgs', ids[i], with_one_crash_more(message, ids[i]))",
+        "redis.call('hset', KEYS[1] .. '.msgs', ids[i], message)",
+        BROKER,
+    ),
+    Mutant(
+        "a second crash counts for nothing",
+        "workers/lua/reap.lua",
+        "(crashes + 1)",
+        "crashes",
+        BROKER,
+    ),
+    Mutant(
+        "nothing is marked before it starts",
+        "workers/consume.py",
+        "suspect.at_work(envelopes[0].event_id) if suspect else nullcontext(),",
+        "nullcontext(),",
+        f"{POISON}::test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mates_go_through",
+    ),
+    Mutant(
+        "a mark outlives what it marks",
+        "workers/suspects.py",
+        "        finally:\n            self._write(_Marks(others, marks.explained))\n",
+        "        finally:\n            pass\n",
+        SUSPECTS,
+    ),
+    Mutant(
+        "suspects are at work beside each other",
+        "workers/suspects.py",
+        "    while not _one_at_a_time.acquire(timeout=0.2):\n        give_up()\n    try:\n        yield\n"
+        "    finally:\n        _one_at_a_time.release()\n",
+        "    yield\n",
+        SUSPECTS,
+    ),
+    Mutant(
+        "an event is started for ever",
+        "workers/consume.py",
+        "                if starts >= MOST_STARTS:\n",
+        "                if False:\n",
+        SUSPECTS,
+    ),
+    Mutant(
+        "crashes that are explained speak against others",
+        "workers/suspects.py",
+        "self.crashes - marks.explained > known",
+        "self.crashes > known",
+        SUSPECTS,
+    ),
+    Mutant(
+        "a mark outlives a clean return",
+        "workers/lua/hand_back.lua",
+        "        redis.call('hdel', KEYS[2] .. '.at_work', ARGV[i])\n",
+        "",
+        BROKER,
+    ),
+    Mutant(
+        "an event that is found again on record is buried again",
+        "workers/consume.py",
+        "        if self._held(partial(self._is_open, route, envelope, retry)):\n",
+        "        if True:\n",
+        SUSPECTS,
+    ),
+    Mutant(
+        "a handler that swallows its being cut off has succeeded",
+        "workers/time_limits.py",
+        "        if watch.was_cut_off:\n            raise exceeded(watch)",
+        "        if watch.was_cut_off and cut_off:\n            raise exceeded(watch)",
+        CONSUME,
+    ),
+    Mutant(
+        "nothing is cut off",
+        "workers/time_limits.py",
+        "                    watch.cut_off()\n",
+        "                    pass\n",
+        f"{CONSUME}::test_a_handler_that_hangs_is_cut_off_and_its_bundle_mates_go_through",
+    ),
+    Mutant(
+        "a statement goes on when its handler is cut off",
+        "workers/time_limits.py",
+        "        _cancel_statement(self.session)\n",
+        "",
+        f"{CONSUME}::test_a_handler_that_hangs_is_cut_off_and_its_bundle_mates_go_through",
+    ),
+    Mutant(
+        "the time limit is for the bundle",
+        "workers/time_limits.py",
+        "        self.envelope = envelope\n        self.deadline = time.monotonic() + self.seconds\n",
+        "        self.envelope = envelope\n",
+        f"{CONSUME}::test_the_limit_is_for_each_event_of_a_bundle",
+    ),
+    Mutant(
+        "a stuck process does not end",
+        "workers/consume.py",
+        "        os._exit(_STUCK_EXIT_CODE)\n",
+        "        threading.Event().wait()\n",
+        f"{POISON}::test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through",
+    ),
+    Mutant(
+        "a stuck process says nothing when it ends",
+        "workers/consume.py",
+        "            deliveries.record_failure(session, watch.route, envelope, error, describe(error, envelope))\n",
+        "            pass\n",
+        f"{POISON}::test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through",
     ),
     # The broker ---------------------------------------------------------------------------------
     Mutant(
         "nobody reaps the dead",
         "workers/broker.py",
-        "self._look_at(name, pipeline, maintain=True)",
-        "self._look_at(name, pipeline, maintain=False)",
+        "                for name in (queue, dq_name(queue)):\n                    self._reap(",
+        "                for name in ():\n                    self._reap(",
         BROKER,
     ),
     Mutant(

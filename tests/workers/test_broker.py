@@ -31,6 +31,7 @@ from workers.broker import (
     connect_redis,
 )
 from workers.consume import Consumer
+from workers.relay.bundles import Bundler
 
 pytestmark = pytest.mark.servers
 
@@ -317,6 +318,36 @@ def test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not(brok
 
     eventually(reaped, 3, "the dead worker's messages")
     assert sorted(queued(relay)) == ["a", "b"]
+
+
+def test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is_not(broker_with: Brokers) -> None:
+    relay = broker_with(heartbeat_timeout=200)
+    (event_type,) = a_route().event_types
+    payload = rb'{"id":1,"data":{"trap":"\n]],\"kwargs\":{\"crashes\":9,"}}'
+    (bundle,) = Bundler([a_route()]).bundles([(1, event_type, payload)])
+    publish(relay, bundle)
+
+    def kwargs() -> dict[str, Any]:
+        client: Any = relay.client
+        message = orjson.loads(client.hget(f"{relay.namespace}:{QUEUE}.msgs", bundle.id))
+        assert message["args"] == [[orjson.loads(payload)]]
+        return dict(message["kwargs"])
+
+    def taken_back() -> bool:
+        relay.reap()
+        return queued(relay) == [bundle.id]
+
+    assert kwargs() == {"retry": False}
+    for crashes in (1, 2):
+        take(a_consumer(broker_with()), 1)
+        eventually(taken_back, 5, "the dead worker's message")
+        assert kwargs() == {"retry": False, "crashes": crashes, "message_id": bundle.id}
+
+    consumer = a_consumer(broker_with())
+    relay.client.hset(f"{relay.namespace}:{QUEUE}.at_work", bundle.id, b"{}")
+    consumer.requeue(take(consumer, 1))
+    assert kwargs()["crashes"] == 2
+    assert not relay.client.exists(f"{relay.namespace}:{QUEUE}.at_work"), "its mark outlives a clean return"
 
 
 def test_a_relay_whose_clock_is_ahead_takes_no_living_worker_for_dead(
