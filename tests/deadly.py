@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dramatiq
+from sqlalchemy import text
 
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork
@@ -45,13 +46,18 @@ def _hang(how: str) -> None:
 def _note(handler: str, how: str, event: PriceQuoted, uow: UnitOfWork) -> None:
     price = int(event.price)
     if event.symbol == handler and price in (DEADLY, HANGING):
+        if how == "retry" and not _has_failed(event, uow):
+            raise RuntimeError("before it is a retry, it only fails")
         note_start(handler)
-        if how == "retry" and len(starts_of(handler)) == 1:
-            raise RuntimeError("the first time, it only fails")
         if price == DEADLY:
             _die(how)
         _hang(how)
     note_as(handler, event, uow)
+
+
+def _has_failed(event: PriceQuoted, uow: UnitOfWork) -> bool:
+    query = text("select exists (select from dovecote.deliveries where event_id = :id)")
+    return bool(uow.session.scalar(query, {"id": event.event_id}))
 
 
 def _single(handler: str, how: str, **more: Any) -> Route:
