@@ -21,8 +21,7 @@ from workers.routes import ROUTES, Route
 
 def ours() -> None:
     """Set up the consumers of production, with a watch before each bulk handler."""
-    vars(bootstrap)["ROUTES"] = tuple(_watched(route) for route in ROUTES)
-    bootstrap.consumers()
+    bootstrap.consumers([_watched(route) for route in ROUTES])
 
 
 def naive() -> None:

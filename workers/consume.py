@@ -192,12 +192,15 @@ class Consumer:
 
     def _act(self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], retry: bool) -> None:
         session = uow.session
-        envelopes = _to_do(session, route, envelopes, retry)
-        if route.ordered and envelopes:
-            envelopes = self._without_blocked(uow, route, envelopes)
-        if not envelopes:
-            return
-        fresh = uow.once(route.handler, envelopes)
+        if retry or route.ordered:
+            envelopes = _to_do(session, route, envelopes, retry)
+            if route.ordered and envelopes:
+                envelopes = self._without_blocked(uow, route, envelopes)
+            if not envelopes:
+                return
+            fresh = uow.once(route.handler, envelopes)
+        else:
+            fresh = deliveries.once_unless_failed(session, route, envelopes)
         if fresh:
             self._handle(uow, route, fresh)
         if retry:

@@ -15,6 +15,7 @@ from psycopg.rows import TupleRow, class_row
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from domain.database import array
 from domain.errors import DomainError, UnknownEvent
 from workers.envelope import Envelope
 from workers.failures import Failure, KilledTheProcess
@@ -63,6 +64,17 @@ _is_processed = text(
 
 # Waits for its end, a few seconds at most.
 _end_backend = text("select pg_terminate_backend(:pid, 5000)")
+
+# What `not_yet_failed` and `UnitOfWork.once` do, in one statement: they are most of what a lone event waits for.
+_ONCE_UNLESS_FAILED = """
+    insert into dovecote.processed_events (event_id, handler_name)
+    select event_id, %(handler_name)s from unnest(%(event_ids)s::uuid[]) as bundle (event_id)
+    where not exists (select from dovecote.deliveries d
+                      where d.handler_name = %(handler_name)s and d.event_id = bundle.event_id)
+    order by event_id
+    on conflict do nothing
+    returning event_id
+"""
 
 _resolve = text("delete from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)")
 
@@ -159,6 +171,16 @@ def not_yet_failed(session: Session, route: Route, envelopes: Sequence[Envelope]
     """Return those without a delivery: the others follow their own schedule, not this message's."""
     known = set(session.execute(_known, _key(route, envelopes)).scalars())
     return [envelope for envelope in envelopes if envelope.event_id not in known]
+
+
+def once_unless_failed(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
+    """Record that the handler acts on these now; return those it neither acted on nor failed at before."""
+    of_id = {envelope.event_id: envelope for envelope in envelopes}
+    found = session.connection().exec_driver_sql(
+        _ONCE_UNLESS_FAILED, {"handler_name": route.handler, "event_ids": array(of_id)}
+    )
+    fresh = set(found.scalars())
+    return [envelope for event_id, envelope in of_id.items() if event_id in fresh]
 
 
 def still_due(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:

@@ -26,9 +26,9 @@ class ReadAhead:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
-    def take(self) -> Batch:
-        """Return the next batch. Errors: those of reading."""
-        batch = self._next.result() if self._next else self._reader.read()
+    def take(self, *, at_once: bool = False) -> Batch:
+        """Return the next batch; `at_once` is for the reader. Errors: those of reading."""
+        batch = self._next.result() if self._next else self._reader.read(at_once=at_once)
         self._next = self._thread.submit(self._reader.read) if self._reader.is_full(batch) else None
         return batch
 

@@ -81,6 +81,7 @@ class Leader:
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
         self._heard: set[str] = set()
         self._holds_bell = False
+        self._called = False
         self._pause_seconds = 0.0
         self._next_tick = self._next_reaping = self._next_partitions = time.monotonic()
 
@@ -100,7 +101,8 @@ class Leader:
 
     def _turn(self) -> None:
         heard, self._heard = self._heard, set()
-        batch = self._ahead.take()
+        called, self._called = self._called, False
+        batch = self._ahead.take(at_once=called)
         if batch.rows:
             self._publish(batch)
         self.checkpoint = batch.checkpoint
@@ -277,8 +279,7 @@ class Leader:
     def _sleep_until_called(self) -> None:
         """Until the bell rings or it is time to look anyway; retries and the reaper wait for neither."""
         look_again = time.monotonic() + self._settings.poll_seconds
-        called = False
-        while not called and not self._heard and time.monotonic() < look_again:
-            called = self._sleeper.sleep(min(look_again, self._next_tick) - time.monotonic(), self._connection)
+        while not self._called and not self._heard and time.monotonic() < look_again:
+            self._called = self._sleeper.sleep(min(look_again, self._next_tick) - time.monotonic(), self._connection)
             if time.monotonic() >= self._next_tick:
                 self._tick()
