@@ -464,20 +464,6 @@ MUTANTS = (
         CONSUME,
     ),
     Mutant(
-        "nothing is cut off",
-        "workers/time_limits.py",
-        "                    watch.cut_off()\n",
-        "                    pass\n",
-        f"{CONSUME}::test_a_handler_that_hangs_is_cut_off_and_its_bundle_mates_go_through",
-    ),
-    Mutant(
-        "a statement goes on when its handler is cut off",
-        "workers/time_limits.py",
-        "        _cancel_statement(self.session)\n",
-        "",
-        f"{CONSUME}::test_a_handler_that_hangs_is_cut_off_and_its_bundle_mates_go_through",
-    ),
-    Mutant(
         "the time limit is for the bundle",
         "workers/time_limits.py",
         "        self.envelope = envelope\n        self.deadline = time.monotonic() + self.seconds\n",
