@@ -98,7 +98,7 @@ class Relay(Section):
         5.0,
         ge=0,
         le=1_000,
-        description="Pause after a batch that was not full, so that a steady stream comes in bundles.",
+        description="Pause after a batch that was not full, in traffic: a steady stream then comes in bundles.",
     )
     poll_seconds: float = Field(
         1.0,

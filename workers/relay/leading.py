@@ -82,6 +82,7 @@ class Leader:
         self._heard: set[str] = set()
         self._holds_bell = False
         self._called = False
+        self._is_busy = False
         self._pause_seconds = 0.0
         self._next_tick = self._next_reaping = self._next_partitions = time.monotonic()
 
@@ -111,10 +112,14 @@ class Leader:
         if time.monotonic() >= self._next_tick:
             self._tick()
         if batch.rows:
-            self._stay_awake()
-            self._gather(batch)
+            self._pause_seconds = 0.0
+            # A batch after a silence is an event that came alone; another right behind it is traffic.
+            if self._is_busy:
+                self._stay_awake()
+                self._gather(batch)
         elif not self._heard:
             self._rest()
+        self._is_busy = bool(batch.rows)
 
     # Publishing ------------------------------------------------------------------------------
 
@@ -249,15 +254,13 @@ class Leader:
         self._connection.execute("listen dovecote_deliveries")
 
     def _stay_awake(self) -> None:
-        self._pause_seconds = 0.0
         if self._holds_bell:
             # Writers need not ring while we are up: ringing makes them commit one after the other.
             self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")
             self._holds_bell = False
 
     def _gather(self, batch: Batch) -> None:
-        # The first event after a silence goes out at once; those right behind it travel together, or each
-        # would be a message and a transaction of its own.
+        # In traffic events travel together, or each would be a message and a transaction of its own.
         if len(batch.rows) < self._settings.batch_size:
             self._sleeper.sleep(self._settings.gather_ms / 1_000)
 
