@@ -33,6 +33,25 @@ _mark = text(
     """
 )
 
+# A handler has one replay at a time, and it is done when all its events are: a message of an older one is a
+# duplicate, unless it is the retry of what that one left behind. Locked in the order of ids, as above.
+_mark_again = text(
+    """
+    with bundle as (
+        select event_id from dovecote.processed_events
+        where handler_name = :handler_name and event_id = any(cast(:event_ids as uuid[]))
+          and replay_id is distinct from :replay_id
+          and exists (select from dovecote.replays
+                      where id = :replay_id and state <> 'cancelled' and (state <> 'done' or :as_retry))
+        order by event_id
+        for update
+    )
+    update dovecote.processed_events p set replay_id = :replay_id, processed_at = clock_timestamp()
+    from bundle where p.handler_name = :handler_name and p.event_id = bundle.event_id
+    returning p.event_id
+    """
+)
+
 
 def mark(session: Session, handler_name: str, event_ids: Sequence[UUID]) -> set[UUID]:
     """Record that the handler acts on these events now; return those it had not acted on before.
@@ -40,4 +59,19 @@ def mark(session: Session, handler_name: str, event_ids: Sequence[UUID]) -> set[
     Waits for another transaction that is acting on one of them, and skips that one if it commits.
     """
     found = session.execute(_mark, {"handler_name": handler_name, "event_ids": array(event_ids)})
+    return set(found.scalars())
+
+
+def mark_again(
+    session: Session, handler_name: str, event_ids: Sequence[UUID], replay_id: UUID, *, as_retry: bool
+) -> set[UUID]:
+    """Record that a replay has the handler act on these events again; return those it has not done so yet.
+
+    Waits like `mark`. What the handler has never acted on is in no such replay. A cancelled replay marks nothing, one
+    that is done only `as_retry`, for events that failed in it.
+    """
+    found = session.execute(
+        _mark_again,
+        {"handler_name": handler_name, "event_ids": array(event_ids), "replay_id": replay_id, "as_retry": as_retry},
+    )
     return set(found.scalars())

@@ -82,6 +82,7 @@ deliveries = Table(
     _moment("first_failed_at"),
     _moment("updated_at"),
     _moment("leased_until", nullable=True),
+    Column("replay_id", Uuid),
     CheckConstraint("state in ('retrying', 'waiting', 'dead', 'discarded')", name="deliveries_state_is_known"),
     Index("deliveries_due_idx", "next_attempt_at", postgresql_where=text("state = 'retrying'")),
     Index(
@@ -94,6 +95,14 @@ deliveries = Table(
     ),
     Index("deliveries_listing_idx", "handler_name", "state", "position"),
     Index("deliveries_group_idx", "state", "handler_name", "error_fingerprint", "updated_at"),
+    Index(
+        "deliveries_replay_idx",
+        "replay_id",
+        "aggregate_type",
+        "aggregate_id",
+        "position",
+        postgresql_where=text("replay_id is not null"),
+    ),
 )
 
 paused_handlers = Table(
@@ -145,6 +154,16 @@ replays = Table(
     Column("cursor_position", BigInteger, nullable=False, server_default=text("0")),
     _moment("created_at"),
     _moment("updated_at"),
+    Column("rate", Integer),
+    Column("upto_position", BigInteger, nullable=False, server_default=text("0")),
+    Column("positions", INT8MULTIRANGE),
+    _moment("finished_at", nullable=True),
+    Index(
+        "replays_active_idx",
+        "handler_name",
+        unique=True,
+        postgresql_where=text("state in ('pending', 'running', 'paused')"),
+    ),
 )
 
 audit_log = Table(

@@ -76,9 +76,23 @@ class UnitOfWork:
 
     def once(self, handler_name: str, events: Sequence[AnyEvent]) -> list[AnyEvent]:
         """Return the events that `handler_name` has not acted on before, and record that it does now."""
-        fresh = processed_events.mark(self.session, handler_name, [event.event_id for event in events])
-        # An event twice in one bundle is new once.
-        return [event for event in {event.event_id: event for event in events}.values() if event.event_id in fresh]
+        return _those(events, processed_events.mark(self.session, handler_name, [event.event_id for event in events]))
+
+    def again(
+        self, handler_name: str, events: Sequence[AnyEvent], replay_id: UUID, *, as_retry: bool = False
+    ) -> list[AnyEvent]:
+        """Return the events that `handler_name` has acted on, but not for this replay yet, and record that it does.
+
+        `as_retry`: they failed in the replay, which may be done by now.
+        """
+        event_ids = [event.event_id for event in events]
+        fresh = processed_events.mark_again(self.session, handler_name, event_ids, replay_id, as_retry=as_retry)
+        return _those(events, fresh)
+
+
+def _those(events: Sequence[AnyEvent], wanted: set[UUID]) -> list[AnyEvent]:
+    # An event twice in one bundle is new once.
+    return [event for event in {event.event_id: event for event in events}.values() if event.event_id in wanted]
 
 
 @contextmanager

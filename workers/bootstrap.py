@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
+from uuid import UUID
 
 import dramatiq
 import structlog
@@ -162,7 +163,11 @@ def _next_database(settings: Settings) -> Any:
 
 def _actor_function(consumer: Consumer, route: Route, broker: Broker) -> Callable[..., None]:
     def act(
-        envelopes: Sequence[Mapping[str, Any]], retry: bool = False, crashes: int = 0, message_id: str = ""
+        envelopes: Sequence[Mapping[str, Any]],
+        retry: bool = False,
+        replay: str | None = None,
+        crashes: int = 0,
+        message_id: str = "",
     ) -> None:
         try:
             bundle = [read_envelope(fields, consumer.keys) for fields in envelopes]
@@ -173,7 +178,7 @@ def _actor_function(consumer: Consumer, route: Route, broker: Broker) -> Callabl
         suspect = None
         if crashes and isinstance(broker, OutboxBroker):
             suspect = Suspect(broker.client, f"{broker.namespace}:{route.queue}", message_id, crashes)
-        consumer.consume(route, bundle, retry=retry, suspect=suspect)
+        consumer.consume(route, bundle, retry=retry, replay=UUID(replay) if replay else None, suspect=suspect)
 
     return act
 

@@ -127,6 +127,18 @@ class OutboxBroker(RedisBroker):
             raise NewerRelay(f"a newer relay has taken over from epoch {epoch}")
         return added
 
+    def holds_messages(self, queue: str) -> bool:
+        """Return whether anything is queued there or in a worker's hands."""
+        return bool(self.client.exists(f"{self.namespace}:{queue}.msgs"))
+
+    def which_are_queued(self, queue: str, ids: Iterable[str]) -> set[str]:
+        """Return those of the messages that are queued or in a worker's hands."""
+        ids = list(ids)
+        pipeline = self.client.pipeline(transaction=False)
+        for id in ids:
+            pipeline.hexists(f"{self.namespace}:{queue}.msgs", id)
+        return {id for id, found in zip(ids, pipeline.execute(), strict=True) if found}
+
     def identity(self) -> tuple[str, int | None]:
         """Return the run id of the Redis process and the epoch in its marker, None when there is no marker."""
         pipeline = self.client.pipeline(transaction=False)

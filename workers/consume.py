@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
+from uuid import UUID
 
 import structlog
 from sqlalchemy.orm import Session
@@ -68,11 +69,18 @@ class Consumer:
         self.keys = gateways.keys
 
     def consume(
-        self, route: Route, envelopes: Sequence[Envelope], *, retry: bool = False, suspect: Suspect | None = None
+        self,
+        route: Route,
+        envelopes: Sequence[Envelope],
+        *,
+        retry: bool = False,
+        replay: UUID | None = None,
+        suspect: Suspect | None = None,
     ) -> None:
         """Act on every event that the handler has not acted on yet; leave those that fail to their schedule.
 
         `retry` says that the message was sent for deliveries that are due: only those still due are taken.
+        `replay` names the replay that has the handler act again on what it has acted on, once.
         `suspect` says that the message was in the hands of processes that died.
         Errors: Stopping.
         """
@@ -97,20 +105,24 @@ class Consumer:
                 for link in links_to(envelope.traceparent for envelope in envelopes):
                     span.add_link(link.context)
             if suspect is not None:
-                self._carefully(route, envelopes, retry, suspect)
+                self._carefully(route, envelopes, retry, replay, suspect)
                 return
-            failure = self._through_outages(route, envelopes, retry)
+            failure = self._through_outages(route, envelopes, retry, replay)
             if failure is not None:
-                self._one_by_one(route, envelopes, retry, failure)
+                self._one_by_one(route, envelopes, retry, replay, failure)
 
-    def _one_by_one(self, route: Route, envelopes: Sequence[Envelope], retry: bool, failure: BaseException) -> None:
+    def _one_by_one(
+        self, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None, failure: BaseException
+    ) -> None:
         alone = len(envelopes) == 1
         for envelope in envelopes:
-            error = failure if alone else self._through_outages(route, [envelope], retry)
+            error = failure if alone else self._through_outages(route, [envelope], retry, replay)
             if error is not None:
-                self._record(route, envelope, error)
+                self._record(route, envelope, replay, error)
 
-    def _carefully(self, route: Route, envelopes: Sequence[Envelope], retry: bool, suspect: Suspect) -> None:
+    def _carefully(
+        self, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None, suspect: Suspect
+    ) -> None:
         """One event at a time, each marked before it starts: one of them may kill this process."""
         log.warning(
             "message was in a dying process's hands; its events are taken one by one",
@@ -122,38 +134,41 @@ class Consumer:
             with one_at_a_time(self._stop_if_told):
                 starts = self._held(partial(suspect.starts, envelope.event_id))
                 if starts >= MOST_STARTS:
-                    self._bury(route, envelope, retry, starts)
+                    self._bury(route, envelope, retry, replay, starts)
                     self._held(suspect.explained)
                     continue
-                error = self._through_outages(route, [envelope], retry, suspect)
+                error = self._through_outages(route, [envelope], retry, replay, suspect)
                 if error is not None:
-                    self._record(route, envelope, error)
+                    self._record(route, envelope, replay, error)
         self._held(suspect.cleared)
 
-    def _bury(self, route: Route, envelope: Envelope, retry: bool, starts: int) -> None:
-        if self._held(partial(self._is_open, route, envelope, retry)):
+    def _bury(self, route: Route, envelope: Envelope, retry: bool, replay: UUID | None, starts: int) -> None:
+        if self._held(partial(self._is_open, route, envelope, retry, replay)):
             message = (
                 f"the process died each of the {starts} times that this event was at work: killed, out of memory, "
                 "or a crash in C code; it is not started again by itself"
             )
-            self._record(route, envelope, KilledTheProcess(message))
+            self._record(route, envelope, replay, KilledTheProcess(message))
 
-    def _is_open(self, route: Route, envelope: Envelope, retry: bool) -> bool:
+    def _is_open(self, route: Route, envelope: Envelope, retry: bool, replay: UUID | None) -> bool:
         """Neither done nor, by the same message, on record already."""
         with self._sessions() as session:
-            to_do = _to_do(session, route, [envelope], retry)
+            to_do = _to_do(session, route, [envelope], retry, replay)
+            if replay is not None:
+                # Not committed: it only asks whether the handler would still act.
+                return bool(to_do and UnitOfWork(session).again(route.handler, to_do, replay, as_retry=retry))
             return bool(to_do) and not deliveries.is_processed(session, route, envelope)
 
     def _stop_if_told(self) -> None:
         if self._stopping.is_set():
             raise Stopping
 
-    def _record(self, route: Route, envelope: Envelope, error: BaseException) -> None:
+    def _record(self, route: Route, envelope: Envelope, replay: UUID | None, error: BaseException) -> None:
         failure = describe(error, envelope)
 
         def write() -> str:
             with self._sessions() as session, session.begin():
-                return deliveries.record_failure(session, route, envelope, error, failure)
+                return deliveries.record_failure(session, route, envelope, error, failure, replay)
 
         state = self._held(write)
         log.warning(
@@ -165,7 +180,12 @@ class Consumer:
         )
 
     def _through_outages(
-        self, route: Route, envelopes: Sequence[Envelope], retry: bool, suspect: Suspect | None = None
+        self,
+        route: Route,
+        envelopes: Sequence[Envelope],
+        retry: bool,
+        replay: UUID | None,
+        suspect: Suspect | None = None,
     ) -> BaseException | None:
         """Act in one transaction; return what the handler raised, if anything."""
         conflicts = 0
@@ -178,7 +198,7 @@ class Consumer:
                     suspect.at_work(envelopes[0].event_id) if suspect else nullcontext(),
                     unit_of_work(self._sessions, keys=self.keys) as uow,
                 ):
-                    self._act(uow, route, envelopes, retry)
+                    self._act(uow, route, envelopes, retry, replay)
             except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
                 if passes(error):
                     raise
@@ -190,26 +210,31 @@ class Consumer:
 
         return self._held(act)
 
-    def _act(self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], retry: bool) -> None:
+    def _act(
+        self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None
+    ) -> None:
         session = uow.session
-        if retry or route.ordered:
-            envelopes = _to_do(session, route, envelopes, retry)
+        if retry or route.ordered or replay is not None:
+            envelopes = _to_do(session, route, envelopes, retry, replay)
             if route.ordered and envelopes:
-                envelopes = self._without_blocked(uow, route, envelopes)
+                envelopes = self._without_blocked(uow, route, envelopes, replay)
             if not envelopes:
                 return
-            fresh = uow.once(route.handler, envelopes)
+            if replay is None:
+                fresh = uow.once(route.handler, envelopes)
+            else:
+                fresh = uow.again(route.handler, envelopes, replay, as_retry=retry)
         else:
             fresh = deliveries.once_unless_failed(session, route, envelopes)
         if fresh:
-            self._handle(uow, route, fresh)
+            self._handle(uow, route, fresh, replay)
         if retry:
             deliveries.resolve(session, route, envelopes)
         if route.ordered:
-            deliveries.release(session, route, envelopes)
+            deliveries.release(session, route, envelopes, replay)
 
-    def _handle(self, uow: UnitOfWork, route: Route, fresh: Sequence[Envelope]) -> None:
-        watch = Watch(route, uow.session)
+    def _handle(self, uow: UnitOfWork, route: Route, fresh: Sequence[Envelope], replay: UUID | None) -> None:
+        watch = Watch(route, uow.session, replay)
 
         def handle() -> None:
             if route.bulk:
@@ -248,12 +273,14 @@ class Consumer:
         with self._sessions() as session, session.begin():
             # Its transaction ends with its connection; a retry holds the row that is to be written.
             deliveries.end_backend(session, pid)
-            deliveries.record_failure(session, watch.route, envelope, error, describe(error, envelope))
+            deliveries.record_failure(session, watch.route, envelope, error, describe(error, envelope), watch.replay)
 
-    def _without_blocked(self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
-        blocked = deliveries.blocked(uow.session, route, envelopes)
+    def _without_blocked(
+        self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], replay: UUID | None
+    ) -> list[Envelope]:
+        blocked = deliveries.blocked(uow.session, route, envelopes, replay)
         if blocked:
-            deliveries.park(uow.session, route, blocked)
+            deliveries.park(uow.session, route, blocked, replay)
         return [envelope for envelope in envelopes if envelope not in blocked]
 
     def _held(self, work: Callable[[], Result]) -> Result:
@@ -275,10 +302,13 @@ class Consumer:
             raise Stopping from error
 
 
-def _to_do(session: Session, route: Route, envelopes: Sequence[Envelope], retry: bool) -> list[Envelope]:
+def _to_do(
+    session: Session, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None
+) -> list[Envelope]:
     """Leave out what another message or an operator has to do with by now."""
-    pick = deliveries.still_due if retry else deliveries.not_yet_failed
-    return pick(session, route, envelopes)
+    if retry:
+        return deliveries.still_due(session, route, envelopes, replay)
+    return deliveries.not_yet_failed(session, route, envelopes)
 
 
 def _traceback_of(thread_id: int) -> TracebackType | None:

@@ -26,14 +26,15 @@ from workers.telemetry import trace_id
 _record_failure = text(
     """
     insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
-        event_type, state, attempts, next_attempt_at, error_type, error_fingerprint, error, trace_id)
+        event_type, state, attempts, next_attempt_at, error_type, error_fingerprint, error, trace_id, replay_id)
     values (:handler_name, :event_id, :position, :aggregate_type, :aggregate_id, :event_type, :state,
             :attempts, clock_timestamp() + make_interval(secs => cast(:pause_seconds as float8)),
-            :error_type, :error_fingerprint, :error, :trace_id)
+            :error_type, :error_fingerprint, :error, :trace_id, :replay_id)
     on conflict (handler_name, event_id) do update set
         state = excluded.state, attempts = excluded.attempts, next_attempt_at = excluded.next_attempt_at,
         error_type = excluded.error_type, error_fingerprint = excluded.error_fingerprint,
-        error = excluded.error, trace_id = excluded.trace_id, updated_at = clock_timestamp()
+        error = excluded.error, trace_id = excluded.trace_id, replay_id = excluded.replay_id,
+        updated_at = clock_timestamp()
         where known.state <> 'discarded'
     """
 )
@@ -50,6 +51,7 @@ _due_here = text(
     """
     select event_id from dovecote.deliveries
     where handler_name = :handler_name and event_id = any(:event_ids) and state = 'retrying'
+      and replay_id is not distinct from cast(:replay_id as uuid)
     for update
     """
 )
@@ -86,11 +88,26 @@ _blockers = text(
     """
 )
 
+# In a replay every event before this one is done or has a row: waves follow each other, and the events of one
+# aggregate in a wave are one bundle (workers/relay/replaying.py).
+_blockers_in_replay = text(
+    """
+    select event_id,
+           (select d.event_id from dovecote.deliveries d
+            where d.replay_id = :replay_id and d.handler_name = :handler_name
+              and d.aggregate_type = bundle.aggregate_type and d.aggregate_id = bundle.aggregate_id
+              and d.position < bundle.position and d.state <> 'discarded'
+            order by d.position desc limit 1) as blocker
+    from unnest(cast(:event_ids as uuid[]), cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
+                cast(:positions as bigint[])) as bundle (event_id, aggregate_type, aggregate_id, position)
+    """
+)
+
 _park = text(
     """
     insert into dovecote.deliveries as known
-        (handler_name, event_id, position, aggregate_type, aggregate_id, event_type, state)
-    select :handler_name, * , 'waiting'
+        (handler_name, event_id, position, aggregate_type, aggregate_id, event_type, state, replay_id)
+    select :handler_name, *, 'waiting', cast(:replay_id as uuid)
     from unnest(cast(:event_ids as uuid[]), cast(:positions as bigint[]), cast(:aggregate_types as text[]),
                 cast(:aggregate_ids as text[]), cast(:event_types as text[]))
     on conflict (handler_name, event_id) do update
@@ -106,6 +123,7 @@ _release = text(
         from unnest(cast(:aggregate_types as text[]), cast(:aggregate_ids as text[])) as done (type, id)
         where d.handler_name = :handler_name and d.state = 'waiting'
           and d.aggregate_type = done.type and d.aggregate_id = done.id
+          and d.replay_id is not distinct from cast(:replay_id as uuid)
         returning 1
     )
     select pg_notify('dovecote_deliveries', '') from released limit 1
@@ -113,8 +131,18 @@ _release = text(
 )
 
 
-def record_failure(session: Session, route: Route, envelope: Envelope, error: BaseException, failure: Failure) -> str:
-    """Write down one failed attempt, described by `failure`; return the state of the event: retrying or dead."""
+def record_failure(
+    session: Session,
+    route: Route,
+    envelope: Envelope,
+    error: BaseException,
+    failure: Failure,
+    replay: UUID | None = None,
+) -> str:
+    """Write down one failed attempt, described by `failure`; return the state of the event: retrying or dead.
+
+    What failed in a replay is tried again for that replay.
+    """
     so_far = session.execute(
         _attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id}
     ).one_or_none()
@@ -143,6 +171,7 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
             "error_fingerprint": failure.fingerprint,
             "error": failure.text,
             "trace_id": trace_id(envelope.traceparent),
+            "replay_id": replay,
         },
     )
     return "dead" if final else "retrying"
@@ -150,9 +179,17 @@ def record_failure(session: Session, route: Route, envelope: Envelope, error: Ba
 
 def backoff(route: Route, attempts: int) -> timedelta:
     """Return the pause after this many attempts: doubling from the route's first, half of it jitter."""
+    return _longest_pause(route, attempts) * random.uniform(0.5, 1.0)
+
+
+def longest_retry(route: Route) -> timedelta:
+    """Return how long after its first failure an event may be tried for the last time, providers being there."""
+    return sum((_longest_pause(route, attempts) for attempts in range(1, route.attempts)), timedelta())
+
+
+def _longest_pause(route: Route, attempts: int) -> timedelta:
     # After 2^64 first pauses the longest one is reached; a float ends at 2^1024.
-    longest = min(route.backoff_seconds * 2.0 ** min(attempts - 1, 64), route.longest_backoff_seconds)
-    return timedelta(seconds=longest * random.uniform(0.5, 1.0))
+    return timedelta(seconds=min(route.backoff_seconds * 2.0 ** min(attempts - 1, 64), route.longest_backoff_seconds))
 
 
 def outage_pause(route: Route, age: timedelta) -> timedelta:
@@ -183,9 +220,11 @@ def once_unless_failed(session: Session, route: Route, envelopes: Sequence[Envel
     return [envelope for event_id, envelope in of_id.items() if event_id in fresh]
 
 
-def still_due(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
+def still_due(
+    session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None
+) -> list[Envelope]:
     """Return those still `retrying`, locked: nobody else tries, buries or discards them meanwhile."""
-    due = set(session.execute(_due_here, _key(route, envelopes)).scalars())
+    due = set(session.execute(_due_here, {**_key(route, envelopes), "replay_id": replay}).scalars())
     return [envelope for envelope in envelopes if envelope.event_id in due]
 
 
@@ -205,17 +244,22 @@ def end_backend(session: Session, pid: int | None) -> None:
         session.execute(_end_backend, {"pid": pid})
 
 
-def blocked(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
-    """Return the events that must wait for an earlier one of their aggregate, given in writing order."""
-    found = session.execute(
-        _blockers,
-        {
-            **_key(route, envelopes),
-            **_aggregates(envelopes),
-            "positions": [envelope.position for envelope in envelopes],
-            "event_types": route.event_types,
-        },
-    )
+def blocked(
+    session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None
+) -> list[Envelope]:
+    """Return the events that must wait for an earlier one of their aggregate, given in writing order.
+
+    In a replay they wait for what failed in that replay: each replay keeps the order of its own.
+    """
+    bundle = {
+        **_key(route, envelopes),
+        **_aggregates(envelopes),
+        "positions": [envelope.position for envelope in envelopes],
+    }
+    if replay is None:
+        found = session.execute(_blockers, {**bundle, "event_types": route.event_types})
+    else:
+        found = session.execute(_blockers_in_replay, {**bundle, "replay_id": replay})
     unresolved: dict[UUID, UUID] = {row.event_id: row.blocker for row in found if row.blocker}
     here = {envelope.event_id for envelope in envelopes}
     waiting: dict[UUID, Envelope] = {}
@@ -227,7 +271,7 @@ def blocked(session: Session, route: Route, envelopes: Sequence[Envelope]) -> li
     return list(waiting.values())
 
 
-def park(session: Session, route: Route, envelopes: Sequence[Envelope]) -> None:
+def park(session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None) -> None:
     """Let events wait behind an earlier one of their aggregate."""
     session.execute(
         _park,
@@ -236,13 +280,14 @@ def park(session: Session, route: Route, envelopes: Sequence[Envelope]) -> None:
             **_aggregates(envelopes),
             "positions": [envelope.position for envelope in envelopes],
             "event_types": [envelope.type for envelope in envelopes],
+            "replay_id": replay,
         },
     )
 
 
-def release(session: Session, route: Route, envelopes: Sequence[Envelope]) -> None:
+def release(session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None) -> None:
     """Send on what waited behind these aggregates; the relay hears of it when this transaction commits."""
-    session.execute(_release, {"handler_name": route.handler, **_aggregates(envelopes)})
+    session.execute(_release, {"handler_name": route.handler, "replay_id": replay, **_aggregates(envelopes)})
 
 
 def _key(route: Route, envelopes: Sequence[Envelope]) -> dict[str, object]:
@@ -267,6 +312,7 @@ class DueDelivery:
     event_id: UUID
     position: int
     attempts: int
+    replay_id: UUID | None
     envelope: str
 
 
@@ -281,7 +327,7 @@ _LEASE_DUE = """
         set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s),
             leased_until = now() + make_interval(secs => %(lease_seconds)s), updated_at = clock_timestamp()
         from due where d.handler_name = due.handler_name and d.event_id = due.event_id
-        returning d.handler_name, d.event_id, d.position, d.attempts
+        returning d.handler_name, d.event_id, d.position, d.attempts, d.replay_id
     )
     select leased.*, dovecote.envelope(o) as envelope
     from leased join dovecote.outbox o on o.id = leased.event_id
@@ -298,15 +344,25 @@ _END_LEASES = """
 _RELEASE_STRAYS = """
     with first as (
         select distinct on (aggregate_type, aggregate_id) aggregate_type, aggregate_id, position
-        from dovecote.deliveries where state = 'waiting' and handler_name = %(handler)s
+        from dovecote.deliveries where state = 'waiting' and handler_name = %(handler)s and replay_id is null
         order by aggregate_type, aggregate_id, position
     )
     update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
     from first
-    where d.state = 'waiting' and d.handler_name = %(handler)s
+    where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is null
       and d.aggregate_type = first.aggregate_type and d.aggregate_id = first.aggregate_id
       and dovecote.blocker(%(handler)s, %(event_types)s, first.aggregate_type, first.aggregate_id, first.position)
           is null
+"""
+
+# The same for those of replays, which wait for a row of their replay and for nothing else.
+_RELEASE_STRAYS_OF_REPLAYS = """
+    update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
+    where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is not null
+      and not exists (select from dovecote.deliveries before
+                      where before.replay_id = d.replay_id and before.handler_name = d.handler_name
+                        and before.aggregate_type = d.aggregate_type and before.aggregate_id = d.aggregate_id
+                        and before.position < d.position and before.state <> 'discarded')
 """
 
 
@@ -326,4 +382,5 @@ def end_leases(connection: psycopg.Connection[TupleRow]) -> int:
 
 def release_strays(connection: psycopg.Connection[TupleRow], route: Route) -> int:
     """Send on waiting events of an ordered route whose aggregate is free; return how many."""
-    return connection.execute(_RELEASE_STRAYS, {"handler": route.handler, "event_types": route.event_types}).rowcount
+    names = {"handler": route.handler, "event_types": route.event_types}
+    return sum(connection.execute(query, names).rowcount for query in (_RELEASE_STRAYS, _RELEASE_STRAYS_OF_REPLAYS))

@@ -30,6 +30,9 @@ class Route:
     backoff_seconds pause before the second try; it doubles, jittered, up to `longest_backoff_seconds`
     may_pass        refusals that are tried again like any error; other DomainErrors are final at once
     time_limit_seconds  longest an event may take, with `bulk` a bundle; then it is cut off, which is an attempt
+    replayable      an operator may have it act again on what it has acted on; what its effect does then is
+                    its own business
+    replay_note     why it may, or why not; operators read it
     """
 
     handler: str
@@ -44,6 +47,8 @@ class Route:
     longest_backoff_seconds: float = 3_600.0
     may_pass: tuple[type[DomainError], ...] = ()
     time_limit_seconds: float = 60.0
+    replayable: bool = False
+    replay_note: str = "its route does not say that acting again is harmless"
 
     @property
     def event_types(self) -> list[str]:
@@ -67,6 +72,8 @@ ROUTES: tuple[Route, ...] = (
         act=on_billing.write_history,
         queue="billing",
         ordered=True,
+        replayable=True,
+        replay_note="a line that is there stays as it is, one that is missing is written",
     ),
     Route(
         handler="verification.send_code",
@@ -78,12 +85,15 @@ ROUTES: tuple[Route, ...] = (
         attempts=6,
         backoff_seconds=1.0,
         longest_backoff_seconds=30.0,
+        replay_note="nobody has asked for the code a second time",
     ),
     Route(
         handler="verification.update_cache",
         events=(verification.CodeRejected, verification.PhoneVerified),
         act=on_verification.update_cache,
         queue="verification",
+        replayable=True,
+        replay_note="what the cache shows is read from Postgres anew",
     ),
     Route(
         handler="pricing.apply_quotes",
@@ -91,6 +101,8 @@ ROUTES: tuple[Route, ...] = (
         act=on_pricing.apply_quotes,
         queue="pricing",
         bulk=True,
+        replayable=True,
+        replay_note="an older quote never replaces a newer one",
     ),
 )
 

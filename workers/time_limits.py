@@ -9,6 +9,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from uuid import UUID
 
 import psycopg
 import structlog
@@ -33,8 +34,9 @@ class CutOff(BaseException):
 class Watch:
     """One handler at work, in the thread that makes it."""
 
-    def __init__(self, route: Route, session: Session) -> None:
+    def __init__(self, route: Route, session: Session, replay: UUID | None = None) -> None:
         self.route = route
+        self.replay = replay
         self.seconds = route.time_limit_seconds
         self.thread_id = threading.get_ident()
         self.session = session

@@ -11,6 +11,8 @@ RELAY = "tests/workers/relay/test_relay.py"
 BROKER = "tests/workers/test_broker.py"
 CONSUME = "tests/workers/test_consume.py"
 ANY_ORDER = "tests/workers/test_consuming_in_any_order.py"
+REPLAYING = "tests/workers/relay/test_replaying.py"
+REPLAYS = "tests/workers/relay/test_replay_machine.py"
 WRITING = "tests/domain/test_unit_of_work.py"
 RETENTION = "tests/workers/test_retention.py"
 ENVELOPE = "tests/workers/test_envelope.py"
@@ -289,14 +291,14 @@ MUTANTS = (
     Mutant(
         "bundles that overlap mark in any order",
         "domain/processed_events.py",
-        "    order by event_id\n",
-        "    order by md5(random()::text)\n",
+        "as bundle (event_id)\n    order by event_id\n",
+        "as bundle (event_id)\n    order by md5(random()::text)\n",
         CONSUME,
     ),
     Mutant(
         "a bundle that failed is given up as a whole",
         "workers/consume.py",
-        "error = failure if alone else self._through_outages(route, [envelope], retry)",
+        "error = failure if alone else self._through_outages(route, [envelope], retry, replay)",
         "error = failure",
         CONSUME,
     ),
@@ -317,22 +319,22 @@ MUTANTS = (
     Mutant(
         "a redelivered bundle takes up what failed, before its time",
         "workers/consume.py",
-        "pick = deliveries.still_due if retry else deliveries.not_yet_failed",
-        "pick = deliveries.still_due if retry else lambda session, route, envelopes: list(envelopes)",
+        "envelopes = deliveries.not_yet_failed(session, route, envelopes)",
+        "envelopes = list(envelopes)",
         CONSUME,
     ),
     Mutant(
         "a retry takes up what is no longer due",
         "workers/consume.py",
-        "pick = deliveries.still_due if retry else deliveries.not_yet_failed",
-        "pick = (lambda session, route, envelopes: list(envelopes)) if retry else deliveries.not_yet_failed",
+        "envelopes = deliveries.still_due(session, route, envelopes, replay)",
+        "envelopes = list(envelopes)",
         CONSUME,
     ),
     Mutant(
         "two workers with one retry do not wait for each other",
         "workers/deliveries.py",
-        "and event_id = any(:event_ids) and state = 'retrying'\n    for update\n",
-        "and event_id = any(:event_ids) and state = 'retrying'\n",
+        "cast(:replay_id as uuid)\n    for update\n",
+        "cast(:replay_id as uuid)\n",
         CONSUME,
     ),
     Mutant(
@@ -359,7 +361,7 @@ MUTANTS = (
     Mutant(
         "what waits is not sent on by the one it waited for",
         "workers/consume.py",
-        "            deliveries.release(session, route, envelopes)\n",
+        "            deliveries.release(session, route, envelopes, replay)\n",
         "            pass\n",
         CONSUME,
     ),
@@ -555,5 +557,48 @@ MUTANTS = (
         "        raise exception 'the outbox refuses the event: id % is of %, a week that was dropped;",
         "        raise notice 'the outbox refuses the event: id % is of %, a week that was dropped;",
         RETENTION,
+    ),
+    # Replaying ----------------------------------------------------------------------------------
+    Mutant(
+        "a replay acts again on what it has acted on",
+        "domain/processed_events.py",
+        "          and replay_id is distinct from :replay_id\n",
+        "",
+        REPLAYS,
+    ),
+    Mutant(
+        "a cancelled replay acts on",
+        "domain/processed_events.py",
+        "where id = :replay_id and state <> 'cancelled' and",
+        "where id = :replay_id and",
+        REPLAYS,
+    ),
+    Mutant(
+        "an aggregate's events of one wave are in several bundles",
+        "workers/relay/replaying.py",
+        "parts = by_aggregate(events, run.route.bundle_size)",
+        "parts = in_order(events, run.route.bundle_size)",
+        REPLAYS,
+    ),
+    Mutant(
+        "nothing waits for what failed in its replay",
+        "workers/deliveries.py",
+        "and d.position < bundle.position and d.state <> 'discarded'",
+        "and false",
+        REPLAYS,
+    ),
+    Mutant(
+        "a replay queues again what is still queued",
+        "workers/relay/replaying.py",
+        "parts = in_order(self._without_queued(run.route, events), run.route.bundle_size)",
+        "parts = in_order(events, run.route.bundle_size)",
+        f"{REPLAYING}::test_what_is_still_queued_is_not_queued_again",
+    ),
+    Mutant(
+        "a replay goes on while its handler is paused",
+        "workers/relay/replaying.py",
+        "      and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)\n",
+        "",
+        f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
     ),
 )

@@ -15,7 +15,19 @@ from domain.errors import DovecoteError
 from workers import masking, operations, schema
 from workers.binaries import ServerError
 from workers.bootstrap import refuse
-from workers.cli import auditing, benchmarking, deliveries, events, looking, maintaining, running, status, working
+from workers.cli import (
+    auditing,
+    benchmarking,
+    deliveries,
+    doctoring,
+    events,
+    looking,
+    maintaining,
+    replaying,
+    running,
+    status,
+    working,
+)
 from workers.cli.output import fail, out
 from workers.home import HomeError
 from workers.outages import passes
@@ -23,7 +35,19 @@ from workers.settings import SettingsError
 from workers.supervisor import CannotRun, ProcfileError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A transactional outbox.")
-for commands in (running, status, events, deliveries, auditing, looking, working, maintaining, benchmarking):
+for commands in (
+    running,
+    status,
+    events,
+    deliveries,
+    auditing,
+    replaying,
+    doctoring,
+    looking,
+    working,
+    maintaining,
+    benchmarking,
+):
     commands.register(app)
 
 

@@ -6,9 +6,10 @@ a batch that is published again adds only what is no longer queued.
 
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from hashlib import blake2b
 from typing import TypeVar
+from uuid import UUID
 
 from workers.broker import QueuedBundle
 from workers.deliveries import DueDelivery
@@ -52,24 +53,25 @@ class Bundler:
             route = self._by_handler[handler]
             for part in _parts(its_rows, route.bundle_size):
                 inside = positions(part)
-                cut.append((_bundle(route, inside, [envelope for _, _, envelope in part]), inside))
+                cut.append((bundle(route, inside, [envelope for _, _, envelope in part]), inside))
         return cut
 
     def retries(self, due: Iterable[DueDelivery]) -> list[QueuedBundle]:
         """Return the messages for deliveries that are due. Those of unknown handlers are left alone."""
-        wanted: Mapping[str, list[DueDelivery]] = {handler: [] for handler in self._by_handler}
+        wanted: dict[tuple[str, UUID | None], list[DueDelivery]] = {}
         for delivery in due:
-            if delivery.handler_name in wanted:
-                wanted[delivery.handler_name].append(delivery)
+            if delivery.handler_name in self._by_handler:
+                wanted.setdefault((delivery.handler_name, delivery.replay_id), []).append(delivery)
         return [
-            _bundle(
+            bundle(
                 self._by_handler[handler],
                 # The attempts are part of the identity: the next try is another message.
                 [number for one in part for number in (one.position, one.attempts)],
                 [one.envelope.encode() for one in part],
                 retry=True,
+                replay=replay,
             )
-            for handler, its_due in wanted.items()
+            for (handler, replay), its_due in wanted.items()
             for part in _chunks(its_due, self._by_handler[handler].bundle_size)
         ]
 
@@ -90,16 +92,27 @@ def _chunks(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
         yield items[start : start + most]
 
 
-def _bundle(route: Route, identity: Sequence[int], envelopes: Sequence[bytes], *, retry: bool = False) -> QueuedBundle:
+def bundle(
+    route: Route,
+    identity: Sequence[int],
+    envelopes: Sequence[bytes],
+    *,
+    retry: bool = False,
+    replay: UUID | None = None,
+) -> QueuedBundle:
+    """Return a message; the handler, these numbers and the replay are what its id follows from."""
     digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=route.handler.encode()[:64])
+    if replay is not None:
+        digest.update(replay.bytes)
     id = ("r" if retry else "b") + digest.hexdigest()
+    replay_word = "" if replay is None else f',"replay":"{replay}"'
     # The envelopes are JSON already; everything else in here is words of our own.
     message = b"".join(
         (
             f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[[\n'.encode(),
             # An envelope a line: a message that cannot be read as a whole is read line by line.
             b",\n".join(envelopes),
-            f'\n]],"kwargs":{{"retry":{str(retry).lower()}}},"options":{{"redis_message_id":"{id}"}},'
+            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"options":{{"redis_message_id":"{id}"}},'
             f'"message_id":"{id}","message_timestamp":{time.time_ns() // 1_000_000}}}'.encode(),
         )
     )

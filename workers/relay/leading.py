@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 import psycopg
 import structlog
 
-from workers import deliveries
+from workers import deliveries, replays
 from workers.broker import PASSING, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.relay import missing, unrouted
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.positions import multirange
 from workers.relay.reading import Batch, Connection, Reader, positions
+from workers.relay.replaying import Replayer
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
@@ -77,6 +78,15 @@ class Leader:
         self._known_redis = known_redis
         self._maintain = maintain
         self._ahead = ReadAhead(reader)
+        self._replayer = Replayer(
+            connection=connection,
+            reader=reader,
+            bundler=self._bundler,
+            broker=broker,
+            routes=routes,
+            epoch=epoch,
+            through_outages=self._through_outages,
+        )
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
         self._heard: set[str] = set()
@@ -109,8 +119,11 @@ class Leader:
         self.checkpoint = batch.checkpoint
         if "dovecote_deliveries" in heard:
             self._send_retries()
+        if replays.CHANNEL in heard:
+            self._replayer.look()
         if time.monotonic() >= self._next_tick:
             self._tick()
+        self._replayer.step()
         if batch.rows:
             self._pause_seconds = 0.0
             # A batch after a silence is an event that came alone; another right behind it is traffic.
@@ -195,6 +208,7 @@ class Leader:
             self._know_redis(None)
             self._broker.claim_epoch(self._epoch)
             deliveries.end_leases(self._connection)
+            self._replayer.forget_waves()
             found = missing.bundles(self._connection, self._reader, self._bundler, self._routes)
             sent = sum(self._broker.publish(self._epoch, bundles) for bundles in found if bundles)
             if sent:
@@ -252,6 +266,7 @@ class Leader:
         self._connection.add_notify_handler(hear)
         self._connection.execute("listen dovecote_outbox")
         self._connection.execute("listen dovecote_deliveries")
+        self._connection.execute(f"listen {replays.CHANNEL}")
 
     def _stay_awake(self) -> None:
         if self._holds_bell:
@@ -281,7 +296,8 @@ class Leader:
 
     def _sleep_until_called(self) -> None:
         """Until the bell rings or it is time to look anyway; retries and the reaper wait for neither."""
-        look_again = time.monotonic() + self._settings.poll_seconds
+        pause = min(self._settings.poll_seconds, self._replayer.seconds_until_due())
+        look_again = time.monotonic() + pause
         while not self._called and not self._heard and time.monotonic() < look_again:
             self._called = self._sleeper.sleep(min(look_again, self._next_tick) - time.monotonic(), self._connection)
             if time.monotonic() >= self._next_tick:

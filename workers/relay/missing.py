@@ -39,10 +39,15 @@ def bundles(
         connection.execute("set local enable_seqscan = on; set local enable_sort = on")
         missing = {route.handler: _missing(connection, route, reader.frontier) for route in routes}
         positions = sorted(set().union(*missing.values()))
-        batches = [str(text) for (text,) in connection.execute(_BATCHES_OF, (positions,))]
+        batches = batches_of(connection, positions)
     for batch in batches:
         cut = bundler.bundles_with_positions(reader.rows_in(batch))
         yield [bundle for bundle, inside in cut if not missing[bundle.handler].isdisjoint(inside)]
+
+
+def batches_of(connection: Connection, positions: Sequence[int]) -> list[str]:
+    """Return the batches that brought these positions, as multiranges, in the order they were published."""
+    return [str(text) for (text,) in connection.execute(_BATCHES_OF, (list(positions),))]
 
 
 def _missing(connection: Connection, route: Route, frontier: int) -> set[int]:

@@ -1,0 +1,39 @@
+"""The command that finds out what is wrong."""
+
+import typer
+from rich.table import Table
+
+from workers.cli.output import AsJson, out, print_json
+from workers.operations import doctor as doctoring
+from workers.routes import ROUTES
+from workers.settings import load_settings
+
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(doctor)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Test both servers, the relay, the queues and the schema, and say what to do. Exit code 1 on an error.
+
+    Example: dovecote doctor --json
+    """
+    found = doctoring.examine(load_settings(), ROUTES)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        table = Table("", "check", "found", box=None, pad_edge=False)
+        for finding in found.findings:
+            colour = _COLOURS[finding.level]
+            table.add_row(f"[{colour}]{finding.level}[/]", finding.check, _plain(finding.found))
+            if finding.advice:
+                table.add_row("", "", f"[{colour}]{_plain(finding.advice)}[/]")
+        out.print(table)
+    if found.has_errors:
+        raise typer.Exit(1)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")

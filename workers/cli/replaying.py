@@ -1,0 +1,294 @@
+"""Commands that send events again."""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Protocol, TypeVar
+from uuid import UUID
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from sqlalchemy import Engine
+
+from workers.bootstrap import engine_during, refuse
+from workers.cli.output import AsJson, err, fail, out, print_json, say
+from workers.operations import replays
+from workers.operations.audit import whoever
+from workers.replays import Filter
+from workers.routes import ROUTES
+from workers.settings import load_settings
+
+Result = TypeVar("Result")
+
+_WATCH_SECONDS = 0.25
+
+
+class Strength(Enum):
+    missing = "missing"
+    again = "again"
+
+
+By = Annotated[str, typer.Option("--as", default_factory=whoever, help="Who you are, for the audit log.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Stay until it is over; Ctrl-C leaves it running.")]
+Id = Annotated[UUID, typer.Argument(help="The replay's id.")]
+
+
+def register(app: typer.Typer) -> None:
+    replay = typer.Typer(no_args_is_help=True, help="Send events to a handler again.")
+    for command in (start, pause, resume, cancel, show):
+        replay.command()(command)
+    replay.command("list")(list_)
+    app.add_typer(replay, name="replay")
+
+
+def start(
+    handler: Annotated[str, typer.Option(help="Which handler is to have them.")],
+    reason: Annotated[str, typer.Option(help="Why; it is written into the audit log.")],
+    by: By,
+    strength: Annotated[
+        Strength,
+        typer.Option(help="missing: what it has not acted on. again: have it act once more on what it has."),
+    ] = Strength.missing,
+    type: Annotated[list[str] | None, typer.Option(help="Event type; may be given often.")] = None,
+    aggregate_type: Annotated[str | None, typer.Option(help="Only events of such aggregates.")] = None,
+    aggregate_id: Annotated[str | None, typer.Option(help="Only events of this one; with --aggregate-type.")] = None,
+    since: Annotated[str | None, typer.Option(help="Events made at or after this moment, ISO 8601, UTC.")] = None,
+    until: Annotated[str | None, typer.Option(help="Events made before this moment.")] = None,
+    from_position: Annotated[int | None, typer.Option(min=1, help="The first position.")] = None,
+    upto_position: Annotated[int | None, typer.Option(min=1, help="The last position.")] = None,
+    ids_from: Annotated[
+        Path | None, typer.Option(help="File with one event id a line; - reads standard input.")
+    ] = None,
+    rate: Annotated[
+        int | None, typer.Option(min=1, help="Most events a second; as fast as they go if not given.")
+    ] = None,
+    dry_run: DryRun = False,
+    watch: Watch = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have the relay send events to a handler again. On a terminal it shows the progress; Ctrl-C leaves it running.
+
+    Example: dovecote replay start --handler billing.write_history --since 2026-11-20 --reason "INC-7"
+    """
+    request = replays.Request(
+        handler=handler,
+        strength=strength.value,
+        filter=Filter(
+            event_types=tuple(type) if type else None,
+            aggregate_type=aggregate_type,
+            aggregate_id=aggregate_id,
+            since=_moment("--since", since),
+            until=_moment("--until", until),
+            from_position=from_position,
+            upto_position=upto_position,
+        ),
+        event_ids=_ids(ids_from) if ids_from else None,
+        rate=rate,
+        reason=reason,
+        requested_by=by,
+    )
+    with engine_during(load_settings(needs_redis=False)) as engine:
+        plan = _or_refuse(lambda: (replays.plan if dry_run else replays.start)(engine, ROUTES, request))
+        if as_json:
+            print_json(plan.as_json())
+        else:
+            _print_plan(plan, dry_run)
+        if plan.replay_id and (watch or (err.is_terminal and not as_json)):
+            _watch(engine, plan.replay_id, as_json)
+
+
+def list_(
+    handler: Annotated[str | None, typer.Option(help="Only those of this handler.")] = None,
+    before: Annotated[UUID | None, typer.Option(help="Go on after this id: the last of the page before.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1_000, help="Most replays.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List replays, the newest first.
+
+    Example: dovecote replay list --handler billing.write_history
+    """
+    with engine_during(load_settings(needs_redis=False)) as engine:
+        found = replays.listed(engine, handler=handler, before=before, limit=limit)
+    if as_json:
+        print_json({"replays": [replay.as_json() for replay in found]})
+        return
+    table = Table("id", "handler", "strength", "state", box=None, pad_edge=False)
+    for column in ("done", "of", "failed"):
+        table.add_column(column, justify="right")
+    for column in ("began", "by", "reason"):
+        table.add_column(column)
+    for replay in found:
+        failed = replay.retrying + replay.waiting + replay.dead
+        table.add_row(
+            *(str(replay.id), replay.handler, replay.strength, replay.state),
+            *(str(replay.done), str(replay.total), str(failed)),
+            *(f"{replay.created_at:%Y-%m-%d %H:%M:%S}", replay.requested_by, replay.reason),
+        )
+    out.print(table)
+
+
+def show(id: Id, watch: Watch = False, as_json: AsJson = False) -> None:
+    """Show one replay; with --watch, come back to its progress.
+
+    Example: dovecote replay show 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21 --watch
+    """
+    with engine_during(load_settings(needs_redis=False)) as engine:
+        replay = _or_refuse(lambda: replays.shown(engine, id))
+        if watch and not replay.is_over:
+            _watch(engine, id, as_json)
+        elif as_json:
+            print_json(replay.as_json())
+        else:
+            _print(replay)
+
+
+class _Verb(Protocol):
+    def __call__(self, engine: Engine, id: UUID, *, by: str, reason: str | None, dry_run: bool) -> replays.Replay: ...
+
+
+def pause(
+    id: Id,
+    by: By,
+    reason: Annotated[str | None, typer.Option(help="Why; it is written into the audit log.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Send no more of a replay for now.
+
+    Example: dovecote replay pause 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21
+    """
+    _change(replays.pause, id, by, reason, dry_run, as_json)
+
+
+def resume(
+    id: Id,
+    by: By,
+    reason: Annotated[str | None, typer.Option(help="Why; it is written into the audit log.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a paused replay, from where it was.
+
+    Example: dovecote replay resume 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21
+    """
+    _change(replays.resume, id, by, reason, dry_run, as_json)
+
+
+def cancel(
+    id: Id,
+    by: By,
+    reason: Annotated[str | None, typer.Option(help="Why; it is written into the audit log.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """End a replay and forget its retries. What was acted on stays.
+
+    Example: dovecote replay cancel 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21 --reason "wrong day"
+    """
+    _change(replays.cancel, id, by, reason, dry_run, as_json)
+
+
+def _change(verb: _Verb, id: UUID, by: str, reason: str | None, dry_run: bool, as_json: bool) -> None:
+    with engine_during(load_settings(needs_redis=False)) as engine:
+        replay = _or_refuse(lambda: verb(engine, id, by=by, reason=reason, dry_run=dry_run))
+    if as_json:
+        print_json({**replay.as_json(), "dry_run": dry_run})
+    elif dry_run:
+        say(f"replay {id} is {replay.state}, {replay.done} of {replay.total} done; it would be changed")
+    else:
+        _print(replay)
+
+
+def _watch(engine: Engine, id: UUID, as_json: bool) -> None:
+    columns = (BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(
+        TextColumn("{task.description}"), *columns, console=err, disable=as_json or not err.is_terminal, transient=True
+    )
+    try:
+        with bar:
+            replay = replays.shown(engine, id)
+            task = bar.add_task(replay.handler, total=replay.total)
+            while not replay.is_over:
+                time.sleep(_WATCH_SECONDS)
+                replay = replays.shown(engine, id)
+                bar.update(task, completed=replay.done, description=f"{replay.handler} {replay.state}")
+    except KeyboardInterrupt:
+        err.print(
+            f"dovecote: left; the replay goes on in the relay. Come back: dovecote replay show {id} --watch",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    if as_json:
+        print_json(replay.as_json())
+    else:
+        _print(replay)
+
+
+def _print_plan(plan: replays.Plan, dry_run: bool) -> None:
+    say(
+        f"{'would replay' if dry_run else 'replaying'} {plan.events} events for {plan.handler} ({plan.strength}), "
+        f"positions {plan.first_position} to {plan.last_position}"
+        + (f"; {plan.left_alone} in deliveries are left alone" if plan.left_alone else "")
+    )
+    if plan.replay_id:
+        say(f"replay {plan.replay_id}")
+        return
+    table = Table("position", "type", "aggregate", "id", box=None, pad_edge=False)
+    for event in plan.sample:
+        aggregate = f"{event.aggregate_type}/{event.aggregate_id}"
+        table.add_row(str(event.position), event.event_type, aggregate, str(event.event_id))
+    out.print(table)
+
+
+def _print(replay: replays.Replay) -> None:
+    say(f"replay {replay.id}: {replay.handler}, {replay.strength}, {replay.state}")
+    pace = f", {replay.events_per_second:.0f}/s" if replay.events_per_second and replay.done else ""
+    say(f"  {replay.done} of {replay.total} done, {replay.acted} acted on{pace}")
+    failed = ((replay.retrying, "retrying"), (replay.waiting, "waiting"), (replay.dead, "dead"))
+    if any(count for count, _ in failed):
+        say("  failed: " + ", ".join(f"{count} {state}" for count, state in failed if count))
+    if replay.handler_is_paused and not replay.is_over:
+        say("  waits: its handler is paused")
+    elif replay.stalled_seconds is not None:
+        say(f"  nothing was settled for {replay.stalled_seconds:.0f} s: see `dovecote doctor`")
+    say(f"  by {replay.requested_by}: {replay.reason}")
+
+
+def _or_refuse(verb: Callable[[], Result]) -> Result:
+    try:
+        return verb()
+    except replays.WrongFilter as error:
+        refuse(str(error))
+    except replays.ReplayRefused as error:
+        fail(str(error))
+
+
+def _moment(option: str, given: str | None) -> datetime | None:
+    if given is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(given)
+    except ValueError:
+        refuse(f"{option} got {given!r}, but wants a moment in ISO 8601, such as 2026-11-20 or 2026-11-20T14:30+01:00")
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _ids(file: Path) -> list[UUID]:
+    try:
+        text = typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(f"{file}: it cannot be read: {error}")
+    ids = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            ids.append(UUID(line.strip()))
+        except ValueError:
+            refuse(f"{file}, line {number}: {line.strip()[:60]!r} is no event id; one UUID a line is wanted")
+    return ids

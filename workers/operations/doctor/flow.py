@@ -1,0 +1,109 @@
+"""Checks of what is on the queues and who takes it."""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import redis
+from dramatiq.common import dq_name
+
+from workers.broker import connect_redis
+from workers.operations.doctor.finding import Finding, Subject, error, ok, warning
+from workers.routes import queues
+
+_SOCKET_SECONDS = 5.0
+_LOOK_AGAIN_SECONDS = 1.0
+
+
+class _Held(NamedTuple):
+    worker: str
+    queue: str
+    messages: int
+    is_alive: bool
+
+
+def findings(subject: Subject) -> list[Finding]:
+    """Return what every check of this group says; nothing when Redis is away, which another check tells."""
+    client: Any = connect_redis(subject.settings.redis.url.get_secret_value(), _SOCKET_SECONDS)
+    try:
+        held = list(_held(client, subject))
+        return [unserved(client, subject, held), leftovers(held, subject), unknown_queues(client, subject)]
+    except redis.RedisError:
+        return []
+    finally:
+        client.close()
+
+
+def unserved(client: Any, subject: Subject, held: list[_Held]) -> Finding:
+    """A consumer takes messages ahead: where there are some, and nobody holds any, nobody is there."""
+    served = {one.queue for one in held if one.is_alive}
+    heads = {queue: _head(client, subject, queue) for queue in queues(subject.routes) if queue not in served}
+    waiting = {queue: head for queue, head in heads.items() if head is not None}
+    if waiting:
+        time.sleep(_LOOK_AGAIN_SECONDS)  # what has just come is taken by then
+        served = {one.queue for one in _held(client, subject) if one.is_alive}
+        waiting = {
+            queue: head
+            for queue, head in waiting.items()
+            if queue not in served and _head(client, subject, queue) == head
+        }
+    if waiting:
+        counts = ", ".join(f"{queue} ({client.llen(_key(subject, queue))})" for queue in sorted(waiting))
+        return error(
+            "queues.served",
+            f"messages that nobody takes: {counts}",
+            "Start consumers that serve these queues: `dramatiq workers.bootstrap:consumers` (see Procfile).",
+        )
+    return ok("queues.served", "no queue has messages that nobody takes")
+
+
+def leftovers(held: list[_Held], subject: Subject) -> Finding:
+    """The relay reaps within seconds; what stays belongs to a queue it does not know, or there is no relay."""
+    dead = [one for one in held if not one.is_alive]
+    if not dead:
+        return ok("queues.dead_workers", "no dead worker holds messages")
+    names = ", ".join(f"{one.messages} of {one.queue} by {one.worker}" for one in dead[:5])
+    seconds = subject.settings.consumers.heartbeat_timeout_ms / 1_000 + 5
+    return warning(
+        "queues.dead_workers",
+        f"dead workers hold messages: {names}",
+        f"A relay takes them back within {seconds:g} s; where they stay, no relay runs or no route has that queue.",
+    )
+
+
+def unknown_queues(client: Any, subject: Subject) -> Finding:
+    known = {name for queue in queues(subject.routes) for name in (queue, dq_name(queue))}
+    prefix = f"{subject.settings.redis.namespace}:"
+    names = (key.decode().removeprefix(prefix).removesuffix(".msgs") for key in _keys(client, f"{prefix}*.msgs"))
+    strangers = sorted(name for name in names if name not in known and not name.endswith(".XQ"))
+    if strangers:
+        counts = ", ".join(f"{name} ({client.hlen(f'{prefix}{name}.msgs')})" for name in strangers)
+        return warning(
+            "queues.known",
+            f"queues with messages that no route has: {counts}",
+            "A route was renamed or taken away. Serve the queue once more, or delete it: Postgres has every event.",
+        )
+    return ok("queues.known", "each queue belongs to a route")
+
+
+def _held(client: Any, subject: Subject) -> Iterator[_Held]:
+    prefix = f"{subject.settings.redis.namespace}:"
+    seconds, microseconds = client.time()
+    since = (seconds * 1_000 + microseconds / 1_000) - subject.settings.consumers.heartbeat_timeout_ms
+    alive = {worker.decode() for worker in client.zrangebyscore(f"{prefix}__heartbeats__", since, "+inf")}
+    for key in _keys(client, f"{prefix}__acks__.*"):
+        worker, _, queue = key.decode().removeprefix(f"{prefix}__acks__.").partition(".")
+        yield _Held(worker, queue, int(client.scard(key)), worker in alive)
+
+
+def _keys(client: Any, pattern: str) -> Iterator[bytes]:
+    yield from client.scan_iter(match=pattern, count=1_000)
+
+
+def _key(subject: Subject, queue: str) -> str:
+    return f"{subject.settings.redis.namespace}:{queue}"
+
+
+def _head(client: Any, subject: Subject, queue: str) -> bytes | None:
+    head: bytes | None = client.lindex(_key(subject, queue), 0)
+    return head

@@ -1,0 +1,293 @@
+"""Checks of Postgres, of the schema and of what the relay does there."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import sqlalchemy.exc
+from psycopg.rows import namedtuple_row
+
+from domain.database import connect
+from workers import schema
+from workers.deliveries import longest_retry
+from workers.masking import masked
+from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
+
+Connection = psycopg.Connection[Any]
+
+_CONNECT_SECONDS = 5
+_STATEMENT_MS = 5_000
+_HEARD_WITHIN_SECONDS = 3.0
+_OLDEST_POSTGRES = 150_000
+_LONG_FLOOR_SECONDS = 60.0
+_SILENT_SECONDS = 10.0
+_RECENT_EVENTS = 10_000
+
+# A frozen relay keeps its lock and asks nothing any more. Who may not see others' statements gets null.
+_RELAY = """
+    select s.owner, s.epoch, s.owned_since, leader.pid, leader.silent_seconds
+    from dovecote.relay_state s
+    left join lateral (
+        select l.pid, extract(epoch from clock_timestamp() - a.query_start)::float8 as silent_seconds
+        from pg_locks l left join pg_stat_activity a on a.pid = l.pid
+        where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
+          and (l.classid::bigint << 32 | l.objid::bigint) = dovecote.leader_key()
+          and l.database = (select oid from pg_database where datname = current_database())
+        limit 1
+    ) leader on true
+"""
+
+_OLDEST_FLOOR = """
+    select l.pid, ((l.classid::bigint & 65535) << 32) | l.objid::bigint as floor_position,
+           coalesce(a.application_name, '') as application, coalesce(left(a.query, 200), '') as query,
+           coalesce(extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 as seconds,
+           p.gid
+    from pg_locks l
+    left join pg_stat_activity a on a.pid = l.pid
+    left join pg_prepared_xacts p on l.pid is null and '-1/' || p.transaction::text = l.virtualtransaction
+    where l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602
+      and l.database = (select oid from pg_database where datname = current_database())
+    order by 2, 5 desc limit 1
+"""
+
+_PARTITIONS = """
+    select (select count(*) from generate_series(1, 4) week
+            where to_regclass('dovecote.outbox_' || to_char(
+                date_trunc('week', now() at time zone 'UTC') + make_interval(weeks => week::integer),
+                'IYYY"w"IW')) is not null) as ahead,
+           (select string_agg(c.relname, ', ') from pg_class c
+            where c.oid in (to_regclass('dovecote.outbox_default'), to_regclass('dovecote.processed_events_default'),
+                            to_regclass('dovecote.published_batches_default'))
+              and pg_relation_size(c.oid) > 0) as defaults
+"""
+
+# The newest only: nobody waits for a look through ten million.
+_RECENT_TYPES = """
+    select event_type, count(*) as events
+    from (select event_type from dovecote.outbox order by position desc limit %s) as recent
+    group by 1 order by 1
+"""
+
+
+def findings(subject: Subject) -> list[Finding]:
+    """Return what every check of this group says; without a connection there is one to make."""
+    try:
+        with _session(subject) as connection:
+            found = [ok("postgres.reachable", _address(connection)), version(connection), clock(connection, subject)]
+            found += sessions(subject, connection)
+            schema_found = is_migrated(subject)
+            found.append(schema_found)
+            if schema_found.level == "ok":
+                found += [relay(connection, subject), floors(connection), partitions(connection)]
+                found += routes(connection, subject)
+                found.append(retention(subject))
+            return found
+    except psycopg.Error as caught:
+        sentence = masked(str(caught).strip().splitlines()[0] if str(caught).strip() else type(caught).__name__)
+        advice = (
+            "Start Postgres, or mend DATABASE_URL, the network, the password; every process waits for it meanwhile."
+        )
+        return [error("postgres.reachable", sentence, advice)]
+
+
+def version(connection: Connection) -> Finding:
+    number = connection.info.server_version
+    found = f"Postgres {number // 10_000}.{number % 10_000}"
+    if number < _OLDEST_POSTGRES:
+        return error("postgres.version", found, "Upgrade to Postgres 15 or newer.")
+    return ok("postgres.version", found)
+
+
+def clock(connection: Connection, subject: Subject) -> Finding:
+    before = subject.now()
+    (there,) = _one(connection, "select extract(epoch from clock_timestamp())::float8")
+    return skew("postgres.clock", "Postgres", there - (before + subject.now()) / 2)
+
+
+def sessions(subject: Subject, connection: Connection) -> list[Finding]:
+    """Try what a proxy that pools transactions cannot do."""
+    advice = (
+        "DATABASE_URL leads through a proxy that pools transactions, such as pgbouncer with pool_mode = transaction: "
+        "give the relay a URL that leads to Postgres itself, or a pool_mode = session."
+    )
+    with _session(subject) as another:
+        return [_locks(connection, another, advice), _listen(connection, another, advice)]
+
+
+def _locks(connection: Connection, another: Connection, advice: str) -> Finding:
+    key = uuid4().int % 2**31
+    # In a pool the second connection is given the session that holds the lock, and may take it once more.
+    connection.execute("select pg_advisory_lock(%s)", (key,))
+    with another.transaction():
+        (taken,) = _one(another, "select pg_try_advisory_lock(%s)", key)
+        if taken:
+            another.execute("select pg_advisory_unlock_all()")
+    if taken:
+        return error("postgres.session_locks", "a session lock did not keep another connection out", advice)
+    (released,) = _one(connection, "select pg_advisory_unlock(%s)", key)
+    if not released:
+        return error("postgres.session_locks", "a session lock was gone with the next statement", advice)
+    return ok("postgres.session_locks", "a session lock keeps others out")
+
+
+def _listen(connection: Connection, another: Connection, advice: str) -> Finding:
+    channel = f"dovecote_{uuid4().hex}"
+    connection.execute(f"listen {channel}")
+    another.execute(f"notify {channel}")
+    heard = [told.channel for told in connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)]
+    if channel not in heard:
+        return error("postgres.listen", f"a NOTIFY was not heard within {_HEARD_WITHIN_SECONDS:g} s", advice)
+    connection.execute(f"unlisten {channel}")
+    return ok("postgres.listen", "a NOTIFY is heard")
+
+
+def is_migrated(subject: Subject) -> Finding:
+    engine = connect(_url(subject), connect_timeout_seconds=_CONNECT_SECONDS, statement_timeout_ms=_STATEMENT_MS)
+    try:
+        with engine.connect() as connection:
+            missing = schema.pending(connection)
+    except ValueError as caught:
+        # The revision in the database is none that this version knows.
+        return error("postgres.schema", f"the schema is newer than this version ({caught})", "Upgrade Dovecote here.")
+    except sqlalchemy.exc.DBAPIError as caught:
+        sentence = masked(str(caught.orig).splitlines()[0])
+        if "startup parameter" in sentence:
+            advice = (
+                "The proxy in between refuses our connections: pgbouncer wants ignore_startup_parameters = options."
+            )
+            return error("postgres.options", sentence, advice)
+        return error("postgres.schema", sentence, "Run `dovecote migrate`, as a login that may.")
+    finally:
+        engine.dispose()
+    if missing:
+        return error("postgres.schema", f"not applied: {', '.join(missing)}", "Run `dovecote migrate`.")
+    return ok("postgres.schema", "up to date")
+
+
+def relay(connection: Connection, subject: Subject) -> Finding:
+    row = connection.execute(_RELAY).fetchone()
+    assert row is not None, "relay_state has one row"
+    if row.pid is None:
+        last = f"; the last was {row.owner}" if row.owner else ""
+        return error(
+            "relay.alive", f"no relay leads{last}", "Start one: `dovecote relay`; nothing is published meanwhile."
+        )
+    since = f"{row.owned_since:%Y-%m-%d %H:%M:%S}" if row.owned_since else "this moment"
+    found = f"{row.owner or 'somebody'} leads since {since}, backend {row.pid}, epoch {row.epoch}"
+    # It asks something each second, or once in its poll.
+    longest = _SILENT_SECONDS + 2 * subject.settings.relay.poll_seconds
+    if row.silent_seconds is not None and row.silent_seconds > longest:
+        return error(
+            "relay.alive",
+            f"{found}; it has asked nothing for {row.silent_seconds:.0f} s",
+            "It or its machine is frozen: end it, or `select pg_terminate_backend(...)`; a standby leads then.",
+        )
+    return ok("relay.alive", found)
+
+
+def floors(connection: Connection) -> Finding:
+    row = connection.execute(_OLDEST_FLOOR).fetchone()
+    if row is None:
+        return ok("relay.floors", "no transaction holds a floor")
+    who = f"prepared transaction {row.gid!r}" if row.gid else f"pid {row.pid} ({row.application or 'no name'})"
+    query = f", last statement: {masked(' '.join(row.query.split()))}" if row.query else ""
+    found = f"oldest floor {row.floor_position}, held for {row.seconds:.0f} s by {who}{query}"
+    if row.seconds > _LONG_FLOOR_SECONDS:
+        advice = "The checkpoint waits for this writer, nobody's events do. End its transaction: commit, or " + (
+            "`rollback prepared`." if row.gid else f"`select pg_terminate_backend({row.pid})`."
+        )
+        return warning("relay.floors", found, advice)
+    return ok("relay.floors", found)
+
+
+def partitions(connection: Connection) -> Finding:
+    row = connection.execute(_PARTITIONS).fetchone()
+    assert row is not None
+    advice = (
+        "The relay makes them once an hour; `select dovecote.ensure_partitions()` does it now and says what hinders."
+    )
+    if row.defaults:
+        return warning("postgres.partitions", f"rows outside of every week, in {row.defaults}", advice)
+    found = f"{row.ahead} weeks ahead"
+    if row.ahead < 3:
+        return (error if row.ahead == 0 else warning)("postgres.partitions", found, advice)
+    return ok("postgres.partitions", found)
+
+
+def routes(connection: Connection, subject: Subject) -> list[Finding]:
+    recent = {row.event_type: row.events for row in connection.execute(_RECENT_TYPES, (_RECENT_EVENTS,))}
+    wanted = {event_type for route in subject.routes for event_type in route.event_types}
+    seen = sum(recent.values())
+    unwanted = {event_type: events for event_type, events in recent.items() if event_type not in wanted}
+    idle = [route.handler for route in subject.routes if not recent.keys() & set(route.event_types)]
+    told = f"of the newest {seen} events"
+    if unwanted:
+        events = warning(
+            "routes.events",
+            f"{told} no route wants " + ", ".join(f"{name} ({events})" for name, events in unwanted.items()),
+            "Add a Route in workers/routes.py, or have the writer stop; they are kept, and can be replayed as missing.",
+        )
+    else:
+        events = ok("routes.events", f"each {told} has a route")
+    if seen and idle:
+        handlers = warning(
+            "routes.handlers",
+            f"{told} none is for {', '.join(idle)}",
+            "As it should be for rare facts; else look whether the writer writes them, and under which type.",
+        )
+    else:
+        handlers = ok("routes.handlers", f"each handler has events {told}" if seen else "there are no events yet")
+    return [events, handlers]
+
+
+def retention(subject: Subject) -> Finding:
+    """What is dropped from processed_events could be acted on twice by a retry that is still to come."""
+    route, longest = max(((route, longest_retry(route)) for route in subject.routes), key=lambda pair: pair[1])
+    kept = _kept(subject)
+    found = f"the longest schedule of retries is {longest} ({route.handler}), dedup is kept {kept or 'for ever'}"
+    if kept is not None and kept <= longest:
+        return error("retention.dedup", found, "Keep more weeks, or give the route fewer attempts or shorter pauses.")
+    return ok("retention.dedup", found)
+
+
+def _kept(subject: Subject) -> timedelta | None:
+    weeks = subject.settings.retention.keep_weeks
+    return timedelta(weeks=weeks) if weeks else None
+
+
+@contextmanager
+def _session(subject: Subject) -> Iterator[Connection]:
+    with psycopg.connect(
+        _url(subject),
+        autocommit=True,
+        row_factory=namedtuple_row,
+        connect_timeout=_CONNECT_SECONDS,
+        application_name="dovecote doctor",
+        prepare_threshold=None,
+        keepalives_idle=2,
+        keepalives_interval=1,
+        keepalives_count=3,
+    ) as connection:
+        # No statement_timeout: as an option of the connection a pgbouncer may refuse it, and set later it would
+        # stay in a pool for whoever comes next. `examine` has a limit of its own.
+        yield connection
+
+
+def _url(subject: Subject) -> str:
+    return subject.settings.database.url.get_secret_value()
+
+
+def _one(connection: Connection, query: str, *parameters: object) -> tuple[Any, ...]:
+    row: tuple[Any, ...] | None = connection.execute(query, parameters).fetchone()
+    assert row is not None
+    return row
+
+
+def _address(connection: Connection) -> str:
+    began = time.monotonic()
+    connection.execute("select")
+    return f"{connection.info.host}:{connection.info.port}, {(time.monotonic() - began) * 1_000:.1f} ms away"

@@ -1,0 +1,110 @@
+"""Which events a replay is about: the table `replays` and the SQL that finds its events.
+
+Two strengths. *missing* sends again what the handler has neither acted on nor has in `deliveries`. *again* has
+it act once more on what it has acted on. What is in `deliveries` already is in neither: it has a schedule of its
+own, or waits for an operator's word.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+Strength = Literal["missing", "again"]
+
+#: The relay listens to it: a replay was asked for, paused, resumed or cancelled.
+CHANNEL = "dovecote_replays"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """What must be true of an event; what is None is not asked.
+
+    since, until           when its id was made; until is not in it
+    from_position, upto_position  its place in the outbox; both are in it
+    """
+
+    event_types: tuple[str, ...] | None = None
+    aggregate_type: str | None = None
+    aggregate_id: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    from_position: int | None = None
+    upto_position: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is asked, for the row."""
+        return {
+            name: value.isoformat() if isinstance(value, datetime) else value
+            for name, value in asdict(self).items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Filter":
+        moments = {name: datetime.fromisoformat(stored[name]) for name in ("since", "until") if name in stored}
+        types = {"event_types": tuple(stored["event_types"])} if "event_types" in stored else {}
+        return cls(**{**stored, **moments, **types})
+
+    def conditions(self) -> str:
+        """Return SQL on the outbox row `o`; `parameters` are its values."""
+        return " and ".join(["o.event_type = any(%(event_types)s)", *self._asked()])
+
+    def parameters(self, handler: str, event_types: list[str]) -> dict[str, Any]:
+        """Return the values for `conditions` and for `is_matched`; `event_types` are what the handler wants."""
+        return {**asdict(self), "handler": handler, "event_types": list(self.event_types or event_types)}
+
+    def _asked(self) -> list[str]:
+        words = {
+            "aggregate_type": "o.aggregate_type = %(aggregate_type)s",
+            "aggregate_id": "o.aggregate_id = %(aggregate_id)s",
+            # Ids begin with their time: a range of time is a range of the primary key.
+            "since": "o.id >= dovecote.uuid_v7_floor(%(since)s::timestamptz)",
+            "until": "o.id < dovecote.uuid_v7_floor(%(until)s::timestamptz)",
+            "from_position": "o.position >= %(from_position)s",
+            "upto_position": "o.position <= %(upto_position)s",
+        }
+        return [words[name] for name in words if getattr(self, name) is not None]
+
+
+# Joined to an outbox row `o`: what the handler has done with it.
+KNOWN = """
+    left join dovecote.processed_events p on p.event_id = o.id and p.handler_name = %(handler)s
+    left join dovecote.deliveries d on d.event_id = o.id and d.handler_name = %(handler)s
+"""
+
+# The same, row by row through the keys: for a few events among millions, whatever the planner thinks of the tables.
+KNOWN_BY_KEY = """
+    left join lateral (select * from dovecote.processed_events
+                       where event_id = o.id and handler_name = %(handler)s limit 1) p on true
+    left join lateral (select * from dovecote.deliveries
+                       where event_id = o.id and handler_name = %(handler)s limit 1) d on true
+"""
+
+# What happened after the replay was asked for does not take an event out of it: it only settles it.
+_MATCHED: dict[str, str] = {
+    "missing": """
+        (p.event_id is null or p.processed_at > %(asked_at)s)
+        and (d.event_id is null or d.first_failed_at > %(asked_at)s)
+    """,
+    "again": """
+        (p.processed_at <= %(asked_at)s or p.replay_id = %(replay)s)
+        and (d.event_id is null or d.replay_id = %(replay)s)
+    """,
+}
+
+_SETTLED: dict[str, str] = {
+    "missing": "(p.event_id is not null or d.event_id is not null)",
+    # Gone from processed_events: its week was dropped meanwhile, and nobody may act on it any more.
+    "again": "(p.replay_id is not distinct from %(replay)s or p.event_id is null or d.event_id is not null)",
+}
+
+
+def is_matched(strength: str) -> str:
+    """Return SQL that says whether an event is in the replay; wants `asked_at` and, for again, `replay`."""
+    return _MATCHED[strength]
+
+
+def is_settled(strength: str) -> str:
+    """Return SQL that says whether nothing is left to do: acted on, or in `deliveries`."""
+    return _SETTLED[strength]
