@@ -319,15 +319,15 @@ MUTANTS = (
     Mutant(
         "a redelivered bundle takes up what failed, before its time",
         "workers/consume.py",
-        "envelopes = deliveries.not_yet_failed(session, route, envelopes)",
-        "envelopes = list(envelopes)",
+        "return deliveries.not_yet_failed(session, route, envelopes)",
+        "return list(envelopes)",
         CONSUME,
     ),
     Mutant(
         "a retry takes up what is no longer due",
         "workers/consume.py",
-        "envelopes = deliveries.still_due(session, route, envelopes, replay)",
-        "envelopes = list(envelopes)",
+        "return deliveries.still_due(session, route, envelopes, replay)",
+        "return list(envelopes)",
         CONSUME,
     ),
     Mutant(
@@ -454,7 +454,7 @@ MUTANTS = (
     Mutant(
         "an event that is found again on record is buried again",
         "workers/consume.py",
-        "        if self._held(partial(self._is_open, route, envelope, retry)):\n",
+        "        if self._held(partial(self._is_open, route, envelope, retry, replay)):\n",
         "        if True:\n",
         SUSPECTS,
     ),
@@ -482,7 +482,8 @@ MUTANTS = (
     Mutant(
         "a stuck process says nothing when it ends",
         "workers/consume.py",
-        "            deliveries.record_failure(session, watch.route, envelope, error, describe(error, envelope))\n",
+        "            deliveries.record_failure("
+        "session, watch.route, envelope, error, describe(error, envelope), watch.replay)\n",
         "            pass\n",
         f"{POISON}::test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through",
     ),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 import orjson
 import psycopg
@@ -85,6 +86,16 @@ class Bench:
         if envelopes:
             self.consumer.consume(route, envelopes, retry=True)
         return len(envelopes)
+
+    def replay_again(self) -> UUID:
+        """Ask that `test.note` act again on everything; return the replay, whose messages the test sends."""
+        with self.engine.begin() as connection:
+            query = """
+                insert into dovecote.replays (requested_by, reason, strength, handler_name, filter)
+                values ('tester', 'a test', 'again', 'test.note', '{}') returning id
+            """
+            id: UUID = connection.scalar(text(query))
+            return id
 
     def release_strays(self, route: Route) -> int:
         with psycopg.connect(self.url, autocommit=True) as connection:
@@ -580,6 +591,30 @@ def test_a_handler_that_hangs_is_cut_off_and_its_bundle_mates_go_through(
     assert "cut off after 0.3 s" in delivery.error
     if hang is not and_swallows_it:
         assert hang.__name__ in delivery.error, "it says where it was"
+
+
+def test_a_handler_that_hangs_in_a_replay_is_cut_off_and_tried_again_for_it(bench: Bench) -> None:
+    calls: list[int] = []
+
+    def act(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        calls.append(int(event.price))
+        note_as("test.note", event, uow)
+        if calls.count(2) in (2, 3) and event.price == 2:
+            uow.session.execute(text("select pg_sleep(60)"))
+
+    route = a_route(act=act, time_limit_seconds=0.3)
+    written = bench.write(1, 2)
+    bench.consumer.consume(route, written)
+    replay = bench.replay_again()
+
+    bench.consumer.consume(route, written, replay=replay)
+
+    (delivery,) = bench.deliveries()
+    assert (delivery.state, delivery.error_type) == ("retrying", "TimeLimitExceeded")
+    bench.consumer.consume(route, written[1:], retry=True, replay=replay)
+    bench.consumer.consume(route, written, replay=replay)
+    assert bench.effects() == [("EUR", 1), ("EUR", 2), ("EUR", 1), ("EUR", 2)]
+    assert bench.deliveries() == []
 
 
 def test_the_limit_is_for_each_event_of_a_bundle(bench: Bench) -> None:

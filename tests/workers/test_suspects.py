@@ -122,6 +122,27 @@ def test_what_is_done_or_on_record_already_is_not_buried(bench: Bench, queue: Qu
     assert queue.is_clean()
 
 
+def test_in_a_replay_what_it_has_not_acted_on_again_is_buried(bench: Bench, queue: Queue) -> None:
+    handler = Failing({})
+    route = a_route(act=handler)
+    written = bench.write(1, 2, 3)
+    bench.consumer.consume(route, written)
+    replay = bench.replay_again()
+    queue.left_behind({written[1].event_id: 3})
+
+    bench.consumer.consume(route, written, replay=replay, suspect=queue.suspect(3))
+
+    assert handler.calls == [1, 2, 3, 1, 3]
+    (delivery,) = before = bench.deliveries()
+    assert (delivery.state, delivery.error_type) == ("dead", "KilledTheProcess")
+
+    queue.left_behind({envelope.event_id: 3 for envelope in written})
+    bench.consumer.consume(route, written, replay=replay, suspect=queue.suspect(3))
+
+    assert (handler.calls, bench.deliveries()) == ([1, 2, 3, 1, 3], before)
+    assert queue.is_clean()
+
+
 def test_one_suspect_is_at_work_at_a_time_and_holds_up_nobody_else(bench: Bench, queue: Queue) -> None:
     lock = threading.Lock()
     at_work: list[PriceQuoted] = []
