@@ -182,10 +182,14 @@ def test_a_payload_that_cannot_be_read_takes_no_other_event_along(payload: str, 
 # The command ------------------------------------------------------------------------------------
 
 # These start something that goes on; asked for what they cannot do, they must say so at once.
-GOES_ON = [["up"], ["relay"], ["demo"], ["bench"]]
+GOES_ON = [["up"], ["relay"], ["demo"], ["bench"], ["events", "tail"]]
 ENDS = [[], ["status"], ["migrate"], ["settings"], ["maintain"], ["partitions"], ["ingest"], ["ingest", "prices"]]
+ENDS += [["audit"], ["doctor"], ["aggregates", "blocked"], ["events", "list"], ["events", "show"]]
+ENDS += [["deliveries", verb] for verb in ("list", "show", "retry", "discard")]
+ENDS += [["replay", verb] for verb in ("start", "pause", "resume", "cancel", "show", "list")]
 OPTIONS = ["--json", "--help", "--version", "--in-force", "--markdown", "--to", "--dry-run", "--format", "--symbol"]
 OPTIONS += ["--per-transaction", "--strict", "--archive-dir", "--keep-weeks", "--weeks-ahead", "--", "-", "-x"]
+OPTIONS += ["--handler", "--reason", "--since", "--until", "--event", "--rate", "--yes", "--state", "--by", "--limit"]
 ARGUMENTS = st.lists(
     st.sampled_from(OPTIONS) | st.text(max_size=8).filter(lambda word: "\0" not in word) | st.integers().map(str),
     max_size=5,
