@@ -148,7 +148,7 @@ def test_a_watched_status_is_a_line_a_look_and_ends_well_on_ctrl_c(tmp_path: Pat
         watching.send_signal(signal.SIGINT)
         code, complaints = watching.wait(30), watching.stderr.read()
 
-    assert [set(look) for look in looks] == [{"relay", "handlers"}] * 2
+    assert [set(look) for look in looks] == [{"relay", "handlers", "unrouted"}] * 2
     assert (code, complaints) == (0, "")
 
 

@@ -106,8 +106,8 @@ _UNPUBLISHED = text(
     """
     with looked_at as (
         select int8multirange(
-            int8range(:checkpoint, least(:last_position, :checkpoint + :most), '(]'),
-            int8range(greatest(:checkpoint, :last_position - :most), :last_position, '(]')) as positions
+            int8range(:checkpoint, least(:last_position, :checkpoint + cast(:most as bigint)), '(]'),
+            int8range(greatest(:checkpoint, :last_position - cast(:most as bigint)), :last_position, '(]')) as positions
     ), gaps as (
         select unnest(positions - coalesce(
             (select range_agg(b.positions) from dovecote.published_batches b where b.positions && looked_at.positions),

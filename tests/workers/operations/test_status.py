@@ -80,6 +80,17 @@ def test_a_lag_too_long_to_count_says_so(own_engine: Engine, monkeypatch: pytest
     assert (relay.lag_events, relay.at_least) == (6, ["lag_events"])
 
 
+@pytest.mark.parametrize("position", [32_000, 2_147_483_000])
+def test_positions_of_any_size_can_be_reckoned_with(own_engine: Engine, position: int) -> None:
+    # psycopg sends an int as the smallest type it fits in; two of those must not be added as such.
+    run(own_engine, "select setval('dovecote.outbox_position', :position)", position=position)
+    run(own_engine, "update dovecote.relay_state set checkpoint = :position", position=position)
+
+    relay = operations.status(own_engine, ROUTES).relay
+
+    assert (relay.checkpoint, relay.lag_events) == (position, 0)
+
+
 def test_unprocessed_is_what_no_handler_has_acted_on_or_given_up(own_engine: Engine) -> None:
     write(sessions_for(own_engine), 10)
     processed(own_engine, 6)

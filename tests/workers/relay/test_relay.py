@@ -452,10 +452,14 @@ def test_the_loss_of_redis_cuts_no_backoff_short(system_with: SystemWith) -> Non
 def test_terminating_the_relay_s_backend_again_and_again_loses_and_doubles_nothing(system_with: SystemWith) -> None:
     system = system_with(a_route(bundle_size=20), RELAY__BATCH_SIZE=50)
 
+    def led(epoch: int) -> bool:
+        return system.status().relay.epoch >= epoch
+
     with system.running():
         with Writers(system) as writers:
-            for _ in range(5):
-                eventually(partial(writers.have_written, writers.written + 100), 10, "some more events")
+            for epoch in range(1, 6):
+                eventually(partial(led, epoch), 30, "a relay leads")
+                eventually(partial(writers.have_written, writers.written + 100), 30, "some more events")
                 terminate(system, "dovecote relay")
         system.until_quiet()
 
