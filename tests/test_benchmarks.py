@@ -17,7 +17,7 @@ from domain.unit_of_work import unit_of_work
 from tests.support import eventually
 from workers.bootstrap import broker_for
 from workers.broker import OutboxBroker
-from workers.relay import leading
+from workers.relay import leading, replaying
 from workers.relay.leading import Leader, known_redis
 from workers.relay.reading import Connection, Reader
 from workers.relay.sleeping import Sleeper
@@ -86,8 +86,9 @@ def test_without_matplotlib_a_sentence_says_how_to_get_pictures(
 
 def test_a_batch_costs_three_statements_and_one_script(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading, publishing and recording a batch more: horizon, rows, record; and one EVALSHA."""
-    # What is done once a second would be counted with the batches on a slow machine.
+    # What is done by the clock would be counted with the batches on a slow machine.
     monkeypatch.setattr(leading, "_TICK_SECONDS", 3_600.0)
+    monkeypatch.setattr(replaying, "_LOOK_SECONDS", 3_600.0)
     few = _lead_through(settings, batches=2)
     many = _lead_through(settings, batches=12)
 
