@@ -28,11 +28,13 @@ from workers.envelope import read_envelope
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
+from workers.home import HomeError
 from workers.masking import never_show
 from workers.relay.relay import Relay
 from workers.routes import ROUTES, Route, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets
 from workers.suspects import Suspect
+from workers.telemetry.meters import ConsumerMeters, RelayMeters
 
 log = structlog.get_logger()
 
@@ -44,7 +46,8 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
     # A killed master must not leave its workers behind.
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
-    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails()])
+    meters = _consumer_meters(settings, routes)
+    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails()], meters)
     try:
         gateways = gateways_for(settings)
     except SettingsError as error:
@@ -56,6 +59,7 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
         stopping,
         settings.consumers.outage_pause_seconds,
         partial(schema.await_current, engine, stopping),
+        meters,
     )
     declare_handlers(broker, consumer, routes)
     # What was imported lives for ever: the collector need not look at it again with every bundle.
@@ -75,18 +79,18 @@ def run_relay(routes: Sequence[Route] = ROUTES) -> None:
     """Be a relay until SIGTERM or SIGINT."""
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "relay")
-    running = relay_for(settings, routes)
+    running = relay_for(settings, routes, _relay_meters(settings, routes))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
     running.run()
 
 
-def relay_for(settings: Settings, routes: Sequence[Route] = ROUTES) -> Relay:
+def relay_for(settings: Settings, routes: Sequence[Route] = ROUTES, meters: RelayMeters | None = None) -> Relay:
     """Return a relay that is not running yet."""
     broker = broker_for(settings, [])
     for queue in queues(routes):
         broker.declare_queue(queue)
-    return Relay(settings, broker, routes)
+    return Relay(settings, broker, routes, meters)
 
 
 def gateways_for(settings: Settings) -> Gateways:
@@ -138,7 +142,7 @@ def refuse(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def broker_for(settings: Settings, middleware: list[Middleware]) -> OutboxBroker:
+def broker_for(settings: Settings, middleware: list[Middleware], meters: ConsumerMeters | None = None) -> OutboxBroker:
     """Return a broker on the settings' Redis; no connection is made yet."""
     # Every process must speak the same JSON; the relay writes it by hand.
     dramatiq.set_encoder(OrjsonEncoder())
@@ -151,7 +155,27 @@ def broker_for(settings: Settings, middleware: list[Middleware]) -> OutboxBroker
         # The relay reaps every few seconds; the workers need not.
         maintenance_chance=0,
         middleware=middleware,
+        meters=meters,
     )
+
+
+def _consumer_meters(settings: Settings, routes: Sequence[Route]) -> ConsumerMeters | None:
+    if not settings.telemetry.http_port:
+        return None
+    from workers.telemetry.pages import show_consumers  # slow to import
+
+    try:
+        return show_consumers(settings, routes)
+    except HomeError as error:
+        refuse(f"metrics have no place: {error}")
+
+
+def _relay_meters(settings: Settings, routes: Sequence[Route]) -> RelayMeters | None:
+    if not settings.telemetry.http_port:
+        return None
+    from workers.telemetry.pages import show_relay  # slow to import
+
+    return show_relay(settings, routes)
 
 
 def _next_database(settings: Settings) -> Any:
@@ -178,7 +202,8 @@ def _actor_function(consumer: Consumer, route: Route, broker: Broker) -> Callabl
         suspect = None
         if crashes and isinstance(broker, OutboxBroker):
             suspect = Suspect(broker.client, f"{broker.namespace}:{route.queue}", message_id, crashes)
-        consumer.consume(route, bundle, retry=retry, replay=UUID(replay) if replay else None, suspect=suspect)
+        with consumer.meters.at_work(route.handler, len(bundle)):
+            consumer.consume(route, bundle, retry=retry, replay=UUID(replay) if replay else None, suspect=suspect)
 
     return act
 

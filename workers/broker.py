@@ -28,6 +28,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from workers.envelope import read_message
+from workers.telemetry.meters import ConsumerMeters
 
 _LUA = Path(__file__).parent / "lua"
 
@@ -73,12 +74,14 @@ class OutboxBroker(RedisBroker):
         idle_wait_ms: int = 1_000,
         socket_timeout_seconds: float = 5.0,
         middleware: list[Middleware] | None = None,
+        meters: ConsumerMeters | None = None,
         **options: Any,
     ) -> None:
         if client is None and url is not None:
             client = connect_redis(url, socket_timeout_seconds + idle_wait_ms / 1_000)
         super().__init__(client=client, middleware=middleware, **options)
         self.idle_wait_ms = idle_wait_ms
+        self.meters = meters or ConsumerMeters()
         dispatch = (_LUA / "dispatch_head.lua").read_bytes() + _scripts["dispatch"]
         self.scripts["dispatch"] = self.client.register_script(dispatch)
         self._publish = self.client.register_script((_LUA / "publish.lua").read_bytes())
@@ -147,8 +150,8 @@ class OutboxBroker(RedisBroker):
         info, marker = pipeline.execute()
         return str(info["run_id"]), None if marker is None else int(marker)
 
-    def reap(self) -> None:
-        """Take back the messages of workers that have been silent too long, on every declared queue.
+    def reap(self) -> int:
+        """Take back the messages of workers that have been silent too long, on every declared queue; return how many.
 
         Dramatiq leaves this to a one-in-a-thousand chance per fetch of that very queue.
         """
@@ -162,7 +165,7 @@ class OutboxBroker(RedisBroker):
                         client=pipeline,
                     )
                     self._look_at(name, pipeline, maintain=True)
-            pipeline.execute()
+            return sum(pipeline.execute()[::2])
 
     def beat(self, queue: str) -> None:
         """Say that this process is alive."""
@@ -245,6 +248,7 @@ class BlockingConsumer(_RedisConsumer):
         self._unfinished: list[str] = []
 
     def __next__(self) -> MessageProxy | None:
+        self.broker.meters.fetching(self.queue_name)
         try:
             if self._reclaim_first:
                 self.broker.reclaim(self.queue_name)

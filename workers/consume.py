@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -32,6 +33,7 @@ from workers.outages import asks_again, passes
 from workers.routes import Route
 from workers.suspects import MOST_STARTS, Suspect, one_at_a_time
 from workers.telemetry import links_to, tracer
+from workers.telemetry.meters import ConsumerMeters
 from workers.time_limits import TimeLimits, Watch, backend_pid, exceeded
 
 log = structlog.get_logger()
@@ -59,12 +61,14 @@ class Consumer:
         stopping: threading.Event | None = None,
         outage_pause_seconds: float = 1.0,
         await_schema: Callable[[], bool] | None = None,
+        meters: ConsumerMeters | None = None,
     ) -> None:
         self._sessions = sessions
         self._gateways = gateways
         self._stopping = stopping or threading.Event()
         self._outage_pause_seconds = outage_pause_seconds
         self._await_schema = await_schema
+        self.meters = meters or ConsumerMeters()
         self._time_limits = TimeLimits(self._end_stuck_process)
         self.keys = gateways.keys
 
@@ -171,6 +175,7 @@ class Consumer:
                 return deliveries.record_failure(session, route, envelope, error, failure, replay)
 
         state = self._held(write)
+        self.meters.failed(route.handler, state)
         log.warning(
             "event failed",
             handler=route.handler,
@@ -198,7 +203,7 @@ class Consumer:
                     suspect.at_work(envelopes[0].event_id) if suspect else nullcontext(),
                     unit_of_work(self._sessions, keys=self.keys) as uow,
                 ):
-                    self._act(uow, route, envelopes, retry, replay)
+                    acted = self._act(uow, route, envelopes, retry, replay)
             except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
                 if passes(error):
                     raise
@@ -206,20 +211,22 @@ class Consumer:
                     conflicts += 1
                     raise
                 return error
+            self.meters.acted(route.handler, acted, again=replay is not None)
             return None
 
         return self._held(act)
 
     def _act(
         self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None
-    ) -> None:
+    ) -> Sequence[Envelope]:
+        """Act on those that are to be acted on; return them."""
         session = uow.session
         if retry or route.ordered or replay is not None:
             envelopes = _to_do(session, route, envelopes, retry, replay)
             if route.ordered and envelopes:
                 envelopes = self._without_blocked(uow, route, envelopes, replay)
             if not envelopes:
-                return
+                return []
             if replay is None:
                 fresh = uow.once(route.handler, envelopes)
             else:
@@ -232,13 +239,14 @@ class Consumer:
             deliveries.resolve(session, route, envelopes)
         if route.ordered:
             deliveries.release(session, route, envelopes, replay)
+        return fresh
 
     def _handle(self, uow: UnitOfWork, route: Route, fresh: Sequence[Envelope], replay: UUID | None) -> None:
         watch = Watch(route, uow.session, replay)
 
         def handle() -> None:
             if route.bulk:
-                watch.envelope = fresh[0] if len(fresh) == 1 else None
+                watch.next(fresh[0] if len(fresh) == 1 else None)
                 route.act(fresh, uow, self._gateways)
                 return
             for envelope in fresh:
@@ -251,6 +259,8 @@ class Consumer:
             # It may have been in the middle of a statement: nobody is to use this connection again.
             uow.session.invalidate()
             raise
+        finally:
+            self.meters.handled(route.handler, [*watch.moments, time.monotonic()])
 
     def _end_stuck_process(self, watch: Watch) -> None:
         """End this process because a handler that was cut off did not notice; first write down which."""
@@ -281,6 +291,7 @@ class Consumer:
         blocked = deliveries.blocked(uow.session, route, envelopes, replay)
         if blocked:
             deliveries.park(uow.session, route, blocked, replay)
+            self.meters.parked(route.handler, len(blocked))
         return [envelope for envelope in envelopes if envelope not in blocked]
 
     def _held(self, work: Callable[[], Result]) -> Result:

@@ -1,7 +1,8 @@
 """A whole system on this machine: servers where none are given, the schema, the processes of the Procfile."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ PROCFILE = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "Pro
 # SIGTERM lets a consumer finish its bundle; Dramatiq is given 20 s for that in the Procfile.
 STOP_SECONDS = 25.0
 
+_PORT = "DOVECOTE_TELEMETRY__HTTP_PORT"
+
 
 @dataclass(frozen=True)
 class LocalSystem:
@@ -29,6 +32,7 @@ class LocalSystem:
 
     servers    those started here, by the variable that would have given them, with the way to start them again
     data       where the servers keep theirs; not below `home` when their user cannot reach it
+    ports      where each process shows its metrics and health; empty when they are turned off
     """
 
     home: Home
@@ -36,10 +40,12 @@ class LocalSystem:
     environment: Mapping[str, str]
     servers: Mapping[str, tuple[Server, Postgres | Redis]]
     processes: Mapping[str, list[str]]
+    ports: Mapping[str, int]
 
     def supervisor(self, output: Output) -> Supervisor:
         """Return a supervisor of the processes that also starts a server again if it ends by itself."""
-        supervisor = Supervisor(self.processes, self.environment, output)
+        own = {name: {_PORT: str(port)} for name, port in self.ports.items()}
+        supervisor = Supervisor(self.processes, self.environment, output, own)
         for server, program in self.servers.values():
             _keep(supervisor, output, server, program)
         return supervisor
@@ -61,7 +67,9 @@ def local_system(
         stack.enter_context(home.lock())
         given = given_variables(environ)
         # Every process would refuse a wrong setting; say so once, before anything runs.
-        load_settings({"DATABASE_URL": "postgresql://later", "REDIS_URL": "redis://later", **environ, **given})
+        settings = load_settings(
+            {"DATABASE_URL": "postgresql://later", "REDIS_URL": "redis://later", **environ, **given}
+        )
         data = home.servers_path()
         servers: dict[str, tuple[Server, Postgres | Redis]] = {}
         if "DOVECOTE_DATABASE__URL" not in given:
@@ -77,6 +85,8 @@ def local_system(
         schema.upgrade(system.get("DOVECOTE_DATABASE__URL") or system["DATABASE_URL"])
         home.announce(system)
         stack.callback(home.withdraw)
+        wanted = settings.telemetry.http_port if _PORT in given else None
+        ports = stack.enter_context(_ports(processes, settings.telemetry.http_host, wanted))
         defaults = {"DOVECOTE_TELEMETRY__LOG_FORMAT": "console", "DOVECOTE_HOME": str(home.path)}
         yield LocalSystem(
             home=home,
@@ -84,12 +94,33 @@ def local_system(
             environment={**defaults, **environ, **system},
             servers=servers,
             processes=processes,
+            ports=ports,
         )
 
 
 def _started(stack: ExitStack, program: Postgres | Redis) -> tuple[Server, Postgres | Redis]:
     stack.callback(program.stop)
     return program.start(), program
+
+
+@contextmanager
+def _ports(names: Iterable[str], host: str, first: int | None) -> Iterator[dict[str, int]]:
+    """Give each process a port: from `first` on, one after the other, or free ones; none where `first` is 0."""
+    if first is not None:
+        yield {name: first + number for number, name in enumerate(names)} if first else {}
+        return
+    with ExitStack() as held:
+        yield {name: _held_port(host, held) for name in names}
+
+
+def _held_port(host: str, held: ExitStack) -> int:
+    """Find a free port and keep it from everybody who looks for one, so that two systems never meet."""
+    keeper = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    keeper.bind((host, 0))
+    # Now, not before: who binds this very port with the same option, and listens, may have it. That is our child.
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    port: int = keeper.getsockname()[1]
+    return port
 
 
 def _keep(supervisor: Supervisor, output: Output, server: Server, program: Postgres | Redis) -> None:

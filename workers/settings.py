@@ -185,6 +185,10 @@ class Telemetry(Section):
     )
     otlp_endpoint: str | None = Field(None, description="OTLP/HTTP base URL for traces; none are sent without.")
     sample_ratio: float = Field(0.01, ge=0, le=1, description="Share of traces that start here and are kept.")
+    http_port: int = Field(
+        0, ge=0, le=65_535, description="Port of /metrics and /health of this process; 0 shows neither."
+    )
+    http_host: str = Field("127.0.0.1", min_length=1, description="Address on which they are shown.")
 
 
 class Settings(BaseSettings):
@@ -368,7 +372,7 @@ def _unit(name: str, field: FieldInfo) -> str:
         return "URL"
     if name.endswith(("_key", "_keys")):
         return "base64"
-    return "path" if name.endswith("_path") else "text"
+    return "path" if name.endswith("_path") else "port" if name.endswith("_port") else "text"
 
 
 def secrets(settings: Settings) -> Iterator[str]:

@@ -124,12 +124,20 @@ def stop_on_signals() -> Iterator[Stop]:
 class Supervisor:
     """Keeps the given processes running until it is told to stop. Used from the main thread only."""
 
-    def __init__(self, processes: Mapping[str, Sequence[str]], environment: Mapping[str, str], output: Output) -> None:
+    def __init__(
+        self,
+        processes: Mapping[str, Sequence[str]],
+        environment: Mapping[str, str],
+        output: Output,
+        own: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """`environment` is for all; `own` is what some get besides, by their names."""
         self._output = output
         self._selector = selectors.DefaultSelector()
         here = {**environment, "PYTHONUNBUFFERED": "1", "PATH": _our_path(environment)}
         self._children = [
-            _Child(name, list(command), here, self._selector, output) for name, command in processes.items()
+            _Child(name, list(command), {**here, **(own or {}).get(name, {})}, self._selector, output)
+            for name, command in processes.items()
         ]
 
     def start(self) -> None:

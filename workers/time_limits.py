@@ -42,15 +42,19 @@ class Watch:
         self.session = session
         #: The event at work, None while it is a whole bundle.
         self.envelope: Envelope | None = None
+        #: When each call of the handler began.
+        self.moments: list[float] = []
         self.deadline = time.monotonic() + self.seconds
         self.was_cut_off = False
         self.ended = False
         self._lock = threading.Lock()
 
-    def next(self, envelope: Envelope) -> None:
-        """The limit is for each event: it starts anew."""
+    def next(self, envelope: Envelope | None) -> None:
+        """The limit is for each call of the handler: it starts anew."""
         self.envelope = envelope
-        self.deadline = time.monotonic() + self.seconds
+        now = time.monotonic()
+        self.moments.append(now)
+        self.deadline = now + self.seconds
 
     def cut_off(self) -> None:
         with self._lock:

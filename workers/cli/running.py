@@ -97,6 +97,8 @@ def _introduce(system: LocalSystem) -> None:
     if system.servers:
         table.add_row("  data", str(system.data), "")
     table.add_row("  processes", ", ".join(system.processes), "")
+    if system.ports:
+        table.add_row("  metrics", ", ".join(f"{name} {port}" for name, port in system.ports.items()), "")
     out.print(table)
     out.print()
     command = os.environ.get("DOVECOTE_COMMAND", "dovecote")

@@ -7,6 +7,8 @@
 -- ARGV[2]  prefix of the sets of messages that workers hold
 -- ARGV[3]  the queue's name without its namespace
 --
+-- Returns how many messages were taken back.
+--
 -- A bundle is JSON whose last line begins with `]],"kwargs":{"`, and no payload has a line break.
 local function with_one_crash_more(message, id)
     local envelopes, rest = string.match(message, '^(.*)(\n%]%],"kwargs":{".*)$')
@@ -20,6 +22,7 @@ local function with_one_crash_more(message, id)
     return envelopes .. '\n]],"kwargs":{"crashes":1,"message_id":"' .. id .. '",' .. string.sub(rest, 15)
 end
 
+local taken = 0
 local now = redis.call('time')
 local latest = now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[1]
 for _, worker in ipairs(redis.call('zrangebyscore', KEYS[2], 0, latest)) do
@@ -30,7 +33,9 @@ for _, worker in ipairs(redis.call('zrangebyscore', KEYS[2], 0, latest)) do
         if message then
             redis.call('hset', KEYS[1] .. '.msgs', ids[i], with_one_crash_more(message, ids[i]))
             redis.call('lpush', KEYS[1], ids[i])
+            taken = taken + 1
         end
     end
     redis.call('del', held)
 end
+return taken

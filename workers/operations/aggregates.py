@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from workers.operations.failures import BadCursor
 from workers.operations.reading import snapshot
@@ -51,8 +51,7 @@ class BlockedPage:
 
 
 # From one aggregate to the next by the index of waiting events, however many wait behind each.
-_BLOCKED = text(
-    """
+_STUCK = """
     with recursive stuck (type, id, position, since, n) as (
         (select aggregate_type, aggregate_id, position, first_failed_at, 1 from dovecote.deliveries
          where state = 'waiting' and handler_name = :handler
@@ -65,6 +64,10 @@ _BLOCKED = text(
             order by aggregate_type, aggregate_id, position limit 1) f
         where s.n < :limit
     )
+"""
+_BLOCKED = text(
+    f"""
+    {_STUCK}
     select :handler as handler, s.type as aggregate_type, s.id as aggregate_id, b.event_id,
            coalesce(d.event_type, (select event_type from dovecote.outbox where id = b.event_id)) as event_type,
            case when b.event_id is null then 'free' else coalesce(d.state, 'under way') end as state,
@@ -80,8 +83,9 @@ _BLOCKED = text(
             where w.state = 'waiting' and w.handler_name = :handler and w.aggregate_type = s.type
               and w.aggregate_id = s.id limit :most) f) few
     order by s.type, s.id
-    """
+    """  # noqa: S608 - put together from constants
 )
+_COUNT_BLOCKED = text(f"{_STUCK} select count(*) from stuck")  # noqa: S608
 
 
 def blocked_aggregates(
@@ -122,3 +126,13 @@ def blocked_aggregates(
             found += [Blocked(**row._mapping) for row in rows]
     last = found[limit - 1] if len(found) > limit else None
     return BlockedPage(found[:limit], f"{last.handler}/{last.aggregate_type}/{last.aggregate_id}" if last else None)
+
+
+def count_blocked(connection: Connection, routes: Sequence[Route], most: int = 1_000) -> dict[str, int]:
+    """Return how many aggregates stand still by handler, at most so many of each."""
+    first = {"after_type": "", "after_id": "", "limit": most}
+    return {
+        route.handler: connection.execute(_COUNT_BLOCKED, {"handler": route.handler, **first}).scalar_one()
+        for route in routes
+        if route.ordered
+    }

@@ -22,6 +22,7 @@ from workers.relay.sleeping import Sleeper
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
 from workers.telemetry import tracer
+from workers.telemetry.meters import RelayMeters
 
 log = structlog.get_logger()
 
@@ -66,6 +67,7 @@ class Leader:
         epoch: int,
         known_redis: str | None,
         maintain: Callable[[], None] | None = None,
+        meters: RelayMeters | None = None,
     ) -> None:
         self._connection = connection
         self._reader = reader
@@ -77,6 +79,7 @@ class Leader:
         self._epoch = epoch
         self._known_redis = known_redis
         self._maintain = maintain
+        self._meters = meters or RelayMeters()
         self._ahead = ReadAhead(reader)
         self._replayer = Replayer(
             connection=connection,
@@ -111,6 +114,7 @@ class Leader:
         self._record_checkpoint()
 
     def _turn(self) -> None:
+        self._meters.alive("leading")
         heard, self._heard = self._heard, set()
         called, self._called = self._called, False
         batch = self._ahead.take(at_once=called)
@@ -152,11 +156,13 @@ class Leader:
             )
         self._require_ownership(recorded.rowcount)
         self._recorded_checkpoint = batch.checkpoint
+        self._meters.published(len(batch.rows))
         unrouted.note(self._connection, self._bundler.types, batch.rows)
 
     def _send(self, bundles: Sequence[QueuedBundle]) -> None:
         if bundles:
             self._through_outages(lambda: self._broker.publish(self._epoch, bundles))
+            self._meters.sent(len(bundles))
 
     def _record_checkpoint(self) -> None:
         if self.checkpoint > self._recorded_checkpoint:
@@ -184,6 +190,7 @@ class Leader:
                 return
             except (*PASSING, RedisLost) as error:
                 tries += 1
+                self._meters.alive("waiting_for_redis")
                 if tries in (3, 30) or tries % 300 == 0:
                     log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
                 if self._sleeper.stopping:
@@ -205,12 +212,14 @@ class Leader:
         run_id, _ = self._broker.identity()
         if not self._claims_as_known(run_id):
             # Until the last message is sent again no Redis is known: a crash in between starts this over.
+            self._meters.alive("sending_again")
             self._know_redis(None)
             self._broker.claim_epoch(self._epoch)
             deliveries.end_leases(self._connection)
             self._replayer.forget_waves()
             found = missing.bundles(self._connection, self._reader, self._bundler, self._routes)
             sent = sum(self._broker.publish(self._epoch, bundles) for bundles in found if bundles)
+            self._meters.republished(sent)
             if sent:
                 log.warning("redis had lost messages; they were sent again", messages=sent)
         self._know_redis(known_redis(run_id, self._epoch))
@@ -239,6 +248,7 @@ class Leader:
     def _tick(self) -> None:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
+        self._meters.alive("leading")
         self._through_outages(self._check_redis)
         for route in self._routes:
             if route.ordered:
@@ -246,7 +256,7 @@ class Leader:
         self._send_retries()
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
-            self._through_outages(self._broker.reap)
+            self._through_outages(lambda: self._meters.reaped(self._broker.reap()))
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
@@ -255,6 +265,7 @@ class Leader:
     def _send_retries(self) -> None:
         due = deliveries.lease_due(self._connection, self._settings.batch_size, self._settings.retry_lease_seconds)
         self._send(self._bundler.retries(due))
+        self._meters.retried(len(due))
 
     # Sleeping and waking ---------------------------------------------------------------------
 
@@ -262,6 +273,8 @@ class Leader:
         # A notification may arrive with the answer to any statement; asking the socket would miss it.
         def hear(notification: psycopg.Notify) -> None:
             self._heard.add(notification.channel)
+            if notification.channel == "dovecote_outbox":
+                self._meters.rang()
 
         self._connection.add_notify_handler(hear)
         self._connection.execute("listen dovecote_outbox")

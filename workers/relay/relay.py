@@ -24,6 +24,7 @@ from workers.relay.reading import Connection, Reader
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
 from workers.settings import Settings
+from workers.telemetry.meters import RelayMeters
 
 log = structlog.get_logger()
 
@@ -94,8 +95,11 @@ def _revision(connection: Connection) -> str | None:
 class Relay:
     """Leads or stands by until `stop` is called, from a signal handler or another thread."""
 
-    def __init__(self, settings: Settings, broker: OutboxBroker, routes: Sequence[Route]) -> None:
+    def __init__(
+        self, settings: Settings, broker: OutboxBroker, routes: Sequence[Route], meters: RelayMeters | None = None
+    ) -> None:
         self._settings = settings
+        self._meters = meters or RelayMeters()
         self._broker = broker
         self._routes = routes
         self._sleeper = Sleeper()
@@ -126,6 +130,7 @@ class Relay:
                 if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error)):
                     raise
                 tries += 1
+                self._meters.alive("waiting_for_postgres" if isinstance(error, psycopg.Error) else "waiting_for_redis")
                 if tries in (1, 10) or tries % 100 == 0:
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
@@ -175,6 +180,7 @@ class Relay:
             if tries % 60 == 0:
                 log.warning(schema.WAITING, newest=pending[-1])
             tries += 1
+            self._meters.alive("waiting_for_schema")
             self._sleeper.sleep(1.0)
         self._schema_is_current = not self._sleeper.stopping
 
@@ -186,6 +192,7 @@ class Relay:
             (locked,) = connection.execute("select pg_try_advisory_lock(dovecote.leader_key())").fetchone() or (False,)
             if locked:
                 return True
+            self._meters.alive("standing_by")
             if not stood_by:
                 stood_by = True
                 log.info("relay stands by")
@@ -224,6 +231,7 @@ class Relay:
             epoch=epoch,
             known_redis=known_redis,
             maintain=self._maintainer.start,
+            meters=self._meters,
         )
         leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)

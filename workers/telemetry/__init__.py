@@ -1,9 +1,56 @@
-"""Logs and traces, set up once per process. This docstring is the catalogue.
+"""Logs, traces and metrics, set up once per process. This docstring is the catalogue.
 
 Logs     one line an event, to stderr: time, level, what happened, then facts as key=value or JSON.
          Secrets and phone numbers are masked in every value, whatever put them there.
 Traces   relay.publish (one a batch), consume.bundle (one a bundle, linked to each event's writer).
          They are exported over OTLP/HTTP when DOVECOTE_TELEMETRY__OTLP_ENDPOINT is set.
+Metrics  at /metrics, beside /health/live and /health/ready, when DOVECOTE_TELEMETRY__HTTP_PORT is set. Events, bundles
+         and messages are counted from the start of the process, or of the Dramatiq master of consumers.
+
+Of each relay:
+
+    dovecote_heartbeat_timestamp_seconds gauge: last sign of life, in Unix time
+    dovecote_relay_state{state} gauge: 1 for what it does, of starting, leading, standing_by, sending_again (looking for
+        what Redis has lost), waiting_for_postgres, waiting_for_redis, waiting_for_schema
+    dovecote_published_events_total counter: events recorded as published
+    dovecote_published_bundles_total counter: messages of batches and retries put on queues
+    dovecote_batch_events histogram: events of a batch; its count is the number of batches
+    dovecote_retried_events_total counter: deliveries sent once more
+    dovecote_republished_bundles_total counter: messages sent again because Redis had lost them
+    dovecote_reaped_messages_total counter: messages taken back from dead workers
+    dovecote_bell_rings_total counter: times a writer woke the relay
+
+Of the whole system, asked when a relay is scraped, and kept for 5 s. Every relay tells them: take the largest. "At
+least": a count looks at a bounded number of rows, as that of `dovecote status` does.
+
+    dovecote_up{server} gauge: 1 when the server (postgres, redis) answers
+    dovecote_clock_skew_seconds{server} gauge: how far its clock is ahead of that of the relay's machine
+    dovecote_leader_present gauge: 1 when a relay leads
+    dovecote_lag_events gauge: committed and not yet published; at least
+    dovecote_lag_seconds gauge: age of the oldest of them; 0 for none
+    dovecote_unprocessed_events{handler} gauge: neither acted on nor given up; at least
+    dovecote_oldest_unprocessed_seconds{handler} gauge: age of the oldest of them; 0 for none
+    dovecote_deliveries{handler,state} gauge: retrying, waiting, dead, discarded; at least
+    dovecote_blocked_aggregates{handler} gauge: aggregates that an ordered handler cannot go on with; at least
+    dovecote_paused_seconds{handler} gauge: how long the handler has been paused; 0 when it is not
+    dovecote_unrouted_events gauge: events the relay met, of types that have no route
+    dovecote_floors_held gauge: floors of writers at work
+    dovecote_oldest_floor_seconds gauge: how long the writer at the lowest floor has been at work; 0 for none, and where
+        our login may not see it (pg_read_all_stats)
+    dovecote_partition_headroom_seconds gauge: how long the partitions made ahead last
+    dovecote_default_partition_in_use gauge: 1 when rows lie outside of every week
+
+Of consumers; one port tells for all worker processes of a Dramatiq master:
+
+    dovecote_heartbeat_timestamp_seconds{pid} gauge: last sign of life of the worker's fetching threads, in Unix time
+    dovecote_at_work_seconds{pid} gauge: how long its oldest bundle has been at work, to the second. Idle is 0 and a
+        fresh heartbeat; stuck is a number that grows and grows
+    dovecote_processed_events_total{handler} counter: events whose effect is committed
+    dovecote_failed_events_total{handler,state} counter: failures; the event is retrying or dead then
+    dovecote_parked_events_total{handler} counter: events put behind an earlier one of their aggregate
+    dovecote_bundle_events{handler} histogram: events of a bundle
+    dovecote_handler_duration_seconds{handler} histogram: one call of the handler: an event, or with `bulk` a bundle
+    dovecote_commit_to_effect_seconds{handler} histogram: from the event's row to the commit of its effect; no replays
 """
 
 from workers import settings as options

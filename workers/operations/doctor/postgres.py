@@ -41,8 +41,9 @@ _RELAY = """
     ) leader on true
 """
 
-_OLDEST_FLOOR = """
-    select l.pid, ((l.classid::bigint & 65535) << 32) | l.objid::bigint as floor_position,
+#: The lowest floor, who holds it for how long, and how many floors are held.
+OLDEST_FLOOR = """
+    select count(*) over () as held, l.pid, ((l.classid::bigint & 65535) << 32) | l.objid::bigint as floor_position,
            coalesce(a.application_name, '') as application, coalesce(left(a.query, 200), '') as query,
            coalesce(extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 as seconds,
            p.gid
@@ -54,11 +55,17 @@ _OLDEST_FLOOR = """
     order by 2, 5 desc limit 1
 """
 
-_PARTITIONS = """
+#: How many of the next four weeks have partitions, how long those last, and which default partitions are in use.
+PARTITIONS = """
     select (select count(*) from generate_series(1, 4) week
             where to_regclass('dovecote.outbox_' || to_char(
                 date_trunc('week', now() at time zone 'UTC') + make_interval(weeks => week::integer),
                 'IYYY"w"IW')) is not null) as ahead,
+           (select greatest(0, extract(epoch from min(monday) - now() at time zone 'UTC'))::float8
+            from generate_series(0, 60) week,
+                 lateral (select date_trunc('week', now() at time zone 'UTC')
+                                 + make_interval(weeks => week::integer) as monday) of_week
+            where to_regclass('dovecote.outbox_' || to_char(monday, 'IYYY"w"IW')) is null) as headroom_seconds,
            (select string_agg(c.relname, ', ') from pg_class c
             where c.oid in (to_regclass('dovecote.outbox_default'), to_regclass('dovecote.processed_events_default'),
                             to_regclass('dovecote.published_batches_default'))
@@ -190,7 +197,7 @@ def relay(connection: Connection, subject: Subject) -> Finding:
 
 
 def floors(connection: Connection) -> Finding:
-    row = connection.execute(_OLDEST_FLOOR).fetchone()
+    row = connection.execute(OLDEST_FLOOR).fetchone()
     if row is None:
         return ok("relay.floors", "no transaction holds a floor")
     who = f"prepared transaction {row.gid!r}" if row.gid else f"pid {row.pid} ({row.application or 'no name'})"
@@ -205,7 +212,7 @@ def floors(connection: Connection) -> Finding:
 
 
 def partitions(connection: Connection) -> Finding:
-    row = connection.execute(_PARTITIONS).fetchone()
+    row = connection.execute(PARTITIONS).fetchone()
     assert row is not None
     advice = (
         "The relay makes them once an hour; `select dovecote.ensure_partitions()` does it now and says what hinders."

@@ -1,0 +1,145 @@
+"""Is this process alive, and is all there that it needs? Asked of the servers for real, when somebody asks here.
+
+A report is JSON: {"status", "missing": [names], "dependencies": {name: {"status": "up" or "down", "since", "detail"}},
+"timestamp"}. Moments are ISO 8601 in UTC. It is answered with 200 where nothing is missing, else with 503.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import psycopg
+
+from workers import schema
+from workers.broker import connect_redis
+from workers.masking import masked
+from workers.settings import Settings
+from workers.telemetry.serving import Page
+
+#: How long a process may be without a sign of life. A loop gives one every few seconds.
+FRESH_SECONDS = 60.0
+#: Longest wait for a server. libpq knows no less.
+LIMIT_SECONDS = 2
+
+# Whoever asks more often gets the same answer.
+_KEPT_SECONDS = 1.0
+
+
+class Missing(Exception):
+    """It is not there; the message says what is wrong with it."""
+
+
+class Dependency:
+    """Something this process needs. The check returns a detail, and raises whatever it raises where it fails."""
+
+    def __init__(self, check: Callable[[], str]) -> None:
+        self._check = check
+        self._lock = threading.Lock()
+        self._asked: Future[tuple[str, str]] | None = None
+        self._asked_at = 0.0
+        self._status, self._since = "", _now()
+
+    def ask(self) -> None:
+        """Begin to find out, unless that was done just now or is still going on. Returns at once."""
+        with self._lock:
+            is_asking = self._asked is not None and not self._asked.done()
+            if not is_asking and time.monotonic() - self._asked_at >= _KEPT_SECONDS:
+                self._asked, self._asked_at = Future(), time.monotonic()
+                # A daemon: a server that never answers holds up nobody's end.
+                threading.Thread(target=self._find_out, args=(self._asked,), daemon=True, name="health").start()
+
+    def answer(self, until: float) -> dict[str, str]:
+        """Return what was found, waiting for it until this moment of time.monotonic()."""
+        assert self._asked is not None, "it was asked before"
+        try:
+            status, detail = self._asked.result(max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            status, detail = "down", f"no answer within {LIMIT_SECONDS} s"
+        with self._lock:
+            if status != self._status:
+                self._status, self._since = status, _now()
+            return {"status": status, "since": self._since, **({"detail": detail} if detail else {})}
+
+    def _find_out(self, asked: "Future[tuple[str, str]]") -> None:
+        try:
+            asked.set_result(("up", self._check()))
+        except Exception as error:
+            sentence = str(error).strip() or type(error).__name__
+            asked.set_result(("down", masked(sentence.splitlines()[0])))
+
+
+def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable[[], Page]:
+    """Return a page that tells of these; its status is `well`, or `not` and that."""
+    known = {name: Dependency(check) for name, check in dependencies.items()}
+
+    def page() -> Page:
+        for dependency in known.values():
+            dependency.ask()
+        until = time.monotonic() + LIMIT_SECONDS
+        found = {name: dependency.answer(until) for name, dependency in known.items()}
+        missing = [name for name, told in found.items() if told["status"] == "down"]
+        report: dict[str, Any] = {
+            "status": f"not {well}" if missing else well,
+            "missing": missing,
+            "dependencies": found,
+            "timestamp": _now(),
+        }
+        return Page(503 if missing else 200, "application/json", orjson.dumps(report) + b"\n")
+
+    return page
+
+
+def servers(settings: Settings) -> dict[str, Callable[[], str]]:
+    """Return the checks of what every process needs; each makes a connection of its own and ends it."""
+    url = settings.database.url.get_secret_value()
+    is_current = False
+
+    def ask(query: str) -> str:
+        with psycopg.connect(
+            url, autocommit=True, connect_timeout=LIMIT_SECONDS, application_name="dovecote health"
+        ) as connection:
+            (answer,) = connection.execute(query).fetchone() or (None,)
+            return str(answer)
+
+    def postgres() -> str:
+        ask("select 1")
+        return ""
+
+    def schema_() -> str:
+        nonlocal is_current
+        if not is_current:  # it never gets older
+            pending = schema.pending_for(ask(schema.REVISION))
+            if pending:
+                raise Missing(f"not applied: {', '.join(pending)}; run `dovecote migrate`")
+            is_current = True
+        return ""
+
+    def redis() -> str:
+        client = connect_redis(settings.redis.url.get_secret_value(), LIMIT_SECONDS)
+        try:
+            client.ping()
+        finally:
+            client.close()
+        return ""
+
+    return {"postgres": postgres, "schema": schema_, "redis": redis}
+
+
+def require_fresh(what: str, heartbeat: float) -> str:
+    """Return how long ago the sign of life was.
+
+    Errors: Missing.
+    """
+    age = max(0.0, time.time() - heartbeat)
+    told = f"{what} gave its last sign of life {age:.0f} s ago"
+    if age > FRESH_SECONDS:
+        raise Missing(told)
+    return told
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

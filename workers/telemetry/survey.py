@@ -1,0 +1,188 @@
+"""How the whole system stands, found out when somebody scrapes. Every relay tells it, also one that stands by.
+
+So a leader that is frozen hides nothing, and what nobody asks for costs nothing. Several relays say the same:
+rules and dashboards take the largest.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import redis
+import sqlalchemy.exc
+import structlog
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from sqlalchemy import Connection
+
+from domain.database import connect
+from workers import operations
+from workers.broker import connect_redis
+from workers.operations.aggregates import count_blocked
+from workers.operations.doctor.postgres import OLDEST_FLOOR, PARTITIONS
+from workers.operations.reading import snapshot
+from workers.outages import passes
+from workers.routes import Route
+from workers.settings import Settings
+
+log = structlog.get_logger()
+
+# Several scrapers, or an eager one, cost no more than one does.
+_KEPT_SECONDS = 5.0
+_LIMIT_SECONDS = 2
+# Prometheus gives a scrape up after 10 s.
+_STATEMENT_MS = 5_000
+
+
+class Survey(Collector):
+    """Asks Postgres and Redis on a short connection each; a server that is away is a number too."""
+
+    def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
+        self._settings = settings
+        self._routes = routes
+        self._engine = connect(
+            settings.database.url.get_secret_value(),
+            pool_size=1,
+            connect_timeout_seconds=_LIMIT_SECONDS,
+            statement_timeout_ms=_STATEMENT_MS,
+            application_name="dovecote metrics",
+        )
+        self._lock = threading.Lock()
+        self._found: list[Metric] = []
+        self._found_at = float("-inf")
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            if time.monotonic() - self._found_at >= _KEPT_SECONDS:
+                self._found = self._look()
+                self._found_at = time.monotonic()
+            return self._found
+
+    def _look(self) -> list[Metric]:
+        up: dict[str, bool] = {}
+        ahead_seconds: dict[str, float] = {}
+        found: list[Metric] = []
+        try:
+            found = self._ask_postgres(ahead_seconds)
+            up["postgres"] = True
+        except sqlalchemy.exc.DBAPIError as error:
+            up["postgres"] = not passes(error)
+            if up["postgres"]:  # such as a schema that is still older than this code
+                log.warning("how the system stands is not known", error=f"{type(error).__name__}: {error}")
+        finally:
+            self._engine.dispose()
+        try:
+            ahead_seconds["redis"] = self._ask_redis()
+            up["redis"] = True
+        except redis.RedisError:
+            up["redis"] = False
+        return [
+            _gauge("dovecote_up", "Whether the server answers.", up, "server"),
+            _gauge(
+                "dovecote_clock_skew_seconds", "How far its clock is ahead of this machine's.", ahead_seconds, "server"
+            ),
+            *found,
+        ]
+
+    def _ask_postgres(self, ahead_seconds: dict[str, float]) -> list[Metric]:
+        status = operations.status(self._engine, self._routes)
+        with snapshot(self._engine) as connection:
+            before = time.time()
+            there = connection.exec_driver_sql("select extract(epoch from clock_timestamp())::float8").scalar_one()
+            ahead_seconds["postgres"] = there - (before + time.time()) / 2
+            return [
+                *_of_relay(status),
+                *_of_handlers(status.handlers, count_blocked(connection, self._routes)),
+                *_of_writers_and_weeks(connection),
+            ]
+
+    def _ask_redis(self) -> float:
+        client: Any = connect_redis(self._settings.redis.url.get_secret_value(), _LIMIT_SECONDS)
+        try:
+            client.ping()  # so that the connection is there before the clock is looked at
+            before = time.time()
+            seconds, microseconds = client.time()
+            return float(seconds + microseconds / 1e6 - (before + time.time()) / 2)
+        finally:
+            client.close()
+
+
+def _of_relay(status: operations.Status) -> list[Metric]:
+    relay = status.relay
+    return [
+        _gauge("dovecote_leader_present", "Whether a relay leads.", {"": relay.leading}),
+        _gauge("dovecote_lag_events", "Committed and not yet published; at least.", {"": relay.lag_events}),
+        _gauge("dovecote_lag_seconds", "Age of the oldest of them.", {"": relay.lag_seconds}),
+        _gauge(
+            "dovecote_unrouted_events",
+            "Events met that no handler wants, of types that still have no route.",
+            {"": sum(unrouted.events for unrouted in status.unrouted)},
+        ),
+    ]
+
+
+def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapping[str, int]) -> list[Metric]:
+    now = datetime.now(UTC)
+    deliveries = GaugeMetricFamily(
+        "dovecote_deliveries", "What did not go well, by state; at least.", labels=["handler", "state"]
+    )
+    for handler, status in handlers.items():
+        for state in ("retrying", "waiting", "dead", "discarded"):
+            deliveries.add_metric([handler, state], getattr(status, state))
+    return [
+        deliveries,
+        _gauge(
+            "dovecote_unprocessed_events",
+            "Neither acted on nor given up; at least.",
+            {handler: status.unprocessed for handler, status in handlers.items()},
+            "handler",
+        ),
+        _gauge(
+            "dovecote_oldest_unprocessed_seconds",
+            "Age of the oldest of them; 0 for none.",
+            {handler: status.oldest_unprocessed_seconds for handler, status in handlers.items()},
+            "handler",
+        ),
+        _gauge("dovecote_blocked_aggregates", "Aggregates that stand still; at least.", blocked, "handler"),
+        _gauge(
+            "dovecote_paused_seconds",
+            "How long the handler has been paused; 0 when it is not.",
+            {
+                handler: max(0.0, (now - status.paused.since).total_seconds()) if status.paused else 0.0
+                for handler, status in handlers.items()
+            },
+            "handler",
+        ),
+    ]
+
+
+def _of_writers_and_weeks(connection: Connection) -> list[Metric]:
+    floor = connection.exec_driver_sql(OLDEST_FLOOR).one_or_none()
+    weeks = connection.exec_driver_sql(PARTITIONS).one()
+    return [
+        _gauge("dovecote_floors_held", "Floors of writers at work.", {"": floor.held if floor else 0}),
+        _gauge(
+            "dovecote_oldest_floor_seconds",
+            "How long the writer at the lowest floor has been at work.",
+            {"": floor.seconds if floor else 0.0},
+        ),
+        _gauge(
+            "dovecote_partition_headroom_seconds",
+            "How long from now the partitions made ahead last.",
+            {"": weeks.headroom_seconds},
+        ),
+        _gauge(
+            "dovecote_default_partition_in_use",
+            "Whether rows lie outside of every week.",
+            {"": weeks.defaults is not None},
+        ),
+    ]
+
+
+def _gauge(name: str, meaning: str, values: Mapping[str, float], label: str | None = None) -> Metric:
+    family = GaugeMetricFamily(name, meaning, labels=[label] if label else [])
+    for value_of, value in values.items():
+        family.add_metric([value_of] if label else [], value)
+    return family
