@@ -22,6 +22,7 @@ from workers.gateways import Gateways
 from workers.relay.relay import Relay
 from workers.routes import Route, queues
 from workers.settings import Settings
+from workers.telemetry.meters import ConsumerMeters, RelayMeters
 
 
 @dataclass
@@ -48,9 +49,9 @@ class System:
         return self.status()
 
     @contextmanager
-    def relay(self) -> Iterator[Relay]:
+    def relay(self, meters: RelayMeters | None = None) -> Iterator[Relay]:
         """Run a relay until the end of the block."""
-        relay = relay_for(self.settings, self.routes)
+        relay = relay_for(self.settings, self.routes, meters)
         thread = threading.Thread(target=relay.run, name="relay")
         thread.start()
         try:
@@ -79,14 +80,14 @@ class System:
 
 
 @contextmanager
-def system_for(settings: Settings, routes: Sequence[Route]) -> Iterator[System]:
+def system_for(settings: Settings, routes: Sequence[Route], meters: ConsumerMeters | None = None) -> Iterator[System]:
     """Put a system together; nothing of it runs yet."""
     engine = engine_for(settings, "dovecote test")
     stopping = threading.Event()
-    broker = broker_for(settings, [HandBackWhatFails(pause_seconds=0.05)])
+    broker = broker_for(settings, [HandBackWhatFails(pause_seconds=0.05)], meters)
     gateways = gateways_for(settings)
     sessions = sessions_for(engine)
-    consumer = Consumer(sessions, gateways, stopping, outage_pause_seconds=0.1)
+    consumer = Consumer(sessions, gateways, stopping, outage_pause_seconds=0.1, meters=meters)
     declare_handlers(broker, consumer, routes)
     try:
         yield System(settings, engine, sessions, routes, gateways, broker, consumer)

@@ -1,0 +1,79 @@
+"""A look at the pages of a process, as Prometheus and an orchestrator take it."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from workers.telemetry.metrics import as_text
+
+Labels = frozenset[tuple[str, str]]
+
+
+class Answer(NamedTuple):
+    status: int
+    body: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(self.body)
+        return told
+
+
+def get(port: int, path: str) -> Answer | None:
+    """Return what is answered; None while nobody is there."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return Answer(answer.status, answer.read().decode())
+    except urllib.error.HTTPError as error:
+        return Answer(error.code, error.read().decode())
+    except OSError:
+        return None
+
+
+class Numbers:
+    """The samples of a scrape."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.families = list(text_string_to_metric_families(text))
+        self._samples = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in self.families
+            for sample in family.samples
+        }
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """Return the one sample with this name and these labels."""
+        return self._samples[name, frozenset(labels.items())]
+
+    def by(self, label: str, name: str) -> dict[str, float]:
+        """Return the samples with this name, by this label of theirs."""
+        return {dict(of)[label]: value for (known, of), value in self._samples.items() if known == name}
+
+    def catalogue(self) -> dict[str, tuple[str, set[str]]]:
+        """Return type and labels of each metric."""
+        found = {}
+        for family in self.families:
+            labels: set[str] = set().union(*(sample.labels for sample in family.samples)) - {"le"}
+            found[family.name + ("_total" if family.type == "counter" else "")] = (family.type, labels)
+        return found
+
+
+def numbers_in(registry: CollectorRegistry) -> Numbers:
+    return Numbers(as_text(registry).decode())
+
+
+def scrape(port: int) -> Numbers:
+    answer = get(port, "/metrics")
+    assert answer, f"nobody answers on port {port}"
+    assert answer.status == 200, answer.body
+    return Numbers(answer.body)
+
+
+def status_of(dependencies: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {name: told["status"] for name, told in dependencies.items()}
