@@ -3,15 +3,15 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from workers.telemetry.metrics import as_text
-
-Labels = frozenset[tuple[str, str]]
+from tests.support import eventually
+from workers.telemetry.metrics import as_text, told_by_all
 
 
 class Answer(NamedTuple):
@@ -68,11 +68,28 @@ def numbers_in(registry: CollectorRegistry) -> Numbers:
     return Numbers(as_text(registry).decode())
 
 
+def of_all(directory: Path) -> Numbers:
+    """Return what the workers that share this directory tell."""
+    return numbers_in(told_by_all(directory))
+
+
 def scrape(port: int) -> Numbers:
     answer = get(port, "/metrics")
     assert answer, f"nobody answers on port {port}"
     assert answer.status == 200, answer.body
     return Numbers(answer.body)
+
+
+def scrape_until(port: int, condition: Callable[[Numbers], object], what: str) -> Numbers:
+    """Return the first scrape that fulfils the condition; a survey may be some seconds old."""
+
+    def look() -> Numbers | None:
+        told = scrape(port)
+        return told if condition(told) else None
+
+    found = eventually(look, 15, what)
+    assert found
+    return found
 
 
 def status_of(dependencies: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from tests.quotes import a_quote
 from tests.support import eventually
 from tests.workers.telemetry.catalogue import catalogue
 from tests.workers.telemetry.promtool import PROMTOOL, needs_promtool
-from tests.workers.telemetry.scraping import Numbers, get, scrape, status_of
+from tests.workers.telemetry.scraping import Numbers, get, scrape, scrape_until, status_of
 from workers import operations
 from workers.routes import ROUTES
 
@@ -70,6 +71,16 @@ class Watched:
         raise AssertionError("nobody serves")
 
 
+def ports_told_in(log: Path) -> dict[str, int]:
+    told = re.search(r"^ +metrics +(.+?) *$", log.read_text(), re.MULTILINE)
+    return {name: int(port) for name, port in (pair.split() for pair in told[1].split(", "))} if told else {}
+
+
+def is_ready(port: int) -> bool:
+    answer = get(port, "/health/ready")
+    return answer is not None and answer.status == 200
+
+
 @pytest.fixture(scope="module")
 def watched(database_url: str, servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     home = tmp_path_factory.mktemp("home")
@@ -91,17 +102,10 @@ def watched(database_url: str, servers: Servers, tmp_path_factory: pytest.TempPa
             stderr=log,
         )
     try:
-        told = eventually(
-            lambda: re.search(r"^ +metrics +(.+?) *$", (home / "log").read_text(), re.MULTILINE), 60, "its ports"
-        )
-        ports = {name: int(port) for name, port in (pair.split() for pair in told[1].split(", "))}
+        ports = eventually(partial(ports_told_in, home / "log"), 60, "an introduction with ports")
         watched = Watched(process, home / "log", engine, ports)
         for port in ports.values():
-            eventually(
-                lambda port=port: (answer := get(port, "/health/ready")) and answer.status == 200,
-                60,
-                f"health on port {port}",
-            )
+            eventually(partial(is_ready, port), 60, f"health on port {port}")
         yield watched
     finally:
         process.terminate()
@@ -134,10 +138,8 @@ def test_the_numbers_are_those_of_postgres(watched: Watched) -> None:
     assert consumers("dovecote_handler_duration_seconds_count", handler=HANDLER) >= 3
     assert len(consumers.by("pid", "dovecote_heartbeat_timestamp_seconds")) == 2
     for port in watched.relays():
-        told = eventually(
-            lambda port=port: (now := scrape(port))("dovecote_deliveries", handler=HANDLER, state="dead") and now,
-            15,
-            "a survey from after the deaths",
+        told = scrape_until(
+            port, lambda now: now("dovecote_deliveries", handler=HANDLER, state="dead"), "a survey that knows the dead"
         )
         assert told("dovecote_deliveries", handler=HANDLER, state="dead") == dead
         assert told("dovecote_unprocessed_events", handler=HANDLER) == 0
@@ -173,9 +175,7 @@ def test_an_open_transaction_of_a_writer_is_a_floor(watched: Watched) -> None:
         uow.emit(a_quote())
         uow.session.flush()
         uow.session.execute(text("select dovecote.append_event('a', '1', 'pricing.price_quoted.v1', '{}')"))
-        held = eventually(
-            lambda: (now := scrape(port))("dovecote_floors_held") and now, 15, "a survey with a floor in it"
-        )
+        held = scrape_until(port, lambda now: now("dovecote_floors_held"), "a survey with a floor in it")
         uow.session.rollback()
 
     assert held("dovecote_oldest_floor_seconds") > 0

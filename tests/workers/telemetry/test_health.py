@@ -41,14 +41,20 @@ def test_a_redis_that_stops_is_named_and_so_is_its_return(
     page = health(servers(settings_for(fresh_database_url, server.url, tmp_path)), "ready")
 
     def told() -> Answer:
-        return Answer((answer := page()).status, answer.body.decode())
+        answer = page()
+        return Answer(answer.status, answer.body.decode())
+
+    def told_with(status: int) -> Answer:
+        found = eventually(lambda: now if (now := told()).status == status else None, 10, f"a report with {status}")
+        assert found
+        return found
 
     at_first = told()
     redis.stop()
-    without = eventually(lambda: (now := told()).status == 503 and now, 10, "a report that Redis is away")
+    without = told_with(503)
     still_without = told()
     redis.start(server.port)
-    again = eventually(lambda: (now := told()).status == 200 and now, 10, "a report that all is there")
+    again = told_with(200)
 
     assert at_first.report["status"] == again.report["status"] == "ready"
     assert (without.report["status"], without.report["missing"]) == ("not ready", ["redis"])
