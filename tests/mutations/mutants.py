@@ -18,6 +18,12 @@ RETENTION = "tests/workers/test_retention.py"
 ENVELOPE = "tests/workers/test_envelope.py"
 POISON = "tests/flows/test_poison.py"
 SUSPECTS = "tests/workers/test_suspects.py"
+METRICS = "tests/workers/telemetry/test_metrics.py"
+TOLD = "tests/workers/telemetry/test_what_is_told.py"
+SURVEY = "tests/workers/telemetry/test_survey.py"
+HEALTH = "tests/workers/telemetry/test_health.py"
+SERVING = "tests/workers/telemetry/test_serving.py"
+WATCHED = "tests/workers/telemetry/test_a_system_that_is_watched.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 WRITERS_SQL = "migrations/sql/0012_writers.up.sql"
@@ -468,8 +474,8 @@ MUTANTS = (
     Mutant(
         "the time limit is for the bundle",
         "workers/time_limits.py",
-        "        self.envelope = envelope\n        self.deadline = time.monotonic() + self.seconds\n",
-        "        self.envelope = envelope\n",
+        "        self.deadline = now + self.seconds\n",
+        "",
         f"{CONSUME}::test_the_limit_is_for_each_event_of_a_bundle",
     ),
     Mutant(
@@ -498,7 +504,7 @@ MUTANTS = (
     Mutant(
         "the relay does not reap",
         "workers/relay/leading.py",
-        "            self._through_outages(self._broker.reap)\n",
+        "            self._through_outages(lambda: self._meters.reaped(self._broker.reap()))\n",
         "            pass\n",
         RELAY,
     ),
@@ -601,5 +607,104 @@ MUTANTS = (
         "      and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)\n",
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
+    ),
+    # Watching -----------------------------------------------------------------------------------
+    Mutant(
+        "a bundle that ended is at work",
+        "workers/telemetry/metrics.py",
+        "            del self._began[thread]\n",
+        "            pass\n",
+        METRICS,
+    ),
+    Mutant(
+        "a lively thread hides one that is silent",
+        "workers/telemetry/metrics.py",
+        "min(list(self._fetched.values()))",
+        "max(list(self._fetched.values()))",
+        METRICS,
+    ),
+    Mutant(
+        "a value on a bound is counted above it",
+        "workers/telemetry/metrics.py",
+        "bisect_right(ordered, bound, below)",
+        "bisect_right(ordered, bound - 1e-9, below)",
+        METRICS,
+    ),
+    Mutant(
+        "a worker that is gone is alive",
+        "workers/telemetry/metrics.py",
+        "        if started_at(pid) is None:\n",
+        "        if False:\n",
+        METRICS,
+    ),
+    Mutant(
+        "a replay is an effect of now",
+        "workers/telemetry/metrics.py",
+        "        if not again:",
+        "        if True:",
+        METRICS,
+    ),
+    Mutant(
+        "effects are not counted",
+        "workers/consume.py",
+        "            self.meters.acted(route.handler, acted, again=replay is not None)\n",
+        "",
+        TOLD,
+    ),
+    Mutant(
+        "calls of an ordinary handler are one",
+        "workers/time_limits.py",
+        "        self.moments.append(now)\n",
+        "        self.moments[:] = self.moments[:1] or [now]\n",
+        TOLD,
+    ),
+    Mutant(
+        "rings are not counted",
+        "workers/relay/leading.py",
+        "                self._meters.rang()\n",
+        "                pass\n",
+        WATCHED,
+    ),
+    Mutant(
+        "waiting for Redis looks like leading",
+        "workers/relay/leading.py",
+        '                self._meters.alive("waiting_for_redis")\n',
+        "",
+        TOLD,
+    ),
+    Mutant(
+        "a server that is away fails the scrape",
+        "workers/telemetry/survey.py",
+        "        except redis.RedisError:\n",
+        "        except ZeroDivisionError:\n",
+        SURVEY,
+    ),
+    Mutant(
+        "every scrape asks Postgres",
+        "workers/telemetry/survey.py",
+        "time.monotonic() - self._found_at >= _KEPT_SECONDS",
+        "True",
+        SURVEY,
+    ),
+    Mutant(
+        "a check that hangs is begun again",
+        "workers/telemetry/health.py",
+        "if not is_asking and time",
+        "if time",
+        HEALTH,
+    ),
+    Mutant(
+        "health forgets since when",
+        "workers/telemetry/health.py",
+        "            if status != self._status:\n",
+        "            if True:\n",
+        HEALTH,
+    ),
+    Mutant(
+        "a taken port is given up",
+        "workers/telemetry/serving.py",
+        "            continue\n",
+        "            return\n",
+        SERVING,
     ),
 )

@@ -51,7 +51,8 @@ def deliver(engine: Engine, handler: str, state: str, upto: int) -> None:
         engine,
         "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id, event_type,"
         " state, next_attempt_at)"
-        " select :handler, id, position, aggregate_type, aggregate_id, event_type, :state, now() from dovecote.outbox where position <= :upto",
+        " select :handler, id, position, aggregate_type, aggregate_id, event_type, :state, now() from dovecote.outbox"
+        " where position <= :upto",
         handler=handler,
         state=state,
         upto=upto,
