@@ -1,0 +1,42 @@
+"""Each process of a system on this machine has a port of its own, whatever else runs here."""
+
+import socket
+
+import pytest
+
+from workers.local import _ports
+
+NAMES = ("relay", "relay-2", "pricing")
+
+
+def test_ports_count_up_from_the_one_that_is_given() -> None:
+    with _ports(NAMES, "127.0.0.1", 9464) as ports:
+        assert ports == {"relay": 9464, "relay-2": 9465, "pricing": 9466}
+
+
+def test_port_zero_turns_metrics_off() -> None:
+    with _ports(NAMES, "127.0.0.1", 0) as ports:
+        assert ports == {}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+def test_a_port_is_kept_from_strangers_and_free_for_the_process_it_is_meant_for(host: str) -> None:
+    with _ports(NAMES, host, None) as ports:
+        port = ports["relay"]
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind((host, port))
+        with socket.create_server((host, port)) as ours:
+            listens_on = ours.getsockname()[1]
+            with pytest.raises(OSError, match="in use"):
+                socket.create_server((host, port))
+        # The process is started again.
+        socket.create_server((host, port)).close()
+
+    assert len({*ports.values()}) == 3
+    assert listens_on == port
+
+
+def test_two_systems_have_no_port_in_common() -> None:
+    many = [str(number) for number in range(200)]
+    with _ports(many, "127.0.0.1", None) as one, _ports(many, "127.0.0.1", None) as other:
+        assert not {*one.values()} & {*other.values()}
