@@ -98,15 +98,15 @@ def servers(settings: Settings) -> dict[str, Callable[[], str]]:
     url = settings.database.url.get_secret_value()
     is_current = False
 
-    def ask(query: str) -> str:
+    def ask(query: str) -> str | None:
         with psycopg.connect(
             url, autocommit=True, connect_timeout=LIMIT_SECONDS, application_name="dovecote health"
         ) as connection:
-            (answer,) = connection.execute(query).fetchone() or (None,)
-            return str(answer)
+            row: tuple[str | None] | None = connection.execute(query).fetchone()
+            return row[0] if row else None
 
     def postgres() -> str:
-        ask("select 1")
+        ask("select null")
         return ""
 
     def schema_() -> str:

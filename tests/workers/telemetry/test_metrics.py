@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -110,6 +111,15 @@ def test_idle_and_stuck_are_told_apart(directory: Path) -> None:
     assert list(idle.values()) == [0]
     assert first > 0
     assert at_work() == 0
+
+
+def test_a_worker_that_has_just_started_is_alive(directory: Path) -> None:
+    before = time.time()
+
+    ConsumerMetrics(["h"])
+
+    (heartbeat,) = heartbeats(directory).values()
+    assert heartbeat >= before
 
 
 def test_one_fetching_thread_that_is_silent_makes_the_worker_s_heartbeat_old(directory: Path) -> None:
