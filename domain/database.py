@@ -77,3 +77,8 @@ def array(values: Iterable[object]) -> str:
     if not texts:
         return "{}"
     return '{"' + "\0".join(texts).replace("\\", "\\\\").replace('"', '\\"').replace("\0", '","') + '"}'
+
+
+def uuid_array(values: Iterable[UUID]) -> str:
+    """Return a Postgres array literal, to be cast to uuid[]. With dashes it would take six times as long."""
+    return "{" + ",".join([value.hex for value in values]) + "}"

@@ -29,6 +29,7 @@ from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
 from workers.masking import never_show
+from workers.pauses import HandlerPaused
 from workers.relay.relay import Relay
 from workers.routes import ROUTES, Route, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets
@@ -67,7 +68,9 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
 def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]) -> None:
     """Make each route's handler an actor of the broker."""
     for route in routes:
-        declare = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker, throws=Stopping)
+        declare = dramatiq.actor(
+            actor_name=route.handler, queue_name=route.queue, broker=broker, throws=(Stopping, HandlerPaused)
+        )
         declare(_actor_function(consumer, route, broker))
 
 

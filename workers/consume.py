@@ -29,6 +29,7 @@ from workers.envelope import Envelope
 from workers.failures import KilledTheProcess, TimeLimitExceeded, describe
 from workers.gateways import Gateways
 from workers.outages import asks_again, passes
+from workers.pauses import HandlerPaused, require_at_work
 from workers.routes import Route
 from workers.suspects import MOST_STARTS, Suspect, one_at_a_time
 from workers.telemetry import links_to, tracer
@@ -82,7 +83,7 @@ class Consumer:
         `retry` says that the message was sent for deliveries that are due: only those still due are taken.
         `replay` names the replay that has the handler act again on what it has acted on, once.
         `suspect` says that the message was in the hands of processes that died.
-        Errors: Stopping.
+        Errors: Stopping, HandlerPaused.
         """
         if self._await_schema is not None:
             # Deployed before the schema it is written for: the message is held, as while Postgres is away.
@@ -199,6 +200,8 @@ class Consumer:
                     unit_of_work(self._sessions, keys=self.keys) as uow,
                 ):
                     self._act(uow, route, envelopes, retry, replay)
+            except HandlerPaused:
+                raise
             except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
                 if passes(error):
                     raise
@@ -228,6 +231,8 @@ class Consumer:
             fresh = deliveries.once_unless_failed(session, route, envelopes)
         if fresh:
             self._handle(uow, route, fresh, replay)
+        else:
+            require_at_work(session, route.handler)
         if retry:
             deliveries.resolve(session, route, envelopes)
         if route.ordered:
@@ -289,6 +294,8 @@ class Consumer:
         while True:
             try:
                 return work()
+            except HandlerPaused:
+                raise
             except Exception as error:
                 # A record that cannot be written for any reason is held too: acknowledging would lose it.
                 tries += 1
@@ -305,10 +312,17 @@ class Consumer:
 def _to_do(
     session: Session, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None
 ) -> list[Envelope]:
-    """Leave out what another message or an operator has to do with by now."""
+    """Leave out what another message or an operator has to do with by now.
+
+    Errors: HandlerPaused.
+    """
     if retry:
-        return deliveries.still_due(session, route, envelopes, replay)
-    return deliveries.not_yet_failed(session, route, envelopes)
+        found = deliveries.still_due(session, route, envelopes, replay)
+    else:
+        found = deliveries.not_yet_failed(session, route, envelopes)
+    if not found:
+        require_at_work(session, route.handler)
+    return found
 
 
 def _traceback_of(thread_id: int) -> TracebackType | None:

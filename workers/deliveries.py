@@ -15,7 +15,7 @@ from psycopg.rows import TupleRow, class_row
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from domain.database import array
+from domain.database import uuid_array
 from domain.errors import DomainError, UnknownEvent
 from workers.envelope import Envelope
 from workers.failures import Failure, KilledTheProcess
@@ -47,17 +47,23 @@ _attempts_so_far = text(
     """
 )
 
+# A paused handler has nothing to do, so these find nothing due and everything known (workers/pauses.py).
 _due_here = text(
     """
     select event_id from dovecote.deliveries
     where handler_name = :handler_name and event_id = any(:event_ids) and state = 'retrying'
       and replay_id is not distinct from cast(:replay_id as uuid)
+      and not exists (select from dovecote.paused_handlers where handler_name = :handler_name)
     for update
     """
 )
 
 _known = text(
-    "select event_id from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)"
+    """
+    select event_id from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)
+    union all
+    select unnest(cast(:event_ids as uuid[])) from dovecote.paused_handlers where handler_name = :handler_name
+    """
 )
 
 _is_processed = text(
@@ -69,13 +75,19 @@ _end_backend = text("select pg_terminate_backend(:pid, 5000)")
 
 # What `not_yet_failed` and `UnitOfWork.once` do, in one statement: they are most of what a lone event waits for.
 _ONCE_UNLESS_FAILED = """
-    insert into dovecote.processed_events (event_id, handler_name)
-    select event_id, %(handler_name)s from unnest(%(event_ids)s::uuid[]) as bundle (event_id)
-    where not exists (select from dovecote.deliveries d
-                      where d.handler_name = %(handler_name)s and d.event_id = bundle.event_id)
-    order by event_id
-    on conflict do nothing
-    returning event_id
+    with bundle as (
+        select event_id from unnest(%(event_ids)s::uuid[]) as bundle (event_id)
+    ), fresh as (
+        insert into dovecote.processed_events (event_id, handler_name)
+        select event_id, %(handler_name)s from bundle
+        where not exists (select from dovecote.deliveries d
+                          where d.handler_name = %(handler_name)s and d.event_id = bundle.event_id)
+          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)
+        order by event_id
+        on conflict do nothing
+        returning event_id
+    )
+    select event_id from bundle where event_id not in (select event_id from fresh)
 """
 
 _resolve = text("delete from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)")
@@ -214,10 +226,10 @@ def once_unless_failed(session: Session, route: Route, envelopes: Sequence[Envel
     """Record that the handler acts on these now; return those it neither acted on nor failed at before."""
     of_id = {envelope.event_id: envelope for envelope in envelopes}
     found = session.connection().exec_driver_sql(
-        _ONCE_UNLESS_FAILED, {"handler_name": route.handler, "event_ids": array(of_id)}
+        _ONCE_UNLESS_FAILED, {"handler_name": route.handler, "event_ids": uuid_array(of_id)}
     )
-    fresh = set(found.scalars())
-    return [envelope for event_id, envelope in of_id.items() if event_id in fresh]
+    known = set(found.scalars())
+    return [envelope for event_id, envelope in of_id.items() if event_id not in known]
 
 
 def still_due(
@@ -320,6 +332,7 @@ _LEASE_DUE = """
     with due as (
         select handler_name, event_id from dovecote.deliveries
         where state = 'retrying' and next_attempt_at <= now()
+          and handler_name not in (select handler_name from dovecote.paused_handlers)
         order by next_attempt_at limit %(limit)s
         for update skip locked
     ), leased as (

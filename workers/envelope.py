@@ -15,6 +15,7 @@ import orjson
 from domain.errors import InvalidEvent
 from domain.events import Event, read_event
 from domain.privacy import Keyring
+from domain.records import record
 
 # What the broker and Dramatiq's worker take for granted in a message.
 _FIELDS: Mapping[str, type] = {
@@ -116,19 +117,22 @@ def read_envelope(fields: Mapping[str, Any], keys: Keyring | None = None) -> Env
     Errors: ValueError naming the attribute that is missing or wrong.
     """
     try:
-        return Envelope(
-            event_id=UUID(fields["id"]),
-            type=fields["type"],
-            aggregate_type=fields["source"].removeprefix("/dovecote/"),
-            aggregate_id=fields["subject"],
-            position=int(fields["position"]),
-            time=fields["time"],
-            data=fields["data"],
-            # Headers are the writer's own: what is no text in them is no reason to lose the event.
-            traceparent=_text_or_none(fields.get("traceparent")),
-            correlation_id=_text_or_none(fields.get("correlationid")),
-            keys=keys,
-            unreadable=fields.get("unreadable"),
+        return record(
+            Envelope,
+            {
+                "event_id": UUID(fields["id"]),
+                "type": fields["type"],
+                "aggregate_type": fields["source"].removeprefix("/dovecote/"),
+                "aggregate_id": fields["subject"],
+                "position": int(fields["position"]),
+                "time": fields["time"],
+                "data": fields["data"],
+                # Headers are the writer's own: what is no text in them is no reason to lose the event.
+                "traceparent": _text_or_none(fields.get("traceparent")),
+                "correlation_id": _text_or_none(fields.get("correlationid")),
+                "keys": keys,
+                "unreadable": fields.get("unreadable"),
+            },
         )
     except KeyError as error:
         raise ValueError(f"an envelope without {error.args[0]!r}") from error

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import psycopg
 import structlog
 
-from workers import deliveries, replays
+from workers import deliveries, pauses, replays
 from workers.broker import PASSING, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.relay import missing, unrouted
 from workers.relay.ahead import ReadAhead
@@ -119,6 +119,8 @@ class Leader:
         self.checkpoint = batch.checkpoint
         if "dovecote_deliveries" in heard:
             self._send_retries()
+        if pauses.CHANNEL in heard:
+            self._through_outages(self._take_back)
         if replays.CHANNEL in heard:
             self._replayer.look()
         if time.monotonic() >= self._next_tick:
@@ -247,10 +249,20 @@ class Leader:
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
             self._through_outages(self._broker.reap)
+            self._through_outages(self._take_back)
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
                 self._maintain()
+
+    def _take_back(self) -> None:
+        """Give handlers that were resumed what was put aside for them, also what was just being put aside."""
+        aside = self._broker.holds_aside((route.queue, route.handler) for route in self._routes)
+        if aside:
+            paused = pauses.paused_handlers(self._connection)
+            for queue, handler in aside:
+                if handler not in paused:
+                    self._broker.take_back(queue, handler)
 
     def _send_retries(self) -> None:
         due = deliveries.lease_due(self._connection, self._settings.batch_size, self._settings.retry_lease_seconds)
@@ -267,6 +279,7 @@ class Leader:
         self._connection.execute("listen dovecote_outbox")
         self._connection.execute("listen dovecote_deliveries")
         self._connection.execute(f"listen {replays.CHANNEL}")
+        self._connection.execute(f"listen {pauses.CHANNEL}")
 
     def _stay_awake(self) -> None:
         if self._holds_bell:
