@@ -18,6 +18,7 @@ RETENTION = "tests/workers/test_retention.py"
 ENVELOPE = "tests/workers/test_envelope.py"
 POISON = "tests/flows/test_poison.py"
 SUSPECTS = "tests/workers/test_suspects.py"
+PAUSING = "tests/workers/test_pausing.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 WRITERS_SQL = "migrations/sql/0012_writers.up.sql"
@@ -601,5 +602,42 @@ MUTANTS = (
         "      and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)\n",
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
+    ),
+    # Pausing ------------------------------------------------------------------------------------
+    Mutant(
+        "a paused handler acts on new events",
+        "workers/deliveries.py",
+        "          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)\n",
+        "",
+        PAUSING,
+    ),
+    Mutant(
+        "a paused ordered handler acts on new events",
+        "workers/deliveries.py",
+        "    union all\n    select unnest(cast(:event_ids as uuid[])) from dovecote.paused_handlers"
+        " where handler_name = :handler_name\n",
+        "",
+        PAUSING,
+    ),
+    Mutant(
+        "a paused handler is taken for one with nothing to do",
+        "workers/pauses.py",
+        "        raise HandlerPaused(handler_name)\n",
+        "        pass\n",
+        PAUSING,
+    ),
+    Mutant(
+        "what was put aside comes back newest first",
+        "workers/lua/take_back.lua",
+        "'RIGHT', 'LEFT'",
+        "'LEFT', 'LEFT'",
+        PAUSING,
+    ),
+    Mutant(
+        "what is put aside after the resume stays aside",
+        "workers/relay/leading.py",
+        "            self._through_outages(self._broker.reap)\n            self._through_outages(self._take_back)\n",
+        "            self._through_outages(self._broker.reap)\n",
+        PAUSING,
     ),
 )

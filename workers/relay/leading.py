@@ -52,7 +52,11 @@ def known_redis(run_id: str, epoch: int) -> str:
 
 
 class Leader:
-    """One leadership: one connection, one epoch."""
+    """One leadership: one session that holds the lock and reads, one epoch.
+
+    `records` is a second session, where batches are recorded while the next one is being read: on the first they would
+    take turns, and Postgres would do nothing half of the time (docs/adr/0019-two-sessions.md).
+    """
 
     def __init__(
         self,
@@ -66,8 +70,10 @@ class Leader:
         epoch: int,
         known_redis: str | None,
         maintain: Callable[[], None] | None = None,
+        records: Connection | None = None,
     ) -> None:
         self._connection = connection
+        self._records = records or connection
         self._reader = reader
         self._broker = broker
         self._routes = routes
@@ -143,7 +149,7 @@ class Leader:
             "relay.publish", attributes={"messaging.batch.message_count": len(batch.rows)}
         ):
             self._send(self._bundler.bundles(batch.rows))
-            recorded = self._connection.execute(
+            recorded = self._records.execute(
                 _RECORD,
                 {
                     "checkpoint": batch.checkpoint,
@@ -154,7 +160,7 @@ class Leader:
             )
         self._require_ownership(recorded.rowcount)
         self._recorded_checkpoint = batch.checkpoint
-        unrouted.note(self._connection, self._bundler.types, batch.rows)
+        unrouted.note(self._records, self._bundler.types, batch.rows)
 
     def _send(self, bundles: Sequence[QueuedBundle]) -> None:
         if bundles:
@@ -162,7 +168,7 @@ class Leader:
 
     def _record_checkpoint(self) -> None:
         if self.checkpoint > self._recorded_checkpoint:
-            recorded = self._connection.execute(_RECORD_CHECKPOINT, (self.checkpoint, self._epoch))
+            recorded = self._records.execute(_RECORD_CHECKPOINT, (self.checkpoint, self._epoch))
             self._require_ownership(recorded.rowcount)
             self._recorded_checkpoint = self.checkpoint
 

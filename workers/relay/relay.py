@@ -214,18 +214,20 @@ class Relay:
         if self._subscribe(connection, epoch, reader.frontier):
             known_redis = None  # as if Redis had lost it: what is published and not done is sent again
         log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
-        leader = Leader(
-            connection=connection,
-            reader=reader,
-            broker=self._broker,
-            routes=self._routes,
-            settings=self._settings.relay,
-            sleeper=self._sleeper,
-            epoch=epoch,
-            known_redis=known_redis,
-            maintain=self._maintainer.start,
-        )
-        leader.lead()
+        with self._session() as records:
+            leader = Leader(
+                connection=connection,
+                reader=reader,
+                broker=self._broker,
+                routes=self._routes,
+                settings=self._settings.relay,
+                sleeper=self._sleeper,
+                epoch=epoch,
+                known_redis=known_redis,
+                maintain=self._maintainer.start,
+                records=records,
+            )
+            leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
 
     def _subscribe(self, connection: Connection, epoch: int, since_position: int) -> bool:
