@@ -292,8 +292,8 @@ MUTANTS = (
     Mutant(
         "bundles that overlap mark in any order",
         "domain/processed_events.py",
-        "as bundle (event_id)\n    order by event_id\n",
-        "as bundle (event_id)\n    order by md5(random()::text)\n",
+        "from bundle order by event_id\n",
+        "from bundle order by md5(random()::text)\n",
         CONSUME,
     ),
     Mutant(
@@ -320,22 +320,22 @@ MUTANTS = (
     Mutant(
         "a redelivered bundle takes up what failed, before its time",
         "workers/consume.py",
-        "return deliveries.not_yet_failed(session, route, envelopes)",
-        "return list(envelopes)",
+        "found = deliveries.not_yet_failed(session, route, envelopes)",
+        "found = list(envelopes)",
         CONSUME,
     ),
     Mutant(
         "a retry takes up what is no longer due",
         "workers/consume.py",
-        "return deliveries.still_due(session, route, envelopes, replay)",
-        "return list(envelopes)",
+        "found = deliveries.still_due(session, route, envelopes, replay)",
+        "found = list(envelopes)",
         CONSUME,
     ),
     Mutant(
         "two workers with one retry do not wait for each other",
         "workers/deliveries.py",
-        "cast(:replay_id as uuid)\n    for update\n",
-        "cast(:replay_id as uuid)\n",
+        "where handler_name = :handler_name)\n    for update\n",
+        "where handler_name = :handler_name)\n",
         CONSUME,
     ),
     Mutant(

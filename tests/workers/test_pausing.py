@@ -153,7 +153,7 @@ def test_pausing_is_audited_needs_a_reason_and_can_be_tried_dry(system_with: Sys
         system.engine, system.routes, "test.note", actor="tester", reason="a try", dry_run=True
     )
     done = pause(system)
-    with pytest.raises(CannotPause, match="is paused already, by tester since .* UTC: INC-1"):
+    with pytest.raises(CannotPause, match=r"is paused already, by tester since .* UTC: INC-1"):
         pause(system)
     resumed = resume(system)
 
