@@ -1,7 +1,7 @@
 """One line an event, to stderr: for people on a terminal, JSON for machines.
 
-Masked twice. A processor takes secrets and numbers out of every value, where a fact's name still says what it is
-and no JSON has put backslashes into it; the finished line goes through the same nets once more.
+The last processor before the line is written takes secrets and phone numbers out of every value, whoever logged it:
+there a fact's name still says what it is, and no JSON has put backslashes into it.
 """
 
 import logging
@@ -18,7 +18,7 @@ from dramatiq.compat import StreamablePipe
 from structlog.typing import EventDict, Processor
 
 from workers import settings as options
-from workers.masking import masked, masked_facts
+from workers.masking import masked_facts
 from workers.telemetry import traces, work
 
 # While a collector is away, OpenTelemetry says so several times every ten seconds.
@@ -54,11 +54,11 @@ def configure_logs(telemetry: options.Telemetry, component: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.addFilter(_name_messages)
     handler.addFilter(_NotAgain("opentelemetry."))
     handler.setFormatter(
-        _MaskingFormatter(
+        structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _mask, renderer],
         )
@@ -126,8 +126,12 @@ class _NotAgain:
         return True
 
 
-class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
-    """Masks the finished line, so that nothing escapes: no value, no traceback, no library's own words."""
+class _Handler(logging.StreamHandler[TextIO]):
+    """Names the place of a call whose arguments do not fit. `logging` would print them as they are."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record))
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        # If this line cannot be written, none can.
+        if record.name != __name__:
+            error = sys.exc_info()[1]
+            place = f"{record.pathname}:{record.lineno}"
+            structlog.get_logger().error("a line could not be logged", place=place, error=type(error).__name__)

@@ -105,12 +105,8 @@ def write(engine: Engine, trace_id: str, span_id: str) -> None:
     headers = {"traceparent": f"00-{trace_id}-{span_id}-01", "correlation_id": "request-17"}
     with unit_of_work(sessions_for(engine), headers=headers) as uow:
         uow.emit(a_quote("EUR", 1))
-        uow.session.execute(
-            text(
-                "select dovecote.append_event('price', 'USD', 'pricing.price_quoted.v1', '{\"price\": \"x\"}', :headers)"
-            ),
-            {"headers": json.dumps(headers)},
-        )
+        query = "select dovecote.append_event('price', 'USD', 'pricing.price_quoted.v1', '{}', :headers)"
+        uow.session.execute(text(query), {"headers": json.dumps(headers)})
 
 
 def until_quiet(engine: Engine) -> None:
