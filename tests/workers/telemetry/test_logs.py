@@ -13,7 +13,7 @@ from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests.effects import a_route
 from tests.quotes import a_quote
-from tests.system import system_for
+from tests.system import System, system_for
 from workers import telemetry
 from workers.envelope import Envelope, read_envelope
 from workers.routes import Route
@@ -51,6 +51,15 @@ def carry(settings: Settings, route: Route, *events: PriceQuoted, **headers: str
                 uow.emit(event)
         with system.running():
             system.until_quiet()
+
+
+def write(system: System, *events: PriceQuoted) -> list[Envelope]:
+    with unit_of_work(system.sessions) as uow:
+        for event in events:
+            uow.emit(event)
+    with system.engine.connect() as connection:
+        found = connection.exec_driver_sql("select dovecote.envelope(o)::json from dovecote.outbox o order by position")
+        return [read_envelope(fields) for fields in found.scalars()]
 
 
 @pytest.mark.servers
@@ -100,18 +109,24 @@ def test_lines_logged_by_a_bulk_handler_name_its_bundle_or_its_only_event(settin
 
 
 @pytest.mark.servers
-def test_what_is_logged_after_an_event_does_not_name_it(settings: Settings, lines: Lines) -> None:
-    def act(event: PriceQuoted, uow: UnitOfWork, _: object) -> None:
-        uow.session.info["acted"] = True
-
+def test_a_bundle_of_which_one_event_is_new_names_that_one(settings: Settings, lines: Lines) -> None:
+    route = a_route(act=lambda *_: log.info("acting"), bulk=True)
     lines.configure()
-    with system_for(settings, (a_route(act=act),)) as system:
-        with unit_of_work(system.sessions) as uow:
-            uow.emit(a_quote("EUR", 1))
-        with system.engine.connect() as connection:
-            fields = connection.exec_driver_sql("select dovecote.envelope(o)::json from dovecote.outbox o").scalars()
-            envelopes = [read_envelope(one) for one in fields]
-        system.consumer.consume(a_route(act=act), envelopes)
+    with system_for(settings, (route,)) as system:
+        bundle = write(system, a_quote("EUR", 1), a_quote("USD", 2))
+        system.consumer.consume(route, bundle[:1])
+
+        system.consumer.consume(route, bundle)
+
+    assert [line["aggregate"] for line in lines.read("acting")] == ["price EUR", "price USD"]
+
+
+@pytest.mark.servers
+def test_what_is_logged_after_an_event_does_not_name_it(settings: Settings, lines: Lines) -> None:
+    route = a_route(act=lambda *_: log.info("acting"))
+    lines.configure()
+    with system_for(settings, (route,)) as system:
+        system.consumer.consume(route, write(system, a_quote("EUR", 1)))
 
     log.info("idle")
 
