@@ -59,6 +59,7 @@ _known: set[str] = set()
 def never_show(secrets: Iterable[str]) -> None:
     """Take these texts out of everything this process masks from now on. Short ones would garble it: they are left."""
     _known.update(secret for secret in secrets if len(secret) >= 8)
+    _masked_name.cache_clear()
     _masked_after.cache_clear()
 
 
@@ -88,7 +89,7 @@ def masked_facts(facts: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _masked_mapping(facts: Mapping[Any, object], deepest: int) -> dict[str, Any]:
-    return {masked(str(name)): _masked_value(str(name), value, deepest) for name, value in facts.items()}
+    return {_masked_name(str(name)): _masked_value(str(name), value, deepest) for name, value in facts.items()}
 
 
 def _masked_value(name: str, value: object, deepest: int) -> Any:
@@ -104,6 +105,11 @@ def _masked_value(name: str, value: object, deepest: int) -> Any:
     if isinstance(value, list | tuple | set | frozenset) and deepest:
         return [_masked_value(name, item, deepest - 1) for item in value]
     return _masked_after(name, value if isinstance(value, str) else _shown(value))
+
+
+@lru_cache(2_048)
+def _masked_name(name: str) -> str:
+    return masked(name)
 
 
 @lru_cache(2_048)
