@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode, Tracer
 
 from domain.pricing import PriceQuoted
-from domain.unit_of_work import unit_of_work
+from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests.effects import a_route, effects_in, make_room_for_effects
 from tests.quotes import a_quote
 from tests.system import System, system_for
@@ -118,6 +118,18 @@ def test_writer_relay_and_handler_are_one_trace(spans: Spans, carry: Carry) -> N
             "messaging.message.id": event_id,
             "messaging.message.conversation_id": "request-17",
         }
+
+
+def test_what_a_handler_emits_goes_on_in_the_same_trace(spans: Spans, carry: Carry) -> None:
+    def act(event: PriceQuoted, uow: UnitOfWork, _: object) -> None:
+        if event.symbol == "EUR":
+            uow.emit(a_quote("USD", 2))
+
+    carry(lambda system: write(system, KEPT, 1), a_route(act=act))
+
+    first, second = spans.named("process test")
+    assert second.context.trace_id == first.context.trace_id
+    assert parents([second]) == {(first.context.trace_id, first.context.span_id)}
 
 
 def test_batch_and_bundle_have_traces_of_their_own_linked_to_the_writers(spans: Spans, carry: Carry) -> None:
