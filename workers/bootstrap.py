@@ -42,10 +42,11 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
     """Set up this process to act on events; called by Dramatiq in each worker process."""
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "consumers")
+    telemetry.log_uncaught()
     # A killed master must not leave its workers behind.
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
-    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails()])
+    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()])
     try:
         gateways = gateways_for(settings)
     except SettingsError as error:
@@ -78,10 +79,14 @@ def run_relay(routes: Sequence[Route] = ROUTES) -> None:
     """Be a relay until SIGTERM or SIGINT."""
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "relay")
+    telemetry.log_uncaught()
     running = relay_for(settings, routes)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
-    running.run()
+    try:
+        running.run()
+    finally:
+        telemetry.end_traces()
 
 
 def relay_for(settings: Settings, routes: Sequence[Route] = ROUTES) -> Relay:
@@ -194,3 +199,10 @@ class _StopsWaiting(Middleware):
 
     def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
         self._stopping.set()
+
+
+class _SendsLastSpans(Middleware):
+    """Sends what was not exported yet: Dramatiq's processes end without a word to `atexit`."""
+
+    def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        telemetry.end_traces()

@@ -32,7 +32,7 @@ from workers.outages import asks_again, passes
 from workers.pauses import HandlerPaused, require_at_work
 from workers.routes import Route
 from workers.suspects import MOST_STARTS, Suspect, one_at_a_time
-from workers.telemetry import links_to, tracer
+from workers.telemetry import acting_on, acting_on_all, consuming, now_at_work
 from workers.time_limits import TimeLimits, Watch, backend_pid, exceeded
 
 log = structlog.get_logger()
@@ -91,20 +91,7 @@ class Consumer:
                 raise Stopping("the schema is older than this code")
             self._await_schema = None
         envelopes = sorted(envelopes, key=lambda envelope: envelope.position)
-        with tracer.start_as_current_span(
-            "consume.bundle",
-            attributes={
-                "messaging.system": "dovecote",
-                "messaging.operation.type": "process",
-                "messaging.destination.name": route.queue,
-                "messaging.batch.message_count": len(envelopes),
-                "dovecote.handler": route.handler,
-            },
-        ) as span:
-            # A link for each event costs as much as acting on it: only for the bundles whose trace is kept.
-            if span.is_recording():
-                for link in links_to(envelope.traceparent for envelope in envelopes):
-                    span.add_link(link.context)
+        with consuming(route, envelopes):
             if suspect is not None:
                 self._carefully(route, envelopes, retry, replay, suspect)
                 return
@@ -165,6 +152,7 @@ class Consumer:
             raise Stopping
 
     def _record(self, route: Route, envelope: Envelope, replay: UUID | None, error: BaseException) -> None:
+        now_at_work(route, (envelope,))
         failure = describe(error, envelope)
 
         def write() -> str:
@@ -189,6 +177,7 @@ class Consumer:
         suspect: Suspect | None = None,
     ) -> BaseException | None:
         """Act in one transaction; return what the handler raised, if anything."""
+        now_at_work(route, envelopes)
         conflicts = 0
 
         def act() -> BaseException | None:
@@ -244,11 +233,14 @@ class Consumer:
         def handle() -> None:
             if route.bulk:
                 watch.envelope = fresh[0] if len(fresh) == 1 else None
-                route.act(fresh, uow, self._gateways)
+                with acting_on_all(route, fresh):
+                    route.act(fresh, uow, self._gateways)
                 return
             for envelope in fresh:
                 watch.next(envelope)
-                route.act(envelope.event, uow, self._gateways)
+                with acting_on(route, envelope):
+                    route.act(envelope.event, uow, self._gateways)
+            now_at_work(route, fresh)
 
         try:
             self._time_limits.within(watch, handle)

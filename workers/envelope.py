@@ -94,16 +94,20 @@ def _read_alone(envelope: bytes) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = orjson.loads(envelope)
     except orjson.JSONDecodeError as error:
-        # The payload comes last, and a quote inside of a text is escaped: this is where it begins.
-        attributes, _, _ = envelope.partition(b',"data":')
-        fields = _attributes(attributes + b"}")
+        fields = read_head(envelope)
         fields |= {"data": None, "unreadable": str(error)}
     return fields
 
 
-def _attributes(envelope: bytes) -> dict[str, Any]:
+def read_head(envelope: bytes) -> dict[str, Any]:
+    """Return everything of an envelope but its payload.
+
+    Errors: ValueError for what is no envelope.
+    """
+    # The payload comes last, and a quote inside of a text is escaped: this is where it begins.
+    attributes, _, _ = envelope.partition(b',"data":')
     try:
-        fields = orjson.loads(envelope)
+        fields: dict[str, Any] = orjson.loads(attributes + b"}")
     except orjson.JSONDecodeError as error:
         raise ValueError(f"a line that is no envelope: {error}") from error
     if not isinstance(fields, dict):

@@ -37,6 +37,10 @@ class Bundler:
         """The wire types that somebody wants."""
         return self._by_type.keys()
 
+    def routes_for(self, event_type: str) -> Sequence[Route]:
+        """Return those who want the type."""
+        return self._by_type.get(event_type, ())
+
     def bundles(self, rows: Iterable[Row]) -> list[QueuedBundle]:
         """Return the messages for these rows; a row nobody wants is in none."""
         return [bundle for bundle, _ in self.bundles_with_positions(rows)]

@@ -21,7 +21,7 @@ from workers.relay.replaying import Replayer
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
-from workers.telemetry import tracer
+from workers.telemetry import publishing
 
 log = structlog.get_logger()
 
@@ -145,9 +145,7 @@ class Leader:
     # Publishing ------------------------------------------------------------------------------
 
     def _publish(self, batch: Batch) -> None:
-        with tracer.start_as_current_span(
-            "relay.publish", attributes={"messaging.batch.message_count": len(batch.rows)}
-        ):
+        with publishing(batch.rows, self._bundler.routes_for):
             self._send(self._bundler.bundles(batch.rows))
             recorded = self._records.execute(
                 _RECORD,
