@@ -334,10 +334,16 @@ _LEASE_DUE = """
     order by leased.position
 """
 
-# A retry that has failed since has another time than its lease: its backoff is left alone.
+# A retry that has failed since has another time than its lease: its backoff is left alone. One that a worker is at
+# work on is locked for as long as its handler takes, and is left to it: the relay waits for no handler.
 _END_LEASES = """
-    update dovecote.deliveries set next_attempt_at = now()
-    where state = 'retrying' and next_attempt_at = leased_until and next_attempt_at > now()
+    with leased as (
+        select handler_name, event_id from dovecote.deliveries
+        where state = 'retrying' and next_attempt_at = leased_until and next_attempt_at > now()
+        for update skip locked
+    )
+    update dovecote.deliveries d set next_attempt_at = now()
+    from leased where d.handler_name = leased.handler_name and d.event_id = leased.event_id
 """
 
 # Events that wait for nothing any more: their predecessor was resolved while they were being parked.
@@ -346,23 +352,30 @@ _RELEASE_STRAYS = """
         select distinct on (aggregate_type, aggregate_id) aggregate_type, aggregate_id, position
         from dovecote.deliveries where state = 'waiting' and handler_name = %(handler)s and replay_id is null
         order by aggregate_type, aggregate_id, position
+    ), stray as (
+        select d.event_id from dovecote.deliveries d join first using (aggregate_type, aggregate_id)
+        where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is null
+          and dovecote.blocker(%(handler)s, %(event_types)s, first.aggregate_type, first.aggregate_id, first.position)
+              is null
+        for update of d skip locked
     )
     update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
-    from first
-    where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is null
-      and d.aggregate_type = first.aggregate_type and d.aggregate_id = first.aggregate_id
-      and dovecote.blocker(%(handler)s, %(event_types)s, first.aggregate_type, first.aggregate_id, first.position)
-          is null
+    from stray where d.handler_name = %(handler)s and d.event_id = stray.event_id
 """
 
 # The same for those of replays, which wait for a row of their replay and for nothing else.
 _RELEASE_STRAYS_OF_REPLAYS = """
+    with stray as (
+        select d.event_id from dovecote.deliveries d
+        where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is not null
+          and not exists (select from dovecote.deliveries before
+                          where before.replay_id = d.replay_id and before.handler_name = d.handler_name
+                            and before.aggregate_type = d.aggregate_type and before.aggregate_id = d.aggregate_id
+                            and before.position < d.position and before.state <> 'discarded')
+        for update of d skip locked
+    )
     update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
-    where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is not null
-      and not exists (select from dovecote.deliveries before
-                      where before.replay_id = d.replay_id and before.handler_name = d.handler_name
-                        and before.aggregate_type = d.aggregate_type and before.aggregate_id = d.aggregate_id
-                        and before.position < d.position and before.state <> 'discarded')
+    from stray where d.handler_name = %(handler)s and d.event_id = stray.event_id
 """
 
 

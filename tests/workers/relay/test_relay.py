@@ -432,6 +432,29 @@ def test_a_retry_that_was_lost_with_the_relay_is_sent_again_by_the_next(system_w
         eventually(lambda: queued_positions(system) == [1], 20, "the retry once more")
 
 
+@pytest.mark.parametrize("state", ["retrying", "waiting"])
+def test_a_relay_waits_for_no_worker_that_holds_a_delivery(system_with: SystemWith, state: str) -> None:
+    system = system_with(a_route(ordered=True), RELAY__RETRY_LEASE_SECONDS=3_600)
+    write_quotes(system, [1])
+    make_it_retry(system)
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event and its retry")
+    with system.engine.connect() as stuck:
+        # A worker in the middle of its handler, or frozen there.
+        stuck.execute(text("select from dovecote.deliveries for update"))
+        if state == "waiting":
+            stuck.rollback()
+            with system.engine.begin() as connection:
+                connection.execute(text("update dovecote.deliveries set state = 'waiting', next_attempt_at = null"))
+            stuck.execute(text("select from dovecote.deliveries for update"))
+        write_quotes(system, [2])
+
+        with system.relay():
+            eventually(lambda: queued_positions(system) == [1, 1, 2], 10, "another event, while the worker is stuck")
+            write_quotes(system, [3])
+            eventually(lambda: queued_positions(system) == [1, 1, 2, 3], 10, "one more, after a look for strays")
+
+
 def test_the_loss_of_redis_cuts_no_backoff_short(system_with: SystemWith) -> None:
     system = system_with(RELAY__RETRY_LEASE_SECONDS=3_600)
     write_quotes(system, [1])
