@@ -23,7 +23,7 @@ from domain.database import connect, sessions_for
 from workers import schema, telemetry
 from workers.broker import HandBackWhatFails, OrjsonEncoder, OutboxBroker, connect_redis
 from workers.children import die_with_parent
-from workers.consume import Consumer, Stopping
+from workers.consume import SILENT_SECONDS, Consumer, Stopping
 from workers.envelope import read_envelope
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
@@ -33,6 +33,7 @@ from workers.relay.relay import Relay
 from workers.routes import ROUTES, Route, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets
 from workers.suspects import Suspect
+from workers.time_limits import GRACE_SECONDS
 
 log = structlog.get_logger()
 
@@ -49,7 +50,7 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
         gateways = gateways_for(settings)
     except SettingsError as error:
         refuse(str(error))
-    engine = engine_for(settings, "dovecote consumer")
+    engine = consumer_engine(settings, routes)
     consumer = Consumer(
         sessions_for(engine),
         gateways,
@@ -100,7 +101,23 @@ def gateways_for(settings: Settings) -> Gateways:
     )
 
 
-def engine_for(settings: Settings, application_name: str) -> Engine:
+def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
+    """Return an engine whose sessions a frozen process does not hold for ever.
+
+    What it has in hand, others are given after some seconds. They wait for its locks, which is no failure of the
+    event, until Postgres ends its session: none that lives is silent in a transaction for longer than this.
+    """
+    longest_seconds = max((route.time_limit_seconds for route in routes), default=0.0) + GRACE_SECONDS
+    return engine_for(
+        settings,
+        "dovecote consumer",
+        idle_in_transaction_session_timeout=int(1_000 * (longest_seconds + 2 * SILENT_SECONDS)),
+        # Before statement_timeout, which would be a failure.
+        lock_timeout=settings.database.statement_timeout_ms // 2,
+    )
+
+
+def engine_for(settings: Settings, application_name: str, **session_settings: object) -> Engine:
     """Return an engine with the settings' pool and time-outs."""
     database = settings.database
     return connect(
@@ -109,6 +126,7 @@ def engine_for(settings: Settings, application_name: str) -> Engine:
         connect_timeout_seconds=database.connect_timeout_seconds,
         statement_timeout_ms=database.statement_timeout_ms,
         application_name=application_name,
+        session_settings=session_settings,
     )
 
 

@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -20,6 +21,7 @@ from typing import TypeVar
 from uuid import UUID
 
 import structlog
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from domain.database import Sessions
@@ -38,8 +40,14 @@ log = structlog.get_logger()
 
 Result = TypeVar("Result")
 
+_say_something = text("select")
+
+
 # Some seconds of trying, with the pauses of `_wait`; then it is a failure like any other.
 _MOST_CONFLICTS = 8
+#: Longest that events of a bundle say nothing to Postgres together, besides the time limit of one: it ends the session
+#: of a process that says nothing for much longer (workers/bootstrap.py).
+SILENT_SECONDS = 5.0
 # How long the record of a stuck handler may take before its process ends all the same.
 _GOODBYE_SECONDS = 10.0
 _STUCK_EXIT_CODE = 70
@@ -241,8 +249,12 @@ class Consumer:
                 watch.envelope = fresh[0] if len(fresh) == 1 else None
                 route.act(fresh, uow, self._gateways)
                 return
+            spoken_at = time.monotonic()
             for envelope in fresh:
                 watch.next(envelope)
+                if watch.began_at - spoken_at > SILENT_SECONDS:
+                    uow.session.execute(_say_something)
+                    spoken_at = watch.began_at
                 route.act(envelope.event, uow, self._gateways)
 
         try:

@@ -468,8 +468,8 @@ MUTANTS = (
     Mutant(
         "the time limit is for the bundle",
         "workers/time_limits.py",
-        "        self.envelope = envelope\n        self.deadline = time.monotonic() + self.seconds\n",
-        "        self.envelope = envelope\n",
+        "        self.began_at = time.monotonic()\n        self.deadline = self.began_at + self.seconds\n\n",
+        "        self.began_at = time.monotonic()\n\n",
         f"{CONSUME}::test_the_limit_is_for_each_event_of_a_bundle",
     ),
     Mutant(

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -27,7 +27,7 @@ from tests.effects import a_route, effects_in, make_room_for_effects, note_as
 from tests.quotes import a_quote
 from tests.support import eventually
 from workers import deliveries
-from workers.bootstrap import gateways_for
+from workers.bootstrap import consumer_engine, gateways_for
 from workers.consume import Consumer, Stopping
 from workers.envelope import Envelope, read_envelope
 from workers.gateways import Gateways
@@ -682,6 +682,67 @@ def test_losing_postgres_spends_no_attempt_and_doubles_nothing(bench: Bench, mom
     assert len(calls) == 2, "it was not interrupted"
     assert bench.effects() == [("EUR", 1)]
     assert bench.deliveries() == []
+
+
+@pytest.fixture
+def consumer_engine_of(settings: Settings) -> Iterator[Callable[..., Engine]]:
+    """Engines as worker processes have them."""
+    engines = []
+
+    def build(route: Route, statement_timeout_ms: int = 30_000) -> Engine:
+        database = settings.database.model_copy(update={"statement_timeout_ms": statement_timeout_ms})
+        engines.append(consumer_engine(settings.model_copy(update={"database": database}), [route]))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.dispose()
+
+
+def test_postgres_notices_that_a_worker_is_gone_or_frozen(consumer_engine_of: Callable[..., Engine]) -> None:
+    with consumer_engine_of(a_route(time_limit_seconds=7)).connect() as connection:
+        names = ("tcp_keepalives_idle", "tcp_user_timeout", "idle_in_transaction_session_timeout", "lock_timeout")
+        found = [connection.scalar(text(f"show {name}")) for name in names]
+
+    assert found == ["5", "14000", "27s", "15s"]
+
+
+def test_what_a_frozen_worker_has_locked_is_waited_for_and_spends_no_attempt(
+    bench: Bench, consumer_engine_of: Callable[..., Engine]
+) -> None:
+    route = a_route()
+    bundle = bench.write(1, 2)
+    consumer = Consumer(sessions_for(consumer_engine_of(route, 400)), bench.gateways, outage_pause_seconds=0.05)
+    with closing(psycopg.connect(bench.url, options="-c idle_in_transaction_session_timeout=900")) as frozen:
+        frozen.execute(
+            "insert into dovecote.processed_events (event_id, handler_name) values (%s, 'test.note')",
+            (bundle[0].event_id,),
+        )
+
+        consumer.consume(route, bundle)
+
+    assert bench.effects() == [("EUR", 1), ("EUR", 2)]
+    assert bench.deliveries() == []
+
+
+def test_a_long_bundle_that_has_nothing_to_say_to_postgres_is_not_taken_for_frozen(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def slow(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        calls.append(event)
+        time.sleep(0.2)  # a slow provider
+
+    monkeypatch.setattr("workers.consume.SILENT_SECONDS", 0.1)
+    engine = connect(bench.url, session_settings={"idle_in_transaction_session_timeout": 700})
+
+    Consumer(sessions_for(engine), bench.gateways, bench.stopping, 0.05).consume(
+        a_route(act=slow), bench.write(*range(8))
+    )
+
+    engine.dispose()
+    assert len(calls) == 8, "its session was ended"
 
 
 def test_losing_postgres_while_a_failure_is_recorded_counts_it_once(bench: Bench) -> None:
