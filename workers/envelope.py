@@ -4,6 +4,7 @@ The relay never builds an envelope in Python: the SQL function `dovecote.envelop
 bundles are joined from such texts. This module is the other end: it reads them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ _FIELDS: Mapping[str, type] = {
     "message_id": str,
     "message_timestamp": int,
 }
+
+_HEADERS = re.compile(rb'(,"position":"\d+").*', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def read_message(data: bytes) -> dict[str, Any]:
     """Return the fields of a Dramatiq message as the relay writes it, one envelope a line.
 
     Postgres keeps JSON that a parser here refuses, such as 1e400 or a thousand brackets. Such a payload
-    must not take its bundle along: its envelope comes without `data`, and says why in `unreadable`.
+    must not take its bundle along: its envelope comes without `data`, and says why in `unreadable`. With such a
+    header it comes without its headers.
     Errors: ValueError for what is no message at all.
     """
     try:
@@ -89,22 +93,22 @@ def _checked(message: Any) -> dict[str, Any]:
     return message
 
 
-def _read_alone(envelope: bytes) -> dict[str, Any]:
+def _read_alone(line: bytes) -> dict[str, Any]:
+    # A quote inside of a text is escaped: this is where the payload begins, which comes last, and `_HEADERS` before it.
+    attributes, _, payload = line.partition(b',"data":')
+    without_headers = _HEADERS.sub(rb"\1", attributes)
     try:
-        fields: dict[str, Any] = orjson.loads(envelope)
+        return _first_readable(line, without_headers + b',"data":' + payload)
     except orjson.JSONDecodeError as error:
-        # The payload comes last, and a quote inside of a text is escaped: this is where it begins.
-        attributes, _, _ = envelope.partition(b',"data":')
-        fields = _attributes(attributes + b"}")
-        fields |= {"data": None, "unreadable": str(error)}
-    return fields
+        fields = _first_readable(attributes + b"}", without_headers + b"}")
+        return {**fields, "data": None, "unreadable": str(error)}
 
 
-def _attributes(envelope: bytes) -> dict[str, Any]:
+def _first_readable(text: bytes, otherwise: bytes) -> dict[str, Any]:
     try:
-        fields = orjson.loads(envelope)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"a line that is no envelope: {error}") from error
+        fields = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        fields = orjson.loads(otherwise)
     if not isinstance(fields, dict):
         raise ValueError("a line that is no envelope: it is not a JSON object")
     return fields
