@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork, unit_of_work
@@ -193,6 +193,16 @@ def test_both_ends_of_a_relay_s_connection_notice_that_the_other_is_gone(system_
 
     assert theirs == [("5",), ("14000",)]
     assert ours == 14_000
+
+
+def test_a_statement_of_the_relay_may_take_long_whatever_the_database_allows_others(system_with: SystemWith) -> None:
+    system = system_with()
+    database = make_url(system.settings.database.url.get_secret_value()).database
+    with system.engine.begin() as connection:
+        connection.execute(text(f'alter database "{database}" set statement_timeout = 1000'))
+
+    with relay_for(system.settings, system.routes)._session() as relay:
+        assert relay.execute("show statement_timeout").fetchone() == ("0",)
 
 
 @pytest.fixture
