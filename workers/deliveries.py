@@ -20,6 +20,7 @@ from domain.errors import DomainError, UnknownEvent
 from workers.envelope import Envelope
 from workers.failures import Failure, KilledTheProcess
 from workers.gateways.errors import GatewayUnavailable
+from workers.outages import passes
 from workers.routes import Route
 from workers.telemetry import trace_id
 
@@ -131,28 +132,41 @@ _release = text(
 )
 
 
+@dataclass(frozen=True)
+class SoFar:
+    """How often an event has failed, and for how long."""
+
+    attempts: int = 0
+    age: timedelta = timedelta()
+
+
+def so_far(session: Session, route: Route, envelope: Envelope) -> SoFar:
+    """Return how the event has failed until now, locked."""
+    found = session.execute(_attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id})
+    row = found.one_or_none()
+    return SoFar(row.attempts, row.age) if row else SoFar()
+
+
 def record_failure(
     session: Session,
     route: Route,
     envelope: Envelope,
     error: BaseException,
     failure: Failure,
+    so_far: SoFar,
     replay: UUID | None = None,
 ) -> str:
     """Write down one failed attempt, described by `failure`; return the state of the event: retrying or dead.
 
-    What failed in a replay is tried again for that replay.
+    With the same `so_far` it is written once, however often. What failed in a replay is tried again for that replay.
     """
-    so_far = session.execute(
-        _attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id}
-    ).one_or_none()
-    if isinstance(error, GatewayUnavailable | UnknownEvent):
+    if isinstance(error, GatewayUnavailable | UnknownEvent) or passes(error):
         # The event is well, the provider is not; or this is old code, and newer code will come. No attempt is
         # spent, however long it takes.
-        attempts = so_far.attempts if so_far else 0
-        final, pause = False, outage_pause(route, so_far.age if so_far else timedelta())
+        attempts = so_far.attempts
+        final, pause = False, outage_pause(route, so_far.age)
     else:
-        attempts = (so_far.attempts if so_far else 0) + 1
+        attempts = so_far.attempts + 1
         final, pause = attempts >= route.attempts or _is_final(route, error), backoff(route, attempts)
     session.execute(
         _record_failure,

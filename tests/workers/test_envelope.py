@@ -54,7 +54,7 @@ def test_a_message_is_read_around_a_header_that_cannot_be(header: str, extra: st
 
     assert (first.data["symbol"], third.data["symbol"]) == ("EUR", "EUR")
     assert (second.position, second.aggregate_id, second.traceparent) == (2, "EUR", None)
-    assert second.unreadable or second.data == {"symbol": "EUR", "price": "1", "x": 0}
+    assert second.data == (None if extra == "1e400" else {"symbol": "EUR", "price": "1", "x": 0})
 
 
 def test_a_payload_that_cannot_be_read_keeps_its_trace() -> None:
