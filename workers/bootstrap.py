@@ -20,11 +20,13 @@ from dramatiq.middleware import Middleware
 from sqlalchemy import Engine
 
 from domain.database import connect, sessions_for
+from domain.unit_of_work import UnitOfWork
 from workers import schema, telemetry
 from workers.broker import HandBackWhatFails, OrjsonEncoder, OutboxBroker, connect_redis
 from workers.children import die_with_parent
 from workers.consume import SILENT_SECONDS, Consumer, Stopping
-from workers.envelope import read_envelope
+from workers.envelope import Envelope, read_envelope
+from workers.failures import UnknownHandler
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
@@ -66,10 +68,19 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
 
 
 def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]) -> None:
-    """Make each route's handler an actor of the broker."""
+    """Make each route's handler an actor of the broker. What comes for any other is kept for code that has it."""
+
+    def declare(route: Route) -> None:
+        actor = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker, throws=Stopping)
+        actor(_actor_function(consumer, route, broker))
+
+    def stand_in(handler: str, queue: str) -> None:
+        declare(Route(handler=handler, events=(), act=_not_here, queue=queue, bulk=True))
+
     for route in routes:
-        declare = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker, throws=Stopping)
-        declare(_actor_function(consumer, route, broker))
+        declare(route)
+    if isinstance(broker, OutboxBroker):
+        broker.stand_in = stand_in
 
 
 def run_relay(routes: Sequence[Route] = ROUTES) -> None:
@@ -199,6 +210,10 @@ def _actor_function(consumer: Consumer, route: Route, broker: Broker) -> Callabl
         consumer.consume(route, bundle, retry=retry, replay=UUID(replay) if replay else None, suspect=suspect)
 
     return act
+
+
+def _not_here(envelopes: Sequence[Envelope], uow: UnitOfWork, gateways: Gateways) -> NoReturn:
+    raise UnknownHandler("no route of this process has the handler: newer code, or older, will come and act")
 
 
 class _StopsWaiting(Middleware):

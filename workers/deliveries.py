@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from domain.database import array
 from domain.errors import DomainError, UnknownEvent
 from workers.envelope import Envelope
-from workers.failures import Failure, KilledTheProcess
+from workers.failures import Failure, KilledTheProcess, UnknownHandler
 from workers.gateways.errors import GatewayUnavailable
 from workers.outages import passes
 from workers.routes import Route
@@ -160,8 +160,8 @@ def record_failure(
 
     With the same `so_far` it is written once, however often. What failed in a replay is tried again for that replay.
     """
-    if isinstance(error, GatewayUnavailable | UnknownEvent) or passes(error):
-        # The event is well, the provider is not; or this is old code, and newer code will come. No attempt is
+    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):
+        # The event is well, the provider is not; or this is not the code for it, which will come. No attempt is
         # spent, however long it takes.
         attempts = so_far.attempts
         final, pause = False, outage_pause(route, so_far.age)

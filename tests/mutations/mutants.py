@@ -424,7 +424,7 @@ MUTANTS = (
     Mutant(
         "a provider that is away spends attempts",
         "workers/deliveries.py",
-        "    if isinstance(error, GatewayUnavailable | UnknownEvent) or passes(error):\n",
+        "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):\n",
         "    if False:\n",
         CONSUME,
     ),
@@ -584,6 +584,13 @@ MUTANTS = (
         '_first_readable(attributes + b"}", without_headers + b"}")',
         '_first_readable(attributes + b"}", attributes + b"}")',
         ENVELOPE,
+    ),
+    Mutant(
+        "what is for a handler of other code is a dead letter of Dramatiq's",
+        "workers/bootstrap.py",
+        "        broker.stand_in = stand_in\n",
+        "        pass\n",
+        "tests/workers/relay/test_routing.py::test_a_consumer_keeps_what_is_for_a_handler_that_only_other_code_has",
     ),
     # Retention ----------------------------------------------------------------------------------
     Mutant(
