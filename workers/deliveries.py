@@ -320,12 +320,15 @@ def _aggregates(envelopes: Sequence[Envelope]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class DueDelivery:
-    """A retry whose time has come, leased to the caller."""
+    """A retry whose time has come, leased to the caller.
+
+    `changed_at` is Unix microseconds: when it failed last, or was let go on. A lease changes nothing.
+    """
 
     handler_name: str
     event_id: UUID
     position: int
-    attempts: int
+    changed_at: int
     replay_id: UUID | None
     envelope: str
 
@@ -339,9 +342,10 @@ _LEASE_DUE = """
     ), leased as (
         update dovecote.deliveries d
         set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s),
-            leased_until = now() + make_interval(secs => %(lease_seconds)s), updated_at = clock_timestamp()
+            leased_until = now() + make_interval(secs => %(lease_seconds)s)
         from due where d.handler_name = due.handler_name and d.event_id = due.event_id
-        returning d.handler_name, d.event_id, d.position, d.attempts, d.replay_id
+        returning d.handler_name, d.event_id, d.position,
+                  (extract(epoch from d.updated_at) * 1000000)::bigint as changed_at, d.replay_id
     )
     select leased.*, dovecote.envelope(o) as envelope
     from leased join dovecote.outbox o on o.id = leased.event_id

@@ -465,6 +465,53 @@ def test_a_relay_waits_for_no_worker_that_holds_a_delivery(system_with: SystemWi
             eventually(lambda: queued_positions(system) == [1, 1, 2, 3], 10, "one more, after a look for strays")
 
 
+def test_a_retry_let_go_on_before_its_last_message_is_acknowledged_is_sent_at_once(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=3_600)
+    write_quotes(system, [1])
+    make_it_retry(system)
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event and its retry")
+
+        # A worker that has it in hand parks it, and its predecessor lets it go on: all before the acknowledgement.
+        with system.engine.begin() as connection:
+            again = "update dovecote.deliveries set next_attempt_at = now(), updated_at = clock_timestamp()"
+            connection.execute(text(again))
+
+        eventually(lambda: queued_positions(system) == [1, 1, 1], 10, "another message for it")
+
+
+def test_a_retry_that_is_still_queued_after_its_lease_is_not_queued_again(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=1)
+    write_quotes(system, [1])
+    make_it_retry(system)
+
+    def leased_until() -> Any:
+        return one_value(system, "select leased_until from dovecote.deliveries")
+
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event and its retry")
+        first = leased_until()
+        eventually(lambda: leased_until() != first, 10, "another lease")
+    assert queued_positions(system) == [1, 1]
+
+
+def test_a_position_given_out_again_after_a_failover_is_another_message(system_with: SystemWith) -> None:
+    system = system_with()
+    write_quotes(system, [1])
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1], 10, "an event")
+    with system.engine.begin() as connection:
+        # The new server never heard of it.
+        for table in ("outbox", "published_batches"):
+            connection.execute(text(f"truncate dovecote.{table}"))
+        connection.execute(text("alter sequence dovecote.outbox_position restart"))
+        connection.execute(text("update dovecote.relay_state set checkpoint = 0"))
+
+    with system.relay():
+        write_quotes(system, [2])
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event that has its position now")
+
+
 def test_the_loss_of_redis_cuts_no_backoff_short(system_with: SystemWith) -> None:
     system = system_with(RELAY__RETRY_LEASE_SECONDS=3_600)
     write_quotes(system, [1])
