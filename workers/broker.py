@@ -5,12 +5,13 @@
 - Messages that a worker cannot finish go back to the head of their queue, in order.
 - Messages of a paused handler are put aside, and come back to the head of their queue, in order.
 - Messages whose fetch reply was lost are found again when the consumer reconnects.
+- A message for an actor that is not here has a stand-in; Dramatiq would put it among its dead letters.
 
 Dramatiq's key layout (its docs, "Enqueueing messages from other languages") is kept to the letter.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ class OutboxBroker(RedisBroker):
         self._in_hand: dict[str, dict[str, None]] = {}
         self._in_hand_lock = threading.Lock()
         self.stopping = False
+        #: Declares an actor of that name and queue.
+        self.stand_in: Callable[[str, str], None] | None = None
 
     @property
     def consumer_class(self) -> type["BlockingConsumer"]:
@@ -305,7 +308,10 @@ class BlockingConsumer(_RedisConsumer):
             try:
                 # None: the message was acknowledged by a worker that had been taken for dead.
                 if data is not None:
-                    self.message_cache.append(Message.decode(data))
+                    message: Message[Any] = Message.decode(data)
+                    if self.broker.stand_in and message.actor_name not in self.broker.actors:
+                        self.broker.stand_in(message.actor_name, self.queue_name)
+                    self.message_cache.append(message)
             except DecodeError as error:
                 unreadable = True
                 self.logger.error("A message on queue %r cannot be read: %s", self.queue_name, error)

@@ -42,7 +42,8 @@ class Watch:
         self.session = session
         #: The event at work, None while it is a whole bundle.
         self.envelope: Envelope | None = None
-        self.deadline = time.monotonic() + self.seconds
+        self.began_at = time.monotonic()
+        self.deadline = self.began_at + self.seconds
         self.was_cut_off = False
         self.ended = False
         self._lock = threading.Lock()
@@ -50,7 +51,8 @@ class Watch:
     def next(self, envelope: Envelope) -> None:
         """The limit is for each event: it starts anew."""
         self.envelope = envelope
-        self.deadline = time.monotonic() + self.seconds
+        self.began_at = time.monotonic()
+        self.deadline = self.began_at + self.seconds
 
     def cut_off(self) -> None:
         with self._lock:

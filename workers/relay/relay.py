@@ -144,7 +144,7 @@ class Relay:
             tcp_user_timeout=14_000,
             # What the relay records may be lost in a crash of Postgres: it then publishes again, and
             # consumers absorb it. The plan is guarded: positions are read by index, whatever the statistics say.
-            options="-c timezone=UTC -c synchronous_commit=off -c jit=off -c enable_seqscan=off"
+            options="-c timezone=UTC -c statement_timeout=0 -c synchronous_commit=off -c jit=off -c enable_seqscan=off"
             " -c enable_bitmapscan=off -c enable_sort=off"
             # Postgres, too, is to find out that our machine is gone: until then nobody else leads.
             " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=3 -c tcp_keepalives_count=3"
