@@ -20,6 +20,7 @@ from domain.errors import InvalidEvent, UnknownEvent
 from domain.ids import uuid7
 from domain.money import Money
 from domain.privacy import Keyring
+from domain.records import record
 
 type_name = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*\.v[1-9][0-9]*")
 _aggregate_name = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -85,7 +86,7 @@ class Event:
         Errors: InvalidEvent naming the field that is missing or wrong, or sealed while there are no keys;
                 CannotOpen when it is sealed with another key.
         """
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"event_id": event_id}
         for name, codec in _codecs(cls).items():
             value = payload.get(name)
             if codec.sensitive:
@@ -95,7 +96,7 @@ class Event:
             except (ValueError, TypeError, KeyError, ArithmeticError) as error:
                 why = "its content does not fit" if codec.sensitive else error
                 raise InvalidEvent(f"{cls.type} {event_id}: field {name!r} cannot be read: {why}") from None
-        return cls(event_id=event_id, **values)
+        return record(cls, values)
 
     def _seal(self, name: str, value: Any, keys: Keyring | None) -> dict[str, str]:
         if keys is None:

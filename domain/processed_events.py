@@ -4,13 +4,13 @@ The row is written first, in the transaction of the effect: two workers with the
 key before either has acted, and a rolled-back effect takes its mark along.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from uuid import UUID
 
 from sqlalchemy import Column, DateTime, Table, Text, Uuid, func, text
 from sqlalchemy.orm import Session
 
-from domain.database import array, metadata
+from domain.database import metadata, uuid_array
 
 processed_events = Table(
     "processed_events",
@@ -22,14 +22,19 @@ processed_events = Table(
     postgresql_partition_by="RANGE (event_id)",
 )
 
-# Sorted by id, so that two bundles that share events wait for each other instead of deadlocking.
+# Sorted by id, so that two bundles that share events wait for each other instead of deadlocking. What comes back is
+# what was not new: usually nothing, and reading hundreds of ids would cost as much as writing them.
 _mark = text(
     """
-    insert into dovecote.processed_events (event_id, handler_name)
-    select event_id, :handler_name from unnest(cast(:event_ids as uuid[])) as bundle (event_id)
-    order by event_id
-    on conflict do nothing
-    returning event_id
+    with bundle as (
+        select event_id from unnest(cast(:event_ids as uuid[])) as bundle (event_id)
+    ), fresh as (
+        insert into dovecote.processed_events (event_id, handler_name)
+        select event_id, :handler_name from bundle order by event_id
+        on conflict do nothing
+        returning event_id
+    )
+    select event_id from bundle where event_id not in (select event_id from fresh)
     """
 )
 
@@ -53,17 +58,17 @@ _mark_again = text(
 )
 
 
-def mark(session: Session, handler_name: str, event_ids: Sequence[UUID]) -> set[UUID]:
-    """Record that the handler acts on these events now; return those it had not acted on before.
+def mark(session: Session, handler_name: str, event_ids: Collection[UUID]) -> set[UUID]:
+    """Record that the handler acts on these events now; return those it had acted on before.
 
     Waits for another transaction that is acting on one of them, and skips that one if it commits.
     """
-    found = session.execute(_mark, {"handler_name": handler_name, "event_ids": array(event_ids)})
+    found = session.execute(_mark, {"handler_name": handler_name, "event_ids": uuid_array(event_ids)})
     return set(found.scalars())
 
 
 def mark_again(
-    session: Session, handler_name: str, event_ids: Sequence[UUID], replay_id: UUID, *, as_retry: bool
+    session: Session, handler_name: str, event_ids: Collection[UUID], replay_id: UUID, *, as_retry: bool
 ) -> set[UUID]:
     """Record that a replay has the handler act on these events again; return those it has not done so yet.
 
@@ -72,6 +77,11 @@ def mark_again(
     """
     found = session.execute(
         _mark_again,
-        {"handler_name": handler_name, "event_ids": array(event_ids), "replay_id": replay_id, "as_retry": as_retry},
+        {
+            "handler_name": handler_name,
+            "event_ids": uuid_array(event_ids),
+            "replay_id": replay_id,
+            "as_retry": as_retry,
+        },
     )
     return set(found.scalars())

@@ -110,7 +110,7 @@ paused_handlers = Table(
     metadata,
     Column("handler_name", Text, primary_key=True),
     Column("state", Text, nullable=False, server_default=text("'paused'")),
-    Column("sent_up_to", BigInteger, nullable=False),
+    Column("sent_up_to", BigInteger, nullable=False, server_default=text("0")),
     Column("paused_by", Text, nullable=False),
     Column("reason", Text, nullable=False),
     _moment("paused_at"),

@@ -76,7 +76,9 @@ class UnitOfWork:
 
     def once(self, handler_name: str, events: Sequence[AnyEvent]) -> list[AnyEvent]:
         """Return the events that `handler_name` has not acted on before, and record that it does now."""
-        return _those(events, processed_events.mark(self.session, handler_name, [event.event_id for event in events]))
+        different = _once_each(events)
+        known = processed_events.mark(self.session, handler_name, different)
+        return [event for event_id, event in different.items() if event_id not in known]
 
     def again(
         self, handler_name: str, events: Sequence[AnyEvent], replay_id: UUID, *, as_retry: bool = False
@@ -85,14 +87,14 @@ class UnitOfWork:
 
         `as_retry`: they failed in the replay, which may be done by now.
         """
-        event_ids = [event.event_id for event in events]
-        fresh = processed_events.mark_again(self.session, handler_name, event_ids, replay_id, as_retry=as_retry)
-        return _those(events, fresh)
+        different = _once_each(events)
+        fresh = processed_events.mark_again(self.session, handler_name, different, replay_id, as_retry=as_retry)
+        return [event for event_id, event in different.items() if event_id in fresh]
 
 
-def _those(events: Sequence[AnyEvent], wanted: set[UUID]) -> list[AnyEvent]:
-    # An event twice in one bundle is new once.
-    return [event for event in {event.event_id: event for event in events}.values() if event.event_id in wanted]
+def _once_each(events: Sequence[AnyEvent]) -> dict[UUID, AnyEvent]:
+    """An event twice in one bundle is new once."""
+    return {event.event_id: event for event in events}
 
 
 @contextmanager

@@ -20,21 +20,25 @@ from dramatiq.middleware import Middleware
 from sqlalchemy import Engine
 
 from domain.database import connect, sessions_for
+from domain.unit_of_work import UnitOfWork
 from workers import schema, telemetry
 from workers.broker import HandBackWhatFails, OrjsonEncoder, OutboxBroker, connect_redis
 from workers.children import die_with_parent
-from workers.consume import Consumer, Stopping
-from workers.envelope import read_envelope
+from workers.consume import SILENT_SECONDS, Consumer, Stopping
+from workers.envelope import Envelope, read_envelope
+from workers.failures import UnknownHandler
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
 from workers.home import HomeError
 from workers.masking import never_show
+from workers.pauses import HandlerPaused
 from workers.relay.relay import Relay
 from workers.routes import ROUTES, Route, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets
 from workers.suspects import Suspect
 from workers.telemetry.meters import ConsumerMeters, RelayMeters
+from workers.time_limits import GRACE_SECONDS
 
 log = structlog.get_logger()
 
@@ -43,16 +47,17 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
     """Set up this process to act on events; called by Dramatiq in each worker process."""
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "consumers")
+    telemetry.log_uncaught()
     # A killed master must not leave its workers behind.
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
     meters = _consumer_meters(settings, routes)
-    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails()], meters)
+    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()], meters)
     try:
         gateways = gateways_for(settings)
     except SettingsError as error:
         refuse(str(error))
-    engine = engine_for(settings, "dovecote consumer")
+    engine = consumer_engine(settings, routes)
     consumer = Consumer(
         sessions_for(engine),
         gateways,
@@ -69,20 +74,35 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
 
 
 def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]) -> None:
-    """Make each route's handler an actor of the broker."""
+    """Make each route's handler an actor of the broker. What comes for any other is kept for code that has it."""
+
+    def declare(route: Route) -> None:
+        actor = dramatiq.actor(
+            actor_name=route.handler, queue_name=route.queue, broker=broker, throws=(Stopping, HandlerPaused)
+        )
+        actor(_actor_function(consumer, route, broker))
+
+    def stand_in(handler: str, queue: str) -> None:
+        declare(Route(handler=handler, events=(), act=_not_here, queue=queue, bulk=True))
+
     for route in routes:
-        declare = dramatiq.actor(actor_name=route.handler, queue_name=route.queue, broker=broker, throws=Stopping)
-        declare(_actor_function(consumer, route, broker))
+        declare(route)
+    if isinstance(broker, OutboxBroker):
+        broker.stand_in = stand_in
 
 
 def run_relay(routes: Sequence[Route] = ROUTES) -> None:
     """Be a relay until SIGTERM or SIGINT."""
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "relay")
+    telemetry.log_uncaught()
     running = relay_for(settings, routes, _relay_meters(settings, routes))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
-    running.run()
+    try:
+        running.run()
+    finally:
+        telemetry.end_traces()
 
 
 def relay_for(settings: Settings, routes: Sequence[Route] = ROUTES, meters: RelayMeters | None = None) -> Relay:
@@ -104,7 +124,23 @@ def gateways_for(settings: Settings) -> Gateways:
     )
 
 
-def engine_for(settings: Settings, application_name: str) -> Engine:
+def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
+    """Return an engine whose sessions a frozen process does not hold for ever.
+
+    What it has in hand, others are given after some seconds. They wait for its locks, which is no failure of the
+    event, until Postgres ends its session: none that lives is silent in a transaction for longer than this.
+    """
+    longest_seconds = max((route.time_limit_seconds for route in routes), default=0.0) + GRACE_SECONDS
+    return engine_for(
+        settings,
+        "dovecote consumer",
+        idle_in_transaction_session_timeout=int(1_000 * (longest_seconds + 2 * SILENT_SECONDS)),
+        # Before statement_timeout, which would be a failure.
+        lock_timeout=settings.database.statement_timeout_ms // 2,
+    )
+
+
+def engine_for(settings: Settings, application_name: str, **session_settings: object) -> Engine:
     """Return an engine with the settings' pool and time-outs."""
     database = settings.database
     return connect(
@@ -113,6 +149,7 @@ def engine_for(settings: Settings, application_name: str) -> Engine:
         connect_timeout_seconds=database.connect_timeout_seconds,
         statement_timeout_ms=database.statement_timeout_ms,
         application_name=application_name,
+        session_settings=session_settings,
     )
 
 
@@ -208,6 +245,10 @@ def _actor_function(consumer: Consumer, route: Route, broker: Broker) -> Callabl
     return act
 
 
+def _not_here(envelopes: Sequence[Envelope], uow: UnitOfWork, gateways: Gateways) -> NoReturn:
+    raise UnknownHandler("no route of this process has the handler: newer code, or older, will come and act")
+
+
 class _StopsWaiting(Middleware):
     """Tells consumers that wait for a server to give their message back when the process must end."""
 
@@ -216,3 +257,10 @@ class _StopsWaiting(Middleware):
 
     def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
         self._stopping.set()
+
+
+class _SendsLastSpans(Middleware):
+    """Sends what was not exported yet: Dramatiq's processes end without a word to `atexit`."""
+
+    def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        telemetry.end_traces()

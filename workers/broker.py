@@ -3,13 +3,15 @@
 - An idle consumer blocks on its queue instead of polling it, so a message is taken at once.
 - A batch of bundles is published by one script, each message once, only by the newest relay.
 - Messages that a worker cannot finish go back to the head of their queue, in order.
+- Messages of a paused handler are put aside, and come back to the head of their queue, in order.
 - Messages whose fetch reply was lost are found again when the consumer reconnects.
+- A message for an actor that is not here has a stand-in; Dramatiq would put it among its dead letters.
 
 Dramatiq's key layout (its docs, "Enqueueing messages from other languages") is kept to the letter.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from workers.envelope import read_message
+from workers.pauses import HandlerPaused
 from workers.telemetry.meters import ConsumerMeters
 
 _LUA = Path(__file__).parent / "lua"
@@ -39,6 +42,9 @@ PASSING = (redis.RedisError,)
 #: Of one process. It uses one for each queue and delay queue it waits on, and one for each thread that
 #: acknowledges; without an end, a process of many threads could use up what the server gives to all.
 MOST_CONNECTIONS = 64
+
+# Of one call: Redis serves nobody else for some milliseconds.
+_MOST_TAKEN_BACK = 1_000
 
 
 class RedisLost(Exception):
@@ -87,11 +93,15 @@ class OutboxBroker(RedisBroker):
         self._publish = self.client.register_script((_LUA / "publish.lua").read_bytes())
         self._hand_back = self.client.register_script((_LUA / "hand_back.lua").read_bytes())
         self._reap = self.client.register_script((_LUA / "reap.lua").read_bytes())
+        self._put_aside = self.client.register_script((_LUA / "put_aside.lua").read_bytes())
+        self._take_back = self.client.register_script((_LUA / "take_back.lua").read_bytes())
         self._claim_epoch = self.client.register_script((_LUA / "claim_epoch.lua").read_bytes())
         #: What this process holds of each queue, in the order it was fetched.
         self._in_hand: dict[str, dict[str, None]] = {}
         self._in_hand_lock = threading.Lock()
         self.stopping = False
+        #: Declares an actor of that name and queue.
+        self.stand_in: Callable[[str, str], None] | None = None
 
     @property
     def consumer_class(self) -> type["BlockingConsumer"]:
@@ -167,6 +177,20 @@ class OutboxBroker(RedisBroker):
                     self._look_at(name, pipeline, maintain=True)
             return sum(pipeline.execute()[::2])
 
+    def holds_aside(self, handlers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return those (queue, handler) for which messages are put aside."""
+        asked = list(handlers)
+        with self.client.pipeline(transaction=False) as pipeline:
+            for queue, handler in asked:
+                pipeline.exists(self._aside(queue, handler))
+            return [one for one, found in zip(asked, pipeline.execute(), strict=True) if found]
+
+    def take_back(self, queue: str, handler: str) -> None:
+        """Bring what was put aside for a handler back to the head of its queue, in order."""
+        keys = [self._aside(queue, handler), f"{self.namespace}:{queue}"]
+        while self._take_back(keys=keys, args=[_MOST_TAKEN_BACK]):
+            pass
+
     def beat(self, queue: str) -> None:
         """Say that this process is alive."""
         self._look_at(queue, self.client)
@@ -195,6 +219,10 @@ class OutboxBroker(RedisBroker):
         if ids := self._as_fetched(queue, ids):
             self._hand_back(keys=[self._held(queue), f"{self.namespace}:{queue}"], args=ids)
             self.let_go(queue, ids)
+
+    def put_aside(self, queue: str, handler: str, ids: Iterable[str]) -> None:
+        """Put messages aside until the handler is resumed."""
+        self._put_aside(keys=[self._held(queue), self._aside(queue, handler)], args=self._as_fetched(queue, ids))
 
     def reclaim(self, queue: str) -> None:
         """Give back what Redis says we hold and we do not: the reply to a fetch was lost."""
@@ -230,6 +258,9 @@ class OutboxBroker(RedisBroker):
         with self._in_hand_lock:
             ours = [id for id in self._in_hand.get(queue, {}) if id in wanted]
         return [*ours, *(id for id in wanted if id not in set(ours))]
+
+    def _aside(self, queue: str, handler: str) -> str:
+        return f"{self.namespace}:{queue}.aside.{handler}"
 
     def _held(self, queue: str) -> str:
         return f"{self.namespace}:__acks__.{self.broker_id}.{queue}"
@@ -281,7 +312,10 @@ class BlockingConsumer(_RedisConsumer):
             try:
                 # None: the message was acknowledged by a worker that had been taken for dead.
                 if data is not None:
-                    self.message_cache.append(Message.decode(data))
+                    message: Message[Any] = Message.decode(data)
+                    if self.broker.stand_in and message.actor_name not in self.broker.actors:
+                        self.broker.stand_in(message.actor_name, self.queue_name)
+                    self.message_cache.append(message)
             except DecodeError as error:
                 unreadable = True
                 self.logger.error("A message on queue %r cannot be read: %s", self.queue_name, error)
@@ -300,7 +334,9 @@ class BlockingConsumer(_RedisConsumer):
             return True
 
     def ack(self, message: MessageProxy) -> None:
-        if not is_handed_back(message):
+        if is_put_aside(message):
+            self._finish(message, lambda queue, ids: self.broker.put_aside(queue, message.actor_name, ids))
+        elif not is_handed_back(message):
             self._finish(message, self._ack)
         elif self.broker.stopping:
             # Others that were fetched later go back too; all of them together, or their order is lost.
@@ -358,11 +394,20 @@ def is_handed_back(message: MessageProxy) -> bool:
     return message.__dict__.get("hand_back", False) is True
 
 
+def put_aside(message: MessageProxy) -> None:
+    """Mark a message whose handler is paused: it is put aside instead of being acknowledged."""
+    message.__dict__["put_aside"] = True
+
+
+def is_put_aside(message: MessageProxy) -> bool:
+    return message.__dict__.get("put_aside", False) is True
+
+
 class HandBackWhatFails(Middleware):
     """An actor that raises has not done its work: its message is handed back, never acknowledged.
 
-    Handlers' failures never come this far (workers/consume.py records them). What does is a process that
-    is told to stop while it waits, or a bug; a bug is slowed down, not spun on.
+    Handlers' failures never come this far (workers/consume.py records them). What does is a handler that is paused,
+    a process that is told to stop while it waits, or a bug; a bug is slowed down, not spun on.
     """
 
     @property
@@ -392,7 +437,9 @@ class HandBackWhatFails(Middleware):
         result: Any = None,
         exception: BaseException | None = None,
     ) -> None:
-        if exception is not None:
+        if isinstance(exception, HandlerPaused):
+            put_aside(message)
+        elif exception is not None:
             self._stopping.wait(self._pause_seconds)
             hand_back(message)
 

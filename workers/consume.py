@@ -3,9 +3,10 @@
 In one transaction: record the events in `processed_events`, act, commit. Only then is the message
 acknowledged, so a crash anywhere repeats the bundle and the record absorbs what was done. A bundle that
 fails is rolled back and its events are taken one by one; those that fail are written to `deliveries`.
-While Postgres is away the message is held: that spends no attempt. Neither does a transaction that was in
-another's way, unless it is so time after time. A handler that takes too long is cut off, and the event that
-kills its process is found (workers/suspects.py).
+While Postgres is away the message is held: that spends no attempt. Nor does a server that is away for the handler
+alone: its event is tried again later and holds up nobody. Neither does a transaction that was in another's way,
+unless it is so time after time. A handler that takes too long is cut off, and the event that kills its process is
+found (workers/suspects.py).
 """
 
 import os
@@ -13,14 +14,15 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
 from uuid import UUID
 
 import structlog
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from domain.database import Sessions
@@ -30,9 +32,10 @@ from workers.envelope import Envelope
 from workers.failures import KilledTheProcess, TimeLimitExceeded, describe
 from workers.gateways import Gateways
 from workers.outages import asks_again, passes
+from workers.pauses import HandlerPaused, require_at_work
 from workers.routes import Route
 from workers.suspects import MOST_STARTS, Suspect, one_at_a_time
-from workers.telemetry import links_to, tracer
+from workers.telemetry import acting_on, acting_on_all, consuming, now_at_work
 from workers.telemetry.meters import ConsumerMeters
 from workers.time_limits import TimeLimits, Watch, backend_pid, exceeded
 
@@ -40,8 +43,17 @@ log = structlog.get_logger()
 
 Result = TypeVar("Result")
 
+_say_something = text("select")
+_takes_writes = text("select current_setting('transaction_read_only') = 'off'")
+
+
 # Some seconds of trying, with the pauses of `_wait`; then it is a failure like any other.
 _MOST_CONFLICTS = 8
+# So often may a server seem away while Postgres is there; then it is another one, that only the handler asks.
+_MOST_ANSWERS = 5
+#: Longest that events of a bundle say nothing to Postgres together, besides the time limit of one: it ends the session
+#: of a process that says nothing for much longer (workers/bootstrap.py).
+SILENT_SECONDS = 5.0
 # How long the record of a stuck handler may take before its process ends all the same.
 _GOODBYE_SECONDS = 10.0
 _STUCK_EXIT_CODE = 70
@@ -86,28 +98,15 @@ class Consumer:
         `retry` says that the message was sent for deliveries that are due: only those still due are taken.
         `replay` names the replay that has the handler act again on what it has acted on, once.
         `suspect` says that the message was in the hands of processes that died.
-        Errors: Stopping.
+        Errors: Stopping, HandlerPaused.
         """
-        if self._await_schema is not None:
+        if (await_schema := self._await_schema) is not None:
             # Deployed before the schema it is written for: the message is held, as while Postgres is away.
-            if not self._await_schema():
+            if not await_schema():
                 raise Stopping("the schema is older than this code")
             self._await_schema = None
         envelopes = sorted(envelopes, key=lambda envelope: envelope.position)
-        with tracer.start_as_current_span(
-            "consume.bundle",
-            attributes={
-                "messaging.system": "dovecote",
-                "messaging.operation.type": "process",
-                "messaging.destination.name": route.queue,
-                "messaging.batch.message_count": len(envelopes),
-                "dovecote.handler": route.handler,
-            },
-        ) as span:
-            # A link for each event costs as much as acting on it: only for the bundles whose trace is kept.
-            if span.is_recording():
-                for link in links_to(envelope.traceparent for envelope in envelopes):
-                    span.add_link(link.context)
+        with consuming(route, envelopes):
             if suspect is not None:
                 self._carefully(route, envelopes, retry, replay, suspect)
                 return
@@ -168,11 +167,16 @@ class Consumer:
             raise Stopping
 
     def _record(self, route: Route, envelope: Envelope, replay: UUID | None, error: BaseException) -> None:
+        now_at_work(route, (envelope,))
         failure = describe(error, envelope)
+        so_far: deliveries.SoFar | None = None
 
         def write() -> str:
+            nonlocal so_far
             with self._sessions() as session, session.begin():
-                return deliveries.record_failure(session, route, envelope, error, failure, replay)
+                # As it was at the first try: the reply to its commit may be what was lost.
+                so_far = so_far or deliveries.so_far(session, route, envelope)
+                return deliveries.record_failure(session, route, envelope, error, failure, so_far, replay)
 
         state = self._held(write)
         self.meters.failed(route.handler, state)
@@ -193,28 +197,51 @@ class Consumer:
         suspect: Suspect | None = None,
     ) -> BaseException | None:
         """Act in one transaction; return what the handler raised, if anything."""
-        conflicts = 0
+        now_at_work(route, envelopes)
+        conflicts = answers = 0
 
         def act() -> BaseException | None:
-            nonlocal conflicts
-            try:
-                # The mark is not left standing while Postgres is waited for: whoever kills us then is not the event.
-                with (
-                    suspect.at_work(envelopes[0].event_id) if suspect else nullcontext(),
-                    unit_of_work(self._sessions, keys=self.keys) as uow,
-                ):
-                    acted = self._act(uow, route, envelopes, retry, replay)
-            except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
-                if passes(error):
+            nonlocal conflicts, answers
+            # The mark is not left standing while Postgres is waited for: whoever kills us then is not the event.
+            with self._marked(suspect, envelopes[0]):
+                try:
+                    with unit_of_work(self._sessions, keys=self.keys) as uow:
+                        acted = self._act(uow, route, envelopes, retry, replay)
+                except HandlerPaused:
                     raise
-                if asks_again(error) and conflicts < _MOST_CONFLICTS:
-                    conflicts += 1
-                    raise
-                return error
+                except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
+                    if passes(error):
+                        answers += self._postgres_answers()
+                        if answers <= _MOST_ANSWERS:
+                            raise
+                    if asks_again(error) and conflicts < _MOST_CONFLICTS:
+                        conflicts += 1
+                        raise
+                    return error
             self.meters.acted(route.handler, acted, again=replay is not None)
             return None
 
         return self._held(act)
+
+    @contextmanager
+    def _marked(self, suspect: Suspect | None, envelope: Envelope) -> Iterator[None]:
+        if suspect is None:
+            yield
+            return
+        during, after = self._held(partial(suspect.at_work, envelope.event_id))
+        # Held: a Redis that takes no mark is no failure of the event.
+        self._held(partial(suspect.write, during))
+        try:
+            yield
+        finally:
+            self._held(partial(suspect.write, after))
+
+    def _postgres_answers(self) -> bool:
+        try:
+            with self._sessions() as session:
+                return bool(session.scalar(_takes_writes))
+        except Exception:
+            return False
 
     def _act(
         self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None
@@ -235,6 +262,8 @@ class Consumer:
             fresh = deliveries.once_unless_failed(session, route, envelopes)
         if fresh:
             self._handle(uow, route, fresh, replay)
+        else:
+            require_at_work(session, route.handler)
         if retry:
             deliveries.resolve(session, route, envelopes)
         if route.ordered:
@@ -247,11 +276,18 @@ class Consumer:
         def handle() -> None:
             if route.bulk:
                 watch.next(fresh[0] if len(fresh) == 1 else None)
-                route.act(fresh, uow, self._gateways)
+                with acting_on_all(route, fresh):
+                    route.act(fresh, uow, self._gateways)
                 return
+            spoken_at = time.monotonic()
             for envelope in fresh:
                 watch.next(envelope)
-                route.act(envelope.event, uow, self._gateways)
+                if watch.began_at - spoken_at > SILENT_SECONDS:
+                    uow.session.execute(_say_something)
+                    spoken_at = watch.began_at
+                with acting_on(route, envelope):
+                    route.act(envelope.event, uow, self._gateways)
+            now_at_work(route, fresh)
 
         try:
             self._time_limits.within(watch, handle)
@@ -283,7 +319,9 @@ class Consumer:
         with self._sessions() as session, session.begin():
             # Its transaction ends with its connection; a retry holds the row that is to be written.
             deliveries.end_backend(session, pid)
-            deliveries.record_failure(session, watch.route, envelope, error, describe(error, envelope), watch.replay)
+            so_far = deliveries.so_far(session, watch.route, envelope)
+            failure = describe(error, envelope)
+            deliveries.record_failure(session, watch.route, envelope, error, failure, so_far, watch.replay)
 
     def _without_blocked(
         self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], replay: UUID | None
@@ -300,6 +338,8 @@ class Consumer:
         while True:
             try:
                 return work()
+            except HandlerPaused:
+                raise
             except Exception as error:
                 # A record that cannot be written for any reason is held too: acknowledging would lose it.
                 tries += 1
@@ -316,10 +356,17 @@ class Consumer:
 def _to_do(
     session: Session, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None
 ) -> list[Envelope]:
-    """Leave out what another message or an operator has to do with by now."""
+    """Leave out what another message or an operator has to do with by now.
+
+    Errors: HandlerPaused.
+    """
     if retry:
-        return deliveries.still_due(session, route, envelopes, replay)
-    return deliveries.not_yet_failed(session, route, envelopes)
+        found = deliveries.still_due(session, route, envelopes, replay)
+    else:
+        found = deliveries.not_yet_failed(session, route, envelopes)
+    if not found:
+        require_at_work(session, route.handler)
+    return found
 
 
 def _traceback_of(thread_id: int) -> TracebackType | None:

@@ -15,11 +15,12 @@ from psycopg.rows import TupleRow, class_row
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from domain.database import array
+from domain.database import uuid_array
 from domain.errors import DomainError, UnknownEvent
 from workers.envelope import Envelope
-from workers.failures import Failure, KilledTheProcess
+from workers.failures import Failure, KilledTheProcess, UnknownHandler
 from workers.gateways.errors import GatewayUnavailable
+from workers.outages import passes
 from workers.routes import Route
 from workers.telemetry import trace_id
 
@@ -47,17 +48,23 @@ _attempts_so_far = text(
     """
 )
 
+# A paused handler has nothing to do, so these find nothing due and everything known (workers/pauses.py).
 _due_here = text(
     """
     select event_id from dovecote.deliveries
     where handler_name = :handler_name and event_id = any(:event_ids) and state = 'retrying'
       and replay_id is not distinct from cast(:replay_id as uuid)
+      and not exists (select from dovecote.paused_handlers where handler_name = :handler_name)
     for update
     """
 )
 
 _known = text(
-    "select event_id from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)"
+    """
+    select event_id from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)
+    union all
+    select unnest(cast(:event_ids as uuid[])) from dovecote.paused_handlers where handler_name = :handler_name
+    """
 )
 
 _is_processed = text(
@@ -69,13 +76,19 @@ _end_backend = text("select pg_terminate_backend(:pid, 5000)")
 
 # What `not_yet_failed` and `UnitOfWork.once` do, in one statement: they are most of what a lone event waits for.
 _ONCE_UNLESS_FAILED = """
-    insert into dovecote.processed_events (event_id, handler_name)
-    select event_id, %(handler_name)s from unnest(%(event_ids)s::uuid[]) as bundle (event_id)
-    where not exists (select from dovecote.deliveries d
-                      where d.handler_name = %(handler_name)s and d.event_id = bundle.event_id)
-    order by event_id
-    on conflict do nothing
-    returning event_id
+    with bundle as (
+        select event_id from unnest(%(event_ids)s::uuid[]) as bundle (event_id)
+    ), fresh as (
+        insert into dovecote.processed_events (event_id, handler_name)
+        select event_id, %(handler_name)s from bundle
+        where not exists (select from dovecote.deliveries d
+                          where d.handler_name = %(handler_name)s and d.event_id = bundle.event_id)
+          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)
+        order by event_id
+        on conflict do nothing
+        returning event_id
+    )
+    select event_id from bundle where event_id not in (select event_id from fresh)
 """
 
 _resolve = text("delete from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)")
@@ -131,28 +144,41 @@ _release = text(
 )
 
 
+@dataclass(frozen=True)
+class SoFar:
+    """How often an event has failed, and for how long."""
+
+    attempts: int = 0
+    age: timedelta = timedelta()
+
+
+def so_far(session: Session, route: Route, envelope: Envelope) -> SoFar:
+    """Return how the event has failed until now, locked."""
+    found = session.execute(_attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id})
+    row = found.one_or_none()
+    return SoFar(row.attempts, row.age) if row else SoFar()
+
+
 def record_failure(
     session: Session,
     route: Route,
     envelope: Envelope,
     error: BaseException,
     failure: Failure,
+    so_far: SoFar,
     replay: UUID | None = None,
 ) -> str:
     """Write down one failed attempt, described by `failure`; return the state of the event: retrying or dead.
 
-    What failed in a replay is tried again for that replay.
+    With the same `so_far` it is written once, however often. What failed in a replay is tried again for that replay.
     """
-    so_far = session.execute(
-        _attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id}
-    ).one_or_none()
-    if isinstance(error, GatewayUnavailable | UnknownEvent):
-        # The event is well, the provider is not; or this is old code, and newer code will come. No attempt is
+    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):
+        # The event is well, the provider is not; or this is not the code for it, which will come. No attempt is
         # spent, however long it takes.
-        attempts = so_far.attempts if so_far else 0
-        final, pause = False, outage_pause(route, so_far.age if so_far else timedelta())
+        attempts = so_far.attempts
+        final, pause = False, outage_pause(route, so_far.age)
     else:
-        attempts = (so_far.attempts if so_far else 0) + 1
+        attempts = so_far.attempts + 1
         final, pause = attempts >= route.attempts or _is_final(route, error), backoff(route, attempts)
     session.execute(
         _record_failure,
@@ -214,10 +240,10 @@ def once_unless_failed(session: Session, route: Route, envelopes: Sequence[Envel
     """Record that the handler acts on these now; return those it neither acted on nor failed at before."""
     of_id = {envelope.event_id: envelope for envelope in envelopes}
     found = session.connection().exec_driver_sql(
-        _ONCE_UNLESS_FAILED, {"handler_name": route.handler, "event_ids": array(of_id)}
+        _ONCE_UNLESS_FAILED, {"handler_name": route.handler, "event_ids": uuid_array(of_id)}
     )
-    fresh = set(found.scalars())
-    return [envelope for event_id, envelope in of_id.items() if event_id in fresh]
+    known = set(found.scalars())
+    return [envelope for event_id, envelope in of_id.items() if event_id not in known]
 
 
 def still_due(
@@ -306,12 +332,15 @@ def _aggregates(envelopes: Sequence[Envelope]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class DueDelivery:
-    """A retry whose time has come, leased to the caller."""
+    """A retry whose time has come, leased to the caller.
+
+    `changed_at` is Unix microseconds: when it failed last, or was let go on. A lease changes nothing.
+    """
 
     handler_name: str
     event_id: UUID
     position: int
-    attempts: int
+    changed_at: int
     replay_id: UUID | None
     envelope: str
 
@@ -320,24 +349,32 @@ _LEASE_DUE = """
     with due as (
         select handler_name, event_id from dovecote.deliveries
         where state = 'retrying' and next_attempt_at <= now()
+          and handler_name not in (select handler_name from dovecote.paused_handlers)
         order by next_attempt_at limit %(limit)s
         for update skip locked
     ), leased as (
         update dovecote.deliveries d
         set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s),
-            leased_until = now() + make_interval(secs => %(lease_seconds)s), updated_at = clock_timestamp()
+            leased_until = now() + make_interval(secs => %(lease_seconds)s)
         from due where d.handler_name = due.handler_name and d.event_id = due.event_id
-        returning d.handler_name, d.event_id, d.position, d.attempts, d.replay_id
+        returning d.handler_name, d.event_id, d.position,
+                  (extract(epoch from d.updated_at) * 1000000)::bigint as changed_at, d.replay_id
     )
     select leased.*, dovecote.envelope(o) as envelope
     from leased join dovecote.outbox o on o.id = leased.event_id
     order by leased.position
 """
 
-# A retry that has failed since has another time than its lease: its backoff is left alone.
+# A retry that has failed since has another time than its lease: its backoff is left alone. One that a worker is at
+# work on is locked for as long as its handler takes, and is left to it: the relay waits for no handler.
 _END_LEASES = """
-    update dovecote.deliveries set next_attempt_at = now()
-    where state = 'retrying' and next_attempt_at = leased_until and next_attempt_at > now()
+    with leased as (
+        select handler_name, event_id from dovecote.deliveries
+        where state = 'retrying' and next_attempt_at = leased_until and next_attempt_at > now()
+        for update skip locked
+    )
+    update dovecote.deliveries d set next_attempt_at = now()
+    from leased where d.handler_name = leased.handler_name and d.event_id = leased.event_id
 """
 
 # Events that wait for nothing any more: their predecessor was resolved while they were being parked.
@@ -346,23 +383,30 @@ _RELEASE_STRAYS = """
         select distinct on (aggregate_type, aggregate_id) aggregate_type, aggregate_id, position
         from dovecote.deliveries where state = 'waiting' and handler_name = %(handler)s and replay_id is null
         order by aggregate_type, aggregate_id, position
+    ), stray as (
+        select d.event_id from dovecote.deliveries d join first using (aggregate_type, aggregate_id)
+        where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is null
+          and dovecote.blocker(%(handler)s, %(event_types)s, first.aggregate_type, first.aggregate_id, first.position)
+              is null
+        for update of d skip locked
     )
     update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
-    from first
-    where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is null
-      and d.aggregate_type = first.aggregate_type and d.aggregate_id = first.aggregate_id
-      and dovecote.blocker(%(handler)s, %(event_types)s, first.aggregate_type, first.aggregate_id, first.position)
-          is null
+    from stray where d.handler_name = %(handler)s and d.event_id = stray.event_id
 """
 
 # The same for those of replays, which wait for a row of their replay and for nothing else.
 _RELEASE_STRAYS_OF_REPLAYS = """
+    with stray as (
+        select d.event_id from dovecote.deliveries d
+        where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is not null
+          and not exists (select from dovecote.deliveries before
+                          where before.replay_id = d.replay_id and before.handler_name = d.handler_name
+                            and before.aggregate_type = d.aggregate_type and before.aggregate_id = d.aggregate_id
+                            and before.position < d.position and before.state <> 'discarded')
+        for update of d skip locked
+    )
     update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
-    where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is not null
-      and not exists (select from dovecote.deliveries before
-                      where before.replay_id = d.replay_id and before.handler_name = d.handler_name
-                        and before.aggregate_type = d.aggregate_type and before.aggregate_id = d.aggregate_id
-                        and before.position < d.position and before.state <> 'discarded')
+    from stray where d.handler_name = %(handler)s and d.event_id = stray.event_id
 """
 
 

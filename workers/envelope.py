@@ -4,6 +4,7 @@ The relay never builds an envelope in Python: the SQL function `dovecote.envelop
 bundles are joined from such texts. This module is the other end: it reads them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ import orjson
 from domain.errors import InvalidEvent
 from domain.events import Event, read_event
 from domain.privacy import Keyring
+from domain.records import record
 
 # What the broker and Dramatiq's worker take for granted in a message.
 _FIELDS: Mapping[str, type] = {
@@ -26,6 +28,8 @@ _FIELDS: Mapping[str, type] = {
     "message_id": str,
     "message_timestamp": int,
 }
+
+_HEADERS = re.compile(rb'(,"position":"\d+").*', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def read_message(data: bytes) -> dict[str, Any]:
     """Return the fields of a Dramatiq message as the relay writes it, one envelope a line.
 
     Postgres keeps JSON that a parser here refuses, such as 1e400 or a thousand brackets. Such a payload
-    must not take its bundle along: its envelope comes without `data`, and says why in `unreadable`.
+    must not take its bundle along: its envelope comes without `data`, and says why in `unreadable`. With such a
+    header it comes without its headers.
     Errors: ValueError for what is no message at all.
     """
     try:
@@ -89,22 +94,35 @@ def _checked(message: Any) -> dict[str, Any]:
     return message
 
 
-def _read_alone(envelope: bytes) -> dict[str, Any]:
+def _read_alone(line: bytes) -> dict[str, Any]:
+    _, without_headers, payload = _parts(line)
     try:
-        fields: dict[str, Any] = orjson.loads(envelope)
+        return _first_readable(line, without_headers + b',"data":' + payload)
     except orjson.JSONDecodeError as error:
-        # The payload comes last, and a quote inside of a text is escaped: this is where it begins.
-        attributes, _, _ = envelope.partition(b',"data":')
-        fields = _attributes(attributes + b"}")
-        fields |= {"data": None, "unreadable": str(error)}
-    return fields
+        return {**read_head(line), "data": None, "unreadable": str(error)}
 
 
-def _attributes(envelope: bytes) -> dict[str, Any]:
+def read_head(line: bytes) -> dict[str, Any]:
+    """Return everything of an envelope but its payload, and without headers that cannot be read.
+
+    Errors: ValueError for what is no envelope.
+    """
+    attributes, without_headers, _ = _parts(line)
+    return _first_readable(attributes + b"}", without_headers + b"}")
+
+
+def _parts(line: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return the attributes, the same without what a writer may have put into headers, and the payload."""
+    # A quote inside of a text is escaped: this is where the payload begins, which comes last, and `_HEADERS` before it.
+    attributes, _, payload = line.partition(b',"data":')
+    return attributes, _HEADERS.sub(rb"\1", attributes), payload
+
+
+def _first_readable(text: bytes, otherwise: bytes) -> dict[str, Any]:
     try:
-        fields = orjson.loads(envelope)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"a line that is no envelope: {error}") from error
+        fields: dict[str, Any] = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        fields = orjson.loads(otherwise)
     if not isinstance(fields, dict):
         raise ValueError("a line that is no envelope: it is not a JSON object")
     return fields
@@ -116,19 +134,22 @@ def read_envelope(fields: Mapping[str, Any], keys: Keyring | None = None) -> Env
     Errors: ValueError naming the attribute that is missing or wrong.
     """
     try:
-        return Envelope(
-            event_id=UUID(fields["id"]),
-            type=fields["type"],
-            aggregate_type=fields["source"].removeprefix("/dovecote/"),
-            aggregate_id=fields["subject"],
-            position=int(fields["position"]),
-            time=fields["time"],
-            data=fields["data"],
-            # Headers are the writer's own: what is no text in them is no reason to lose the event.
-            traceparent=_text_or_none(fields.get("traceparent")),
-            correlation_id=_text_or_none(fields.get("correlationid")),
-            keys=keys,
-            unreadable=fields.get("unreadable"),
+        return record(
+            Envelope,
+            {
+                "event_id": UUID(fields["id"]),
+                "type": fields["type"],
+                "aggregate_type": fields["source"].removeprefix("/dovecote/"),
+                "aggregate_id": fields["subject"],
+                "position": int(fields["position"]),
+                "time": fields["time"],
+                "data": fields["data"],
+                # Headers are the writer's own: what is no text in them is no reason to lose the event.
+                "traceparent": _text_or_none(fields.get("traceparent")),
+                "correlation_id": _text_or_none(fields.get("correlationid")),
+                "keys": keys,
+                "unreadable": fields.get("unreadable"),
+            },
         )
     except KeyError as error:
         raise ValueError(f"an envelope without {error.args[0]!r}") from error

@@ -30,6 +30,10 @@ class TimeLimitExceeded(Exception):
     """The handler did not end within its route's time limit."""
 
 
+class UnknownHandler(Exception):
+    """No route here has this handler: other code sent the event. Keep it, show it."""
+
+
 class KilledTheProcess(Exception):
     """Each time this event was at work, the process ended without a word."""
 

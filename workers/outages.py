@@ -8,9 +8,9 @@ from domain.unit_of_work import is_conflict
 from workers.failures import TimeLimitExceeded, causes
 
 # SQLSTATE classes and codes, PostgreSQL manual, appendix A: connection trouble (08), no resources (53),
-# shutdown, crash, start-up (57P0x), read-only after a failover.
+# shutdown, crash, start-up, idle for too long (57P0x, 25P0x), read-only after a failover.
 _CLASSES = ("08", "53")
-_CODES = {"57P01", "57P02", "57P03", "57P05", "25006"}
+_CODES = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04", "25006"}
 
 
 def passes(error: BaseException) -> bool:

@@ -383,9 +383,16 @@ def secrets(settings: Settings) -> Iterator[str]:
                 continue
             text = value.get_secret_value()
             if "://" not in text:
-                yield from (part.partition(":")[2] or part for part in text.split(","))
+                for part in text.split(","):
+                    yield from _spellings((part.partition(":")[2] or part).strip())
             elif password := urlsplit(text).password:
                 yield from {password, unquote(password)}
+
+
+def _spellings(key: str) -> Iterator[str]:
+    """Yield a key in base64 as it may turn up in a text: as given, and its bytes as Python and others show them."""
+    raw = base64.b64decode(key)
+    yield from {key, base64.urlsafe_b64encode(raw).decode(), raw.hex(), repr(raw)[2:-1]}
 
 
 def shown(settings: Settings) -> dict[str, dict[str, str]]:

@@ -27,7 +27,7 @@ _MARK_SECONDS = 7 * 24 * 3_600
 
 
 @dataclass
-class _Marks:
+class Marks:
     """`starts` without an end, by event, and how many crashes the buried events explain."""
 
     starts: dict[str, int] = field(default_factory=dict)
@@ -57,36 +57,31 @@ class Suspect:
         unexplained = self.crashes - marks.explained > known
         return known + 1 if known and unexplained else known
 
-    @contextmanager
-    def at_work(self, event_id: UUID) -> Iterator[None]:
-        """Say that the event is at work until the end of the block, however it ends, short of death."""
+    def at_work(self, event_id: UUID) -> tuple[Marks, Marks]:
+        """Return what to write before the event starts, and what once it has ended, however, short of death."""
         marks = self._marks()
         others = {id: starts for id, starts in marks.starts.items() if id != str(event_id)}
         starts = marks.starts.get(str(event_id), 0) + 1
-        # Written, not incremented: after a lost reply it is written again.
-        self._write(_Marks({**others, str(event_id): starts}, marks.explained))
-        try:
-            yield
-        finally:
-            self._write(_Marks(others, marks.explained))
+        return Marks({**others, str(event_id): starts}, marks.explained), Marks(others, marks.explained)
 
     def explained(self) -> None:
         """The killer is found: what happened so far speaks against no other event."""
-        self._write(_Marks(explained=self.crashes))
+        self.write(Marks(explained=self.crashes))
 
     def cleared(self) -> None:
         """The message is done with."""
         self._client.hdel(self._key, self._message_id)
 
-    def _marks(self) -> _Marks:
-        found = self._client.hget(self._key, self._message_id)
-        return _Marks(**orjson.loads(found)) if isinstance(found, bytes) else _Marks()
-
-    def _write(self, marks: _Marks) -> None:
+    def write(self, marks: Marks) -> None:
+        """Nothing is incremented: after a lost reply it is written again."""
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.hset(self._key, self._message_id, orjson.dumps(marks))
             pipeline.expire(self._key, _MARK_SECONDS)
             pipeline.execute()
+
+    def _marks(self) -> Marks:
+        found = self._client.hget(self._key, self._message_id)
+        return Marks(**orjson.loads(found)) if isinstance(found, bytes) else Marks()
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class Watch:
         self.envelope: Envelope | None = None
         #: When each call of the handler began.
         self.moments: list[float] = []
-        self.deadline = time.monotonic() + self.seconds
+        self.began_at = time.monotonic()
+        self.deadline = self.began_at + self.seconds
         self.was_cut_off = False
         self.ended = False
         self._lock = threading.Lock()
@@ -52,9 +53,9 @@ class Watch:
     def next(self, envelope: Envelope | None) -> None:
         """The limit is for each call of the handler: it starts anew."""
         self.envelope = envelope
-        now = time.monotonic()
-        self.moments.append(now)
-        self.deadline = now + self.seconds
+        self.began_at = time.monotonic()
+        self.moments.append(self.began_at)
+        self.deadline = self.began_at + self.seconds
 
     def cut_off(self) -> None:
         with self._lock:

@@ -13,6 +13,22 @@ _MOST_WHOLE_DIGITS = 20
 _MOST_DECIMALS = 18
 
 
+def check_quote(symbol: str, price: Decimal, as_of: datetime) -> None:
+    """Refuse what no source can mean: see `Quote`."""
+    if not 1 <= len(symbol) <= MOST_SYMBOL_CHARACTERS or not symbol.isprintable():
+        raise InvalidValue(f"a symbol has 1 to {MOST_SYMBOL_CHARACTERS} printable characters, got {symbol[:40]!r}")
+    if not price.is_finite() or price <= 0:
+        raise InvalidValue(f"a price is a positive number, got {price}")
+    exponent = price.as_tuple().exponent
+    assert isinstance(exponent, int), "a finite decimal has a number for exponent"
+    if price.adjusted() >= _MOST_WHOLE_DIGITS or -exponent > _MOST_DECIMALS:
+        raise InvalidValue(
+            f"a price has at most {_MOST_WHOLE_DIGITS} digits and {_MOST_DECIMALS} decimals, got {str(price)[:60]}"
+        )
+    if as_of.tzinfo is None:
+        raise InvalidValue(f"a moment needs a time zone, got {as_of}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quote:
     """What a source says a symbol costs at a moment.
@@ -27,21 +43,7 @@ class Quote:
     as_of: datetime
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.symbol) <= MOST_SYMBOL_CHARACTERS or not self.symbol.isprintable():
-            raise InvalidValue(
-                f"a symbol has 1 to {MOST_SYMBOL_CHARACTERS} printable characters, got {self.symbol[:40]!r}"
-            )
-        if not self.price.is_finite() or self.price <= 0:
-            raise InvalidValue(f"a price is a positive number, got {self.price}")
-        exponent = self.price.as_tuple().exponent
-        assert isinstance(exponent, int), "a finite decimal has a number for exponent"
-        if self.price.adjusted() >= _MOST_WHOLE_DIGITS or -exponent > _MOST_DECIMALS:
-            raise InvalidValue(
-                f"a price has at most {_MOST_WHOLE_DIGITS} digits and {_MOST_DECIMALS} decimals, "
-                f"got {str(self.price)[:60]}"
-            )
-        if self.as_of.tzinfo is None:
-            raise InvalidValue(f"a moment needs a time zone, got {self.as_of}")
+        check_quote(self.symbol, self.price, self.as_of)
 
     def told(self, at: datetime) -> PriceQuoted:
         """Return the fact that this quote came in."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from domain.pricing.events import PriceQuoted
-from domain.pricing.price import Quote
+from domain.pricing.price import Quote, check_quote
 from domain.pricing.repository import Prices
 from domain.unit_of_work import UnitOfWork
 
@@ -24,5 +24,5 @@ def apply_quotes(uow: UnitOfWork, quotes: Sequence[tuple[int, PriceQuoted]]) -> 
     Errors: InvalidValue for a quote that cannot be: a writer in another language may tell what Quote refuses.
     """
     for _, quote in quotes:
-        Quote(symbol=quote.symbol, price=quote.price, as_of=quote.as_of)
+        check_quote(quote.symbol, quote.price, quote.as_of)
     Prices(uow).apply(quotes)

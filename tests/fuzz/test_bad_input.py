@@ -63,6 +63,7 @@ JSON_TEXT = st.one_of(
 HEADERS = st.one_of(
     st.just("{}"),
     st.dictionaries(st.sampled_from(["traceparent", "tracestate", "correlation_id", "x"]), JSON).map(json.dumps),
+    st.sampled_from(['{"traceparent": 1e400}', '{"correlation_id": ' + "[" * 1_100 + "]" * 1_100 + "}"]),
     JSON_TEXT,
 )
 EVENTS = st.lists(

@@ -24,6 +24,7 @@ SURVEY = "tests/workers/telemetry/test_survey.py"
 HEALTH = "tests/workers/telemetry/test_health.py"
 SERVING = "tests/workers/telemetry/test_serving.py"
 WATCHED = "tests/workers/telemetry/test_a_system_that_is_watched.py"
+PAUSING = "tests/workers/test_pausing.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 WRITERS_SQL = "migrations/sql/0012_writers.up.sql"
@@ -273,6 +274,13 @@ MUTANTS = (
         f"{RELAY} tests/test_benchmarks.py",
     ),
     Mutant(
+        "the relay waits for a worker that holds a retry",
+        "workers/deliveries.py",
+        "skip locked\n    )\n    update dovecote.deliveries d set next_attempt_at = now()\n    from leased",
+        "\n    )\n    update dovecote.deliveries d set next_attempt_at = now()\n    from leased",
+        f"{RELAY}::test_a_relay_waits_for_no_worker_that_holds_a_delivery",
+    ),
+    Mutant(
         "a retry that was sent is forgotten",
         "workers/deliveries.py",
         "set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s)",
@@ -297,8 +305,8 @@ MUTANTS = (
     Mutant(
         "bundles that overlap mark in any order",
         "domain/processed_events.py",
-        "as bundle (event_id)\n    order by event_id\n",
-        "as bundle (event_id)\n    order by md5(random()::text)\n",
+        "from bundle order by event_id\n",
+        "from bundle order by md5(random()::text)\n",
         CONSUME,
     ),
     Mutant(
@@ -318,29 +326,29 @@ MUTANTS = (
     Mutant(
         "trouble that passes spends an attempt",
         "workers/consume.py",
-        "                if passes(error):\n                    raise\n",
-        "",
+        "                    if passes(error):\n",
+        "                    if False:\n",
         CONSUME,
     ),
     Mutant(
         "a redelivered bundle takes up what failed, before its time",
         "workers/consume.py",
-        "return deliveries.not_yet_failed(session, route, envelopes)",
-        "return list(envelopes)",
+        "found = deliveries.not_yet_failed(session, route, envelopes)",
+        "found = list(envelopes)",
         CONSUME,
     ),
     Mutant(
         "a retry takes up what is no longer due",
         "workers/consume.py",
-        "return deliveries.still_due(session, route, envelopes, replay)",
-        "return list(envelopes)",
+        "found = deliveries.still_due(session, route, envelopes, replay)",
+        "found = list(envelopes)",
         CONSUME,
     ),
     Mutant(
         "two workers with one retry do not wait for each other",
         "workers/deliveries.py",
-        "cast(:replay_id as uuid)\n    for update\n",
-        "cast(:replay_id as uuid)\n",
+        "where handler_name = :handler_name)\n    for update\n",
+        "where handler_name = :handler_name)\n",
         CONSUME,
     ),
     Mutant(
@@ -388,14 +396,42 @@ MUTANTS = (
     Mutant(
         "an attempt counts for nothing",
         "workers/deliveries.py",
-        "attempts = (so_far.attempts if so_far else 0) + 1",
-        "attempts = so_far.attempts if so_far else 1",
+        "attempts = so_far.attempts + 1",
+        "attempts = so_far.attempts or 1",
         CONSUME,
+    ),
+    Mutant(
+        "a failure is counted again when its record is written again",
+        "workers/consume.py",
+        "so_far = so_far or deliveries.so_far(session, route, envelope)",
+        "so_far = deliveries.so_far(session, route, envelope)",
+        f"{CONSUME}::test_a_failure_whose_record_was_committed_without_a_reply_counts_once",
+    ),
+    Mutant(
+        "a server that only the handler asks is waited for",
+        "workers/consume.py",
+        "if answers <= _MOST_ANSWERS:",
+        "if True:",
+        f"{CONSUME}::test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event",
+    ),
+    Mutant(
+        "what a frozen worker has locked is a failure of others",
+        "workers/bootstrap.py",
+        "        lock_timeout=settings.database.statement_timeout_ms // 2,\n",
+        "",
+        f"{CONSUME}::test_what_a_frozen_worker_has_locked_is_waited_for_and_spends_no_attempt",
+    ),
+    Mutant(
+        "a bundle that says nothing to Postgres loses its session",
+        "workers/consume.py",
+        "                    uow.session.execute(_say_something)\n",
+        "                    pass\n",
+        f"{CONSUME}::test_a_long_bundle_that_has_nothing_to_say_to_postgres_is_not_taken_for_frozen",
     ),
     Mutant(
         "a provider that is away spends attempts",
         "workers/deliveries.py",
-        "    if isinstance(error, GatewayUnavailable | UnknownEvent):\n",
+        "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):\n",
         "    if False:\n",
         CONSUME,
     ),
@@ -417,15 +453,15 @@ MUTANTS = (
     Mutant(
         "nothing is marked before it starts",
         "workers/consume.py",
-        "suspect.at_work(envelopes[0].event_id) if suspect else nullcontext(),",
-        "nullcontext(),",
+        "            with self._marked(suspect, envelopes[0]):\n",
+        "            with self._marked(None, envelopes[0]):\n",
         f"{POISON}::test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mates_go_through",
     ),
     Mutant(
         "a mark outlives what it marks",
-        "workers/suspects.py",
-        "        finally:\n            self._write(_Marks(others, marks.explained))\n",
-        "        finally:\n            pass\n",
+        "workers/consume.py",
+        "            self._held(partial(suspect.write, after))\n",
+        "            pass\n",
         SUSPECTS,
     ),
     Mutant(
@@ -474,8 +510,8 @@ MUTANTS = (
     Mutant(
         "the time limit is for the bundle",
         "workers/time_limits.py",
-        "        self.deadline = now + self.seconds\n",
-        "",
+        "        self.deadline = self.began_at + self.seconds\n\n    def cut_off",
+        "\n    def cut_off",
         f"{CONSUME}::test_the_limit_is_for_each_event_of_a_bundle",
     ),
     Mutant(
@@ -488,8 +524,7 @@ MUTANTS = (
     Mutant(
         "a stuck process says nothing when it ends",
         "workers/consume.py",
-        "            deliveries.record_failure("
-        "session, watch.route, envelope, error, describe(error, envelope), watch.replay)\n",
+        "            deliveries.record_failure(session, watch.route, envelope, error, failure, so_far, watch.replay)\n",
         "            pass\n",
         f"{POISON}::test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through",
     ),
@@ -550,6 +585,20 @@ MUTANTS = (
         "        raise\n",
         ENVELOPE,
     ),
+    Mutant(
+        "one header that cannot be read takes its bundle along",
+        "workers/envelope.py",
+        '_first_readable(attributes + b"}", without_headers + b"}")',
+        '_first_readable(attributes + b"}", attributes + b"}")',
+        ENVELOPE,
+    ),
+    Mutant(
+        "what is for a handler of other code is a dead letter of Dramatiq's",
+        "workers/bootstrap.py",
+        "        broker.stand_in = stand_in\n",
+        "        pass\n",
+        "tests/workers/relay/test_routing.py::test_a_consumer_keeps_what_is_for_a_handler_that_only_other_code_has",
+    ),
     # Retention ----------------------------------------------------------------------------------
     Mutant(
         "a week that is needed is dropped all the same",
@@ -608,6 +657,43 @@ MUTANTS = (
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
     ),
+    # Pausing ------------------------------------------------------------------------------------
+    Mutant(
+        "a paused handler acts on new events",
+        "workers/deliveries.py",
+        "          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)\n",
+        "",
+        PAUSING,
+    ),
+    Mutant(
+        "a paused ordered handler acts on new events",
+        "workers/deliveries.py",
+        "    union all\n    select unnest(cast(:event_ids as uuid[])) from dovecote.paused_handlers"
+        " where handler_name = :handler_name\n",
+        "",
+        PAUSING,
+    ),
+    Mutant(
+        "a paused handler is taken for one with nothing to do",
+        "workers/pauses.py",
+        "        raise HandlerPaused(handler_name)\n",
+        "        pass\n",
+        PAUSING,
+    ),
+    Mutant(
+        "what was put aside comes back newest first",
+        "workers/lua/take_back.lua",
+        "'RIGHT', 'LEFT'",
+        "'LEFT', 'LEFT'",
+        PAUSING,
+    ),
+    Mutant(
+        "what is put aside after the resume stays aside",
+        "workers/relay/leading.py",
+        "reaped(self._broker.reap()))\n            self._through_outages(self._take_back)\n",
+        "reaped(self._broker.reap()))\n",
+        PAUSING,
+    ),
     # Watching -----------------------------------------------------------------------------------
     Mutant(
         "a bundle that ended is at work",
@@ -654,8 +740,8 @@ MUTANTS = (
     Mutant(
         "calls of an ordinary handler are one",
         "workers/time_limits.py",
-        "        self.moments.append(now)\n",
-        "        self.moments[:] = self.moments[:1] or [now]\n",
+        "        self.moments.append(self.began_at)\n",
+        "        self.moments[:] = self.moments[:1] or [self.began_at]\n",
         TOLD,
     ),
     Mutant(

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -12,9 +12,10 @@ from uuid import UUID
 import orjson
 import psycopg
 import pytest
+import redis
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, make_url, text
 from sqlalchemy.event import listen
 from sqlalchemy.orm import Session, sessionmaker
 from structlog.testing import capture_logs
@@ -23,11 +24,12 @@ from domain.database import connect, sessions_for
 from domain.errors import NotFound, Refused
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork, unit_of_work
+from tests.chaos.commits import PostgresProxy
 from tests.effects import a_route, effects_in, make_room_for_effects, note_as
 from tests.quotes import a_quote
 from tests.support import eventually
 from workers import deliveries
-from workers.bootstrap import gateways_for
+from workers.bootstrap import consumer_engine, gateways_for
 from workers.consume import Consumer, Stopping
 from workers.envelope import Envelope, read_envelope
 from workers.gateways import Gateways
@@ -684,6 +686,67 @@ def test_losing_postgres_spends_no_attempt_and_doubles_nothing(bench: Bench, mom
     assert bench.deliveries() == []
 
 
+@pytest.fixture
+def consumer_engine_of(settings: Settings) -> Iterator[Callable[..., Engine]]:
+    """Engines as worker processes have them."""
+    engines = []
+
+    def build(route: Route, statement_timeout_ms: int = 30_000) -> Engine:
+        database = settings.database.model_copy(update={"statement_timeout_ms": statement_timeout_ms})
+        engines.append(consumer_engine(settings.model_copy(update={"database": database}), [route]))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.dispose()
+
+
+def test_postgres_notices_that_a_worker_is_gone_or_frozen(consumer_engine_of: Callable[..., Engine]) -> None:
+    with consumer_engine_of(a_route(time_limit_seconds=7)).connect() as connection:
+        names = ("tcp_keepalives_idle", "tcp_user_timeout", "idle_in_transaction_session_timeout", "lock_timeout")
+        found = [connection.scalar(text(f"show {name}")) for name in names]
+
+    assert found == ["5", "14000", "27s", "15s"]
+
+
+def test_what_a_frozen_worker_has_locked_is_waited_for_and_spends_no_attempt(
+    bench: Bench, consumer_engine_of: Callable[..., Engine]
+) -> None:
+    route = a_route()
+    bundle = bench.write(1, 2)
+    consumer = Consumer(sessions_for(consumer_engine_of(route, 400)), bench.gateways, outage_pause_seconds=0.05)
+    with closing(psycopg.connect(bench.url, options="-c idle_in_transaction_session_timeout=900")) as frozen:
+        frozen.execute(
+            "insert into dovecote.processed_events (event_id, handler_name) values (%s, 'test.note')",
+            (bundle[0].event_id,),
+        )
+
+        consumer.consume(route, bundle)
+
+    assert bench.effects() == [("EUR", 1), ("EUR", 2)]
+    assert bench.deliveries() == []
+
+
+def test_a_long_bundle_that_has_nothing_to_say_to_postgres_is_not_taken_for_frozen(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def slow(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        calls.append(event)
+        time.sleep(0.2)  # a slow provider
+
+    monkeypatch.setattr("workers.consume.SILENT_SECONDS", 0.1)
+    engine = connect(bench.url, session_settings={"idle_in_transaction_session_timeout": 700})
+
+    Consumer(sessions_for(engine), bench.gateways, bench.stopping, 0.05).consume(
+        a_route(act=slow), bench.write(*range(8))
+    )
+
+    engine.dispose()
+    assert len(calls) == 8, "its session was ended"
+
+
 def test_losing_postgres_while_a_failure_is_recorded_counts_it_once(bench: Bench) -> None:
     def fail_and_cut(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         listen(uow.session, "after_rollback", lambda _session: terminate_consumers(bench.url))
@@ -692,6 +755,64 @@ def test_losing_postgres_while_a_failure_is_recorded_counts_it_once(bench: Bench
     bench.consumer.consume(a_route(act=fail_and_cut), bench.write(1))
 
     assert [(delivery.state, delivery.attempts) for delivery in bench.deliveries()] == [("retrying", 1)]
+
+
+def test_a_failure_whose_record_was_committed_without_a_reply_counts_once(bench: Bench) -> None:
+    port = make_url(bench.url).port
+    assert port is not None
+    with PostgresProxy(port) as proxy:
+        engine = connect(f"{proxy.through(bench.url)}?sslmode=disable&gssencmode=disable")
+
+        def fail(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+            proxy.lose_commit_replies(1)
+            raise RuntimeError
+
+        Consumer(sessions_for(engine), bench.gateways, outage_pause_seconds=0.05).consume(
+            a_route(act=fail), bench.write(1)
+        )
+
+        engine.dispose()
+        assert proxy.lost == 1
+    assert [(delivery.state, delivery.attempts) for delivery in bench.deliveries()] == [("retrying", 1)]
+
+
+@pytest.mark.parametrize("where", ["a database of its own", "a cache of its own", "a link of Postgres"])
+def test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event(bench: Bench, where: str) -> None:
+    def ask(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        if int(event.price) != 2:
+            note_as("test.note", event, uow)
+        elif where == "a database of its own":
+            psycopg.connect("postgresql://nobody@127.0.0.1:1/nothing")
+        elif where == "a cache of its own":
+            redis.Redis(port=1).ping()
+        else:
+            uow.session.execute(text("do $$ begin raise exception 'no link' using errcode = '08001'; end $$"))
+
+    bench.consumer.consume(a_route(act=ask, attempts=1), bench.write(1, 2, 3))
+
+    assert bench.effects() == [("EUR", 1), ("EUR", 3)]
+    assert [(delivery.state, delivery.attempts) for delivery in bench.deliveries()] == [("retrying", 0)]
+
+
+def test_more_threads_than_connections_wait_for_one_another_and_spend_no_attempt(bench: Bench) -> None:
+    engine = connect(bench.url, pool_size=1)
+    engine.pool._timeout = 0.05  # type: ignore[attr-defined]  # SQLAlchemy's is half a minute
+    consumer = Consumer(sessions_for(engine), bench.gateways, outage_pause_seconds=0.05)
+
+    def slow(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        note_as("test.note", event, uow)
+        time.sleep(0.2)  # a slow provider
+
+    bundles = [bench.write(price) for price in range(6)]
+    workers = [threading.Thread(target=consumer.consume, args=(a_route(act=slow), bundle)) for bundle in bundles]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    engine.dispose()
+    assert sorted(bench.effects()) == [("EUR", price) for price in range(6)]
+    assert bench.deliveries() == []
 
 
 @pytest.mark.parametrize("sqlstate", ["40001", "40P01", "53300"])

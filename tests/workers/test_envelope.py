@@ -1,4 +1,4 @@
-"""A payload that no parser here can read takes nothing along but itself."""
+"""A payload or a header that no parser here can read takes nothing along but itself."""
 
 from collections.abc import Iterator
 
@@ -16,10 +16,10 @@ ID = "01a1f94c-b163-7128-b3a1-26224ce3d3c1"
 UNREADABLE = ["1e400", "1" * 5_000, "[" * 1_500 + "]" * 1_500]
 
 
-def an_envelope(position: int, extra: str = "0", subject: str = "EUR") -> bytes:
+def an_envelope(position: int, extra: str = "0", subject: str = "EUR", headers: str = "") -> bytes:
     return (
         f'{{"specversion":"1.0","id":"{ID}","source":"/dovecote/price","type":"pricing.price_quoted.v1",'
-        f'"subject":"{subject}","time":"2026-11-20T12:00:00+00:00","position":"{position}",'
+        f'"subject":"{subject}","time":"2026-11-20T12:00:00+00:00","position":"{position}"{headers},'
         f'"data":{{"symbol": "EUR", "price": "1", "x": {extra}}}}}'
     ).encode()
 
@@ -42,6 +42,27 @@ def test_a_message_is_read_around_a_payload_that_cannot_be(extra: str) -> None:
     assert (second.position, second.aggregate_id) == (2, 'a ","data":')
     with pytest.raises(InvalidEvent, match="its payload cannot be read"):
         _ = second.event
+
+
+@pytest.mark.parametrize("extra", ["0", "1e400"], ids=["a payload that can", "a payload that cannot be"])
+@pytest.mark.parametrize("header", UNREADABLE, ids=["too large", "too many digits", "too deep"])
+def test_a_message_is_read_around_a_header_that_cannot_be(header: str, extra: str) -> None:
+    headers = f',"traceparent":{header},"correlationid":"mine"'
+    message = read_message(a_message(an_envelope(1), an_envelope(2, extra, headers=headers), an_envelope(3)))
+
+    first, second, third = (read_envelope(fields) for fields in message["args"][0])
+
+    assert (first.data["symbol"], third.data["symbol"]) == ("EUR", "EUR")
+    assert (second.position, second.aggregate_id, second.traceparent) == (2, "EUR", None)
+    assert second.data == (None if extra == "1e400" else {"symbol": "EUR", "price": "1", "x": 0})
+
+
+def test_a_payload_that_cannot_be_read_keeps_its_trace() -> None:
+    message = read_message(a_message(an_envelope(1, "1e400", headers=',"traceparent":"00-ab-cd-01"')))
+
+    (envelope,) = (read_envelope(fields) for fields in message["args"][0])
+
+    assert envelope.traceparent == "00-ab-cd-01"
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork
 from tests.conftest import Servers
 from tests.effects import a_route, note_as
+from tests.support import eventually
 from tests.workers.test_consume import FOR_EVER, Bench, Failing, bench
 from workers.consume import Stopping
 from workers.suspects import Suspect
@@ -140,6 +141,26 @@ def test_in_a_replay_what_it_has_not_acted_on_again_is_buried(bench: Bench, queu
     bench.consumer.consume(route, written, replay=replay, suspect=queue.suspect(3))
 
     assert (handler.calls, bench.deliveries()) == ([1, 2, 3, 1, 3], before)
+    assert queue.is_clean()
+
+
+def test_a_full_redis_that_takes_no_marks_is_waited_for_and_spends_no_attempt(bench: Bench, queue: Queue) -> None:
+    def refused() -> int:
+        return int(queue.client.info("errorstats").get("errorstat_OOM", {"count": 0})["count"])
+
+    before = refused()
+    bundle = bench.write(1, 2)
+    with ThreadPoolExecutor() as pool:
+        queue.client.config_set("maxmemory", 1)
+        try:
+            running = pool.submit(bench.consumer.consume, a_route(), bundle, suspect=queue.suspect(1))
+            eventually(lambda: refused() > before + 3, 10, "some tries to leave a mark")
+        finally:
+            queue.client.config_set("maxmemory", 0)
+        running.result(30)
+
+    assert bench.effects() == [("EUR", 1), ("EUR", 2)]
+    assert bench.deliveries() == []
     assert queue.is_clean()
 
 

@@ -21,6 +21,7 @@ from workers.cli import (
     deliveries,
     doctoring,
     events,
+    handlers,
     looking,
     maintaining,
     replaying,
@@ -40,6 +41,7 @@ for commands in (
     status,
     events,
     deliveries,
+    handlers,
     auditing,
     replaying,
     doctoring,
@@ -55,7 +57,7 @@ def main() -> None:
     """Run the command; an error becomes one sentence, never a traceback."""
     try:
         app(prog_name=os.environ.get("DOVECOTE_COMMAND", "dovecote"))
-    except (SettingsError, operations.BadCursor, operations.NoReason) as error:
+    except (SettingsError, operations.BadCursor, operations.NoReason, operations.NoSuchHandler) as error:
         refuse(str(error))
     except (DovecoteError, HomeError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:
         fail(str(error))

@@ -101,7 +101,7 @@ def _handlers(found: Status) -> Table:
 def _pauses(found: Status) -> Iterator[Text]:
     for name, handler in found.handlers.items():
         if pause := handler.paused:
-            yield Text(f"{pause.state}: {name}, by {pause.by} since {pause.since:%F %T %Z}: {pause.reason}", "yellow")
+            yield Text(f"paused: {name}, by {pause.by} since {pause.since:%F %T %Z}: {pause.reason}", "yellow")
 
 
 def _count(of: HandlerStatus | operations.RelayStatus, name: str) -> str:

@@ -21,9 +21,12 @@ from workers.operations.failures import (
     failures,
 )
 from workers.operations.following import Followed, follow
+from workers.operations.handlers import CannotPause, Handler, NoSuchHandler, Pause, handlers
+from workers.operations.handlers import pause as pause_handler
+from workers.operations.handlers import resume as resume_handler
 from workers.operations.remedies import CannotChange, Change, discard, retry
 from workers.operations.retention import Archived, Maintenance, Partitions, maintain, partitions, require_present
-from workers.operations.status import HandlerStatus, Pause, RelayStatus, Status, status
+from workers.operations.status import HandlerStatus, RelayStatus, Status, status
 from workers.operations.unrouted import UnroutedType, unrouted
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "Blocked",
     "BlockedPage",
     "CannotChange",
+    "CannotPause",
     "Change",
     "Counted",
     "EventFilter",
@@ -45,10 +49,12 @@ __all__ = [
     "Followed",
     "Group",
     "Groups",
+    "Handler",
     "HandlerStatus",
     "Maintenance",
     "NoReason",
     "NoSuchEvent",
+    "NoSuchHandler",
     "NotThere",
     "Partitions",
     "Pause",
@@ -66,10 +72,13 @@ __all__ = [
     "failure_groups",
     "failures",
     "follow",
+    "handlers",
     "maintain",
     "partitions",
+    "pause_handler",
     "record",
     "require_present",
+    "resume_handler",
     "retry",
     "status",
     "unrouted",

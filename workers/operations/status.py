@@ -6,11 +6,11 @@ counts that may be larger than they say; `count_everything` is exact and takes a
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
+from workers.operations.handlers import Pause, paused
 from workers.operations.reading import snapshot
 from workers.operations.unrouted import UnroutedType, unrouted
 from workers.routes import Route
@@ -45,16 +45,6 @@ class RelayStatus:
     published: int
     published_per_second: float
     at_least: list[str]
-
-
-@dataclass(frozen=True)
-class Pause:
-    """Who paused a handler, why, since when; `resuming` while what it missed is sent again."""
-
-    state: str
-    by: str
-    reason: str
-    since: datetime
 
 
 @dataclass(frozen=True)
@@ -189,8 +179,6 @@ _UNDER_WAY = text(
     """
 )
 
-_PAUSED = text("select handler_name, state, paused_by, reason, paused_at from dovecote.paused_handlers")
-
 _AGE = text(
     """
     select coalesce(greatest(0, extract(epoch from clock_timestamp() - least(
@@ -253,10 +241,7 @@ def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, Hand
             },
         )
     }
-    paused = {
-        row.handler_name: Pause(row.state, row.paused_by, row.reason, row.paused_at)
-        for row in connection.execute(_PAUSED)
-    }
+    pauses = paused(connection)
     found = {}
     for handler in handlers:
         states = {state: deliveries[handler, state] for state in ("retrying", "waiting", "dead", "discarded")}
@@ -279,7 +264,7 @@ def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, Hand
                 },
             ).scalar_one(),
             processed_per_second=round(rates.get(handler, 0.0), 2),
-            paused=paused.get(handler),
+            paused=pauses.get(handler),
             at_least=at_least,
             **counts,
         )

@@ -12,7 +12,7 @@ from workers.relay.reading import Batch, Reader
 class ReadAhead:
     """Hands out the reader's batches in its order; the reader belongs to it from now on.
 
-    It shares the leader's connection, which runs one statement at a time: what is recorded waits for the read.
+    It shares the leader's connection, which runs one statement at a time: what else the leader asks there waits for it.
     """
 
     def __init__(self, reader: Reader) -> None:

@@ -1,7 +1,8 @@
 """From rows to Dramatiq messages: one bundle for each handler, in order, up to the route's size.
 
-A bundle's id is a digest of its handler and positions. The same batch always gives the same bundles, so
-a batch that is published again adds only what is no longer queued.
+A bundle's id is a digest of its handler, positions and events. The same batch always gives the same bundles, so
+a batch that is published again adds only what is no longer queued. Positions alone would not do: Postgres gives
+them out again after a failover that lost the transactions they were for, while messages of those are still queued.
 """
 
 import time
@@ -18,6 +19,8 @@ from workers.routes import Route
 
 # Redis and the worker hold a whole message in memory; large payloads make smaller bundles.
 _MOST_BYTES = 1_000_000
+# Where dovecote.envelope() puts it.
+_EVENT_ID = slice(len('{"specversion":"1.0","id":"'), len('{"specversion":"1.0","id":"') + 36)
 
 Item = TypeVar("Item")
 
@@ -36,6 +39,10 @@ class Bundler:
     def types(self) -> Set[str]:
         """The wire types that somebody wants."""
         return self._by_type.keys()
+
+    def routes_for(self, event_type: str) -> Sequence[Route]:
+        """Return those who want the type."""
+        return self._by_type.get(event_type, ())
 
     def bundles(self, rows: Iterable[Row]) -> list[QueuedBundle]:
         """Return the messages for these rows; a row nobody wants is in none."""
@@ -65,8 +72,9 @@ class Bundler:
         return [
             bundle(
                 self._by_handler[handler],
-                # The attempts are part of the identity: the next try is another message.
-                [number for one in part for number in (one.position, one.attempts)],
+                # The next try is another message, also while the last one is not acknowledged yet. Sent again after
+                # its lease, it is the same.
+                [number for one in part for number in (one.position, one.changed_at)],
                 [one.envelope.encode() for one in part],
                 retry=True,
                 replay=replay,
@@ -100,8 +108,9 @@ def bundle(
     retry: bool = False,
     replay: UUID | None = None,
 ) -> QueuedBundle:
-    """Return a message; the handler, these numbers and the replay are what its id follows from."""
+    """Return a message; the handler, these numbers, the events and the replay are what its id follows from."""
     digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=route.handler.encode()[:64])
+    digest.update(b"".join([envelope[_EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)
     id = ("r" if retry else "b") + digest.hexdigest()

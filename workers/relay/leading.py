@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import psycopg
 import structlog
 
-from workers import deliveries, replays
+from workers import deliveries, pauses, replays
 from workers.broker import PASSING, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.relay import missing, unrouted
 from workers.relay.ahead import ReadAhead
@@ -21,7 +21,7 @@ from workers.relay.replaying import Replayer
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
-from workers.telemetry import tracer
+from workers.telemetry import publishing
 from workers.telemetry.meters import RelayMeters
 
 log = structlog.get_logger()
@@ -53,7 +53,11 @@ def known_redis(run_id: str, epoch: int) -> str:
 
 
 class Leader:
-    """One leadership: one connection, one epoch."""
+    """One leadership: one session that holds the lock and reads, one epoch.
+
+    `records` is a second session, where batches are recorded while the next one is being read: on the first they would
+    take turns, and Postgres would do nothing half of the time (docs/adr/0019-two-sessions.md).
+    """
 
     def __init__(
         self,
@@ -68,8 +72,10 @@ class Leader:
         known_redis: str | None,
         maintain: Callable[[], None] | None = None,
         meters: RelayMeters | None = None,
+        records: Connection | None = None,
     ) -> None:
         self._connection = connection
+        self._records = records or connection
         self._reader = reader
         self._broker = broker
         self._routes = routes
@@ -123,6 +129,8 @@ class Leader:
         self.checkpoint = batch.checkpoint
         if "dovecote_deliveries" in heard:
             self._send_retries()
+        if pauses.CHANNEL in heard:
+            self._through_outages(self._take_back)
         if replays.CHANNEL in heard:
             self._replayer.look()
         if time.monotonic() >= self._next_tick:
@@ -141,11 +149,9 @@ class Leader:
     # Publishing ------------------------------------------------------------------------------
 
     def _publish(self, batch: Batch) -> None:
-        with tracer.start_as_current_span(
-            "relay.publish", attributes={"messaging.batch.message_count": len(batch.rows)}
-        ):
+        with publishing(batch.rows, self._bundler.routes_for):
             self._send(self._bundler.bundles(batch.rows))
-            recorded = self._connection.execute(
+            recorded = self._records.execute(
                 _RECORD,
                 {
                     "checkpoint": batch.checkpoint,
@@ -157,7 +163,7 @@ class Leader:
         self._require_ownership(recorded.rowcount)
         self._recorded_checkpoint = batch.checkpoint
         self._meters.published(len(batch.rows))
-        unrouted.note(self._connection, self._bundler.types, batch.rows)
+        unrouted.note(self._records, self._bundler.types, batch.rows)
 
     def _send(self, bundles: Sequence[QueuedBundle]) -> None:
         if bundles:
@@ -166,7 +172,7 @@ class Leader:
 
     def _record_checkpoint(self) -> None:
         if self.checkpoint > self._recorded_checkpoint:
-            recorded = self._connection.execute(_RECORD_CHECKPOINT, (self.checkpoint, self._epoch))
+            recorded = self._records.execute(_RECORD_CHECKPOINT, (self.checkpoint, self._epoch))
             self._require_ownership(recorded.rowcount)
             self._recorded_checkpoint = self.checkpoint
 
@@ -257,10 +263,20 @@ class Leader:
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
             self._through_outages(lambda: self._meters.reaped(self._broker.reap()))
+            self._through_outages(self._take_back)
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
                 self._maintain()
+
+    def _take_back(self) -> None:
+        """Give handlers that were resumed what was put aside for them, also what was just being put aside."""
+        aside = self._broker.holds_aside((route.queue, route.handler) for route in self._routes)
+        if aside:
+            paused = pauses.paused_handlers(self._connection)
+            for queue, handler in aside:
+                if handler not in paused:
+                    self._broker.take_back(queue, handler)
 
     def _send_retries(self) -> None:
         due = deliveries.lease_due(self._connection, self._settings.batch_size, self._settings.retry_lease_seconds)
@@ -280,6 +296,7 @@ class Leader:
         self._connection.execute("listen dovecote_outbox")
         self._connection.execute("listen dovecote_deliveries")
         self._connection.execute(f"listen {replays.CHANNEL}")
+        self._connection.execute(f"listen {pauses.CHANNEL}")
 
     def _stay_awake(self) -> None:
         if self._holds_bell:

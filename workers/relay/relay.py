@@ -149,7 +149,7 @@ class Relay:
             tcp_user_timeout=14_000,
             # What the relay records may be lost in a crash of Postgres: it then publishes again, and
             # consumers absorb it. The plan is guarded: positions are read by index, whatever the statistics say.
-            options="-c timezone=UTC -c synchronous_commit=off -c jit=off -c enable_seqscan=off"
+            options="-c timezone=UTC -c statement_timeout=0 -c synchronous_commit=off -c jit=off -c enable_seqscan=off"
             " -c enable_bitmapscan=off -c enable_sort=off"
             # Postgres, too, is to find out that our machine is gone: until then nobody else leads.
             " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=3 -c tcp_keepalives_count=3"
@@ -221,19 +221,21 @@ class Relay:
         if self._subscribe(connection, epoch, reader.frontier):
             known_redis = None  # as if Redis had lost it: what is published and not done is sent again
         log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
-        leader = Leader(
-            connection=connection,
-            reader=reader,
-            broker=self._broker,
-            routes=self._routes,
-            settings=self._settings.relay,
-            sleeper=self._sleeper,
-            epoch=epoch,
-            known_redis=known_redis,
-            maintain=self._maintainer.start,
-            meters=self._meters,
-        )
-        leader.lead()
+        with self._session() as records:
+            leader = Leader(
+                connection=connection,
+                reader=reader,
+                broker=self._broker,
+                routes=self._routes,
+                settings=self._settings.relay,
+                sleeper=self._sleeper,
+                epoch=epoch,
+                known_redis=known_redis,
+                maintain=self._maintainer.start,
+                records=records,
+                meters=self._meters,
+            )
+            leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
 
     def _subscribe(self, connection: Connection, epoch: int, since_position: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork, unit_of_work
@@ -193,6 +193,16 @@ def test_both_ends_of_a_relay_s_connection_notice_that_the_other_is_gone(system_
 
     assert theirs == [("5",), ("14000",)]
     assert ours == 14_000
+
+
+def test_a_statement_of_the_relay_may_take_long_whatever_the_database_allows_others(system_with: SystemWith) -> None:
+    system = system_with()
+    database = make_url(system.settings.database.url.get_secret_value()).database
+    with system.engine.begin() as connection:
+        connection.execute(text(f'alter database "{database}" set statement_timeout = 1000'))
+
+    with relay_for(system.settings, system.routes)._session() as relay:
+        assert relay.execute("show statement_timeout").fetchone() == ("0",)
 
 
 @pytest.fixture
@@ -430,6 +440,76 @@ def test_a_retry_that_was_lost_with_the_relay_is_sent_again_by_the_next(system_w
 
     with system.relay():
         eventually(lambda: queued_positions(system) == [1], 20, "the retry once more")
+
+
+@pytest.mark.parametrize("state", ["retrying", "waiting"])
+def test_a_relay_waits_for_no_worker_that_holds_a_delivery(system_with: SystemWith, state: str) -> None:
+    system = system_with(a_route(ordered=True), RELAY__RETRY_LEASE_SECONDS=3_600)
+    write_quotes(system, [1])
+    make_it_retry(system)
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event and its retry")
+    with system.engine.connect() as stuck:
+        # A worker in the middle of its handler, or frozen there.
+        stuck.execute(text("select from dovecote.deliveries for update"))
+        if state == "waiting":
+            stuck.rollback()
+            with system.engine.begin() as connection:
+                connection.execute(text("update dovecote.deliveries set state = 'waiting', next_attempt_at = null"))
+            stuck.execute(text("select from dovecote.deliveries for update"))
+        write_quotes(system, [2])
+
+        with system.relay():
+            eventually(lambda: queued_positions(system) == [1, 1, 2], 10, "another event, while the worker is stuck")
+            write_quotes(system, [3])
+            eventually(lambda: queued_positions(system) == [1, 1, 2, 3], 10, "one more, after a look for strays")
+
+
+def test_a_retry_let_go_on_before_its_last_message_is_acknowledged_is_sent_at_once(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=3_600)
+    write_quotes(system, [1])
+    make_it_retry(system)
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event and its retry")
+
+        # A worker that has it in hand parks it, and its predecessor lets it go on: all before the acknowledgement.
+        with system.engine.begin() as connection:
+            again = "update dovecote.deliveries set next_attempt_at = now(), updated_at = clock_timestamp()"
+            connection.execute(text(again))
+
+        eventually(lambda: queued_positions(system) == [1, 1, 1], 10, "another message for it")
+
+
+def test_a_retry_that_is_still_queued_after_its_lease_is_not_queued_again(system_with: SystemWith) -> None:
+    system = system_with(RELAY__RETRY_LEASE_SECONDS=1)
+    write_quotes(system, [1])
+    make_it_retry(system)
+
+    def leased_until() -> Any:
+        return one_value(system, "select leased_until from dovecote.deliveries")
+
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event and its retry")
+        first = leased_until()
+        eventually(lambda: leased_until() != first, 10, "another lease")
+    assert queued_positions(system) == [1, 1]
+
+
+def test_a_position_given_out_again_after_a_failover_is_another_message(system_with: SystemWith) -> None:
+    system = system_with()
+    write_quotes(system, [1])
+    with system.relay():
+        eventually(lambda: queued_positions(system) == [1], 10, "an event")
+    with system.engine.begin() as connection:
+        # The new server never heard of it.
+        for table in ("outbox", "published_batches"):
+            connection.execute(text(f"truncate dovecote.{table}"))
+        connection.execute(text("alter sequence dovecote.outbox_position restart"))
+        connection.execute(text("update dovecote.relay_state set checkpoint = 0"))
+
+    with system.relay():
+        write_quotes(system, [2])
+        eventually(lambda: queued_positions(system) == [1, 1], 10, "the event that has its position now")
 
 
 def test_the_loss_of_redis_cuts_no_backoff_short(system_with: SystemWith) -> None:

@@ -23,6 +23,7 @@ from tests.conftest import Servers, settings_for
 from tests.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support import eventually
 from tests.system import System, system_for
+from workers import operations
 from workers.gateways import Gateways
 from workers.operations import doctor, replays
 from workers.operations.replays import ReplayRefused, Request, WrongFilter
@@ -411,19 +412,16 @@ def test_a_replay_waits_while_its_handler_is_paused(system_with: SystemWith) -> 
     with system.running():
         write_quotes(system, range(20))
         system.until_quiet()
-        change(
-            system,
-            "insert into dovecote.paused_handlers (handler_name, sent_up_to, paused_by, reason)"
-            " values ('test.note', 20, 'tester', 'a test')",
-        )
+        operations.pause_handler(system.engine, system.routes, "test.note", actor="tester", reason="a test")
 
         id = replay(system)
         time.sleep(1.5)  # the relay has looked at it by now; there is nothing to be seen of what it does not do
         waiting = replays.shown(system.engine, id)
-        change(system, "delete from dovecote.paused_handlers")
+        sent = system.broker.holds_messages("test")
+        operations.resume_handler(system.engine, system.routes, "test.note", actor="tester")
         done = until_over(system, id)
 
-    assert (waiting.done, waiting.handler_is_paused) == (0, True)
+    assert (waiting.done, waiting.handler_is_paused, sent) == (0, True, False)
     assert (done.done, done.handler_is_paused) == (20, False)
 
 

@@ -154,6 +154,23 @@ def test_an_old_consumer_keeps_a_version_it_does_not_know_for_a_newer_one(
         eventually(lambda: noted(system) == [1], 30, "the effect, once the code is new")
 
 
+def test_a_consumer_keeps_what_is_for_a_handler_that_only_other_code_has(deploy: Deploy) -> None:
+    old, new = deploy(a_route("test.first")), deploy(a_route("test.first"), a_route("test.second"))
+
+    def failures() -> list[tuple[str, str, int, str]]:
+        with new.engine.connect() as connection:
+            query = "select handler_name, state, attempts, error_type from dovecote.deliveries"
+            return [tuple(row) for row in connection.execute(text(query))]
+
+    with new.relay():
+        with old.workers():
+            write_quotes(new, [1])
+            eventually(lambda: failures() == [("test.second", "retrying", 0, "UnknownHandler")], 30, "it is kept")
+        with new.workers():
+            eventually(lambda: len(effects_in(new.engine)) == 2, 30, "the effect, once the code is new")
+    assert failures() == []
+
+
 def one_number(system: System, query: str) -> int:
     with system.engine.connect() as connection:
         return int(connection.execute(text(query)).one()[1])

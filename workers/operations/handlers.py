@@ -1,0 +1,153 @@
+"""Pause a handler and let it go on. Its events are kept: put aside as they come, taken back in order."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+
+from domain.errors import DovecoteError
+from workers import pauses
+from workers.operations.audit import NoReason, record
+from workers.routes import Route
+
+
+class NoSuchHandler(DovecoteError):
+    """No route has that name."""
+
+    def __init__(self, handler: str, routes: Sequence[Route]) -> None:
+        super().__init__(f"there is no handler {handler!r}; there are {', '.join(sorted(r.handler for r in routes))}")
+        self.handler = handler
+
+
+class CannotPause(DovecoteError):
+    """The handler is paused already, or is not paused."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Who paused a handler, why, since when."""
+
+    by: str
+    reason: str
+    since: datetime
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A handler and its route."""
+
+    name: str
+    queue: str
+    event_types: list[str]
+    ordered: bool
+    bulk: bool
+    replayable: bool
+    attempts: int
+    time_limit_seconds: float
+    paused: Pause | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_PAUSED = text("select handler_name, paused_by, reason, paused_at from dovecote.paused_handlers")
+_PAUSE = text(
+    """
+    insert into dovecote.paused_handlers (handler_name, paused_by, reason) values (:handler, :actor, :reason)
+    on conflict do nothing
+    """
+)
+_RESUME = text("delete from dovecote.paused_handlers where handler_name = :handler")
+_TELL_RELAY = text(f"select pg_notify('{pauses.CHANNEL}', ''), pg_notify('dovecote_deliveries', '')")
+
+
+def paused(connection: Connection) -> dict[str, Pause]:
+    """Return the handlers that are paused, by name; also one that no route has any more."""
+    return {row.handler_name: Pause(row.paused_by, row.reason, row.paused_at) for row in connection.execute(_PAUSED)}
+
+
+def handlers(engine: Engine, routes: Sequence[Route]) -> list[Handler]:
+    """Return every handler, in the order of the routes."""
+    with engine.connect() as connection:
+        pauses_of = paused(connection)
+    return [
+        Handler(
+            name=route.handler,
+            queue=route.queue,
+            event_types=route.event_types,
+            ordered=route.ordered,
+            bulk=route.bulk,
+            replayable=route.replayable,
+            attempts=route.attempts,
+            time_limit_seconds=route.time_limit_seconds,
+            paused=pauses_of.get(route.handler),
+        )
+        for route in routes
+    ]
+
+
+def pause(
+    engine: Engine, routes: Sequence[Route], handler: str, *, actor: str, reason: str, dry_run: bool = False
+) -> Handler:
+    """Let a handler act on nothing more; what it is acting on now, it finishes.
+
+    Its events wait in order, its retries keep their schedule and are due when it is resumed; replays of it stand still.
+    Errors: NoSuchHandler; NoReason; CannotPause when it is paused already.
+    """
+    if not reason.strip():
+        raise NoReason("a pause needs a reason: whoever finds the handler standing still has to know why")
+    return _change(engine, routes, handler, "pause", actor, reason, dry_run)
+
+
+def resume(
+    engine: Engine,
+    routes: Sequence[Route],
+    handler: str,
+    *,
+    actor: str,
+    reason: str | None = None,
+    dry_run: bool = False,
+) -> Handler:
+    """Let a paused handler go on, with what it has missed first.
+
+    Errors: NoSuchHandler; CannotPause when it is not paused.
+    """
+    return _change(engine, routes, handler, "resume", actor, reason, dry_run)
+
+
+def _change(
+    engine: Engine,
+    routes: Sequence[Route],
+    name: str,
+    verb: str,
+    actor: str,
+    reason: str | None,
+    dry_run: bool,
+) -> Handler:
+    before = next((one for one in handlers(engine, routes) if one.name == name), None)
+    if before is None:
+        raise NoSuchHandler(name, routes)
+    if (before.paused is not None) == (verb == "pause"):
+        raise CannotPause(_nothing_to_do(before))
+    if dry_run:
+        return before
+    with engine.begin() as connection:
+        statement = _PAUSE if verb == "pause" else _RESUME
+        changed = connection.execute(statement, {"handler": name, "actor": actor, "reason": reason}).rowcount
+        if not changed:
+            raise CannotPause(f"somebody else did it at this moment: {verb} {name}; look at `dovecote handlers list`")
+        details = {"handler": name, **({"paused_by": before.paused.by} if before.paused else {})}
+        record(connection, actor=actor, action=f"handlers.{verb}", reason=reason, details=details)
+        connection.execute(_TELL_RELAY)
+    return next(one for one in handlers(engine, routes) if one.name == name)
+
+
+def _nothing_to_do(handler: Handler) -> str:
+    if handler.paused is None:
+        return f"{handler.name} is not paused"
+    return (
+        f"{handler.name} is paused already, by {handler.paused.by} since {handler.paused.since:%F %T %Z}: "
+        f"{handler.paused.reason}"
+    )
