@@ -1,4 +1,4 @@
-"""One process of a system whose handler can be counted: `relay` or `consumers`. Tests kill it."""
+"""One process of a system whose handler can be counted and held: `relay` or `consumers`. Tests kill it."""
 
 import signal
 import sys
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import dramatiq
+from sqlalchemy import text
 
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork
@@ -17,22 +18,24 @@ from workers.bootstrap import relay_for
 from workers.children import die_with_parent
 from workers.gateways import Gateways
 
+#: The price of an event that is acted on while a test lets go of the advisory lock of that number.
+HELD = 4_711
+
 
 def note(event: PriceQuoted, uow: UnitOfWork, _gateways: Gateways) -> None:
     note_as("test.note", event, uow)
+    if event.price == HELD:
+        uow.session.execute(text(f"select pg_advisory_xact_lock({HELD})"))
     time.sleep(0.0005)  # so that a kill finds it at work
 
 
 ROUTE = a_route(act=note, ordered=True, replayable=True, bundle_size=50)
 
 
-def main(part: str, database_url: str, redis_url: str, namespace: str, home: str) -> None:
+def main(part: str, database_url: str, redis_url: str, namespace: str, home: str, *more: str) -> None:
+    """`more` are settings, NAME=VALUE; what is not among them is as in production."""
     die_with_parent(signal.SIGKILL)
-    variables = {
-        "DOVECOTE_REDIS__NAMESPACE": namespace,
-        "DOVECOTE_CONSUMERS__HEARTBEAT_TIMEOUT_MS": "1000",
-        "DOVECOTE_RELAY__STANDBY_SECONDS": "0.1",
-    }
+    variables = {"DOVECOTE_REDIS__NAMESPACE": namespace, **dict(word.split("=", 1) for word in more)}
     settings = settings_for(database_url, redis_url, Path(home), **variables)
     if part == "relay":
         relay_for(settings, (ROUTE,)).run()

@@ -23,6 +23,7 @@ from tests.support import a_place_for_servers
 from workers.embedded import servers
 
 ROOT = Path(__file__).parents[2]
+# For each module or test that is run.
 _MOST_SECONDS = 400
 
 
@@ -100,6 +101,7 @@ def break_it(tree: Path, mutant: Mutant) -> None:
 
 def first_failure(tree: Path, tests: Sequence[str], environment: Mapping[str, str]) -> str:
     """Run tests until one fails, and name it; nothing if all pass."""
+    most_seconds = _MOST_SECONDS * len(tests)
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider", "-o", "timeout=60"]
     try:
         done = subprocess.run(
@@ -108,11 +110,11 @@ def first_failure(tree: Path, tests: Sequence[str], environment: Mapping[str, st
             env={**environment, "PYTHONPATH": str(tree)},
             capture_output=True,
             text=True,
-            timeout=_MOST_SECONDS,
+            timeout=most_seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"nothing came to an end within {_MOST_SECONDS} s"
+        return f"nothing came to an end within {most_seconds} s"
     if done.returncode == 0:
         return ""
     failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED ")]

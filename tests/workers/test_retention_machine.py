@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import Engine, text
 
 from tests.past import an_old_id, fail, process, publish_all, subscribe, suffix, write_old
+from tests.profiles import examples
 from workers import archive
 from workers.operations import retention
 
@@ -223,7 +224,7 @@ def test_nothing_owed_is_dropped_and_nothing_else_is_kept(engine: Engine) -> Non
     run_state_machine_as_test(
         WeeksHere,
         settings=settings(
-            max_examples=25,
+            max_examples=examples(25, 200),
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -24,6 +24,7 @@ from sqlalchemy import text
 from domain.database import connect, sessions_for
 from domain.unit_of_work import unit_of_work
 from tests.conftest import Servers, settings_for
+from tests.profiles import examples
 from tests.quotes import a_quote
 from workers.bootstrap import relay_for
 from workers.relay import reading
@@ -560,7 +561,10 @@ def test_no_order_of_begins_writes_rollbacks_commits_and_crashes_loses_an_event(
     run_state_machine_as_test(
         Machine,
         settings=hypothesis_settings(
-            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=examples(60, 1_000),
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )
 

@@ -25,6 +25,7 @@ from sqlalchemy import text
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork
 from tests.effects import a_route, write_quotes
+from tests.profiles import examples
 from tests.system import System, system_for
 from workers import deliveries
 from workers.envelope import read_envelope
@@ -339,7 +340,7 @@ def test_replays_hold_their_promises_whatever_happens(settings: Settings, ordere
 
 
 _few = hypothesis_settings(
-    max_examples=15,
+    max_examples=examples(15, 150),
     stateful_step_count=40,
     deadline=None,
     # Every step is a look into two servers.
