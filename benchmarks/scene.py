@@ -5,6 +5,7 @@ What is timed ends with a timestamp that Postgres took, so that watching it cost
 """
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,7 +71,8 @@ class Scene:
             popen = subprocess.Popen(
                 [sys.executable, "-m", *words],
                 cwd=_ROOT,
-                env={**self.environment, **more},
+                # Metrics on, as in production.
+                env={**self.environment, "DOVECOTE_TELEMETRY__HTTP_PORT": str(_free_port()), **more},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 preexec_fn=dying_with_us(signal.SIGTERM),
@@ -173,3 +175,10 @@ class Scene:
     @property
     def _heartbeats(self) -> str:
         return f"{self.namespace}:__heartbeats__"
+
+
+def _free_port() -> int:
+    with socket.socket() as keeper:
+        keeper.bind(("127.0.0.1", 0))
+        port: int = keeper.getsockname()[1]
+    return port
