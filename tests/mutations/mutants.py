@@ -382,7 +382,7 @@ MUTANTS = (
     Mutant(
         "strays wait for ever",
         "workers/relay/leading.py",
-        "                deliveries.release_strays(self._connection, route)\n",
+        "            deliveries.release_strays(self._connection, route)\n",
         "                pass\n",
         RELAY,
     ),

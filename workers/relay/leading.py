@@ -131,7 +131,7 @@ class Leader:
             self._send_retries()
         if pauses.CHANNEL in heard:
             self._through_outages(self._take_back)
-        if replays.CHANNEL in heard:
+        if heard & {replays.CHANNEL, pauses.CHANNEL}:
             self._replayer.look()
         if time.monotonic() >= self._next_tick:
             self._tick()
@@ -256,9 +256,8 @@ class Leader:
         self._next_tick = now + _TICK_SECONDS
         self._meters.alive("leading")
         self._through_outages(self._check_redis)
-        for route in self._routes:
-            if route.ordered:
-                deliveries.release_strays(self._connection, route)
+        for route in deliveries.with_waiting(self._connection, self._routes):
+            deliveries.release_strays(self._connection, route)
         self._send_retries()
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS

@@ -29,6 +29,8 @@ from workers.routes import Route
 log = structlog.get_logger()
 
 _LOOK_SECONDS = 0.5
+# While none is active: whoever starts one rings.
+_IDLE_LOOK_SECONDS = 5.0
 # A wave should take no longer than this, for the live events behind it; it may when one event takes longer.
 _WAVE_SECONDS = 0.25
 _MOST_EVENTS = 2_000
@@ -156,7 +158,7 @@ class Replayer:
         self._next_look = 0.0
 
     def look(self) -> None:
-        """Ask at the next step which replays are active: one has begun, or ended."""
+        """Ask at the next step which replays are active: one has begun or ended, or its handler was resumed."""
         self._next_look = 0.0
 
     def forget_waves(self) -> None:
@@ -168,7 +170,7 @@ class Replayer:
         """Do what is due now: at most one wave for each active replay."""
         if time.monotonic() >= self._next_look:
             self._look_for_replays()
-            self._next_look = time.monotonic() + _LOOK_SECONDS
+            self._next_look = time.monotonic() + (_LOOK_SECONDS if self._runs else _IDLE_LOOK_SECONDS)
         for run in list(self._runs.values()):
             if time.monotonic() >= run.next_at:
                 if run.wave is None:
