@@ -4,11 +4,11 @@ One module a subject; a verb takes an engine, returns a dataclass with `as_json`
 """
 
 from workers.operations.aggregates import Blocked, BlockedPage, blocked_aggregates
-from workers.operations.audit import AuditEntry, AuditPage, NoReason, audit, record, whoever
+from workers.operations.asking import BadCursor, NoActor, NoReason, WrongRequest
+from workers.operations.audit import AuditEntry, AuditPage, audit, record, whoever
 from workers.operations.counting import Counted, count_everything
 from workers.operations.events import EventFilter, EventLife, EventPage, NoSuchEvent, event, events
 from workers.operations.failures import (
-    BadCursor,
     Failure,
     FailurePage,
     Filter,
@@ -47,6 +47,7 @@ __all__ = [
     "Groups",
     "HandlerStatus",
     "Maintenance",
+    "NoActor",
     "NoReason",
     "NoSuchEvent",
     "NotThere",
@@ -56,6 +57,7 @@ __all__ = [
     "Status",
     "Story",
     "UnroutedType",
+    "WrongRequest",
     "audit",
     "blocked_aggregates",
     "count_everything",

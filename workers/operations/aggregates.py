@@ -8,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import Engine, text
 
-from workers.operations.failures import BadCursor
+from workers.operations.asking import BadCursor, WrongRequest, require_handler
 from workers.operations.reading import snapshot
 from workers.routes import Route
 
@@ -94,8 +94,9 @@ def blocked_aggregates(
 ) -> BlockedPage:
     """Return aggregates with events that wait. `after` is a page's `after`: <handler>/<type>/<id>.
 
-    Errors: BadCursor.
+    Errors: BadCursor; WrongRequest for a handler that is not there, or that keeps no order.
     """
+    require_handler(handler, routes)
     parts = after.split("/", 2) if after else ["", "", ""]
     if len(parts) != 3:
         raise BadCursor(
@@ -103,6 +104,8 @@ def blocked_aggregates(
         )
     found: list[Blocked] = []
     ordered = sorted((route for route in routes if route.ordered), key=lambda route: route.handler)
+    if handler is not None and handler not in {route.handler for route in ordered}:
+        raise WrongRequest(f"{handler} keeps no order, so nothing of it waits: see `dovecote deliveries list`")
     with snapshot(engine) as connection:
         for route in ordered:
             if route.handler < parts[0] or handler not in (None, route.handler) or len(found) > limit:

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine, text
 
 from domain.errors import DovecoteError
 from workers.masking import masked
+from workers.operations.asking import WrongRequest, require_aggregate_type, require_range
 from workers.operations.reading import snapshot
 from workers.operations.retention import require_present
 from workers.routes import Route
@@ -167,8 +168,13 @@ def events(
 ) -> EventPage:
     """Return events, newest first: those older than `before`, or the next ones newer than `after`.
 
-    Errors: Archived when the range has been dropped; NoSuchEvent for a cursor of one aggregate that is no event.
+    Errors: WrongRequest; Archived when the range has been dropped; NoSuchEvent for a cursor of one aggregate that is
+    no event.
     """
+    require_range(wanted.since, wanted.until)
+    require_aggregate_type(wanted.aggregate_type, wanted.aggregate_id)
+    if before and after:
+        raise WrongRequest("a page goes either --before or --after one event")
     forward = after is not None
     with snapshot(engine) as connection:
         if wanted.since or wanted.until:
