@@ -47,7 +47,7 @@ def print_table(table: Table, if_empty: str) -> None:
     for column in whole:
         column.no_wrap = True
         width += 1 + max(cell_len(str(cell)) for cell in (column.header, *column.cells))
-    out.print(table, width=max(out.width, width), crop=False)
+    Console(highlight=False, width=max(out.width, width)).print(table)
 
 
 def print_json(value: object, *, flush: bool = False) -> None:

@@ -131,8 +131,8 @@ MATCHES = """
     and (cast(:event_id as uuid) is null or d.event_id = :event_id)
     and (cast(:since as timestamptz) is null or d.updated_at >= :since)
 """
-# Every handler with deliveries, from the index alone.
-_HANDLERS = """
+# Every handler with deliveries, or the one that is asked for, from the index alone.
+HANDLERS = """
     with recursive h (name) as (
         (select handler_name from dovecote.deliveries order by handler_name limit 1)
         union all
@@ -146,7 +146,7 @@ _STATES = "unnest(cast(:states as text[]))"
 # One walk for each handler and state, by the index that ends with the position.
 _LIST = text(
     f"""
-    select d.* from ({_HANDLERS}) h cross join {_STATES} as s (name)
+    select d.* from ({HANDLERS}) h cross join {_STATES} as s (name)
     cross join lateral (
         select {ROW} from dovecote.deliveries d
         where d.handler_name = h.name and d.state = s.name
@@ -178,7 +178,7 @@ _OF_KIND = """
 _GROUPS = text(
     f"""
     with recursive wanted as (
-        select h.name as handler, s.name as state from ({_HANDLERS}) h cross join {_STATES} as s (name)
+        select h.name as handler, s.name as state from ({HANDLERS}) h cross join {_STATES} as s (name)
     ), kinds (handler, state, fingerprint) as (
         select w.handler, w.state, f.* from wanted w cross join lateral (
             select error_fingerprint from dovecote.deliveries
