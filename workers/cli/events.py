@@ -121,7 +121,7 @@ def _show_life(life: EventLife) -> None:
             f"{one.next_attempt_at:%F %T}" if one.next_attempt_at else "",
             one.replay_id,
             one.trace_id,
-            one.error.rstrip().splitlines()[-1] if one.error else "",
+            one.summary,
         )
     print_table(table, "nobody wants it")
 

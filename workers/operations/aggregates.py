@@ -9,6 +9,7 @@ from uuid import UUID
 from sqlalchemy import Engine, text
 
 from workers.operations.asking import BadCursor, WrongRequest, require_handler
+from workers.operations.failures import NAMED
 from workers.operations.reading import snapshot
 from workers.routes import Route
 
@@ -52,7 +53,7 @@ class BlockedPage:
 
 # From one aggregate to the next by the index of waiting events, however many wait behind each.
 _BLOCKED = text(
-    """
+    f"""
     with recursive stuck (type, id, position, since, n) as (
         (select aggregate_type, aggregate_id, position, first_failed_at, 1 from dovecote.deliveries
          where state = 'waiting' and handler_name = :handler
@@ -69,7 +70,7 @@ _BLOCKED = text(
            coalesce(d.event_type, (select event_type from dovecote.outbox where id = b.event_id)) as event_type,
            case when b.event_id is null then 'free' else coalesce(d.state, 'under way') end as state,
            d.error_type, d.error_fingerprint as fingerprint,
-           right(regexp_replace(rtrim(d.error, E'\\n'), '^.*\\n', ''), 300) as error,
+           {NAMED} as error,
            few.count as waiting, few.count = :most as at_least, coalesce(d.first_failed_at, s.since) as since
     from stuck s
     cross join lateral (
@@ -80,7 +81,7 @@ _BLOCKED = text(
             where w.state = 'waiting' and w.handler_name = :handler and w.aggregate_type = s.type
               and w.aggregate_id = s.id limit :most) f) few
     order by s.type, s.id
-    """
+    """  # noqa: S608 - put together from constants
 )
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, text
 from domain.errors import DovecoteError
 from workers.masking import masked
 from workers.operations.asking import WrongRequest, require_aggregate_type, require_range
+from workers.operations.failures import NAMED
 from workers.operations.reading import snapshot
 from workers.operations.retention import require_present
 from workers.routes import Route
@@ -73,7 +74,10 @@ class EventPage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one handler did with one event: processed, retrying, waiting, dead, discarded, or pending."""
+    """What one handler did with one event: processed, retrying, waiting, dead, discarded, or pending.
+
+    summary  the line of the traceback `error` that names it
+    """
 
     handler: str
     state: str
@@ -83,6 +87,7 @@ class Outcome:
     next_attempt_at: datetime | None = None
     error_type: str | None = None
     error: str | None = None
+    summary: str | None = None
     trace_id: str | None = None
 
 
@@ -150,10 +155,10 @@ _ACTS = text(
     """
 )
 _TROUBLE = text(
-    """
-    select d.* from unnest(cast(:handlers as text[])) as h (name)
+    f"""
+    select d.*, {NAMED} as summary from unnest(cast(:handlers as text[])) as h (name)
     join dovecote.deliveries d on d.handler_name = h.name and d.event_id = :id
-    """
+    """  # noqa: S608
 )
 
 
@@ -276,6 +281,7 @@ def event(engine: Engine, routes: Sequence[Route], event_id: UUID) -> EventLife:
                 next_attempt_at=one.next_attempt_at,
                 error_type=one.error_type,
                 error=one.error,
+                summary=one.summary,
                 trace_id=one.trace_id,
             )
             for one in trouble
