@@ -43,6 +43,40 @@ def downgrade(url: str, revision: str) -> None:
     _with_connection(url, lambda config: command.downgrade(config, revision))
 
 
+def steps(url: str, revision: str = "head") -> list[str]:
+    """Return the revisions that `upgrade` would apply, in its order. Errors: SchemaError for an unknown revision."""
+    every = revisions()
+    until = len(every) if revision == "head" else every.index(_known(revision)) + 1
+    return [one for one in pending_for(_applied(url)) if one in every[:until]]
+
+
+def steps_back(url: str, revision: str) -> list[str]:
+    """Return the revisions that `downgrade` would take back, in its order. Errors: SchemaError for an unknown one."""
+    every, applied = revisions(), _applied(url)
+    there = every[: every.index(applied) + 1] if applied in every else []
+    kept = [] if revision == "base" else every[: every.index(_known(revision)) + 1]
+    return [one for one in there[::-1] if one not in kept]
+
+
+def _known(revision: str) -> str:
+    if revision not in revisions():
+        raise SchemaError(
+            f"the schema cannot be migrated: there is no revision {revision}; the last is {revisions()[-1]}"
+        )
+    return revision
+
+
+def _applied(url: str) -> str | None:
+    """Return the revision that is applied, None before the first."""
+    engine = connect(url, application_name="dovecote migrate")
+    try:
+        with engine.connect() as connection:
+            heads = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA}).get_current_heads()
+        return heads[-1] if heads else None
+    finally:
+        engine.dispose()
+
+
 def pending(connection: Connection) -> list[str]:
     """Return the revisions that are not applied yet, oldest first; empty when the schema is up to date."""
     applied = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA}).get_current_heads()

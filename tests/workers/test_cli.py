@@ -25,6 +25,7 @@ from tests.support import a_place_for_servers, are_there
 from tests.system import system_for
 from workers.cli import app
 from workers.routes import ROUTES
+from workers.schema import revisions
 from workers.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -286,6 +287,18 @@ def test_a_command_line_that_makes_no_sense_is_exit_code_2(tmp_path: Path, comma
     assert "Traceback" not in done.stderr
 
 
+def test_bytes_that_are_no_text_are_refused_in_words(tmp_path: Path) -> None:
+    done = dovecote(tmp_path, "events", "list", "--type", os.fsdecode(b"\xff"), DATABASE_URL=NOBODY)
+
+    assert_one_sentence(done, 2, "'?' is not UTF-8")
+
+
+def test_an_age_longer_than_time_is_no_moment(tmp_path: Path) -> None:
+    done = dovecote(tmp_path, "events", "list", "--since", "999999999999w", DATABASE_URL=NOBODY)
+
+    assert (done.returncode, "is no moment" in done.stderr) == (2, True)
+
+
 def test_a_reader_that_stops_reading_is_no_error_of_ours(tmp_path: Path) -> None:
     reads, writes = os.pipe()
     os.close(reads)
@@ -365,11 +378,15 @@ def test_a_demonstration_without_consumers_says_what_is_lost_and_fails(settings:
 
 
 @pytest.mark.servers
-def test_migrating_twice_changes_nothing(tmp_path: Path, empty_database_url: str) -> None:
+def test_migrating_can_be_tried_first_and_twice_changes_nothing(tmp_path: Path, empty_database_url: str) -> None:
+    rehearsal = dovecote(tmp_path, "migrate", "--dry-run", "--json", DATABASE_URL=empty_database_url)
     first = dovecote(tmp_path, "migrate", DATABASE_URL=empty_database_url)
     again = dovecote(tmp_path, "migrate", DATABASE_URL=empty_database_url)
 
+    assert json.loads(rehearsal.stdout) == {"dry_run": True, "revisions": revisions()}
     assert (first.returncode, first.stdout) == (0, "the schema is up to date\n")
     assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
     with psycopg.connect(empty_database_url) as connection:
         assert connection.execute("select count(*) from dovecote.outbox").fetchone() == (0,)
+    back = dovecote(tmp_path, "migrate", "--down-to", revisions()[-3], "--dry-run", DATABASE_URL=empty_database_url)
+    assert back.stdout == f"would be taken back: {', '.join(revisions()[:-3:-1])}; nothing was changed\n"

@@ -1,7 +1,12 @@
 """The commands about failures, as people and scripts meet them."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,9 @@ import pytest
 from sqlalchemy import Engine, text
 
 from domain.database import connect
-from tests.workers.test_cli import assert_one_sentence, dovecote
+from tests.workers.test_cli import assert_one_sentence, dovecote, environment
+from workers import operations
+from workers.operations import Filter
 
 pytestmark = pytest.mark.servers
 
@@ -77,8 +84,56 @@ def test_people_read_the_same_in_tables(run: Any) -> None:
         (["deliveries", "retry", "--all-matching", "--state", "waiting"], 1, "no retry of waiting"),
         (["deliveries", "discard", "--all-matching", "--reason", " "], 2, "needs a reason"),
         (["deliveries", "list", "--rows", "--before", "x"], 2, "--before takes"),
+        (["deliveries", "list", "--rows", "--before", "\u00b2"], 2, "--before takes"),
+        (["deliveries", "list", "--handler", "pricing.apply_quote"], 2, "there is no handler 'pricing.apply_quote'"),
+        (["deliveries", "retry", "--all-matching", "--handler", "nobody"], 2, "there is no handler 'nobody'"),
+        (["deliveries", "retry", "--all-matching", "--as", ""], 2, "who does this?"),
         (["aggregates", "blocked", "--after", "x"], 2, "--after takes"),
+        (["aggregates", "blocked", "--handler", "nobody"], 2, "there is no handler 'nobody'"),
+        (["aggregates", "blocked", "--handler", HANDLER], 2, "keeps no order"),
+        (["events", "list", "--aggregate-id", "EUR"], 2, "needs its type too"),
+        (["events", "list", "--until", "0026-11-20"], 2, "a year has four digits"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(run: Any, command: list[str], code: int, says: str) -> None:
     assert_one_sentence(run(*command), code, says)
+
+
+def test_what_waits_is_a_kind_of_its_own_and_no_more_kinds_are_shown_than_asked_for(
+    run: Any, own_engine: Engine
+) -> None:
+    with own_engine.begin() as connection:
+        connection.execute(
+            text(
+                "update dovecote.deliveries set state = 'waiting', error_fingerprint = null, error = null"
+                " where position <= 3"
+            )
+        )
+
+    (waiting,) = json.loads(run("deliveries", "list", "--state", "waiting", "--json").stdout)["groups"]
+    dead = run("deliveries", "list", "--limit", "1").stdout
+
+    assert (waiting["fingerprint"], waiting["count"], waiting["error"]) == (None, 3, None)
+    assert len(dead.splitlines()) == 3
+    assert "more kinds than these 1" in dead
+
+
+def test_a_narrow_terminal_cuts_no_id(own_engine: Engine, fresh_database_url: str, tmp_path: Path) -> None:
+    event_id = operations.failures(own_engine, Filter(), limit=1).deliveries[0].event_id
+    variables = {"DATABASE_URL": fresh_database_url, "COLUMNS": "40", "TERM": "xterm"}
+    ours, theirs = pty.openpty()
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "workers", "deliveries", "list", "--rows"],
+        env=environment(tmp_path, variables),
+        stdout=theirs,
+    ) as listing:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):
+            while read := os.read(ours, 10_000):
+                shown += read
+        os.close(ours)
+
+    assert listing.returncode == 0
+    assert str(event_id) in shown.decode()

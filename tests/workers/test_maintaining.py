@@ -15,6 +15,7 @@ from tests.past import an_old_id, fail, process, publish_all, subscribe, suffix,
 from tests.support import eventually
 from tests.system import system_for
 from workers.cli import app
+from workers.operations import WrongRequest
 
 pytestmark = pytest.mark.servers
 
@@ -30,9 +31,12 @@ def engine(fresh_database_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def run(fresh_database_url: str, tmp_path: Path) -> Run:
-    def run(*words: str) -> Result:
+    def run(*words: str, catch_exceptions: bool = True) -> Result:
         return CliRunner().invoke(
-            app, words, env={"DATABASE_URL": fresh_database_url, "DOVECOTE_HOME": str(tmp_path), "COLUMNS": "200"}
+            app,
+            words,
+            env={"DATABASE_URL": fresh_database_url, "DOVECOTE_HOME": str(tmp_path), "COLUMNS": "200"},
+            catch_exceptions=catch_exceptions,
         )
 
     return run
@@ -101,9 +105,13 @@ def test_a_handler_without_a_route_is_named_and_can_be_forgotten(engine: Engine,
     assert result.exit_code == 1
     assert "--forget-handler test.gone" in result.stdout
 
+    assert (
+        "1 subscriptions of test.gone would end" in run("maintain", "--forget-handler", "test.gone", "--dry-run").stdout
+    )
     assert run("maintain", "--keep-weeks", "2", "--forget-handler", "test.gone").exit_code == 0
-    assert run("maintain", "--forget-handler", "test.gone").exit_code == 2
-    assert run("maintain", "--forget-handler", "pricing.apply_quotes").exit_code == 2
+    for handler, refusal in (("test.gone", "has subscriptions"), ("pricing.apply_quotes", "has a route")):
+        with pytest.raises(WrongRequest, match=refusal):
+            run("maintain", "--forget-handler", handler, catch_exceptions=False)
 
 
 def test_partitions_for_people_and_machines(engine: Engine, run: Run) -> None:
@@ -114,7 +122,7 @@ def test_partitions_for_people_and_machines(engine: Engine, run: Run) -> None:
     found = told(run("partitions", "--keep-weeks", "2", "--json"))
 
     assert result.exit_code == 0
-    assert "nothing: may go" in result.stdout
+    assert "nothing at a glance" in result.stdout
     assert "1 dead for pricing.apply_quotes" in result.stdout
     assert "partitions reach 4 weeks beyond this one" in result.stdout
     assert found["headroom_weeks"] == 4

@@ -18,7 +18,7 @@ from tests.effects import a_route, effects_in, make_room_for_effects, note_as, w
 from tests.support import eventually
 from tests.system import System, system_for
 from workers import cli, operations
-from workers.operations import CannotPause, NoReason, NoSuchHandler
+from workers.operations import CannotPause, NoReason, WrongRequest
 from workers.routes import ROUTES, Route
 
 pytestmark = pytest.mark.servers
@@ -145,7 +145,7 @@ def test_pausing_is_audited_needs_a_reason_and_can_be_tried_dry(system_with: Sys
 
     with pytest.raises(NoReason):
         operations.pause_handler(system.engine, system.routes, "test.note", actor="tester", reason=" ")
-    with pytest.raises(NoSuchHandler, match=r"no handler 'test\.nope'; there are test\.note"):
+    with pytest.raises(WrongRequest, match=r"no handler 'test\.nope'; there are test\.note"):
         pause(system, "test.nope")
     with pytest.raises(CannotPause, match="is not paused"):
         resume(system)

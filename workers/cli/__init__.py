@@ -4,6 +4,7 @@ Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 the com
 """
 
 import os
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -35,7 +36,12 @@ from workers.outages import passes
 from workers.settings import SettingsError
 from workers.supervisor import CannotRun, ProcfileError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A transactional outbox.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A transactional outbox.",
+    epilog="Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 command or setting is wrong.",
+)
 for commands in (
     running,
     status,
@@ -55,9 +61,12 @@ for commands in (
 
 def main() -> None:
     """Run the command; an error becomes one sentence, never a traceback."""
+    for word in sys.argv:
+        if word != (legible := word.encode(errors="replace").decode()):
+            refuse(f"{legible!r} is not UTF-8")
     try:
         app(prog_name=os.environ.get("DOVECOTE_COMMAND", "dovecote"))
-    except (SettingsError, operations.BadCursor, operations.NoReason, operations.NoSuchHandler) as error:
+    except (SettingsError, operations.WrongRequest) as error:
         refuse(str(error))
     except (DovecoteError, HomeError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:
         fail(str(error))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from workers import operations
 from workers.bootstrap import engine_during
-from workers.cli.options import Limit, identifier, moment
+from workers.cli.options import Limit, Since, identifier
 from workers.cli.output import AsJson, add_row, print_json, print_table, say
 from workers.settings import load_settings
 
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 def audit(
     action: Annotated[str | None, typer.Option(help="Only this: deliveries.retry, or all of deliveries.")] = None,
     actor: Annotated[str | None, typer.Option("--by", help="Only what this name or login did.")] = None,
-    since: Annotated[str | None, typer.Option(help="ISO 8601, or an age such as 15m, 2h, 3d.")] = None,
+    since: Since = None,
     limit: Limit = 50,
     before: Annotated[str | None, typer.Option(help="Go on where a page ended.")] = None,
     as_json: AsJson = False,
@@ -33,9 +33,7 @@ def audit(
     """
     cursor: UUID | None = identifier(before) if before else None
     with engine_during(load_settings(needs_redis=False)) as engine:
-        page = operations.audit(
-            engine, action=action, actor=actor, since=moment(since) if since else None, before=cursor, limit=limit
-        )
+        page = operations.audit(engine, action=action, actor=actor, since=since, before=cursor, limit=limit)
     if as_json:
         print_json(page.as_json())
         return

@@ -1,8 +1,8 @@
 """Commands about what did not go well: `deliveries` and `aggregates`."""
 
+from datetime import datetime
 from enum import Enum
 from typing import Annotated
-from uuid import UUID
 
 import typer
 from rich.table import Table
@@ -17,11 +17,12 @@ from workers.cli.options import (
     EventType,
     Handler,
     Limit,
+    Reason,
     complete_handler,
     identifier,
     moment,
 )
-from workers.cli.output import AsJson, add_row, out, print_json, print_table, say
+from workers.cli.output import AsJson, add_row, print_json, print_table, say
 from workers.operations import Change, Failure, Filter
 from workers.routes import ROUTES
 from workers.settings import load_settings
@@ -37,7 +38,13 @@ class State(Enum):
 StateOption = Annotated[State | None, typer.Option(help="Only deliveries of this state.")]
 Fingerprint = Annotated[str | None, typer.Option(help="Only failures of this kind, as `deliveries list` names it.")]
 ChangedSince = Annotated[
-    str | None, typer.Option("--since", help="Only what changed since: ISO 8601, or an age such as 15m, 2h, 3d.")
+    datetime | None,
+    typer.Option(
+        "--since",
+        help="Only what changed since: ISO 8601, UTC without a zone, or an age such as 15m, 2h, 3d.",
+        parser=moment,
+        metavar="MOMENT",
+    ),
 ]
 OneHandler = Annotated[str | None, typer.Argument(help="The handler of one delivery.", autocompletion=complete_handler)]
 OneEvent = Annotated[str | None, typer.Argument(help="The event of one delivery.")]
@@ -76,27 +83,32 @@ def list_(
     by_kind = not (rows or before or event_type or aggregate_type or aggregate_id or since)
     with engine_during(load_settings(needs_redis=False)) as engine:
         if by_kind:
-            groups = operations.failure_groups(engine, wanted)
+            groups = operations.failure_groups(engine, wanted, routes=ROUTES, limit=limit)
         else:
-            page = operations.failures(engine, wanted, limit=limit, before=before)
+            page = operations.failures(engine, wanted, routes=ROUTES, limit=limit, before=before)
     if as_json:
         print_json(groups.as_json() if by_kind else page.as_json())
     elif by_kind:
         _show_groups(groups)
+        if groups.more:
+            say(f"more kinds than these {limit}: --limit, --handler or --fingerprint")
     else:
         _show_rows(page.deliveries)
         if page.before:
             say(f"more: --before {page.before}")
 
 
-def show(handler: OneHandler, event_id: OneEvent, as_json: AsJson = False) -> None:
+def show(
+    handler: Annotated[str, typer.Argument(help="The handler.", autocompletion=complete_handler)],
+    event_id: Annotated[str, typer.Argument(help="The event.")],
+    as_json: AsJson = False,
+) -> None:
     """Show one delivery with its traceback, and what waits behind it.
 
     Example: dovecote deliveries show billing.write_history 019a...
     """
-    assert handler is not None, "typer asks for it"
     with engine_during(load_settings(needs_redis=False)) as engine:
-        story = operations.failure(engine, ROUTES, handler, identifier(event_id or ""))
+        story = operations.failure(engine, ROUTES, handler, identifier(event_id))
     if as_json:
         print_json(story.as_json())
         return
@@ -117,12 +129,13 @@ def show(handler: OneHandler, event_id: OneEvent, as_json: AsJson = False) -> No
     ):
         if value:
             add_row(table, name, value)
-    out.print(table)
+    print_table(table, "")
     if story.traceback:
         say("\n" + story.traceback)
 
 
 def retry(
+    actor: Actor,
     handler_name: OneHandler = None,
     event_id: OneEvent = None,
     all_matching: AllMatching = False,
@@ -133,8 +146,7 @@ def retry(
     aggregate_type: AggregateType = None,
     aggregate_id: AggregateId = None,
     since: ChangedSince = None,
-    reason: Annotated[str | None, typer.Option(help="Why, for the audit log.")] = None,
-    actor: Actor = None,
+    reason: Reason = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -147,12 +159,13 @@ def retry(
     filters = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     wanted = _wanted(handler_name, event_id, all_matching, filters)
     with engine_during(load_settings(needs_redis=False)) as engine:
-        change = operations.retry(engine, wanted, actor=actor or operations.whoever(), reason=reason, dry_run=dry_run)
+        change = operations.retry(engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=ROUTES)
     _tell(change, "sent again", as_json)
 
 
 def discard(
     reason: Annotated[str, typer.Option(help="Why, for the audit log.")],
+    actor: Actor,
     handler_name: OneHandler = None,
     event_id: OneEvent = None,
     all_matching: AllMatching = False,
@@ -163,7 +176,6 @@ def discard(
     aggregate_type: AggregateType = None,
     aggregate_id: AggregateId = None,
     since: ChangedSince = None,
-    actor: Actor = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -174,7 +186,7 @@ def discard(
     filters = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     wanted = _wanted(handler_name, event_id, all_matching, filters)
     with engine_during(load_settings(needs_redis=False)) as engine:
-        change = operations.discard(engine, wanted, actor=actor or operations.whoever(), reason=reason, dry_run=dry_run)
+        change = operations.discard(engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=ROUTES)
     _tell(change, "discarded", as_json)
 
 
@@ -217,7 +229,7 @@ def _filter(
     event_type: str | None,
     aggregate_type: str | None,
     aggregate_id: str | None,
-    since: str | None,
+    since: datetime | None,
 ) -> Filter:
     return Filter(
         handler=handler,
@@ -226,7 +238,7 @@ def _filter(
         event_type=event_type,
         aggregate_type=aggregate_type,
         aggregate_id=aggregate_id,
-        since=moment(since) if since else None,
+        since=since,
     )
 
 
@@ -237,14 +249,10 @@ def _wanted(handler: str | None, event_id: str | None, all_matching: bool, filte
             refuse(f"which event of {handler}? Give HANDLER EVENT_ID, or --all-matching --handler {handler}")
         if all_matching or filters != Filter():
             refuse("give either HANDLER EVENT_ID or filters, not both")
-        return Filter(handler=handler, event_id=_event(event_id))
+        return Filter(handler=handler, event_id=identifier(event_id))
     if not all_matching and filters.fingerprint is None:
         refuse("name one as HANDLER EVENT_ID, a kind by --fingerprint, or say --all-matching with filters or without")
     return filters
-
-
-def _event(event_id: str) -> UUID:
-    return identifier(event_id)
 
 
 def _tell(change: Change, done: str, as_json: bool) -> None:
@@ -263,7 +271,7 @@ def _tell(change: Change, done: str, as_json: bool) -> None:
 
 
 def _show_groups(groups: operations.Groups) -> None:
-    table = Table("count", "handler", "state", "kind", "error", "first", "last", "example", box=None, pad_edge=False)
+    table = Table("count", "handler", "state", "kind", "first", "last", "example", "error", box=None, pad_edge=False)
     for one in groups.groups:
         add_row(
             table,
@@ -271,10 +279,10 @@ def _show_groups(groups: operations.Groups) -> None:
             one.handler,
             one.state,
             one.fingerprint,
-            one.error or one.error_type,
             f"{one.first_at:%F %T}",
             f"{one.last_at:%F %T}",
-            str(one.example),
+            one.example,
+            one.error or one.error_type,
         )
     print_table(table, "nothing of that kind")
 

@@ -2,8 +2,9 @@
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from workers.cli.output import AsJson, out, print_json
+from workers.cli.output import AsJson, add_row, print_json, print_table
 from workers.operations import doctor as doctoring
 from workers.routes import ROUTES
 from workers.settings import load_settings
@@ -27,13 +28,9 @@ def doctor(as_json: AsJson = False) -> None:
         table = Table("", "check", "found", box=None, pad_edge=False)
         for finding in found.findings:
             colour = _COLOURS[finding.level]
-            table.add_row(f"[{colour}]{finding.level}[/]", finding.check, _plain(finding.found))
+            add_row(table, Text(finding.level, colour), finding.check, finding.found)
             if finding.advice:
-                table.add_row("", "", f"[{colour}]{_plain(finding.advice)}[/]")
-        out.print(table)
+                add_row(table, "", "", Text(finding.advice, colour))
+        print_table(table, "nothing was examined")
     if found.has_errors:
         raise typer.Exit(1)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -8,17 +8,14 @@ import typer
 from rich.table import Table
 
 from workers import operations
-from workers.bootstrap import engine_during, refuse
-from workers.cli.options import AggregateId, AggregateType, EventType, Limit, identifier, moment
+from workers.bootstrap import engine_during
+from workers.cli.options import AggregateId, AggregateType, EventType, Limit, Since, Until, identifier
 from workers.cli.output import AsJson, add_row, out, print_json, print_table, say, until_ctrl_c
 from workers.operations import EventFilter, EventLife
 from workers.routes import ROUTES
 from workers.settings import load_settings
 
 _TAIL_SECONDS = 0.2
-
-Since = Annotated[str | None, typer.Option("--since", help="From here on: ISO 8601, or an age such as 15m, 2h, 3d.")]
-Until = Annotated[str | None, typer.Option("--until", help="Before this: ISO 8601, or an age.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -46,16 +43,12 @@ def list_(
 
     Example: dovecote events list --type billing.payment_recorded.v1 --since 2h
     """
-    if aggregate_id is not None and aggregate_type is None:
-        refuse("--aggregate-id needs --aggregate-type")
-    if before and after:
-        refuse("give either --before or --after")
     wanted = EventFilter(
         event_type=event_type,
         aggregate_type=aggregate_type,
         aggregate_id=aggregate_id,
-        since=moment(since) if since else None,
-        until=moment(until) if until else None,
+        since=since,
+        until=until,
     )
     cursors = {"before": identifier(before) if before else None, "after": identifier(after) if after else None}
     with engine_during(load_settings(needs_redis=False)) as engine:
@@ -113,7 +106,7 @@ def _show_life(life: EventLife) -> None:
         ("headers", json.dumps(life.headers, ensure_ascii=False)),
     ):
         add_row(facts, name, value)
-    out.print(facts)
+    print_table(facts, "")
     out.print()
     table = Table(
         "handler", "state", "processed", "attempts", "next", "replay", "trace", "error", box=None, pad_edge=False
@@ -128,7 +121,7 @@ def _show_life(life: EventLife) -> None:
             f"{one.next_attempt_at:%F %T}" if one.next_attempt_at else "",
             one.replay_id,
             one.trace_id,
-            one.error.rstrip().splitlines()[-1] if one.error else "",
+            one.summary,
         )
     print_table(table, "nobody wants it")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from workers.cli.output import AsJson, out, print_json
+from workers.cli.output import AsJson, add_row, out, print_json, print_table
 from workers.settings import load_settings, options, shown
 
 
@@ -39,8 +39,8 @@ def show_settings(
     else:
         table = Table("variable", "default", "unit", "meaning", box=None, pad_edge=False)
         for option in options():
-            table.add_row(option["variable"], option["default"], option["unit"], option["meaning"])
-        out.print(table)
+            add_row(table, option["variable"], option["default"], option["unit"], option["meaning"])
+        print_table(table, "")
 
 
 def settings_table() -> str:

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from workers.bootstrap import engine_during, refuse
-from workers.cli.output import AsJson, out, print_json, say
-from workers.operations import retention, whoever
+from workers.bootstrap import engine_during
+from workers.cli.options import Actor, DryRun
+from workers.cli.output import AsJson, add_row, print_json, print_table, say
+from workers.operations import retention
 from workers.routes import ROUTES
 from workers.settings import load_settings
 
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def maintain(
+    actor: Actor,
     archive_dir: Annotated[
         Path | None, typer.Option(help="Archive each week here before it is dropped.", file_okay=False)
     ] = None,
@@ -30,7 +32,7 @@ def maintain(
     forget_handler: Annotated[
         str | None, typer.Option(help="First end the subscriptions of a handler that no route has any more.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Make partitions ahead; archive and drop weeks older than those to keep. What is still needed is never dropped.
@@ -40,15 +42,14 @@ def maintain(
     Example: dovecote maintain --keep-weeks 12 --archive-dir /srv/archive --dry-run
     """
     settings = load_settings(needs_redis=False)
-    if forget_handler in {route.handler for route in ROUTES}:
-        refuse(f"{forget_handler} has a route: take that out of workers/routes.py before it is forgotten")
-    by = whoever()
     with engine_during(settings) as engine:
-        if forget_handler is not None and not dry_run and not retention.forget_handler(engine, forget_handler, by=by):
-            refuse(f"no handler {forget_handler!r} has subscriptions")
+        if forget_handler is not None:
+            ended = retention.forget_handler(engine, forget_handler, by=actor, routes=ROUTES, dry_run=dry_run)
+            if not as_json:
+                say(f"{ended} subscriptions of {forget_handler} {'would end' if dry_run else 'ended'}")
         done = retention.maintain(
             engine,
-            by=by,
+            by=actor,
             keep_weeks=settings.retention.keep_weeks if keep_weeks is None else keep_weeks,
             archive_dir=archive_dir or settings.retention.archive_path,
             weeks_ahead=settings.retention.weeks_ahead,
@@ -81,11 +82,13 @@ def _tell(done: retention.Maintenance) -> None:
 
 def _obstacle(one: retention.Obstacle) -> str:
     whose = f" for {one.handler}" if one.handler else ""
-    return f"{one.events} {one.what}{whose} (first {one.example})"
+    return f"{one.events}{'+' if one.at_least else ''} {one.what}{whose} (first {one.example})"
 
 
 def partitions(keep_weeks: KeepWeeks = None, as_json: AsJson = False) -> None:
     """Show every week: rows as Postgres estimates them, size, what holds it back; how far ahead partitions reach.
+
+    What no handler has acted on is not seen here: `maintain --dry-run` reads the old weeks for that.
 
     Example: dovecote partitions --json
     """
@@ -101,16 +104,13 @@ def partitions(keep_weeks: KeepWeeks = None, as_json: AsJson = False) -> None:
         table.add_column(column, justify="right")
     table.add_column("held back by")
     for week in found.weeks:
-        held = "; ".join(map(_obstacle, week.obstacles)) or ("nothing: may go" if week.is_old else "")
-        table.add_row(
-            week.week,
-            f"{week.starts_at:%Y-%m-%d}",
-            str(week.events),
-            str(week.processed),
-            f"{week.bytes / 1e6:.1f}",
+        held = "; ".join(map(_obstacle, week.obstacles)) or ("nothing at a glance" if week.is_old else "")
+        add_row(
+            table,
+            *(week.week, f"{week.starts_at:%F}", week.events, week.processed, f"{week.bytes / 1e6:.1f}"),
             held,
         )
-    out.print(table)
+    print_table(table, "there are no weeks")
     say(f"partitions reach {found.headroom_weeks} weeks beyond this one; {found.strays} rows in the default partitions")
     for gone in found.dropped:
         say(f"week {gone['week']} was dropped, {gone['events']} events: {gone['archive'] or 'no archive'}")

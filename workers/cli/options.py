@@ -7,6 +7,7 @@ from uuid import UUID
 
 import typer
 
+from workers.operations import whoever
 from workers.routes import ROUTES
 
 _AGO = re.compile(r"(\d+)([smhdw])")
@@ -15,11 +16,11 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 def moment(given: str) -> datetime:
     """Return the moment: ISO 8601, UTC if it has no zone, or an age such as 90s, 15m, 2h, 3d, 1w."""
-    if ago := _AGO.fullmatch(given):
-        return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
     try:
+        if ago := _AGO.fullmatch(given):
+            return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
         found = datetime.fromisoformat(given)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise typer.BadParameter(
             f"{given!r} is no moment: give ISO 8601 such as 2026-11-20T12:00, or an age such as 15m, 2h, 3d"
         ) from None
@@ -49,8 +50,21 @@ EventType = Annotated[
 ]
 AggregateType = Annotated[str | None, typer.Option(help="Only events of aggregates of this type.")]
 AggregateId = Annotated[str | None, typer.Option(help="Only events of this aggregate.")]
+Since = Annotated[
+    datetime | None,
+    typer.Option(
+        help="From here on: ISO 8601, UTC without a zone, or an age such as 15m, 2h, 3d.",
+        parser=moment,
+        metavar="MOMENT",
+    ),
+]
+Until = Annotated[
+    datetime | None, typer.Option(help="Before this: ISO 8601, or an age.", parser=moment, metavar="MOMENT")
+]
 Limit = Annotated[int, typer.Option(min=1, max=1_000, help="Most lines of one page.")]
 Actor = Annotated[
-    str | None, typer.Option("--as", help="Who you are, for the audit log; your login and this host, if not given.")
+    str,
+    typer.Option("--as", default_factory=whoever, show_default="user@host", help="Who you are, for the audit log."),
 ]
+Reason = Annotated[str | None, typer.Option(help="Why, for the audit log.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]

@@ -9,13 +9,18 @@ from datetime import datetime
 from typing import Annotated, NoReturn
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 # A pipe has no width; a table in it must not be folded.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+_NO_WIDTH = 10_000
+# Characters of the last column, however narrow the terminal: what is before it, ids above all, is never cut.
+_LEAST_PROSE = 30
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _NO_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
@@ -33,10 +38,16 @@ def add_row(table: Table, *values: object) -> None:
 
 
 def print_table(table: Table, if_empty: str) -> None:
-    if table.row_count:
-        out.print(table)
-    else:
+    """Print a table; only its last column may be folded. A row too long for the terminal runs over its edge."""
+    if not table.row_count:
         say(if_empty)
+        return
+    *whole, _ = table.columns
+    width = _LEAST_PROSE
+    for column in whole:
+        column.no_wrap = True
+        width += 1 + max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+    Console(highlight=False, width=max(out.width, width)).print(table)
 
 
 def print_json(value: object, *, flush: bool = False) -> None:

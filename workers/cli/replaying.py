@@ -1,11 +1,9 @@
 """Commands that send events again."""
 
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Protocol
 from uuid import UUID
 
 import typer
@@ -14,14 +12,24 @@ from rich.table import Table
 from sqlalchemy import Engine
 
 from workers.bootstrap import engine_during, refuse
-from workers.cli.output import AsJson, err, fail, out, print_json, say
+from workers.cli.options import (
+    Actor,
+    AggregateId,
+    AggregateType,
+    DryRun,
+    Handler,
+    Limit,
+    Reason,
+    Since,
+    Until,
+    complete_event_type,
+    complete_handler,
+)
+from workers.cli.output import AsJson, add_row, err, print_json, print_table, say
 from workers.operations import replays
-from workers.operations.audit import whoever
 from workers.replays import Filter
 from workers.routes import ROUTES
 from workers.settings import load_settings
-
-Result = TypeVar("Result")
 
 _WATCH_SECONDS = 0.25
 
@@ -31,8 +39,6 @@ class Strength(Enum):
     again = "again"
 
 
-By = Annotated[str, typer.Option("--as", default_factory=whoever, help="Who you are, for the audit log.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay until it is over; Ctrl-C leaves it running.")]
 Id = Annotated[UUID, typer.Argument(help="The replay's id.")]
 
@@ -46,18 +52,21 @@ def register(app: typer.Typer) -> None:
 
 
 def start(
-    handler: Annotated[str, typer.Option(help="Which handler is to have them.")],
+    handler: Annotated[str, typer.Option(help="Which handler is to have them.", autocompletion=complete_handler)],
     reason: Annotated[str, typer.Option(help="Why; it is written into the audit log.")],
-    by: By,
+    actor: Actor,
     strength: Annotated[
         Strength,
         typer.Option(help="missing: what it has not acted on. again: have it act once more on what it has."),
     ] = Strength.missing,
-    type: Annotated[list[str] | None, typer.Option(help="Event type; may be given often.")] = None,
-    aggregate_type: Annotated[str | None, typer.Option(help="Only events of such aggregates.")] = None,
-    aggregate_id: Annotated[str | None, typer.Option(help="Only events of this one; with --aggregate-type.")] = None,
-    since: Annotated[str | None, typer.Option(help="Events made at or after this moment, ISO 8601, UTC.")] = None,
-    until: Annotated[str | None, typer.Option(help="Events made before this moment.")] = None,
+    type: Annotated[
+        list[str] | None,
+        typer.Option(help="Event type; may be given often.", autocompletion=complete_event_type),
+    ] = None,
+    aggregate_type: AggregateType = None,
+    aggregate_id: AggregateId = None,
+    since: Since = None,
+    until: Until = None,
     from_position: Annotated[int | None, typer.Option(min=1, help="The first position.")] = None,
     upto_position: Annotated[int | None, typer.Option(min=1, help="The last position.")] = None,
     ids_from: Annotated[
@@ -81,18 +90,18 @@ def start(
             event_types=tuple(type) if type else None,
             aggregate_type=aggregate_type,
             aggregate_id=aggregate_id,
-            since=_moment("--since", since),
-            until=_moment("--until", until),
+            since=since,
+            until=until,
             from_position=from_position,
             upto_position=upto_position,
         ),
         event_ids=_ids(ids_from) if ids_from else None,
         rate=rate,
         reason=reason,
-        requested_by=by,
+        requested_by=actor,
     )
     with engine_during(load_settings(needs_redis=False)) as engine:
-        plan = _or_refuse(lambda: (replays.plan if dry_run else replays.start)(engine, ROUTES, request))
+        plan = (replays.plan if dry_run else replays.start)(engine, ROUTES, request)
         if as_json:
             print_json(plan.as_json())
         else:
@@ -102,9 +111,9 @@ def start(
 
 
 def list_(
-    handler: Annotated[str | None, typer.Option(help="Only those of this handler.")] = None,
-    before: Annotated[UUID | None, typer.Option(help="Go on after this id: the last of the page before.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1_000, help="Most replays.")] = 20,
+    handler: Handler = None,
+    before: Annotated[UUID | None, typer.Option(help="Go on where a page ended.")] = None,
+    limit: Limit = 20,
     as_json: AsJson = False,
 ) -> None:
     """List replays, the newest first.
@@ -112,23 +121,25 @@ def list_(
     Example: dovecote replay list --handler billing.write_history
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        found = replays.listed(engine, handler=handler, before=before, limit=limit)
+        page = replays.listed(engine, routes=ROUTES, handler=handler, before=before, limit=limit)
     if as_json:
-        print_json({"replays": [replay.as_json() for replay in found]})
+        print_json(page.as_json())
         return
     table = Table("id", "handler", "strength", "state", box=None, pad_edge=False)
     for column in ("done", "of", "failed"):
         table.add_column(column, justify="right")
     for column in ("began", "by", "reason"):
         table.add_column(column)
-    for replay in found:
+    for replay in page.replays:
         failed = replay.retrying + replay.waiting + replay.dead
-        table.add_row(
-            *(str(replay.id), replay.handler, replay.strength, replay.state),
-            *(str(replay.done), str(replay.total), str(failed)),
-            *(f"{replay.created_at:%Y-%m-%d %H:%M:%S}", replay.requested_by, replay.reason),
+        add_row(
+            table,
+            *(replay.id, replay.handler, replay.strength, replay.state, replay.done, replay.total, failed),
+            *(f"{replay.created_at:%F %T}", replay.requested_by, replay.reason),
         )
-    out.print(table)
+    print_table(table, "nothing was replayed")
+    if page.before:
+        say(f"more: --before {page.before}")
 
 
 def show(id: Id, watch: Watch = False, as_json: AsJson = False) -> None:
@@ -137,7 +148,7 @@ def show(id: Id, watch: Watch = False, as_json: AsJson = False) -> None:
     Example: dovecote replay show 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21 --watch
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        replay = _or_refuse(lambda: replays.shown(engine, id))
+        replay = replays.shown(engine, id)
         if watch and not replay.is_over:
             _watch(engine, id, as_json)
         elif as_json:
@@ -152,8 +163,8 @@ class _Verb(Protocol):
 
 def pause(
     id: Id,
-    by: By,
-    reason: Annotated[str | None, typer.Option(help="Why; it is written into the audit log.")] = None,
+    actor: Actor,
+    reason: Reason = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -161,13 +172,13 @@ def pause(
 
     Example: dovecote replay pause 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21
     """
-    _change(replays.pause, id, by, reason, dry_run, as_json)
+    _change(replays.pause, id, actor, reason, dry_run, as_json)
 
 
 def resume(
     id: Id,
-    by: By,
-    reason: Annotated[str | None, typer.Option(help="Why; it is written into the audit log.")] = None,
+    actor: Actor,
+    reason: Reason = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -175,13 +186,13 @@ def resume(
 
     Example: dovecote replay resume 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21
     """
-    _change(replays.resume, id, by, reason, dry_run, as_json)
+    _change(replays.resume, id, actor, reason, dry_run, as_json)
 
 
 def cancel(
     id: Id,
-    by: By,
-    reason: Annotated[str | None, typer.Option(help="Why; it is written into the audit log.")] = None,
+    actor: Actor,
+    reason: Reason = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -189,12 +200,12 @@ def cancel(
 
     Example: dovecote replay cancel 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21 --reason "wrong day"
     """
-    _change(replays.cancel, id, by, reason, dry_run, as_json)
+    _change(replays.cancel, id, actor, reason, dry_run, as_json)
 
 
-def _change(verb: _Verb, id: UUID, by: str, reason: str | None, dry_run: bool, as_json: bool) -> None:
+def _change(verb: _Verb, id: UUID, actor: str, reason: str | None, dry_run: bool, as_json: bool) -> None:
     with engine_during(load_settings(needs_redis=False)) as engine:
-        replay = _or_refuse(lambda: verb(engine, id, by=by, reason=reason, dry_run=dry_run))
+        replay = verb(engine, id, by=actor, reason=reason, dry_run=dry_run)
     if as_json:
         print_json({**replay.as_json(), "dry_run": dry_run})
     elif dry_run:
@@ -211,11 +222,13 @@ def _watch(engine: Engine, id: UUID, as_json: bool) -> None:
     try:
         with bar:
             replay = replays.shown(engine, id)
-            task = bar.add_task(replay.handler, total=replay.total)
+            task = bar.add_task(replay.handler, total=replay.total, completed=replay.done)
             while not replay.is_over:
                 time.sleep(_WATCH_SECONDS)
                 replay = replays.shown(engine, id)
-                bar.update(task, completed=replay.done, description=f"{replay.handler} {replay.state}")
+                bar.update(
+                    task, completed=replay.done, description=f"{replay.handler} {replay.state}{_standstill(replay)}"
+                )
     except KeyboardInterrupt:
         err.print(
             f"dovecote: left; the replay goes on in the relay. Come back: dovecote replay show {id} --watch",
@@ -240,9 +253,9 @@ def _print_plan(plan: replays.Plan, dry_run: bool) -> None:
         return
     table = Table("position", "type", "aggregate", "id", box=None, pad_edge=False)
     for event in plan.sample:
-        aggregate = f"{event.aggregate_type}/{event.aggregate_id}"
-        table.add_row(str(event.position), event.event_type, aggregate, str(event.event_id))
-    out.print(table)
+        aggregate = f"{event.aggregate_type} {event.aggregate_id}"
+        add_row(table, event.position, event.event_type, aggregate, event.event_id)
+    print_table(table, "")
 
 
 def _print(replay: replays.Replay) -> None:
@@ -252,35 +265,14 @@ def _print(replay: replays.Replay) -> None:
     failed = ((replay.retrying, "retrying"), (replay.waiting, "waiting"), (replay.dead, "dead"))
     if any(count for count, _ in failed):
         say("  failed: " + ", ".join(f"{count} {state}" for count, state in failed if count))
-    if replay.handler_is_paused and not replay.is_over:
-        say("  waits: its handler is paused")
-    elif replay.stalled_seconds is not None:
-        say(f"  nothing was settled for {replay.stalled_seconds:.0f} s: see `dovecote doctor`")
+    if why := _standstill(replay):
+        say(f"  {why.removeprefix('; ')}")
     say(f"  by {replay.requested_by}: {replay.reason}")
-
-
-def _or_refuse(verb: Callable[[], Result]) -> Result:
-    try:
-        return verb()
-    except replays.WrongFilter as error:
-        refuse(str(error))
-    except replays.ReplayRefused as error:
-        fail(str(error))
-
-
-def _moment(option: str, given: str | None) -> datetime | None:
-    if given is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(given)
-    except ValueError:
-        refuse(f"{option} got {given!r}, but wants a moment in ISO 8601, such as 2026-11-20 or 2026-11-20T14:30+01:00")
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _ids(file: Path) -> list[UUID]:
     try:
-        text = typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text()
+        text = typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         refuse(f"{file}: it cannot be read: {error}")
     ids = []
@@ -292,3 +284,11 @@ def _ids(file: Path) -> list[UUID]:
         except ValueError:
             refuse(f"{file}, line {number}: {line.strip()[:60]!r} is no event id; one UUID a line is wanted")
     return ids
+
+
+def _standstill(replay: replays.Replay) -> str:
+    if replay.handler_is_paused and not replay.is_over:
+        return "; waits: its handler is paused"
+    if replay.stalled_seconds is not None:
+        return f"; nothing was settled for {replay.stalled_seconds:.0f} s: see `dovecote doctor`"
+    return ""

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from workers import schema
 from workers.bootstrap import refuse, run_relay
-from workers.cli.output import out, say
+from workers.cli.options import DryRun
+from workers.cli.output import AsJson, out, print_json, say
 from workers.local import PROCFILE, STOP_SECONDS, LocalSystem, environment_for_clients, local_system
 from workers.settings import load_settings
 from workers.supervisor import prefixed, stop_on_signals
@@ -55,17 +56,24 @@ def migrate(
     down_to: Annotated[
         str | None, typer.Option(help="Take revisions back down to this one; `base` takes back all.")
     ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bring the database's schema up to date.
 
     Example: DATABASE_URL=postgresql://... dovecote migrate
     """
     url = load_settings(needs_redis=False).database.url.get_secret_value()
-    if down_to is None:
-        schema.upgrade(url, to)
+    steps = schema.steps(url, to) if down_to is None else schema.steps_back(url, down_to)
+    if not dry_run:
+        (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to)
+    if as_json:
+        print_json({"dry_run": dry_run, "revisions": steps})
+    elif dry_run:
+        verb = "would be applied" if down_to is None else "would be taken back"
+        say(f"{verb}: {', '.join(steps) or 'none'}; nothing was changed")
     else:
-        schema.downgrade(url, down_to)
-    out.print("the schema is up to date" if (to, down_to) == ("head", None) else f"schema at {down_to or to}")
+        say("the schema is up to date" if (to, down_to) == ("head", None) else f"schema at {down_to or to}")
 
 
 def execute(command: Annotated[list[str], typer.Argument(help="Command and its arguments.")]) -> None:

@@ -53,6 +53,11 @@ def _watch(look: Callable[[], Status], every_seconds: float, as_json: bool) -> N
         for found in _looks(look, every_seconds):
             print_json(found.as_json(), flush=True)
         return
+    if not out.is_terminal:
+        for found in _looks(look, every_seconds):
+            out.print(_screen(found))
+            out.file.flush()
+        return
     with Live(console=out, auto_refresh=False) as live:
         for found in _looks(look, every_seconds):
             live.update(_screen(found), refresh=True)

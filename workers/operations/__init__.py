@@ -4,11 +4,11 @@ One module a subject; a verb takes an engine, returns a dataclass with `as_json`
 """
 
 from workers.operations.aggregates import Blocked, BlockedPage, blocked_aggregates
-from workers.operations.audit import AuditEntry, AuditPage, NoReason, audit, record, whoever
+from workers.operations.asking import BadCursor, NoActor, NoReason, WrongRequest
+from workers.operations.audit import AuditEntry, AuditPage, audit, record, whoever
 from workers.operations.counting import Counted, count_everything
 from workers.operations.events import EventFilter, EventLife, EventPage, NoSuchEvent, event, events
 from workers.operations.failures import (
-    BadCursor,
     Failure,
     FailurePage,
     Filter,
@@ -21,7 +21,7 @@ from workers.operations.failures import (
     failures,
 )
 from workers.operations.following import Followed, follow
-from workers.operations.handlers import CannotPause, Handler, NoSuchHandler, Pause, handlers
+from workers.operations.handlers import CannotPause, Handler, Pause, handlers
 from workers.operations.handlers import pause as pause_handler
 from workers.operations.handlers import resume as resume_handler
 from workers.operations.remedies import CannotChange, Change, discard, retry
@@ -52,9 +52,9 @@ __all__ = [
     "Handler",
     "HandlerStatus",
     "Maintenance",
+    "NoActor",
     "NoReason",
     "NoSuchEvent",
-    "NoSuchHandler",
     "NotThere",
     "Partitions",
     "Pause",
@@ -62,6 +62,7 @@ __all__ = [
     "Status",
     "Story",
     "UnroutedType",
+    "WrongRequest",
     "audit",
     "blocked_aggregates",
     "count_everything",

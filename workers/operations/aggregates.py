@@ -8,7 +8,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine, text
 
-from workers.operations.failures import BadCursor
+from workers.operations.asking import BadCursor, WrongRequest, require_handler
+from workers.operations.failures import NAMED
 from workers.operations.reading import snapshot
 from workers.routes import Route
 
@@ -72,7 +73,7 @@ _BLOCKED = text(
            coalesce(d.event_type, (select event_type from dovecote.outbox where id = b.event_id)) as event_type,
            case when b.event_id is null then 'free' else coalesce(d.state, 'under way') end as state,
            d.error_type, d.error_fingerprint as fingerprint,
-           right(regexp_replace(rtrim(d.error, E'\\n'), '^.*\\n', ''), 300) as error,
+           {NAMED} as error,
            few.count as waiting, few.count = :most as at_least, coalesce(d.first_failed_at, s.since) as since
     from stuck s
     cross join lateral (
@@ -98,8 +99,9 @@ def blocked_aggregates(
 ) -> BlockedPage:
     """Return aggregates with events that wait. `after` is a page's `after`: <handler>/<type>/<id>.
 
-    Errors: BadCursor.
+    Errors: BadCursor; WrongRequest for a handler that is not there, or that keeps no order.
     """
+    require_handler(handler, routes)
     parts = after.split("/", 2) if after else ["", "", ""]
     if len(parts) != 3:
         raise BadCursor(
@@ -107,6 +109,8 @@ def blocked_aggregates(
         )
     found: list[Blocked] = []
     ordered = sorted((route for route in routes if route.ordered), key=lambda route: route.handler)
+    if handler is not None and handler not in {route.handler for route in ordered}:
+        raise WrongRequest(f"{handler} keeps no order, so nothing of it waits: see `dovecote deliveries list`")
     with snapshot(engine) as connection:
         for route in ordered:
             if route.handler < parts[0] or handler not in (None, route.handler) or len(found) > limit:

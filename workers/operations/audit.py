@@ -14,12 +14,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine, text
 
-from domain.errors import DovecoteError
+from workers.operations.asking import require_range
 from workers.operations.reading import snapshot
-
-
-class NoReason(DovecoteError):
-    """The verb changes what cannot be changed back, and nobody said why."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,11 @@ def audit(
     before: UUID | None = None,
     limit: int = 50,
 ) -> AuditPage:
-    """Return lines, newest first. `action` may be a subject (`deliveries`), `actor` a given name or a login."""
+    """Return lines, newest first. `action` may be a subject (`deliveries`), `actor` a given name or a login.
+
+    Errors: WrongRequest.
+    """
+    require_range(since, None)
     with snapshot(engine) as connection:
         found = connection.execute(
             _LIST, {"action": action, "actor": actor, "since": since, "before": before, "limit": limit + 1}

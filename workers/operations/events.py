@@ -14,6 +14,8 @@ from sqlalchemy import Connection, Engine, text
 
 from domain.errors import DovecoteError
 from workers.masking import masked
+from workers.operations.asking import WrongRequest, require_aggregate_type, require_range
+from workers.operations.failures import NAMED
 from workers.operations.reading import snapshot
 from workers.operations.retention import require_present
 from workers.routes import Route
@@ -72,7 +74,10 @@ class EventPage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one handler did with one event: processed, retrying, waiting, dead, discarded, or pending."""
+    """What one handler did with one event: processed, retrying, waiting, dead, discarded, or pending.
+
+    summary  the line of the traceback `error` that names it
+    """
 
     handler: str
     state: str
@@ -82,6 +87,7 @@ class Outcome:
     next_attempt_at: datetime | None = None
     error_type: str | None = None
     error: str | None = None
+    summary: str | None = None
     trace_id: str | None = None
 
 
@@ -149,10 +155,10 @@ _ACTS = text(
     """
 )
 _TROUBLE = text(
-    """
-    select d.* from unnest(cast(:handlers as text[])) as h (name)
+    f"""
+    select d.*, {NAMED} as summary from unnest(cast(:handlers as text[])) as h (name)
     join dovecote.deliveries d on d.handler_name = h.name and d.event_id = :id
-    """
+    """  # noqa: S608
 )
 
 
@@ -167,8 +173,13 @@ def events(
 ) -> EventPage:
     """Return events, newest first: those older than `before`, or the next ones newer than `after`.
 
-    Errors: Archived when the range has been dropped; NoSuchEvent for a cursor of one aggregate that is no event.
+    Errors: WrongRequest; Archived when the range has been dropped; NoSuchEvent for a cursor of one aggregate that is
+    no event.
     """
+    require_range(wanted.since, wanted.until)
+    require_aggregate_type(wanted.aggregate_type, wanted.aggregate_id)
+    if before and after:
+        raise WrongRequest("a page goes either --before or --after one event")
     forward = after is not None
     with snapshot(engine) as connection:
         if wanted.since or wanted.until:
@@ -270,6 +281,7 @@ def event(engine: Engine, routes: Sequence[Route], event_id: UUID) -> EventLife:
                 next_attempt_at=one.next_attempt_at,
                 error_type=one.error_type,
                 error=one.error,
+                summary=one.summary,
                 trace_id=one.trace_id,
             )
             for one in trouble

@@ -9,19 +9,17 @@ from uuid import UUID
 from sqlalchemy import Engine, text
 
 from domain.errors import DovecoteError
+from workers.operations.asking import BadCursor, require_handler, require_range
 from workers.operations.reading import snapshot
 from workers.routes import Route
 
+# Rows looked at for one count; more of them are "at least".
 _MOST_COUNTED = 10_000
 _STATES_WITH_ERROR = ("retrying", "dead", "discarded")
 
 
 class NotThere(DovecoteError):
     """There is no such delivery: the event went well, or never came to this handler."""
-
-
-class BadCursor(DovecoteError):
-    """What was given to go on from is not what a page gave."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Failure:
-    """One event that one handler has not done. `error` is the last line of its traceback."""
+    """One event that one handler has not done. `error` is the line of its traceback that names it."""
 
     handler: str
     event_id: UUID
@@ -74,7 +72,10 @@ class FailurePage:
 
 @dataclass(frozen=True)
 class Group:
-    """Failures of one kind at one handler. `count` is a lower bound where `at_least` says so."""
+    """Failures of one kind at one handler. `count` is a lower bound where `at_least` says so.
+
+    fingerprint  None for what has no error: it waits, or was never tried
+    """
 
     handler: str
     state: str
@@ -90,7 +91,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
+    """The largest first; `more` when there are more kinds than were asked for."""
+
     groups: list[Group]
+    more: bool
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,7 +102,11 @@ class Groups:
 
 @dataclass(frozen=True)
 class Story:
-    """One delivery with all that is known of it: the traceback, and how many events of its aggregate wait behind it."""
+    """One delivery with all that is known of it.
+
+    waiting_behind  events of its aggregate that wait behind it; a lower bound from 10,000 on
+    waits_for       the event it waits behind
+    """
 
     delivery: Failure
     traceback: str | None
@@ -110,10 +118,14 @@ class Story:
         return asdict(self)
 
 
-ROW = """
+# The line that names the last error of a traceback: the first after its frames. What follows is what a database and
+# its library add: the statement, where to read on.
+NAMED = r"""left(split_part(regexp_replace(d.error, '^.*\n  File "[^\n]*(\n    [^\n]*)*\n', ''), E'\n', 1), 300)"""
+
+ROW = f"""
     d.handler_name as handler, d.event_id, d.position, d.event_type, d.aggregate_type, d.aggregate_id, d.state,
     d.attempts, d.next_attempt_at, d.error_type, d.error_fingerprint as fingerprint,
-    right(regexp_replace(rtrim(d.error, E'\\n'), '^.*\\n', ''), 300) as error, d.first_failed_at, d.updated_at
+    {NAMED} as error, d.first_failed_at, d.updated_at
 """
 MATCHES = """
         (cast(:fingerprint as text) is null or d.error_fingerprint = :fingerprint)
@@ -123,8 +135,8 @@ MATCHES = """
     and (cast(:event_id as uuid) is null or d.event_id = :event_id)
     and (cast(:since as timestamptz) is null or d.updated_at >= :since)
 """
-# Every handler with deliveries, from the index alone.
-_HANDLERS = """
+# Every handler with deliveries, or the one that is asked for, from the index alone.
+HANDLERS = """
     with recursive h (name) as (
         (select handler_name from dovecote.deliveries order by handler_name limit 1)
         union all
@@ -138,7 +150,7 @@ _STATES = "unnest(cast(:states as text[]))"
 # One walk for each handler and state, by the index that ends with the position.
 _LIST = text(
     f"""
-    select d.* from ({_HANDLERS}) h cross join {_STATES} as s (name)
+    select d.* from ({HANDLERS}) h cross join {_STATES} as s (name)
     cross join lateral (
         select {ROW} from dovecote.deliveries d
         where d.handler_name = h.name and d.state = s.name
@@ -148,58 +160,76 @@ _LIST = text(
     """  # noqa: S608 - put together from constants
 )
 
-# From one fingerprint to the next, without a look at the rows between.
+_NAMED_OF_LAST = NAMED.replace("d.error", "last.error")
+# How many there are of one kind, the first and the last.
+_OF_KIND = """
+    select k.handler, k.state, last.error_fingerprint as fingerprint, few.count, few.count = :most as at_least,
+           last.error_type, {named} as error,
+           first.updated_at as first_at, last.updated_at as last_at, last.event_id as example
+    from {kinds} k
+    cross join lateral (
+        select count(*) from (select from dovecote.deliveries
+            where state = k.state and handler_name = k.handler and {same} limit :most) f) few
+    cross join lateral (
+        select updated_at from dovecote.deliveries
+        where state = k.state and handler_name = k.handler and {same} order by updated_at limit 1) first
+    cross join lateral (
+        select * from dovecote.deliveries
+        where state = k.state and handler_name = k.handler and {same} order by updated_at desc limit 1) last
+    where cast(:fingerprint as text) is null or last.error_fingerprint = :fingerprint
+"""
+
+# From one fingerprint to the next, without a look at the rows between; those without one come last.
 _GROUPS = text(
     f"""
     with recursive wanted as (
-        select h.name as handler, s.name as state from ({_HANDLERS}) h cross join {_STATES} as s (name)
+        select h.name as handler, s.name as state from ({HANDLERS}) h cross join {_STATES} as s (name)
     ), kinds (handler, state, fingerprint) as (
         select w.handler, w.state, f.* from wanted w cross join lateral (
-            select coalesce(error_fingerprint, '') from dovecote.deliveries
-            where state = w.state and handler_name = w.handler order by error_fingerprint limit 1) f
+            select error_fingerprint from dovecote.deliveries
+            where state = w.state and handler_name = w.handler and error_fingerprint is not null
+            order by error_fingerprint limit 1) f
         union all
         select k.handler, k.state, f.* from kinds k cross join lateral (
             select error_fingerprint from dovecote.deliveries
             where state = k.state and handler_name = k.handler and error_fingerprint > k.fingerprint
             order by error_fingerprint limit 1) f
     )
-    select k.handler, k.state, last.error_fingerprint as fingerprint, few.count, few.count = :most as at_least,
-           last.error_type, right(regexp_replace(rtrim(last.error, E'\\n'), '^.*\\n', ''), 300) as error,
-           first.updated_at as first_at, last.updated_at as last_at, last.event_id as example
-    from kinds k
-    cross join lateral (
-        select count(*) from (select from dovecote.deliveries
-            where state = k.state and handler_name = k.handler and error_fingerprint = k.fingerprint limit :most) f) few
-    cross join lateral (
-        select updated_at from dovecote.deliveries
-        where state = k.state and handler_name = k.handler and error_fingerprint = k.fingerprint
-        order by updated_at limit 1) first
-    cross join lateral (
-        select * from dovecote.deliveries
-        where state = k.state and handler_name = k.handler and error_fingerprint = k.fingerprint
-        order by updated_at desc limit 1) last
-    where cast(:fingerprint as text) is null or k.fingerprint = :fingerprint
-    order by few.count desc, k.handler, k.fingerprint
+    {_OF_KIND.format(named=_NAMED_OF_LAST, kinds="kinds", same="error_fingerprint = k.fingerprint")}
+    union all
+    {_OF_KIND.format(named=_NAMED_OF_LAST, kinds="wanted", same="error_fingerprint is null")}
+    order by count desc, handler, fingerprint limit :limit
     """  # noqa: S608
 )
 
 _SHOW = text(
     f"""
     select {ROW}, d.error as traceback, d.trace_id,
-           (select count(*) from dovecote.deliveries w
+           (select count(*) from (select from dovecote.deliveries w
             where w.state = 'waiting' and w.handler_name = d.handler_name and w.aggregate_type = d.aggregate_type
-              and w.aggregate_id = d.aggregate_id and w.position > d.position) as waiting_behind
+              and w.aggregate_id = d.aggregate_id and w.position > d.position limit :most) few) as waiting_behind
     from dovecote.deliveries d where d.handler_name = :handler and d.event_id = :event_id
     """  # noqa: S608
 )
 _BLOCKER = text("select dovecote.blocker(:handler, :event_types, :aggregate_type, :aggregate_id, :position)")
 
 
-def failures(engine: Engine, wanted: Filter, *, limit: int = 50, before: str | None = None) -> FailurePage:
-    """Return deliveries, newest event first. `before` is a page's `before`: <position>:<handler>."""
+def failures(
+    engine: Engine,
+    wanted: Filter,
+    *,
+    routes: Sequence[Route] = (),
+    limit: int = 50,
+    before: str | None = None,
+) -> FailurePage:
+    """Return deliveries, newest event first. `before` is a page's `before`: <position>:<handler>.
+
+    Errors: BadCursor; WrongRequest for a handler that is neither in `routes` nor has deliveries.
+    """
     position, _, handler = (before or "").partition(":")
-    if before and not position.isdigit():
+    if before and not _is_position(position):
         raise BadCursor(f"--before takes what the page before gave, such as 4711:billing.write_history; got {before}")
+    require_range(wanted.since, None)
     with snapshot(engine) as connection:
         rows = connection.execute(
             _LIST,
@@ -211,25 +241,31 @@ def failures(engine: Engine, wanted: Filter, *, limit: int = 50, before: str | N
                 "limit": limit + 1,
             },
         ).all()
+    if not rows:
+        require_handler(wanted.handler, routes)
     found = [Failure(**row._mapping) for row in rows]
     last = found[limit - 1] if len(found) > limit else None
     return FailurePage(found[:limit], f"{last.position}:{last.handler}" if last else None)
 
 
-def failure_groups(engine: Engine, wanted: Filter) -> Groups:
+def failure_groups(engine: Engine, wanted: Filter, *, routes: Sequence[Route] = (), limit: int = 50) -> Groups:
     """Return failures by handler and kind, the largest first; of the dead, unless another state is asked for.
 
     Only handler, state and fingerprint of the filter are looked at.
+    Errors: WrongRequest for a handler that is neither in `routes` nor has deliveries.
     """
     with snapshot(engine) as connection:
-        rows = connection.execute(_GROUPS, {**parameters_of(wanted, ("dead",)), "most": _MOST_COUNTED}).all()
-    return Groups([Group(**row._mapping) for row in rows])
+        parameters = {**parameters_of(wanted, ("dead",)), "most": _MOST_COUNTED, "limit": limit + 1}
+        rows = connection.execute(_GROUPS, parameters).all()
+    if not rows:
+        require_handler(wanted.handler, routes)
+    return Groups([Group(**row._mapping) for row in rows[:limit]], more=len(rows) > limit)
 
 
 def failure(engine: Engine, routes: Sequence[Route], handler: str, event_id: UUID) -> Story:
     """Return all that is known of one delivery. Errors: NotThere."""
     with snapshot(engine) as connection:
-        row = connection.execute(_SHOW, {"handler": handler, "event_id": event_id}).one_or_none()
+        row = connection.execute(_SHOW, {"handler": handler, "event_id": event_id, "most": _MOST_COUNTED}).one_or_none()
         if row is None:
             raise NotThere(
                 f"{handler} has no trouble with {event_id}; `dovecote events show {event_id}` tells how it went"
@@ -251,3 +287,7 @@ def parameters_of(wanted: Filter, states: Sequence[str]) -> dict[str, Any]:
     facts = asdict(wanted)
     state = facts.pop("state")
     return {**facts, "states": [state] if state else list(states)}
+
+
+def _is_position(given: str) -> bool:
+    return given.isascii() and given.isdigit() and int(given) < 2**63

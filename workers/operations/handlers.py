@@ -9,16 +9,9 @@ from sqlalchemy import Connection, Engine, text
 
 from domain.errors import DovecoteError
 from workers import pauses
-from workers.operations.audit import NoReason, record
+from workers.operations.asking import require_handler, require_who_and_why
+from workers.operations.audit import record
 from workers.routes import Route
-
-
-class NoSuchHandler(DovecoteError):
-    """No route has that name."""
-
-    def __init__(self, handler: str, routes: Sequence[Route]) -> None:
-        super().__init__(f"there is no handler {handler!r}; there are {', '.join(sorted(r.handler for r in routes))}")
-        self.handler = handler
 
 
 class CannotPause(DovecoteError):
@@ -94,10 +87,9 @@ def pause(
     """Let a handler act on nothing more; what it is acting on now, it finishes.
 
     Its events wait in order, its retries keep their schedule and are due when it is resumed; replays of it stand still.
-    Errors: NoSuchHandler; NoReason; CannotPause when it is paused already.
+    Errors: WrongRequest; CannotPause when it is paused already.
     """
-    if not reason.strip():
-        raise NoReason("a pause needs a reason: whoever finds the handler standing still has to know why")
+    require_who_and_why(actor, reason, why="a pause needs a reason: whoever finds the handler standing has to know")
     return _change(engine, routes, handler, "pause", actor, reason, dry_run)
 
 
@@ -112,8 +104,9 @@ def resume(
 ) -> Handler:
     """Let a paused handler go on, with what it has missed first.
 
-    Errors: NoSuchHandler; CannotPause when it is not paused.
+    Errors: WrongRequest; CannotPause when it is not paused.
     """
+    require_who_and_why(actor, reason)
     return _change(engine, routes, handler, "resume", actor, reason, dry_run)
 
 
@@ -126,9 +119,8 @@ def _change(
     reason: str | None,
     dry_run: bool,
 ) -> Handler:
-    before = next((one for one in handlers(engine, routes) if one.name == name), None)
-    if before is None:
-        raise NoSuchHandler(name, routes)
+    require_handler(name, routes)
+    before = next(one for one in handlers(engine, routes) if one.name == name)
     if (before.paused is not None) == (verb == "pause"):
         raise CannotPause(_nothing_to_do(before))
     if dry_run:

@@ -10,8 +10,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 
 from domain.errors import DovecoteError
-from workers.operations.audit import NoReason, record
+from workers.operations.asking import require_handler, require_range, require_who_and_why
+from workers.operations.audit import record
 from workers.operations.failures import MATCHES, ROW, Failure, Filter, failure, parameters_of
+from workers.routes import Route
 
 # Rows of one transaction: it holds their locks for some 200 ms.
 _BATCH = 5_000
@@ -87,26 +89,36 @@ _RELEASE = text(
 _NOTIFY = text("select pg_notify('dovecote_deliveries', '')")
 
 
-def retry(engine: Engine, wanted: Filter, *, actor: str, reason: str | None = None, dry_run: bool = False) -> Change:
+def retry(
+    engine: Engine,
+    wanted: Filter,
+    *,
+    actor: str,
+    reason: str | None = None,
+    dry_run: bool = False,
+    routes: Sequence[Route] = (),
+) -> Change:
     """Send dead deliveries again at once, with all of their route's attempts before them.
 
     With a state of `retrying` in the filter: those that wait for their next attempt, at once.
-    Errors: NotThere and CannotChange for a single one.
+    Errors: WrongRequest; NotThere and CannotChange for a single one.
     """
+    require_who_and_why(actor, reason)
     states = _states_for(wanted, "retry", ("dead",), ("dead", "retrying"))
-    return _change(engine, wanted, "retry", _RETRY, states, "true", actor, reason, dry_run)
+    return _change(engine, wanted, "retry", _RETRY, states, "true", actor, reason, dry_run, routes)
 
 
-def discard(engine: Engine, wanted: Filter, *, actor: str, reason: str, dry_run: bool = False) -> Change:
+def discard(
+    engine: Engine, wanted: Filter, *, actor: str, reason: str, dry_run: bool = False, routes: Sequence[Route] = ()
+) -> Change:
     """Give deliveries up for good; what waited behind them goes on in order.
 
     Dead ones, or with that state in the filter, retrying ones that have been tried at least once.
-    Errors: NoReason; NotThere and CannotChange for a single one.
+    Errors: WrongRequest; NotThere and CannotChange for a single one.
     """
-    if not reason.strip():
-        raise NoReason("a discard needs a reason: what is given up is not done by anybody later")
+    require_who_and_why(actor, reason, why="a discard needs a reason: what is given up is not done by anybody later")
     states = _states_for(wanted, "discard", ("dead",), ("dead", "retrying"))
-    return _change(engine, wanted, "discard", _DISCARD, states, _DISCARDABLE, actor, reason, dry_run)
+    return _change(engine, wanted, "discard", _DISCARD, states, _DISCARDABLE, actor, reason, dry_run, routes)
 
 
 def _states_for(wanted: Filter, verb: str, usual: Sequence[str], possible: Sequence[str]) -> Sequence[str]:
@@ -129,7 +141,9 @@ def _change(
     actor: str,
     reason: str | None,
     dry_run: bool,
+    routes: Sequence[Route],
 ) -> Change:
+    require_range(wanted.since, None)
     wanted = replace(wanted, state=None)
     parameters: dict[str, Any] = {**parameters_of(wanted, states), "states": list(states)}
     with engine.connect() as connection:
@@ -139,6 +153,8 @@ def _change(
         sample = _sample(connection, parameters, condition)
     if wanted.event_id is not None and not matching:
         _explain(engine, wanted, verb)
+    if not matching:
+        require_handler(wanted.handler, routes)
     if dry_run:
         return Change(verb, True, matching, 0, 0, sample)
     details = {"filter": wanted.as_json(), "states": list(states)}

@@ -15,7 +15,15 @@ from domain.errors import DovecoteError
 from domain.ids import made_at
 from workers import replays
 from workers.operations import retention
+from workers.operations.asking import (
+    WrongRequest,
+    require_aggregate_type,
+    require_handler,
+    require_range,
+    require_who_and_why,
+)
 from workers.operations.audit import record
+from workers.operations.reading import snapshot
 from workers.relay.positions import multirange
 from workers.replays import KNOWN, Filter, Strength, is_matched
 from workers.routes import Route
@@ -30,10 +38,6 @@ STALLED_SECONDS = 10.0
 
 class ReplayRefused(DovecoteError):
     """It cannot be replayed like this; the message says why and what to do."""
-
-
-class WrongFilter(ReplayRefused):
-    """What was asked for makes no sense: an unknown handler or type, a range that ends before it begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,17 @@ class Replay:
         return {**asdict(self), "acted": self.acted}
 
 
+@dataclass(frozen=True)
+class ReplayPage:
+    """Replays, the newest first; `before` is the id to go on from, None at the end."""
+
+    replays: list[Replay]
+    before: UUID | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"replays": [replay.as_json() for replay in self.replays], "before": self.before}
+
+
 _COUNT = """
     select count(*) as events, min(o.position) as first_position, max(o.position) as last_position
     from dovecote.outbox o {known} where {conditions} and {matched}
@@ -203,7 +218,7 @@ _FORGET_RETRIES = "delete from dovecote.deliveries where replay_id = %(id)s and 
 def plan(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
     """Return what the replay would do, and do nothing.
 
-    Errors: ReplayRefused.
+    Errors: WrongRequest, ReplayRefused.
     """
     with engine.connect() as connection:
         return _counted(connection, routes, request).plan
@@ -212,10 +227,10 @@ def plan(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
 def start(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
     """Have the relay do it; return what it will do and the replay's id.
 
-    Errors: ReplayRefused.
+    Errors: WrongRequest, ReplayRefused.
     """
-    if not request.reason.strip():
-        raise WrongFilter("a replay needs a reason: it is written into the audit log")
+    why = "a replay needs a reason: it is written into the audit log"
+    require_who_and_why(request.requested_by, request.reason, why=why)
     try:
         with engine.begin() as connection:
             counted = _counted(connection, routes, request)
@@ -260,10 +275,23 @@ def start(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
     return Plan(**{**vars(counted.plan), "replay_id": started.id})
 
 
-def listed(engine: Engine, *, handler: str | None = None, before: UUID | None = None, limit: int = 50) -> list[Replay]:
-    """Return replays, the newest first; `before` is the last id of the page before."""
-    with engine.connect() as connection:
-        return _replays(connection, handler=handler, before=before, limit=limit)
+def listed(
+    engine: Engine,
+    *,
+    routes: Sequence[Route] = (),
+    handler: str | None = None,
+    before: UUID | None = None,
+    limit: int = 50,
+) -> ReplayPage:
+    """Return replays, the newest first; `before` is a page's `before`.
+
+    Errors: WrongRequest for a handler that is neither in `routes` nor was ever replayed.
+    """
+    with snapshot(engine) as connection:
+        found = _replays(connection, handler=handler, before=before, limit=limit + 1)
+    if not found:
+        require_handler(handler, routes)
+    return ReplayPage(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
 
 def shown(engine: Engine, id: UUID) -> Replay:
@@ -374,26 +402,22 @@ def _require_present(connection: Connection, request: Request) -> None:
 
 
 def _route(routes: Sequence[Route], request: Request) -> Route:
-    by_handler = {route.handler: route for route in routes}
-    if request.handler not in by_handler:
-        raise WrongFilter(f"there is no handler {request.handler!r}; there are {', '.join(sorted(by_handler))}")
-    route = by_handler[request.handler]
+    require_handler(request.handler, routes)
+    route = next(route for route in routes if route.handler == request.handler)
     for event_type in request.filter.event_types or ():
         if event_type not in route.event_types:
-            raise WrongFilter(f"{route.handler} does not take {event_type!r}; it takes {', '.join(route.event_types)}")
+            raise WrongRequest(f"{route.handler} does not take {event_type!r}; it takes {', '.join(route.event_types)}")
     asked = request.filter
-    if asked.since and asked.until and asked.since >= asked.until:
-        raise WrongFilter(f"the range of time ends ({asked.until}) before it begins ({asked.since})")
+    require_range(asked.since, asked.until)
+    require_aggregate_type(asked.aggregate_type, asked.aggregate_id)
     if asked.from_position and asked.upto_position and asked.from_position > asked.upto_position:
-        raise WrongFilter(
+        raise WrongRequest(
             f"the range of positions ends ({asked.upto_position}) before it begins ({asked.from_position})"
         )
-    if asked.aggregate_id and not asked.aggregate_type:
-        raise WrongFilter("an aggregate's id needs its type too: --aggregate-type")
     if request.event_ids is not None and not 0 < len(request.event_ids) <= MOST_SINGLE_EVENTS:
-        raise WrongFilter(f"1 to {MOST_SINGLE_EVENTS:,} event ids are taken, got {len(request.event_ids):,}")
+        raise WrongRequest(f"1 to {MOST_SINGLE_EVENTS:,} event ids are taken, got {len(request.event_ids):,}")
     if request.rate is not None and request.rate < 1:
-        raise WrongFilter(f"the rate is in events a second, at least 1; got {request.rate}")
+        raise WrongRequest(f"the rate is in events a second, at least 1; got {request.rate}")
     if request.strength == "again" and not route.replayable:
         raise ReplayRefused(f"{route.handler} may not act again: {route.replay_note}; --strength missing is possible")
     return route
@@ -456,6 +480,7 @@ def _change(
     reason: str | None,
     dry_run: bool,
 ) -> Replay:
+    require_who_and_why(by, reason)
     with engine.begin() as connection:
         before = _replay(connection, id)
         changed = before.state in from_states

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, TextClause, text
 
 from domain.errors import DovecoteError
 from workers import archive
+from workers.operations.asking import WrongRequest, require_who_and_why
+from workers.operations.failures import HANDLERS
+from workers.operations.reading import snapshot
 from workers.routes import Route
 
 _BATCH_ROWS = 10_000
+# Rows looked at for one count of the listing; `maintain` counts them all.
+_MOST_COUNTED = 1_000
 
 
 class Archived(DovecoteError):
@@ -30,6 +35,7 @@ class Obstacle:
     """Why a week cannot go yet.
 
     what     unpublished, unprocessed, unknown version, retrying, waiting, dead, replay
+    events   a lower bound where `at_least` says so
     example  the least event id concerned; of a replay, its own id
     """
 
@@ -38,6 +44,7 @@ class Obstacle:
     events: int
     example: UUID
     advice: str
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,10 @@ class Maintenance:
 
 @dataclass(frozen=True)
 class Week:
-    """One week's partitions. Rows are estimates of Postgres' statistics, never counted; bytes are all three tables'."""
+    """One week's partitions. Rows are estimates of Postgres' statistics, never counted; bytes are all three tables'.
+
+    obstacles  what is seen at a glance: not what no handler has acted on, which takes reading the week
+    """
 
     week: str
     starts_at: datetime
@@ -124,8 +134,37 @@ _WEEKS = text(
     """
 )
 _OBSTACLES = text(
-    "select handler_name, obstacle, events, example from dovecote.week_obstacles(:lower_id, :upper_id) order by 1, 2"
+    "select handler_name, obstacle, events, example, false as at_least"
+    " from dovecote.week_obstacles(:lower_id, :upper_id) order by 1, 2"
 )
+# What an index tells at once. Whether every handler has acted on every event is not among it.
+_AT_A_GLANCE = text(
+    f"""
+    select null as handler_name, 'unpublished' as obstacle, count(*) as events, min(few.id::text)::uuid as example,
+           count(*) = :most as at_least
+    from (select o.id from dovecote.outbox o
+          where o.id >= :lower_id and o.id < :upper_id and o.position > (select checkpoint from dovecote.relay_state)
+          order by o.position limit :most) few
+    having count(*) > 0
+    union all
+    select h.name, few.state, count(*), min(few.event_id::text)::uuid, sum(count(*)) over (partition by h.name) = :most
+    from ({HANDLERS}) h
+    cross join lateral (
+        select d.event_id, d.state from dovecote.deliveries d
+        where d.handler_name = h.name and d.event_id >= :lower_id and d.event_id < :upper_id and d.state <> 'discarded'
+        order by d.event_id limit :most) few
+    group by h.name, few.state
+    union all
+    select r.handler_name, 'replay', count(*), min(r.id::text)::uuid, false
+    from dovecote.replays r
+    where r.state in ('pending', 'running', 'paused')
+      and r.cursor_position < (select o.position from dovecote.outbox o where o.id >= :lower_id and o.id < :upper_id
+                               order by o.position desc limit 1)
+    group by r.handler_name
+    order by 1, 2
+    """  # noqa: S608 - put together from constants
+)
+_SUBSCRIBED = text("select count(*) from dovecote.subscriptions where handler_name = :handler")
 _STRAYS = text(
     """
     select coalesce(sum(greatest(c.reltuples, s.n_live_tup, 0)), 0)::bigint
@@ -216,9 +255,12 @@ def maintain(
 
 
 def partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ()) -> Partitions:
-    """Return every week that has partitions, and what holds the old ones back."""
+    """Return every week that has partitions, and what is seen at a glance to hold those back that are over.
+
+    A dry run of `maintain` tells it exactly, and reads the old weeks for that: some seconds for a million events.
+    """
     now = datetime.now(UTC)
-    with _unhurried(engine) as connection:
+    with snapshot(engine) as connection:
         old = {week.week for week in _old(connection, keep_weeks)}
         weeks = [
             Week(
@@ -229,7 +271,7 @@ def partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ())
                 row.processed,
                 row.bytes,
                 row.week in old,
-                _obstacles(connection, row, routes) if row.ends_at <= now else (),
+                _obstacles(connection, row, routes, _AT_A_GLANCE) if row.ends_at <= now else (),
             )
             for row in connection.execute(_WEEKS).all()
         ]
@@ -263,16 +305,24 @@ def require_present(
         raise Archived(f"events of that range are not in the outbox any more: {places}")
 
 
-def forget_handler(engine: Engine, handler: str, *, by: str) -> int:
+def forget_handler(
+    engine: Engine, handler: str, *, by: str, routes: Sequence[Route] = (), dry_run: bool = False
+) -> int:
     """End the subscriptions of a handler that is gone for good; return how many there were.
 
     What it has not processed holds no week back any more. What failed in it stays until it is discarded.
+    Errors: WrongRequest for a handler that `routes` still have, or that has no subscription.
     """
+    require_who_and_why(by, None)
+    if handler in {route.handler for route in routes}:
+        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before it is forgotten")
     with engine.begin() as connection:
-        ended: int = connection.execute(
-            text("select dovecote.forget_handler(:handler, :by)"), {"handler": handler, "by": by}
-        ).scalar_one()
-    return ended
+        subscribed: int = connection.execute(_SUBSCRIBED, {"handler": handler}).scalar_one()
+        if not subscribed:
+            raise WrongRequest(f"no handler {handler!r} has subscriptions")
+        if not dry_run:
+            connection.execute(text("select dovecote.forget_handler(:handler, :by)"), {"handler": handler, "by": by})
+    return subscribed
 
 
 # Moving and dropping -----------------------------------------------------------------------------
@@ -338,13 +388,21 @@ def _old(connection: Connection, keep_weeks: int) -> list[Any]:
     return [week for week in connection.execute(_WEEKS) if keep_weeks and week.starts_at < border]
 
 
-def _obstacles(connection: Connection, week: Any, routes: Sequence[Route]) -> list[Obstacle]:
-    found = connection.execute(_OBSTACLES, {"lower_id": week.lower_id, "upper_id": week.upper_id})
+def _obstacles(
+    connection: Connection, week: Any, routes: Sequence[Route], query: TextClause = _OBSTACLES
+) -> list[Obstacle]:
+    bounds = {"lower_id": week.lower_id, "upper_id": week.upper_id}
+    more = {} if query is _OBSTACLES else {"handler": None, "most": _MOST_COUNTED}
     return [
         Obstacle(
-            row.handler_name, row.obstacle, row.events, row.example, _advice(row.handler_name, row.obstacle, routes)
+            row.handler_name,
+            row.obstacle,
+            row.events,
+            row.example,
+            _advice(row.handler_name, row.obstacle, routes),
+            row.at_least,
         )
-        for row in found
+        for row in connection.execute(query, {**bounds, **more})
     ]
 
 

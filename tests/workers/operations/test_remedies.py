@@ -299,6 +299,34 @@ def test_pages_of_blocked_aggregates_show_each_one_once(ordered: System, mood: M
     assert second.after is None
 
 
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        ("KilledTheProcess: three times", "KilledTheProcess: three times"),
+        (
+            'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    f()\nValueError: no\n',
+            "ValueError: no",
+        ),
+        (
+            'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    f()\n    ^^^\nKeyError: 1\n\n'
+            "The above exception was the direct cause of the following exception:\n\n"
+            'Traceback (most recent call last):\n  File "b.py", line 2, in g\nProgrammingError: the market is closed\n'
+            "LINE 1: select\n        ^\n[SQL: select]\n(Background on this error at: https://sqlalche.me/e/21/f405)\n",
+            "ProgrammingError: the market is closed",
+        ),
+    ],
+)
+def test_an_error_is_told_by_the_line_that_names_it(own_engine: Engine, error: str, named: str) -> None:
+    some_dead(own_engine, 1)
+    with own_engine.begin() as connection:
+        connection.execute(text("update dovecote.deliveries set error = :error"), {"error": error})
+
+    (one,) = operations.failures(own_engine, Filter()).deliveries
+    (kind,) = operations.failure_groups(own_engine, Filter()).groups
+
+    assert (one.error, kind.error) == (named, named)
+
+
 # Rights --------------------------------------------------------------------------------------------
 
 

@@ -245,7 +245,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         @rule(verb=st.sampled_from((replays.pause, replays.resume, replays.cancel)))
         def change(self, verb: Callable[..., replays.Replay]) -> None:
-            for replay in replays.listed(system.engine, limit=1):
+            for replay in replays.listed(system.engine, limit=1).replays:
                 try:
                     verb(system.engine, replay.id, by="hypothesis")
                 except replays.ReplayRefused:
@@ -284,7 +284,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
         @rule()
         def all_comes_to_rest(self) -> None:
             stage.failing.clear()
-            for replay in replays.listed(system.engine, limit=1):
+            for replay in replays.listed(system.engine, limit=1).replays:
                 if replay.state == "paused":
                     replays.resume(system.engine, replay.id, by="hypothesis")
             for _ in range(2_000):
@@ -293,7 +293,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
                 self.consume_all()
                 if self.is_at_rest():
                     break
-            assert self.is_at_rest(), (replays.listed(system.engine, limit=1), self.queued())
+            assert self.is_at_rest(), (replays.listed(system.engine, limit=1).replays, self.queued())
             effects = self.effects()
             live = Counter(effect.symbol for effect in effects if effect.replay_id is None)
             late = self.run("select event_id from replay_effects where replay_id is null")

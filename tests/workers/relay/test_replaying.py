@@ -26,7 +26,8 @@ from tests.system import System, system_for
 from workers import operations
 from workers.gateways import Gateways
 from workers.operations import doctor, replays
-from workers.operations.replays import ReplayRefused, Request, WrongFilter
+from workers.operations.asking import WrongRequest
+from workers.operations.replays import ReplayRefused, Request
 from workers.operations.retention import Archived
 from workers.replays import Filter
 from workers.routes import Route
@@ -152,13 +153,13 @@ def test_each_filter_takes_exactly_its_events(system_with: SystemWith) -> None:
 @pytest.mark.parametrize(
     ("what", "error", "words"),
     [
-        ({"handler": "test.nobody"}, WrongFilter, "there is no handler 'test.nobody'; there are test.note"),
-        ({"filter": Filter(event_types=("billing.x.v1",))}, WrongFilter, "does not take 'billing.x.v1'"),
-        ({"filter": Filter(from_position=9, upto_position=3)}, WrongFilter, "before it begins"),
-        ({"filter": Filter(aggregate_id="EUR")}, WrongFilter, "needs its type too"),
-        ({"rate": 0}, WrongFilter, "at least 1"),
-        ({"reason": " "}, WrongFilter, "needs a reason"),
-        ({"event_ids": ()}, WrongFilter, "1 to 100,000 event ids"),
+        ({"handler": "test.nobody"}, WrongRequest, "there is no handler 'test.nobody'; there are test.note"),
+        ({"filter": Filter(event_types=("billing.x.v1",))}, WrongRequest, "does not take 'billing.x.v1'"),
+        ({"filter": Filter(from_position=9, upto_position=3)}, WrongRequest, "before it begins"),
+        ({"filter": Filter(aggregate_id="EUR")}, WrongRequest, "needs its type too"),
+        ({"rate": 0}, WrongRequest, "at least 1"),
+        ({"reason": " "}, WrongRequest, "needs a reason"),
+        ({"event_ids": ()}, WrongRequest, "1 to 100,000 event ids"),
         ({"filter": Filter(aggregate_type="nothing")}, ReplayRefused, "there is nothing to replay"),
         ({"handler": "test.strict"}, ReplayRefused, "test.strict may not act again: it pays people"),
     ],
