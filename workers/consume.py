@@ -203,7 +203,7 @@ class Consumer:
         def act() -> BaseException | None:
             nonlocal conflicts, answers
             # The mark is not left standing while Postgres is waited for: whoever kills us then is not the event.
-            with self._marked(suspect, envelopes[0]):
+            with self._marked(suspect, envelopes):
                 try:
                     with unit_of_work(self._sessions, keys=self.keys) as uow:
                         acted = self._act(uow, route, envelopes, retry, replay)
@@ -224,10 +224,11 @@ class Consumer:
         return self._held(act)
 
     @contextmanager
-    def _marked(self, suspect: Suspect | None, envelope: Envelope) -> Iterator[None]:
+    def _marked(self, suspect: Suspect | None, envelopes: Sequence[Envelope]) -> Iterator[None]:
         if suspect is None:
             yield
             return
+        (envelope,) = envelopes  # a suspect's events are taken one by one
         during, after = self._held(partial(suspect.at_work, envelope.event_id))
         # Held: a Redis that takes no mark is no failure of the event.
         self._held(partial(suspect.write, during))

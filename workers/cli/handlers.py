@@ -7,7 +7,7 @@ from rich.table import Table
 
 from workers import operations
 from workers.bootstrap import engine_during
-from workers.cli.options import Actor, DryRun, complete_handler
+from workers.cli.options import Actor, DryRun, Reason, complete_handler
 from workers.cli.output import AsJson, add_row, print_json, print_table, say
 from workers.operations import Handler
 from workers.routes import ROUTES
@@ -46,7 +46,7 @@ def list_(as_json: AsJson = False) -> None:
 def pause(
     handler: Name,
     reason: Annotated[str, typer.Option(help="Why; it is written into the audit log, and shown by `status`.")],
-    actor: Actor = None,
+    actor: Actor,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -55,16 +55,14 @@ def pause(
     Example: dovecote handlers pause verification.send_code --reason "INC-12: the provider sends twice"
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        changed = operations.pause_handler(
-            engine, ROUTES, handler, actor=actor or operations.whoever(), reason=reason, dry_run=dry_run
-        )
+        changed = operations.pause_handler(engine, ROUTES, handler, actor=actor, reason=reason, dry_run=dry_run)
     _tell(changed, "would be paused" if dry_run else "is paused", dry_run, as_json)
 
 
 def resume(
     handler: Name,
-    reason: Annotated[str | None, typer.Option(help="Why; it is written into the audit log.")] = None,
-    actor: Actor = None,
+    actor: Actor,
+    reason: Reason = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,9 +71,7 @@ def resume(
     Example: dovecote handlers resume verification.send_code
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        changed = operations.resume_handler(
-            engine, ROUTES, handler, actor=actor or operations.whoever(), reason=reason, dry_run=dry_run
-        )
+        changed = operations.resume_handler(engine, ROUTES, handler, actor=actor, reason=reason, dry_run=dry_run)
     _tell(changed, "would be resumed" if dry_run else "goes on", dry_run, as_json)
 
 
