@@ -257,7 +257,7 @@ def maintain(
 def partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ()) -> Partitions:
     """Return every week that has partitions, and what is seen at a glance to hold those back that are over.
 
-    A dry run of `maintain` tells it exactly, and reads the old weeks for that: some seconds for a million events.
+    A dry run of `maintain` tells it exactly, and reads the old weeks for that.
     """
     now = datetime.now(UTC)
     with snapshot(engine) as connection:
