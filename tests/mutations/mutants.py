@@ -24,6 +24,7 @@ SURVEY = "tests/workers/telemetry/test_survey.py"
 HEALTH = "tests/workers/telemetry/test_health.py"
 SERVING = "tests/workers/telemetry/test_serving.py"
 WATCHED = "tests/workers/telemetry/test_a_system_that_is_watched.py"
+TAKING_OVER = "tests/flows/test_taking_over.py"
 PAUSING = "tests/workers/test_pausing.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
@@ -453,8 +454,8 @@ MUTANTS = (
     Mutant(
         "nothing is marked before it starts",
         "workers/consume.py",
-        "            with self._marked(suspect, envelopes[0]):\n",
-        "            with self._marked(None, envelopes[0]):\n",
+        "            with self._marked(suspect, envelopes):\n",
+        "            with self._marked(None, envelopes):\n",
         f"{POISON}::test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mates_go_through",
     ),
     Mutant(
@@ -541,7 +542,7 @@ MUTANTS = (
         "workers/relay/leading.py",
         "            self._through_outages(lambda: self._meters.reaped(self._broker.reap()))\n",
         "            pass\n",
-        RELAY,
+        TAKING_OVER,
     ),
     Mutant(
         "messages are handed back in reverse",
