@@ -142,7 +142,10 @@ _PROCESSED = text(
 )
 
 _RATES = text(
-    "select handler_name, sum(events_per_second) as rate from dovecote.processed_lately(:seconds, :pages) group by handler_name"
+    """
+    select handler_name, sum(events_per_second) as rate from dovecote.processed_lately(:seconds, :pages)
+    group by handler_name
+    """
 )
 
 _DELIVERIES = text(
