@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from domain import processed_events
 from domain.database import connect, sessions_for
 from tests.past import an_old_id, fail, process, publish_all, subscribe, suffix, write_old
+from tests.support import eventually
 from workers import archive
 from workers.operations import retention
 from workers.operations.retention import Archived, Maintenance
@@ -476,13 +477,18 @@ def test_partitions_tells_what_is_there(engine: Engine) -> None:
     maintain(engine, keep_weeks=0)
     with engine.begin() as connection:
         write_old(connection, [an_old_id(6)])
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("analyze"))
 
-    found = retention.partitions(engine, keep_weeks=2)
+    def analyzed() -> retention.Partitions:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("analyze"))
+        return retention.partitions(engine, keep_weeks=2)
+
+    # A session tells the statistics some seconds later what it inserted: until the next look it counts twice.
+    eventually(lambda: (analyzed().weeks[0].events, analyzed().weeks[0].processed) == (6, 5), 30, "true statistics")
+    found = analyzed()
 
     old = found.weeks[0]
-    assert (old.week, old.events, old.processed, old.is_old) == (suffix(6), 6, 5, True)
+    assert (old.week, old.is_old) == (suffix(6), True)
     assert old.bytes > 0
     assert [(one.what, one.events, one.at_least) for one in old.obstacles] == [("unpublished", 1, False)]
     assert (found.headroom_weeks, found.strays) == (4, 0)
