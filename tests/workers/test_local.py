@@ -19,7 +19,7 @@ def test_port_zero_turns_metrics_off() -> None:
         assert ports == {}
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104 - free ports, held for a moment
 def test_a_port_is_kept_from_strangers_and_free_for_the_process_it_is_meant_for(host: str) -> None:
     with _ports(NAMES, host, None) as ports:
         port = ports["relay"]

@@ -86,7 +86,7 @@ _BLOCKED = text(
     order by s.type, s.id
     """  # noqa: S608 - put together from constants
 )
-_COUNT_BLOCKED = text(f"{_STUCK} select count(*) from stuck")  # noqa: S608
+_COUNT_BLOCKED = text(f"{_STUCK} select count(*) from stuck")  # noqa: S608 - as above
 
 
 def blocked_aggregates(

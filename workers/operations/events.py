@@ -158,7 +158,7 @@ _TROUBLE = text(
     f"""
     select d.*, {NAMED} as summary from unnest(cast(:handlers as text[])) as h (name)
     join dovecote.deliveries d on d.handler_name = h.name and d.event_id = :id
-    """  # noqa: S608
+    """  # noqa: S608 - put together from constants
 )
 
 

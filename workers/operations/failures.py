@@ -199,7 +199,7 @@ _GROUPS = text(
     union all
     {_OF_KIND.format(named=_NAMED_OF_LAST, kinds="wanted", same="error_fingerprint is null")}
     order by count desc, handler, fingerprint limit :limit
-    """  # noqa: S608
+    """  # noqa: S608 - put together from constants
 )
 
 _SHOW = text(
@@ -209,7 +209,7 @@ _SHOW = text(
             where w.state = 'waiting' and w.handler_name = d.handler_name and w.aggregate_type = d.aggregate_type
               and w.aggregate_id = d.aggregate_id and w.position > d.position limit :most) few) as waiting_behind
     from dovecote.deliveries d where d.handler_name = :handler and d.event_id = :event_id
-    """  # noqa: S608
+    """  # noqa: S608 - put together from constants
 )
 _BLOCKER = text("select dovecote.blocker(:handler, :event_types, :aggregate_type, :aggregate_id, :position)")
 

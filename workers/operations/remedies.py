@@ -52,12 +52,12 @@ _DISCARDABLE = "(d.state = 'dead' or (d.state = 'retrying' and d.error is not nu
 _COUNT = f"""
     select count(*) from dovecote.deliveries d
     where d.state = any(:states) and (cast(:handler as text) is null or d.handler_name = :handler) and {MATCHES}
-"""  # noqa: S608
+"""  # noqa: S608 - put together from constants
 _CHOSEN = f"""
     select d.handler_name, d.event_id from dovecote.deliveries d
     where d.state = any(:states) and (cast(:handler as text) is null or d.handler_name = :handler) and {MATCHES}
       and d.updated_at <= :began
-"""  # noqa: S608
+"""  # noqa: S608 - put together from constants
 _TAKE = " order by d.handler_name, d.event_id limit :batch for update skip locked"
 
 _RETRY = """
@@ -183,7 +183,7 @@ def _change(
             break
     with engine.connect() as connection:
         busy = connection.execute(
-            text(f"select count(*) from ({_CHOSEN} and {condition}) c"),  # noqa: S608
+            text(f"select count(*) from ({_CHOSEN} and {condition}) c"),  # noqa: S608 - put together from constants
             {**parameters, "began": began},
         ).scalar_one()
     if wanted.event_id is not None and not affected:
@@ -193,7 +193,7 @@ def _change(
 
 def _sample(connection: Connection, parameters: dict[str, Any], condition: str) -> list[Failure]:
     query = text(
-        f"select {ROW} from dovecote.deliveries d where d.state = any(:states)"  # noqa: S608
+        f"select {ROW} from dovecote.deliveries d where d.state = any(:states)"  # noqa: S608 - put together from constants
         f" and (cast(:handler as text) is null or d.handler_name = :handler) and {MATCHES} and {condition}"
         " order by d.position desc limit :sample"
     )

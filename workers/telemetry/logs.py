@@ -129,7 +129,7 @@ class _NotAgain:
 class _Handler(logging.StreamHandler[TextIO]):
     """Names the place of a call whose arguments do not fit. `logging` would print them as they are."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
         # If this line cannot be written, none can.
         if record.name != __name__:
             error = sys.exc_info()[1]

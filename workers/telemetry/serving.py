@@ -45,6 +45,7 @@ def _serve(host: str, port: int, pages: Mapping[str, Callable[[], Page]]) -> Non
             if error.errno != errno.EADDRINUSE and not told:
                 told = True
                 log.warning("metrics and health cannot be served", host=host, port=port, error=str(error))
+            # Nobody tells when a port is free again.
             time.sleep(_RETRY_SECONDS)
             continue
         # It is never told to stop, so it need not look up for that.
