@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import psycopg
 from sqlalchemy import DateTime, Engine, MetaData, Uuid, create_engine, make_url
 from sqlalchemy.orm import Session, registry, sessionmaker
 
@@ -76,6 +77,13 @@ def connect(
 def sessions_for(engine: Engine) -> Sessions:
     """Return the session factory that `unit_of_work` takes."""
     return sessionmaker(engine, expire_on_commit=False)
+
+
+def driver_connection(session: Session) -> psycopg.Connection[tuple[Any, ...]]:
+    """Return psycopg's connection below the session, in its transaction as far as one has begun there."""
+    connection = session.connection().connection.driver_connection
+    assert isinstance(connection, psycopg.Connection), "a session of `connect`"
+    return connection
 
 
 def array(values: Iterable[object]) -> str:

@@ -16,9 +16,10 @@ from domain.database import sessions_for
 from tests.support import eventually
 from workers import operations
 from workers.bootstrap import broker_for, declare_handlers, engine_for, gateways_for, relay_for
-from workers.broker import HandBackWhatFails, OutboxBroker
+from workers.broker import OutboxBroker
 from workers.consume import Consumer
 from workers.gateways import Gateways
+from workers.handing_back import HandBackWhatFails
 from workers.relay.relay import Relay
 from workers.routes import Route, queues
 from workers.settings import Settings

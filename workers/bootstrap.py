@@ -22,7 +22,7 @@ from sqlalchemy import Engine
 from domain.database import connect, sessions_for
 from domain.unit_of_work import UnitOfWork
 from workers import schema, telemetry
-from workers.broker import HandBackWhatFails, OrjsonEncoder, OutboxBroker, connect_redis
+from workers.broker import OrjsonEncoder, OutboxBroker
 from workers.children import die_with_parent
 from workers.consume import SILENT_SECONDS, Consumer, Stopping
 from workers.envelope import Envelope, read_envelope
@@ -30,9 +30,11 @@ from workers.failures import UnknownHandler
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
+from workers.handing_back import HandBackWhatFails
 from workers.home import HomeError
 from workers.masking import never_show
 from workers.pauses import HandlerPaused
+from workers.redis_client import connect_redis
 from workers.relay.relay import Relay
 from workers.routes import ROUTES, Route, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets

@@ -11,37 +11,27 @@ Dramatiq's key layout (its docs, "Enqueueing messages from other languages") is 
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dramatiq
 import orjson
 import redis
-from dramatiq.broker import Broker, MessageProxy
-from dramatiq.brokers.redis import RedisBroker, _RedisConsumer, _scripts
+from dramatiq.brokers.redis import RedisBroker, _scripts
 from dramatiq.common import current_millis, dq_name
 from dramatiq.encoder import Encoder, MessageData
-from dramatiq.errors import ConnectionClosed, DecodeError
-from dramatiq.message import Message
+from dramatiq.errors import DecodeError
 from dramatiq.middleware import Middleware
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from redis.exceptions import NoScriptError, OutOfMemoryError
 
 from workers.envelope import read_message
-from workers.pauses import HandlerPaused
+from workers.fetching import BlockingConsumer
+from workers.redis_client import connect_redis
 from workers.telemetry.meters import ConsumerMeters
 
 _LUA = Path(__file__).parent / "lua"
-
-#: What Redis raises when it is away, slow, loading, full, a replica, out of disk, or wants another password.
-#: All of it passes once somebody has seen to the server; what we hold is worth waiting for.
-PASSING = (redis.RedisError,)
-
-#: Of one process. It uses one for each queue and delay queue it waits on, and one for each thread that
-#: acknowledges; without an end, a process of many threads could use up what the server gives to all.
-MOST_CONNECTIONS = 64
 
 # Of one call: Redis serves nobody else for some milliseconds.
 _MOST_TAKEN_BACK = 1_000
@@ -104,7 +94,7 @@ class OutboxBroker(RedisBroker):
         self.stand_in: Callable[[str, str], None] | None = None
 
     @property
-    def consumer_class(self) -> type["BlockingConsumer"]:
+    def consumer_class(self) -> type[BlockingConsumer]:
         return BlockingConsumer
 
     # For the relay ---------------------------------------------------------------------------
@@ -198,21 +188,46 @@ class OutboxBroker(RedisBroker):
     def _look_at(self, queue: str, client: redis.Redis, *, maintain: bool = False) -> None:
         # `qsize` reads only; every dispatched command records a heartbeat first.
         self.scripts["dispatch"](
-            keys=[self.namespace],
-            args=[
-                "qsize",
-                current_millis(),
-                queue,
-                self.broker_id,
-                self.heartbeat_timeout,
-                self.dead_message_ttl,
-                int(maintain),
-                self._max_unpack_size(),
-            ],
-            client=client,
+            keys=[self.namespace], args=self._arguments("qsize", queue, maintain=maintain), client=client
         )
 
+    def _arguments(self, command: str, queue: str, *more: int, maintain: bool = False) -> list[str | int]:
+        return [
+            command,
+            current_millis(),
+            queue,
+            self.broker_id,
+            self.heartbeat_timeout,
+            self.dead_message_ttl,
+            int(maintain),
+            self._max_unpack_size(),
+            *more,
+        ]
+
     # For consumers ---------------------------------------------------------------------------
+
+    def await_and_fetch(self, queue: str, most: int, wait_seconds: float) -> list[bytes | None]:
+        """Wait until something is queued and fetch it, in one round trip; return nothing when nothing came.
+
+        BLMOVE from a list to itself moves nothing: it waits, and Redis runs the fetch behind it when it has ended.
+        """
+        source = f"{self.namespace}:{queue}"
+        fetch = self.scripts["dispatch"]
+        arguments = self._arguments("fetch", queue, most)
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command("BLMOVE", source, source, "LEFT", "LEFT", wait_seconds)
+            # By its digest: whether Redis has a script, a pipeline would ask with a round trip of its own.
+            pipeline.evalsha(fetch.sha, 1, self.namespace, *arguments)
+            waited, fetched = pipeline.execute(raise_on_error=False)
+        if isinstance(fetched, NoScriptError):
+            fetched = fetch(keys=[self.namespace], args=arguments)
+        is_full = isinstance(waited, OutOfMemoryError)  # it refuses BLMOVE, though that moves nothing
+        for reply in (fetched,) if is_full else (waited, fetched):
+            if isinstance(reply, Exception):
+                raise reply
+        if is_full and not fetched:
+            time.sleep(wait_seconds)
+        return list(fetched)
 
     def hand_back(self, queue: str, ids: Iterable[str]) -> None:
         """Give messages back to the head of their queue, in the order they were fetched."""
@@ -266,184 +281,6 @@ class OutboxBroker(RedisBroker):
         return f"{self.namespace}:__acks__.{self.broker_id}.{queue}"
 
 
-class BlockingConsumer(_RedisConsumer):
-    """Waits on the queue itself. BLMOVE from a list to itself returns when there is something and moves nothing."""
-
-    broker: OutboxBroker
-
-    def __init__(self, broker: OutboxBroker, queue_name: str, prefetch: int, timeout: int) -> None:
-        super().__init__(broker, queue_name, prefetch, timeout)
-        self._room = threading.Event()
-        self.message_cache: list[Message[Any]] = []
-        self._reclaim_first = True
-        self._unfinished: list[str] = []
-
-    def __next__(self) -> MessageProxy | None:
-        self.broker.meters.fetching(self.queue_name)
-        try:
-            if self._reclaim_first:
-                self.broker.reclaim(self.queue_name)
-                self._reclaim_first = False
-            if not self.message_cache:
-                self._refill()
-            if not self.message_cache:
-                return None
-            message = self.message_cache.pop(0)
-            self.queued_message_ids.add(message.message_id)
-            return MessageProxy(message)
-        except PASSING as error:
-            raise ConnectionClosed(error) from None
-
-    def _refill(self) -> None:
-        self._room.clear()
-        room = self.prefetch - self.outstanding_message_count
-        if room <= 0:
-            self._room.wait(self.timeout / 1_000)
-            self.broker.beat(self.queue_name)
-            return
-        self._fetch(room)
-        if not self.message_cache and self._something_comes():
-            self._fetch(room)
-
-    def _fetch(self, room: int) -> None:
-        fetched = self.broker.do_fetch(self.queue_name, room)
-        unreadable = False
-        for data in fetched:
-            try:
-                # None: the message was acknowledged by a worker that had been taken for dead.
-                if data is not None:
-                    message: Message[Any] = Message.decode(data)
-                    if self.broker.stand_in and message.actor_name not in self.broker.actors:
-                        self.broker.stand_in(message.actor_name, self.queue_name)
-                    self.message_cache.append(message)
-            except DecodeError as error:
-                unreadable = True
-                self.logger.error("A message on queue %r cannot be read: %s", self.queue_name, error)
-        self.broker.take(self.queue_name, [message.options["redis_message_id"] for message in self.message_cache])
-        if unreadable:
-            self.broker.bury_unreadable(self.queue_name)
-
-    def _something_comes(self) -> bool:
-        queue = f"{self.broker.namespace}:{self.queue_name}"
-        wait_seconds = min(self.timeout, self.broker.idle_wait_ms) / 1_000
-        try:
-            return self.broker.client.blmove(queue, queue, wait_seconds, "LEFT", "LEFT") is not None
-        except redis.exceptions.OutOfMemoryError:
-            # It moves nothing, but Redis refuses it when it is full: look again a little later instead.
-            self._room.wait(wait_seconds)
-            return True
-
-    def ack(self, message: MessageProxy) -> None:
-        if is_put_aside(message):
-            self._finish(message, lambda queue, ids: self.broker.put_aside(queue, message.actor_name, ids))
-        elif not is_handed_back(message):
-            self._finish(message, self._ack)
-        elif self.broker.stopping:
-            # Others that were fetched later go back too; all of them together, or their order is lost.
-            self._unfinished.append(message.options["redis_message_id"])
-        else:
-            self._finish(message, self.broker.hand_back)
-
-    def nack(self, message: MessageProxy) -> None:
-        self._finish(message, lambda queue, ids: self.broker.do_nack(queue, *ids))
-
-    def _ack(self, queue: str, ids: list[str]) -> None:
-        self.broker.do_ack(queue, *ids)
-
-    def _finish(self, message: MessageProxy, how: Any) -> None:
-        id = message.options["redis_message_id"]
-        try:
-            how(self.queue_name, [id])
-            self.broker.let_go(self.queue_name, [id])
-        except PASSING as error:
-            raise ConnectionClosed(error) from None
-        finally:
-            self.queued_message_ids.discard(message.message_id)
-            self._room.set()
-
-    def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        self._unfinished += [message.options["redis_message_id"] for message in messages]
-        if not self.broker.stopping:
-            self._give_back()
-
-    def close(self) -> None:
-        # What was fetched but not yet handed to a thread would otherwise wait for our heartbeat to end.
-        self._unfinished += [message.options["redis_message_id"] for message in self.message_cache]
-        if self.broker.stopping:
-            # So would what a thread did not finish in time. It dies with the process, and its transaction with it.
-            self._unfinished += self.broker.in_hand(self.queue_name)
-        self.message_cache = []
-        self._give_back()
-
-    def _give_back(self) -> None:
-        ids, self._unfinished = self._unfinished, []
-        try:
-            self.broker.hand_back(self.queue_name, ids)
-        except PASSING as error:
-            # Not ours any more: the next consumer reclaims them.
-            self.broker.let_go(self.queue_name, ids)
-            raise ConnectionClosed(error) from None
-
-
-def hand_back(message: MessageProxy) -> None:
-    """Mark a message that could not be handled: it goes back to its queue instead of being acknowledged."""
-    message.__dict__["hand_back"] = True
-
-
-def is_handed_back(message: MessageProxy) -> bool:
-    return message.__dict__.get("hand_back", False) is True
-
-
-def put_aside(message: MessageProxy) -> None:
-    """Mark a message whose handler is paused: it is put aside instead of being acknowledged."""
-    message.__dict__["put_aside"] = True
-
-
-def is_put_aside(message: MessageProxy) -> bool:
-    return message.__dict__.get("put_aside", False) is True
-
-
-class HandBackWhatFails(Middleware):
-    """An actor that raises has not done its work: its message is handed back, never acknowledged.
-
-    Handlers' failures never come this far (workers/consume.py records them). What does is a handler that is paused,
-    a process that is told to stop while it waits, or a bug; a bug is slowed down, not spun on.
-    """
-
-    @property
-    def actor_options(self) -> set[str]:
-        # Dramatiq's worker logs what an actor is said to throw in one line instead of a traceback.
-        return {"throws"}
-
-    def __init__(self, pause_seconds: float = 1.0) -> None:
-        self._pause_seconds = pause_seconds
-        self._stopping = threading.Event()
-
-    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
-        self._stopping.clear()
-        if isinstance(broker, OutboxBroker):
-            broker.stopping = False
-
-    def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
-        self._stopping.set()
-        if isinstance(broker, OutboxBroker):
-            broker.stopping = True
-
-    def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
-    ) -> None:
-        if isinstance(exception, HandlerPaused):
-            put_aside(message)
-        elif exception is not None:
-            self._stopping.wait(self._pause_seconds)
-            hand_back(message)
-
-
 class OrjsonEncoder(Encoder):
     """Dramatiq's JSON, written by orjson and read by `read_message`."""
 
@@ -456,20 +293,3 @@ class OrjsonEncoder(Encoder):
         except ValueError as error:
             raise DecodeError(f"not a message: {data[:200]!r}", data, error) from None
         return decoded
-
-
-def connect_redis(url: str, socket_timeout_seconds: float, max_connections: int = MOST_CONNECTIONS) -> redis.Redis:
-    """Return a client that never repeats a command by itself: a lost reply may have been a fetch.
-
-    Whoever finds all connections in use waits for one, as long as for an answer.
-    """
-    pool = redis.BlockingConnectionPool.from_url(
-        url,
-        max_connections=max_connections,
-        timeout=socket_timeout_seconds,
-        socket_timeout=socket_timeout_seconds,
-        socket_connect_timeout=5,
-        socket_keepalive=True,
-        retry=Retry(NoBackoff(), 0),
-    )
-    return redis.Redis.from_pool(pool)

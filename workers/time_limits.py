@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from uuid import UUID
 
-import psycopg
 import structlog
 from sqlalchemy.orm import Session
 
+from domain.database import driver_connection
 from workers.envelope import Envelope
 from workers.failures import TimeLimitExceeded
 from workers.routes import Route
@@ -142,23 +142,15 @@ def exceeded(watch: Watch) -> TimeLimitExceeded:
 
 def backend_pid(session: Session) -> int | None:
     """Return the process that serves the session in Postgres, if it is in a transaction; no network is used."""
-    connection = _driver_connection(session)
-    return connection.info.backend_pid if connection else None
+    return driver_connection(session).info.backend_pid if session.in_transaction() else None
 
 
 def _cancel_statement(session: Session) -> None:
     try:
-        if connection := _driver_connection(session):
-            connection.cancel_safe(timeout=2)
+        if session.in_transaction():
+            driver_connection(session).cancel_safe(timeout=2)
     except Exception as error:  # best effort: the exception in the thread, or the end of the process, follows
         log.debug("statement not cancelled", error=f"{type(error).__name__}: {error}")
-
-
-def _driver_connection(session: Session) -> "psycopg.Connection[tuple[object, ...]] | None":
-    if not session.in_transaction():
-        return None
-    connection = session.connection().connection.driver_connection
-    return connection if isinstance(connection, psycopg.Connection) else None
 
 
 def _raise_in(thread_id: int, exception: type[BaseException] | None) -> None:

@@ -21,16 +21,11 @@ from tests.conftest import Servers, settings_for
 from tests.effects import a_route
 from tests.support import eventually
 from workers.bootstrap import _StopsWaiting, broker_for, declare_handlers, gateways_for
-from workers.broker import (
-    BlockingConsumer,
-    HandBackWhatFails,
-    NewerRelay,
-    OutboxBroker,
-    QueuedBundle,
-    RedisLost,
-    connect_redis,
-)
+from workers.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.consume import Consumer
+from workers.fetching import BlockingConsumer
+from workers.handing_back import HandBackWhatFails
+from workers.redis_client import connect_redis
 from workers.relay.bundles import Bundler
 
 pytestmark = pytest.mark.servers
@@ -139,14 +134,43 @@ def test_an_idle_worker_takes_a_message_at_once(broker_with: Brokers) -> None:
     assert sorted(delays)[len(delays) // 2] < 0.05, delays
 
 
-def test_waiting_moves_no_message(broker_with: Brokers) -> None:
+def test_waiting_takes_no_more_than_there_is_room_for_and_keeps_the_order(broker_with: Brokers) -> None:
     broker = broker_with()
-    publish(broker, a_bundle("a"), a_bundle("b"))
+    publish(broker, *(a_bundle(id) for id in "abcd"))
+
+    assert ids(take(a_consumer(broker, prefetch=2), 2)) == ["a", "b"]
+
+    assert queued(broker) == ["c", "d"]
+
+
+def test_a_redis_that_has_forgotten_the_scripts_gets_them_again(broker_with: Brokers) -> None:
+    broker = broker_with()
     consumer = a_consumer(broker)
+    assert next(consumer) is None
+    publish(broker, a_bundle("a"))
 
-    assert consumer._something_comes()
+    broker.client.script_flush()
 
-    assert queued(broker) == ["a", "b"]
+    assert ids(take(consumer, 1)) == ["a"]
+
+
+def test_a_full_redis_gives_what_it_has_and_is_not_asked_without_a_pause(broker_with: Brokers) -> None:
+    broker = broker_with(idle_wait_ms=200)
+    publish(broker, a_bundle("a"))
+    consumer = a_consumer(broker, timeout=1_000)
+    broker.client.config_set("maxmemory", 1)
+    try:
+        began = time.monotonic()
+        (message,) = take(consumer, 1)
+        consumer.ack(message)
+        assert time.monotonic() - began < 0.15
+
+        assert next(consumer) is None
+        assert next(consumer) is None
+
+        assert time.monotonic() - began > 0.4
+    finally:
+        broker.client.config_set("maxmemory", 0)
 
 
 def test_an_idle_worker_asks_redis_rarely(broker_with: Brokers) -> None:

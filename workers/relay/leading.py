@@ -11,7 +11,8 @@ import psycopg
 import structlog
 
 from workers import deliveries, pauses, replays
-from workers.broker import PASSING, NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from workers.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from workers.redis_client import PASSING
 from workers.relay import missing, unrouted
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
@@ -30,6 +31,10 @@ _TICK_SECONDS = 1.0
 # A dead worker is found this long after its heartbeat's time-out.
 _REAP_SECONDS = 2.0
 _PARTITIONS_SECONDS = 3_600.0
+# An event alone, or a few at once, are no traffic; more batches than that without a pause are.
+_FEW_IN_A_ROW = 3
+# So long may those who act on an event that came alone have the processor first.
+_RECORD_LATER_SECONDS = 0.002
 
 # Nothing is recorded by a relay that has been replaced: its epoch matches no row any more.
 _RECORD = """
@@ -101,7 +106,7 @@ class Leader:
         self._heard: set[str] = set()
         self._holds_bell = False
         self._called = False
-        self._is_busy = False
+        self._batches_in_a_row = 0
         self._pause_seconds = 0.0
         self._next_tick = self._next_reaping = self._next_partitions = time.monotonic()
 
@@ -138,19 +143,22 @@ class Leader:
         self._replayer.step()
         if batch.rows:
             self._pause_seconds = 0.0
-            # A batch after a silence is an event that came alone; another right behind it is traffic.
-            if self._is_busy:
+            self._batches_in_a_row += 1
+            if self._batches_in_a_row > _FEW_IN_A_ROW:
                 self._stay_awake()
                 self._gather(batch)
-        elif not self._heard:
-            self._rest()
-        self._is_busy = bool(batch.rows)
+        else:
+            self._batches_in_a_row = 0
+            if not self._heard:
+                self._rest()
 
     # Publishing ------------------------------------------------------------------------------
 
     def _publish(self, batch: Batch) -> None:
         with publishing(batch.rows, self._bundler.routes_for):
             self._send(self._bundler.bundles(batch.rows))
+            if not self._batches_in_a_row and not self._reader.is_full(batch):
+                self._called = self._sleeper.sleep(_RECORD_LATER_SECONDS, self._connection)
             recorded = self._records.execute(
                 _RECORD,
                 {
@@ -305,7 +313,7 @@ class Leader:
 
     def _gather(self, batch: Batch) -> None:
         # In traffic events travel together, or each would be a message and a transaction of its own.
-        if len(batch.rows) < self._settings.batch_size:
+        if not self._reader.is_full(batch):
             self._sleeper.sleep(self._settings.gather_ms / 1_000)
 
     def _rest(self) -> None:

@@ -16,8 +16,9 @@ import structlog
 
 from domain.errors import DovecoteError
 from workers import schema
-from workers.broker import PASSING, NewerRelay, OutboxBroker, RedisLost
+from workers.broker import NewerRelay, OutboxBroker, RedisLost
 from workers.outages import asks_again, passes
+from workers.redis_client import PASSING
 from workers.relay.leading import Leader
 from workers.relay.maintaining import Maintainer
 from workers.relay.reading import Connection, Reader

@@ -15,8 +15,8 @@ import orjson
 import psycopg
 
 from workers import schema
-from workers.broker import connect_redis
 from workers.masking import masked
+from workers.redis_client import connect_redis
 from workers.settings import Settings
 from workers.telemetry.serving import Page
 

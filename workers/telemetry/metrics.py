@@ -156,13 +156,13 @@ class ConsumerMetrics(ConsumerMeters):
 
     @contextmanager
     def at_work(self, handler: str, events: int) -> Iterator[None]:
-        self._bundle.labels(handler=handler).observe(events)
         thread = threading.get_ident()
         self._began[thread] = time.monotonic()
         try:
             yield
         finally:
             del self._began[thread]
+            self._bundle.labels(handler=handler).observe(events)
 
     def _oldest_at_work(self) -> float:
         began = list(self._began.values())

@@ -19,11 +19,11 @@ from sqlalchemy import Connection
 
 from domain.database import connect
 from workers import operations
-from workers.broker import connect_redis
 from workers.operations.aggregates import count_blocked
 from workers.operations.doctor.postgres import OLDEST_FLOOR, PARTITIONS
 from workers.operations.reading import snapshot
 from workers.outages import passes
+from workers.redis_client import connect_redis
 from workers.routes import Route
 from workers.settings import Settings
 

@@ -64,21 +64,20 @@ def publishing(rows: Sequence[tuple[int, str, bytes]], routes_for: Callable[[str
 
     A `send` span is made of what was sent: none when the block raises, for then it is sent again.
     """
+    # Made afterwards: an event that comes alone waits for everything before the message is on its way.
+    began = time.time_ns()
+    yield
+    ended = time.time_ns()
     attributes = {**_messaging("publish", "send"), "messaging.batch.message_count": len(rows)}
-    with tracer.start_as_current_span("publish", kind=SpanKind.PRODUCER, attributes=attributes) as batch:
-        # Without a provider no span has an id, and nobody to be sent to.
-        sampled = _sampled(rows) if batch.get_span_context().is_valid else ()
-        began = time.time_ns()
-        yield
-        ended = time.time_ns()
-        for event_type, head in sampled:
-            context = _context_of(head["traceparent"])
-            if batch.is_recording():
-                batch.add_link(trace.get_current_span(context).get_span_context())
-            for route in routes_for(event_type):
-                _start("send", SpanKind.PRODUCER, context, route, head["id"], head.get("correlationid"), began).end(
-                    ended
-                )
+    batch = tracer.start_span("publish", Context(), SpanKind.PRODUCER, attributes, start_time=began)
+    # Without a provider no span has an id, and nobody to be sent to.
+    for event_type, head in _sampled(rows) if batch.get_span_context().is_valid else ():
+        context = _context_of(head["traceparent"])
+        if batch.is_recording():
+            batch.add_link(trace.get_current_span(context).get_span_context())
+        for route in routes_for(event_type):
+            _start("send", SpanKind.PRODUCER, context, route, head["id"], head.get("correlationid"), began).end(ended)
+    batch.end(ended)
 
 
 def _sampled(rows: Iterable[tuple[int, str, bytes]]) -> list[tuple[str, dict[str, Any]]]:

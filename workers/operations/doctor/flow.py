@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import redis
 from dramatiq.common import dq_name
 
-from workers.broker import connect_redis
 from workers.operations.doctor.finding import Finding, Subject, error, ok, warning
+from workers.redis_client import connect_redis
 from workers.routes import queues
 
 _SOCKET_SECONDS = 5.0

@@ -4,9 +4,9 @@ from typing import Any
 
 import redis
 
-from workers.broker import connect_redis
 from workers.masking import masked
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
+from workers.redis_client import connect_redis
 
 _SOCKET_SECONDS = 5.0
 # BLMOVE, which our consumers wait with, is of 6.2.
