@@ -102,8 +102,8 @@ def _from_the_queue(stage: Stage, options: Options, name: str, load: Load, event
     for number in options.repeat():
         with stage.scene() as scene:
             footprint = Footprint(scene)
+            # The relay stays: it sends again what an ordered handler had to put behind an earlier event.
             relayed(scene, events, load)
-            scene.stop_processes()
             rounds["ours"].append(events / consumed(scene, events, load))
             scene.stop_processes()
             footprint.mark(events)

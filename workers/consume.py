@@ -54,6 +54,8 @@ _MOST_ANSWERS = 5
 #: Longest that events of a bundle say nothing to Postgres together, besides the time limit of one: it ends the session
 #: of a process that says nothing for much longer (workers/bootstrap.py).
 SILENT_SECONDS = 5.0
+# Longest that an ordered bundle waits for the one before it to end, and how often it looks.
+_PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 0.005
 # How long the record of a stuck handler may take before its process ends all the same.
 _GOODBYE_SECONDS = 10.0
 _STUCK_EXIT_CODE = 70
@@ -327,11 +329,25 @@ class Consumer:
     def _without_blocked(
         self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], replay: UUID | None
     ) -> list[Envelope]:
-        blocked = deliveries.blocked(uow.session, route, envelopes, replay)
-        if blocked:
-            deliveries.park(uow.session, route, blocked, replay)
-            self.meters.parked(route.handler, len(blocked))
-        return [envelope for envelope in envelopes if envelope not in blocked]
+        give_up_at = time.monotonic() + _PATIENCE_SECONDS
+        found = deliveries.blocked(uow.session, route, envelopes, replay)
+        while found.at_work is not None and self._is_settled_soon(uow.session, route, found.at_work, give_up_at):
+            found = deliveries.blocked(uow.session, route, envelopes, replay)
+        if found.envelopes:
+            deliveries.park(uow.session, route, found.envelopes, replay)
+            self.meters.parked(route.handler, len(found.envelopes))
+        parked = {envelope.event_id for envelope in found.envelopes}
+        return [envelope for envelope in envelopes if envelope.event_id not in parked]
+
+    def _is_settled_soon(self, session: Session, route: Route, event_id: UUID, give_up_at: float) -> bool:
+        """Wait for a worker that has just begun with the bundle before this one, as it is with a backlog.
+
+        Putting ours behind it instead would have the relay send each event again, and the next bundle wait for those.
+        """
+        while not deliveries.is_settled(session, route, event_id):
+            if time.monotonic() > give_up_at or self._stopping.wait(_LOOK_SECONDS):
+                return False
+        return True
 
     def _held(self, work: Callable[[], Result]) -> Result:
         """Do the work, again and again while a server is away."""

@@ -67,6 +67,13 @@ _known = text(
     """
 )
 
+_is_settled = text(
+    """
+    select exists (select from dovecote.processed_events where event_id = :event_id and handler_name = :handler_name)
+        or exists (select from dovecote.deliveries where event_id = :event_id and handler_name = :handler_name)
+    """
+)
+
 _is_processed = text(
     "select exists (select from dovecote.processed_events where event_id = :event_id and handler_name = :handler_name)"
 )
@@ -95,9 +102,14 @@ _resolve = text("delete from dovecote.deliveries where handler_name = :handler_n
 
 _blockers = text(
     """
-    select event_id, dovecote.blocker(:handler_name, :event_types, aggregate_type, aggregate_id, position) as blocker
+    select event_id, blocker,
+           exists (select from dovecote.deliveries d
+                   where d.handler_name = :handler_name and d.event_id = blocker) as is_kept
     from unnest(cast(:event_ids as uuid[]), cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
                 cast(:positions as bigint[])) as bundle (event_id, aggregate_type, aggregate_id, position)
+    cross join lateral
+        dovecote.blocker(:handler_name, :event_types, aggregate_type, aggregate_id, position) as blocker
+    where blocker is not null
     """
 )
 
@@ -105,7 +117,7 @@ _blockers = text(
 # aggregate in a wave are one bundle (workers/relay/replaying.py).
 _blockers_in_replay = text(
     """
-    select event_id,
+    select event_id, true as is_kept,
            (select d.event_id from dovecote.deliveries d
             where d.replay_id = :replay_id and d.handler_name = :handler_name
               and d.aggregate_type = bundle.aggregate_type and d.aggregate_id = bundle.aggregate_id
@@ -269,10 +281,19 @@ def end_backend(session: Session, pid: int | None) -> None:
         session.execute(_end_backend, {"pid": pid})
 
 
-def blocked(
-    session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None
-) -> list[Envelope]:
-    """Return the events that must wait for an earlier one of their aggregate, given in writing order.
+@dataclass(frozen=True)
+class Blocked:
+    """Events that must wait for an earlier one, and an earlier one that no delivery tells of, if there is any.
+
+    That one is in another worker's hands, or on its way there.
+    """
+
+    envelopes: list[Envelope]
+    at_work: UUID | None
+
+
+def blocked(session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None) -> Blocked:
+    """Return which of the events, given in writing order, must wait for an earlier one of their aggregate.
 
     In a replay they wait for what failed in that replay: each replay keeps the order of its own.
     """
@@ -285,15 +306,23 @@ def blocked(
         found = session.execute(_blockers, {**bundle, "event_types": route.event_types})
     else:
         found = session.execute(_blockers_in_replay, {**bundle, "replay_id": replay})
-    unresolved: dict[UUID, UUID] = {row.event_id: row.blocker for row in found if row.blocker}
+    unresolved = {row.event_id: row for row in found if row.blocker}
     here = {envelope.event_id for envelope in envelopes}
     waiting: dict[UUID, Envelope] = {}
+    at_work: UUID | None = None
     for envelope in envelopes:
         before = unresolved.get(envelope.event_id)
         # An unresolved predecessor in this very bundle is done just before, unless it must wait itself.
-        if before is not None and (before not in here or before in waiting):
+        if before is not None and (before.blocker not in here or before.blocker in waiting):
             waiting[envelope.event_id] = envelope
-    return list(waiting.values())
+            if before.blocker not in here and not before.is_kept:
+                at_work = before.blocker
+    return Blocked(list(waiting.values()), at_work)
+
+
+def is_settled(session: Session, route: Route, event_id: UUID) -> bool:
+    """Return whether the handler has acted on the event, or a delivery tells of it."""
+    return bool(session.scalar(_is_settled, {"event_id": event_id, "handler_name": route.handler}))
 
 
 def park(session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None) -> None:

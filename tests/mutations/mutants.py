@@ -374,6 +374,13 @@ MUTANTS = (
         CONSUME,
     ),
     Mutant(
+        "an event is parked while the one before it is just being done",
+        "workers/consume.py",
+        "        while found.at_work is not None and self",
+        "        while False and self",
+        CONSUME,
+    ),
+    Mutant(
         "what waits is not sent on by the one it waited for",
         "workers/consume.py",
         "            deliveries.release(session, route, envelopes, replay)\n",

@@ -471,6 +471,35 @@ def test_an_event_waits_for_the_one_before_it_in_another_worker_s_hands(bench: B
     assert bench.effects() == [("A", 1), ("A", 2)]
 
 
+def test_an_event_is_acted_on_at_once_when_the_one_before_it_soon_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = threading.Event()
+    is_settled = deliveries.is_settled
+
+    def looks(*arguments: Any) -> bool:
+        looked.set()
+        return is_settled(*arguments)
+
+    def slow_at_first(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
+        if int(event.price) == 1:
+            assert looked.wait(10)
+        note_as("test.note", event, uow)
+
+    monkeypatch.setattr(deliveries, "is_settled", looks)
+    route = a_route(act=slow_at_first, ordered=True)
+    first, second = bench.write(1, 2, symbol="A")
+    later = threading.Thread(target=bench.consumer.consume, args=(route, [second]))
+    later.start()
+    assert looked.wait(10)
+
+    bench.consumer.consume(route, [first])
+    later.join()
+
+    assert bench.effects() == [("A", 1), ("A", 2)]
+    assert bench.deliveries() == []
+
+
 def test_an_event_parked_while_its_predecessor_commits_is_found_and_sent_on(bench: Bench) -> None:
     committing, go_on = threading.Event(), threading.Event()
 
