@@ -97,6 +97,8 @@ def _bundles(points: Points, rate: Any, latency: Any) -> None:
 
 
 def _loads(points: Points, rate: Any, latency: Any) -> None:
+    from matplotlib.ticker import LogLocator
+
     x = [point["load"] for point in points]
     rate.plot(x, x, ":", color=_GREY, label="as offered")
     rate.plot(x, _of(points, "events_per_second"), "o-", color=_BLUE, label="achieved, to effects")
@@ -106,6 +108,8 @@ def _loads(points: Points, rate: Any, latency: Any) -> None:
     for axes in (rate, latency):
         axes.set_xlabel("offered, events/s")
         _log_x(axes, [place for place in x if f"{place}".strip("0") == "1"] or x)
+    # From a few milliseconds to some tens: powers of ten alone would name one place.
+    latency.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def _quantiles(x: Sequence[int], points: Points, axes: Any) -> None:
