@@ -178,8 +178,8 @@ MUTANTS = (
     Mutant(
         "a batch is recorded and not sent",
         "workers/relay/leading.py",
-        "            self._send(self._bundler.bundles(batch.rows))\n            recorded =",
-        "            recorded =",
+        "            self._send(self._bundler.bundles(batch.rows))\n            if not",
+        "            if not",
         RELAY,
     ),
     Mutant(
@@ -369,8 +369,8 @@ MUTANTS = (
     Mutant(
         "an event goes although the one before it in its bundle must wait",
         "workers/deliveries.py",
-        "if before is not None and (before not in here or before in waiting):",
-        "if before is not None and before not in here:",
+        "if before is not None and (before.blocker not in here or before.blocker in waiting):",
+        "if before is not None and before.blocker not in here:",
         CONSUME,
     ),
     Mutant(

@@ -70,7 +70,8 @@ def redis_worker(redis_broker):
         yield running
 """
 
-#: Their module names the broker, and a server on localhost without a password.
+#: Their module names the broker, and a server on localhost without a password. Two tests watch `do_ack` and
+#: `do_nack` only once they have sent: our worker, which does not poll, has done with the message by then.
 REPLACED = {
     "from dramatiq.brokers.redis import MAINTENANCE_SCALE, RedisBroker": (
         "import os\nfrom dramatiq.brokers.redis import MAINTENANCE_SCALE\n"
@@ -78,6 +79,10 @@ REPLACED = {
     ),
     'url="redis://127.0.0.1"': 'url=os.environ["SERVER"]',
     "redis.Redis()": 'redis.Redis.from_url(os.environ["SERVER"])',
+    "message = do_work.send()\n    consumer = ": "message = do_work.message()\n    consumer = ",
+    "ack_mock.side_effect = side_effect\n": (
+        "ack_mock.side_effect = side_effect\n        redis_broker.enqueue(message)\n"
+    ),
 }
 
 
