@@ -226,6 +226,7 @@ class OutboxBroker(RedisBroker):
             if isinstance(reply, Exception):
                 raise reply
         if is_full and not fetched:
+            # In place of BLMOVE's own wait: an idle consumer must not ask a full Redis without a pause.
             time.sleep(wait_seconds)
         return list(fetched)
 
