@@ -419,6 +419,17 @@ def test_later_events_of_an_aggregate_wait_for_the_one_that_failed(bench: Bench)
     assert bench.deliveries() == []
 
 
+def test_of_one_bundle_the_second_waits_when_the_first_must_wait(bench: Bench) -> None:
+    failing = Failing({1: FOR_EVER})
+    route = a_route(act=failing, ordered=True)
+    bench.consumer.consume(route, bench.write(1, symbol="A"))
+
+    bench.consumer.consume(route, bench.write(2, 3, symbol="A"))
+
+    assert failing.calls == [1]
+    assert bench.states() == [("A", "retrying"), ("A", "waiting"), ("A", "waiting")]
+
+
 def test_a_dead_event_blocks_its_aggregate_and_no_other(bench: Bench) -> None:
     route = a_route(act=Failing({1: FOR_EVER}, lambda: Refused("no")), ordered=True)
 
