@@ -42,8 +42,7 @@ def peers(stage: Stage, options: Options) -> Report:
     middle = {
         what: {name: round(median(values), 2) for name, values in by.items() if values} for what, by in found.items()
     }
-    # A quick run's p99 is the worst of some fourteen events: told, not judged.
-    behind = _behind({what: by for what, by in middle.items() if not (options.quick and what == "p99_ms")})
+    behind = _behind(middle)
     return Report(
         name="peers",
         unit="events/s",
