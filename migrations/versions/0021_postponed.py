@@ -1,0 +1,14 @@
+"""What is left for later: handlers whose queue is full, and where a new handler begins."""
+
+from workers.schema import run_as_owner
+
+revision = "0021"
+down_revision = "0020"
+
+
+def upgrade() -> None:
+    run_as_owner("0021_postponed.up.sql")
+
+
+def downgrade() -> None:
+    run_as_owner("0021_postponed.down.sql")
