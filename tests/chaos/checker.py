@@ -18,6 +18,7 @@ class Verdict:
     never_committed  acted on, although no transaction with it committed
     out_of_order     took effect after a later event of its aggregate, for an ordered handler
     wrong_sums       ledger, provider or journals that do not come to what was committed
+    unreported       a handler's mistake that is no failure of it in `deliveries`
     """
 
     lost: tuple[str, ...]
@@ -25,10 +26,18 @@ class Verdict:
     never_committed: tuple[str, ...]
     out_of_order: tuple[str, ...]
     wrong_sums: tuple[str, ...]
+    unreported: tuple[str, ...]
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        return (*self.lost, *self.doubled, *self.never_committed, *self.out_of_order, *self.wrong_sums)
+        return (
+            *self.lost,
+            *self.doubled,
+            *self.never_committed,
+            *self.out_of_order,
+            *self.wrong_sums,
+            *self.unreported,
+        )
 
     @property
     def kept(self) -> bool:
@@ -36,7 +45,7 @@ class Verdict:
 
 
 def judge(history: History) -> Verdict:
-    """Hold the history against the promises P1, P2 and P4 of the design."""
+    """Hold the history against the promises P1, P2, P4 and P10 of the design."""
     counts = Counter((effect.handler, effect.event_id) for effect in history.effects)
     return Verdict(
         lost=tuple(
@@ -55,6 +64,10 @@ def judge(history: History) -> Verdict:
         ),
         out_of_order=tuple(_out_of_order(history)),
         wrong_sums=tuple(_wrong_sums(history)),
+        unreported=tuple(
+            f"{handler} made a mistake with {event_id}, and no failure was recorded"
+            for handler, event_id in sorted(history.mistakes - history.reported)
+        ),
     )
 
 

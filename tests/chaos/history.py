@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 from psycopg.rows import TupleRow
+
+from tests.chaos import careless
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Effect:
 @dataclass(frozen=True)
 class History:
     """Shape:   `ledger` is account to (steps, cents); `charged` holds the provider's idempotency keys;
+    `mistakes` and `reported` are (handler, event id): what careless handlers did wrong, and what was said of it;
     `contradictions` are sentences: where a writer and Postgres do not agree on what was committed.
     """
 
@@ -48,6 +52,8 @@ class History:
     effects: tuple[Effect, ...]
     ledger: Mapping[str, tuple[int, int]]
     charged: frozenset[str]
+    mistakes: frozenset[tuple[str, str]] = frozenset()
+    reported: frozenset[tuple[str, str]] = frozenset()
     rolled_back: int = 0
     contradictions: tuple[str, ...] = ()
 
@@ -60,11 +66,14 @@ def read_journals(lines: Iterable[Mapping[str, Any]], marked: set[str]) -> tuple
     asked: dict[str, Mapping[str, Any]] = {}
     heard: dict[str, float] = {}
     rolled_back = 0
+    contradictions: list[str] = []
     for line in lines:
         if "events" in line:
             asked[line["transaction"]] = line
         elif "committed" in line:
             heard[line["transaction"]] = line["at"]
+        elif "contradiction" in line:
+            contradictions.append(line["contradiction"])
         else:
             rolled_back += line.get("rolled_back", 0)
     committed = {
@@ -73,7 +82,7 @@ def read_journals(lines: Iterable[Mapping[str, Any]], marked: set[str]) -> tuple
         if id in marked or id in heard
         for event in line["events"]
     }
-    contradictions = [
+    contradictions += [
         f"transaction {id}: the writer heard of a commit that Postgres lost" for id in heard.keys() - marked
     ]
     contradictions += [f"transaction {id}: committed, and no writer ever asked for it" for id in marked - asked.keys()]
@@ -102,6 +111,10 @@ def collect(
             for account, step, cents in connection.execute("select account, step, cents::bigint from chaos.ledger")
         },
         charged=frozenset(line["key"] for line in _lines(directory / "provider.jsonl")),
+        mistakes=frozenset(
+            (handler, id) for handler in careless.HANDLERS for id in committed if careless.is_mishandled(UUID(id))
+        ),
+        reported=frozenset(connection.execute("select handler, event_id::text from chaos.reports").fetchall()),
         rolled_back=rolled_back,
         contradictions=tuple(contradictions),
     )

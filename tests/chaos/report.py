@@ -16,6 +16,8 @@ _COUNTS = (
     "never_committed",
     "out_of_order",
     "wrong_sums",
+    "mistakes",
+    "unreported",
 )
 
 

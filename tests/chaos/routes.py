@@ -1,4 +1,4 @@
-"""What the system under test does: one fact, four handlers, and tables in which every effect can be counted.
+"""What the system under test does: one fact, six handlers, and tables in which every effect can be counted.
 
 Nothing in these tables stops an effect from happening twice, in the wrong order or not at all: that is
 what Dovecote is there for. Run as the processes of the system only; pytest never imports it.
@@ -16,13 +16,15 @@ from sqlalchemy import text
 from domain.database import array
 from domain.events import Event
 from domain.unit_of_work import UnitOfWork
+from tests.chaos import careless
 from tests.chaos.clocks import real_time
 from workers.envelope import Envelope
 from workers.gateways import Gateways
 from workers.gateways.errors import GatewayUnavailable
 from workers.routes import Route
 
-TABLES = """
+TABLES = (
+    """
 create schema chaos;
 -- The writers' state: how many facts each account has told, and what they come to.
 create table chaos.accounts (id text primary key, seq bigint not null default 0, cents bigint not null default 0);
@@ -35,6 +37,8 @@ create table chaos.effects (
     at timestamptz not null default clock_timestamp()
 );
 """
+    + careless.TABLES
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +86,21 @@ def enter_in_ledger(event: AmountMoved, uow: UnitOfWork, _gateways: Gateways) ->
 
 
 _note_all = text(
-    "insert into chaos.effects (handler, event_id, account, seq) select 'chaos.bulk', * from"
+    "insert into chaos.effects (handler, event_id, account, seq) select cast(:handler as text), * from"
     " unnest(cast(:ids as uuid[]), cast(:accounts as text[]), cast(:seqs as bigint[]))"
 )
 
 
 def count_in_bulk(envelopes: Sequence[Envelope], uow: UnitOfWork, _gateways: Gateways) -> None:
     """Unordered, the whole bundle with one statement."""
+    _note_effects("chaos.bulk", envelopes, uow)
+
+
+def _note_effects(handler: str, envelopes: Sequence[Envelope], uow: UnitOfWork) -> None:
     uow.session.execute(
         _note_all,
         {
+            "handler": handler,
             "ids": array(envelope.event_id for envelope in envelopes),
             "accounts": array(envelope.data["account"] for envelope in envelopes),
             "seqs": array(envelope.data["seq"] for envelope in envelopes),
@@ -120,6 +129,18 @@ def charge(directory: Path, idempotency_key: str, cents: int) -> None:
     _fail_at(0.003, GatewayUnavailable("the provider's answer was lost"))
 
 
+def act_carelessly(event: AmountMoved, uow: UnitOfWork, _gateways: Gateways) -> object:
+    """Ends the transaction it was lent, swallows errors, leaves settings behind: with some events, until it is told."""
+    _note_effect("chaos.careless", event, uow)
+    return careless.mishandle("chaos.careless", [event.event_id], uow.session)
+
+
+def act_carelessly_in_bulk(envelopes: Sequence[Envelope], uow: UnitOfWork, _gateways: Gateways) -> object:
+    """The same with the first such event of a bundle; the others of the bundle must not suffer."""
+    _note_effects("chaos.careless_bulk", envelopes, uow)
+    return careless.mishandle("chaos.careless_bulk", (envelope.event_id for envelope in envelopes), uow.session)
+
+
 # A try costs little here, and no event may die of bad luck.
 _PATIENT = {"attempts": 1_000, "backoff_seconds": 0.05, "longest_backoff_seconds": 0.5}
 
@@ -133,6 +154,8 @@ ROUTES = (
     _route("chaos.bulk", count_in_bulk, "unordered", bulk=True),
     _route("chaos.luck", act_with_luck, "unordered", bundle_size=50),
     _route("chaos.pay", pay, "unordered", bundle_size=20),
+    _route("chaos.careless", act_carelessly, "unordered", bundle_size=50),
+    _route("chaos.careless_bulk", act_carelessly_in_bulk, "unordered", bulk=True),
 )
 HANDLERS = tuple(route.handler for route in ROUTES)
 ORDERED = tuple(route.handler for route in ROUTES if route.ordered)

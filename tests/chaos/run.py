@@ -68,6 +68,8 @@ class Report:
     never_committed: int
     out_of_order: int
     wrong_sums: int
+    mistakes: int
+    unreported: int
     longest_stall_seconds: float
     recovery_seconds: dict[str, float]
     quiet_seconds: float | None
@@ -164,6 +166,8 @@ def _report(
         never_committed=len(verdict.never_committed),
         out_of_order=len(verdict.out_of_order),
         wrong_sums=len(verdict.wrong_sums),
+        mistakes=len(history.mistakes),
+        unreported=len(verdict.unreported),
         longest_stall_seconds=round(checker.longest_stall_seconds(history), 2),
         recovery_seconds={
             kind: round(max(found), 2) for kind, found in checker.recovery_seconds(history, done).items()

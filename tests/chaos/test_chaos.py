@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 1
-PROMISES = ("lost", "doubled", "never_committed", "out_of_order", "wrong_sums")
+PROMISES = ("lost", "doubled", "never_committed", "out_of_order", "wrong_sums", "unreported")
 
 
 # The minute, the start of a dozen processes, and the time to come to rest on a busy machine.
@@ -31,6 +31,7 @@ def test_after_a_minute_of_faults_every_event_has_had_each_effect_once_and_in_or
     assert sum(report["faults"].values()) > 25
     assert report["events"] > 500
     assert report["rolled_back"] > 5
+    assert report["mistakes"] > 10
 
 
 def test_wrong_use_is_one_sentence_and_code_2() -> None:

@@ -50,6 +50,15 @@ def test_every_effect_that_is_missing_is_found(number: int) -> None:
     assert not verdict.kept
 
 
+def test_a_mistake_of_a_handler_that_nobody_reported_is_found() -> None:
+    made = replace(a_history(), mistakes=frozenset({(LEDGER, "e1"), (LEDGER, "e2")}))
+
+    verdict = judge(replace(made, reported=frozenset({(LEDGER, "e2")})))
+
+    assert verdict.unreported == (f"{LEDGER} made a mistake with e1, and no failure was recorded",)
+    assert not verdict.kept
+
+
 @pytest.mark.parametrize("number", range(6))
 def test_every_effect_that_is_doubled_is_found(number: int) -> None:
     history = a_history()

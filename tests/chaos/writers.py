@@ -14,11 +14,14 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import MetaData, text
+from sqlalchemy.event import listen
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from domain.database import connect, sessions_for
-from domain.errors import ConcurrentChange
+from domain.errors import ConcurrentChange, DovecoteError
 from domain.ids import uuid7
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests.chaos.clocks import real_time
@@ -28,11 +31,26 @@ from workers.outages import passes
 
 ACCOUNTS = 40
 
-_mark = text("insert into chaos.transactions (id) values (:id)")
 _open = text("insert into chaos.accounts (id) values (:account) on conflict do nothing")
 _move = text("update chaos.accounts set seq = seq + 1, cents = cents + :cents where id = :account returning seq")
 # For writers in other languages; the event gets its position here and now, not at the commit.
 _append = text("select dovecote.append_event('chaos_account', :account, :type, cast(:payload as jsonb))")
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(schema="chaos")
+
+
+class Mark(Base):
+    """The row that each transaction leaves; added last, so that the commit itself has something to flush."""
+
+    __tablename__ = "transactions"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+
+
+#: Hooks of SQLAlchemy in which services emit what their aggregates have collected; None is a service that emits itself.
+_HOOKS = (None, None, None, "before_flush", "after_flush", "after_flush_postexec", "before_commit")
 
 
 class ChangedItsMind(Exception):
@@ -58,6 +76,10 @@ class Transaction:
         # An event that waits for the commit comes after one written at once: never both in one transaction.
         self._through_sql = chance.random() < 0.3
         self.events: list[dict[str, Any]] = []
+        self._collected: list[AmountMoved] = []
+        self._hook = None if self._through_sql else chance.choice(_HOOKS)
+        if self._hook:
+            listen(uow.session, self._hook, self._emit_collected)
 
     def work(self) -> None:
         # In any order: two writers that want the same accounts deadlock now and then, as services do.
@@ -78,6 +100,8 @@ class Transaction:
         if self._through_sql:
             values = {"account": account, "type": event.type, "payload": json.dumps(event.payload())}
             event_id = session.execute(_append, values).scalar_one()
+        elif self._hook:
+            self._collected.append(event)
         else:
             self._uow.emit(event)
         self.events.append({"id": str(event_id), "account": account, "seq": seq, "cents": cents})
@@ -90,6 +114,13 @@ class Transaction:
                 raise ChangedItsMind
         except ChangedItsMind:
             del self.events[before:]
+            kept = {event["id"] for event in self.events}
+            self._collected = [event for event in self._collected if str(event.event_id) in kept]
+
+    def _emit_collected(self, *_: object) -> None:
+        collected, self._collected = self._collected, []
+        for event in collected:
+            self._uow.emit(event)
 
     def _dawdle(self) -> None:
         if self._chance.random() < 0.05:
@@ -128,13 +159,23 @@ class Writer:
     def _one(self) -> None:
         id = uuid7()
         with unit_of_work(self._sessions) as uow:
-            uow.session.execute(_mark, {"id": id})
             transaction = Transaction(uow, self._chance)
             transaction.work()
+            uow.session.add(Mark(id=id))
             if self._chance.random() < 0.15:
                 raise ChangedItsMind
             self._journal.write(transaction=str(id), events=transaction.events, at=real_time())
         self._journal.write(transaction=str(id), committed=True, at=real_time())
+        if self._chance.random() < 0.05:
+            self._emit_too_late(uow)
+
+    def _emit_too_late(self, uow: UnitOfWork) -> None:
+        """A careless service uses its unit of work once more; that must be an error."""
+        try:
+            uow.emit(AmountMoved(account="account-0", seq=0, cents=0, occurred_at=datetime.now(UTC)))
+        except DovecoteError:
+            return
+        self._journal.write(contradiction="a unit of work that had ended took an event")
 
 
 def open_accounts(url: str) -> None:
