@@ -29,6 +29,22 @@ class UnknownEvent(DovecoteError):
     """No code here knows this event type or version: newer code wrote it. Keep it, show it."""
 
 
+class NoTransaction(DovecoteError):
+    """An event was emitted where no commit would write it. Emit it inside of the transaction that it tells of."""
+
+
+class AbortedTransaction(DovecoteError):
+    """The transaction cannot commit: a database error in it was caught. Put what may fail into a savepoint."""
+
+
+class EventsNotWritten(DovecoteError):
+    """A transaction was committed without events that were emitted in it. The state is there: emit them again."""
+
+
+class EventsDropped(RuntimeWarning):
+    """A session was closed without a commit; what was emitted in it is dropped with its transaction."""
+
+
 class ConcurrentChange(DovecoteError):
     """Somebody else changed the aggregate since it was loaded. Load it again and retry."""
 

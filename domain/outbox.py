@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     DateTime,
     Index,
     Table,
@@ -24,16 +25,16 @@ from sqlalchemy import (
     Sequence as PositionSequence,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Session
 
 from domain.database import array, metadata
 from domain.errors import InvalidEvent
 from domain.events import Event
 from domain.privacy import Keyring
 
-# Bytes of JSON text. The database takes 262,144 and 16,384 of the same JSON in a column, which is a little
-# larger: what is taken here fits there.
-MOST_PAYLOAD_BYTES = 260_000
+# Bytes of JSON text, as Postgres prints it: ", " and ": " between its parts. The database takes as much of a payload,
+# and 16,384 bytes of headers, so that those of a trace (domain/trace_headers.py) fit beside the service's own.
+# A float in exponent form is the one thing that is longer there (1e300 has 301 digits); then the database refuses it.
+MOST_PAYLOAD_BYTES = 262_144
 MOST_HEADER_BYTES = 8_192
 MOST_AGGREGATE_ID_CHARACTERS = 200
 
@@ -71,18 +72,22 @@ _APPEND = """
 """
 
 
-def append(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows made by `row_for`, in this order, in the session's transaction."""
+def append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows made by `row_for`, in this order, in the connection's transaction."""
     # Past the ORM, which would cost a writer as much as the statement itself.
-    connection = session.connection()
     if len(rows) == 1:
         connection.exec_driver_sql(_APPEND_ONE, tuple(rows[0][name] for name in _COLUMNS))
     else:
         connection.exec_driver_sql(_APPEND, tuple(array(row[name] for row in rows) for name in _COLUMNS))
 
 
-def row_for(event: Event, headers: Mapping[str, str], keys: Keyring | None = None) -> dict[str, Any]:
-    """Return the outbox row of an event, checked.
+def row_for(
+    event: Event,
+    headers: Mapping[str, str],
+    keys: Keyring | None = None,
+    trace: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return the outbox row of an event, checked. `headers` win over those of the `trace`, which count for no limit.
 
     Errors: InvalidEvent when the outbox would refuse it: too large, not JSON, an aggregate without an id.
     """
@@ -100,13 +105,18 @@ def row_for(event: Event, headers: Mapping[str, str], keys: Keyring | None = Non
         "aggregate_id": _without_nul(event, "the aggregate's id", aggregate_id, "\x00"),
         "event_type": event.type,
         "payload": _json(event, "payload", event.payload(keys), MOST_PAYLOAD_BYTES),
-        "headers": _json(event, "headers", dict(headers), MOST_HEADER_BYTES),
+        "headers": _headers(event, headers, trace or {}),
     }
+
+
+def _headers(event: Event, headers: Mapping[str, str], trace: Mapping[str, str]) -> str:
+    own = _json(event, "headers", dict(headers), MOST_HEADER_BYTES)
+    return json.dumps({**trace, **headers}, ensure_ascii=False) if trace else own
 
 
 def _json(event: Event, part: str, value: object, most_bytes: int) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         size = len(text.encode())
     except (TypeError, ValueError) as error:
         raise InvalidEvent(f"{event.type} {event.event_id}: {part} is not JSON: {error}") from error

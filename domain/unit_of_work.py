@@ -3,7 +3,8 @@
 A service opens its own with `unit_of_work(sessions)`, or puts `UnitOfWork(session)` around a
 transaction it already has, sync or async. Where transactions get in each other's way, it hands its story to
 `run_unit_of_work`, which tells it again. Emitted events are written when that transaction commits,
-after the state they tell of, so that an aggregate's row is locked before its event gets a position.
+after the state they tell of, so that an aggregate's row is locked before its event gets a position
+(domain/emitting.py).
 """
 
 import asyncio
@@ -11,27 +12,22 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 from uuid import UUID
 
-from sqlalchemy.event import listens_for
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.orm.exc import StaleDataError
 
 from domain import outbox, processed_events
 from domain.database import Sessions
-from domain.errors import ConcurrentChange
+from domain.emitting import Emitted, refuse_aborted
+from domain.errors import ConcurrentChange, NoTransaction
 from domain.events import Event
 from domain.privacy import Keyring
-
-_inject: Callable[[dict[str, str]], None] | None
-try:  # a service that traces has it; one that does not needs none
-    from opentelemetry.propagate import inject as _inject
-except ImportError:
-    _inject = None
+from domain.trace_headers import trace_headers
 
 
 class HasEventId(Protocol):
@@ -50,29 +46,36 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
 class UnitOfWork:
     """A transaction that tells what it does.
 
-    `headers` travel with every event it emits; the trace context of the caller is added by itself
-    when OpenTelemetry is installed. `keys` seal the sensitive fields of those that have any.
+    `session`: what a service has open, sync or async; a scoped one stands for the session of this thread or task.
+    `headers` travel with every event it emits; the trace context of the caller (`traceparent`, `tracestate`) is added
+    by itself when OpenTelemetry is installed. `keys` seal the sensitive fields of those that have any.
+    Errors: TypeError for anything that is no session.
     """
 
     def __init__(
         self,
-        session: Session | AsyncSession,
+        session: Session | AsyncSession | scoped_session[Session] | async_scoped_session[AsyncSession],
         headers: Mapping[str, str] | None = None,
         keys: Keyring | None = None,
     ) -> None:
-        # The facts wait in the sync session that an AsyncSession wraps; its commit runs our listener
-        # inside SQLAlchemy's greenlet, so the same code serves both.
-        self.session: Session = session.sync_session if isinstance(session, AsyncSession) else session
+        self.session: Session = _session_of(session)
         self._headers = dict(headers or {})
         self._keys = keys
+        self._block_has_ended = False  # of a unit of work that opened its transaction itself
 
     def emit(self, event: Event) -> None:
         """Write the fact with this transaction: both commit or neither does.
 
-        Errors: InvalidEvent at once when the outbox would refuse it.
+        Errors: InvalidEvent at once when the outbox would refuse it; NoTransaction when nothing would write it: after
+        the commit, in a transaction that was rolled back, after the block of `unit_of_work`.
         """
-        row = outbox.row_for(event, {**_trace_headers(), **self._headers}, self._keys)
-        _Facts.of(self.session).add(self.session, row)
+        if self._block_has_ended:
+            raise NoTransaction(
+                f"{event.type} {event.event_id}: emitted after the block of its unit of work has ended, where nothing "
+                "would write it; emit inside of the block"
+            )
+        row = outbox.row_for(event, self._headers, self._keys, trace_headers())
+        Emitted.of(self.session).add(self.session, row)
 
     def once(self, handler_name: str, events: Sequence[AnyEvent]) -> list[AnyEvent]:
         """Return the events that `handler_name` has not acted on before, and record that it does now."""
@@ -92,6 +95,29 @@ class UnitOfWork:
         return [event for event_id, event in different.items() if event_id in fresh]
 
 
+def _session_of(session: object) -> Session:
+    if isinstance(session, scoped_session | async_scoped_session):
+        session = session()
+    if isinstance(session, AsyncSession):
+        # Its commit runs our listeners inside SQLAlchemy's greenlet, so the same code serves both.
+        return session.sync_session
+    if isinstance(session, Session):
+        return session
+    if isinstance(session, Connection | AsyncConnection):
+        cure = f"open a session on it ({'Async' * isinstance(session, AsyncConnection)}Session(bind=connection))"
+    elif callable(session):
+        cure = "call it, and pass on what it returns"
+    else:
+        cure = "without SQLAlchemy's ORM, write the event in SQL: select dovecote.append_event(...)"
+    raise TypeError(
+        f"UnitOfWork takes a Session, an AsyncSession or a scoped one of these, got {_kind(session)}; {cure}"
+    )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def _once_each(events: Sequence[AnyEvent]) -> dict[UUID, AnyEvent]:
     """An event twice in one bundle is new once."""
     return {event.event_id: event for event in events}
@@ -103,14 +129,19 @@ def unit_of_work(
 ) -> Iterator[UnitOfWork]:
     """Open a transaction; commit it at the end of the block, roll it back if the block raises.
 
-    Errors: ConcurrentChange when an aggregate was changed by somebody else since it was loaded.
+    Errors: ConcurrentChange when an aggregate was changed by somebody else since it was loaded; AbortedTransaction
+    when the block caught an error of the database, which has rolled everything back.
     """
     with sessions() as session:
+        uow = UnitOfWork(session, headers, keys)
         try:
             with session.begin():
-                yield UnitOfWork(session, headers, keys)
+                yield uow
+                refuse_aborted(session)
         except StaleDataError as error:
             raise ConcurrentChange(str(error)) from error
+        finally:
+            uow._block_has_ended = True
 
 
 def run_unit_of_work(
@@ -155,11 +186,16 @@ async def run_unit_of_work_async(
 
     async def once() -> Result:
         async with sessions() as session:
+            uow = UnitOfWork(session, headers, keys)
             try:
                 async with session.begin():
-                    return await work(UnitOfWork(session, headers, keys), session)
+                    result = await work(uow, session)
+                    refuse_aborted(session.sync_session)
+                    return result
             except StaleDataError as error:
                 raise ConcurrentChange(str(error)) from error
+            finally:
+                uow._block_has_ended = True
 
     for pause_seconds in _pauses(tries):
         try:
@@ -182,90 +218,3 @@ def _pauses(tries: int) -> Iterator[float]:
     """Yield the pause after each try but the last: doubling, half of it jitter."""
     for earlier in range(tries - 1):
         yield min(_FIRST_PAUSE_SECONDS * 2**earlier, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
-
-
-@dataclass
-class _Fact:
-    row: dict[str, Any]
-    emitted_in: SessionTransaction | None  # the savepoint at hand, None outside of any
-    written_in: SessionTransaction | None = None
-    written: bool = False
-
-
-class _Facts:
-    """The facts of one session's transaction, and how far each has got.
-
-    A savepoint that is rolled back takes along what was emitted inside it; what was emitted before it
-    but written inside it is written again.
-    """
-
-    KEY = "dovecote.facts"
-
-    def __init__(self) -> None:
-        self._facts: list[_Fact] = []
-
-    @classmethod
-    def of(cls, session: Session) -> "_Facts":
-        facts: _Facts | None = session.info.get(cls.KEY)
-        if facts is None:
-            facts = session.info[cls.KEY] = cls()
-        return facts
-
-    def add(self, session: Session, row: dict[str, Any]) -> None:
-        if not session.in_transaction():
-            session.begin()  # as any statement would; without one, close() and rollback() end nothing
-        self._facts.append(_Fact(row, emitted_in=session.get_nested_transaction()))
-
-    def write(self, session: Session) -> None:
-        waiting = [fact for fact in self._facts if not fact.written]
-        if not waiting:
-            return
-        # State first: the aggregate's row is locked before its event gets a position, which is what
-        # keeps the events of one aggregate in order.
-        session.flush()
-        outbox.append(session, [fact.row for fact in waiting])
-        for fact in waiting:
-            fact.written, fact.written_in = True, session.get_nested_transaction()
-
-    def undo(self, rolled_back: SessionTransaction) -> None:
-        self._facts = [fact for fact in self._facts if not _within(fact.emitted_in, rolled_back)]
-        for fact in self._facts:
-            if _within(fact.written_in, rolled_back):
-                fact.written, fact.written_in = False, None
-
-    def end(self, transaction: SessionTransaction) -> None:
-        # Also after close() without commit, which calls no rollback hook.
-        if transaction.parent is None:
-            self._facts.clear()
-
-
-# On every session there is: to listen to each anew costs a transaction more than writing its event.
-@listens_for(Session, "before_commit")
-def _before_commit(session: Session) -> None:
-    if facts := session.info.get(_Facts.KEY):
-        facts.write(session)
-
-
-@listens_for(Session, "after_soft_rollback")
-def _after_soft_rollback(session: Session, rolled_back: SessionTransaction) -> None:
-    if facts := session.info.get(_Facts.KEY):
-        facts.undo(rolled_back)
-
-
-@listens_for(Session, "after_transaction_end")
-def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    if facts := session.info.get(_Facts.KEY):
-        facts.end(transaction)
-
-
-def _within(inner: SessionTransaction | None, outer: SessionTransaction) -> bool:
-    while inner is not None and inner is not outer:
-        inner = inner.parent
-    return inner is outer
-
-
-def _trace_headers() -> dict[str, str]:
-    headers: dict[str, str] = {}
-    if _inject is not None:
-        _inject(headers)
-    return headers

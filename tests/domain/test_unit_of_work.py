@@ -22,7 +22,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from domain import billing
 from domain.database import connect, sessions_for
-from domain.errors import InvalidEvent
+from domain.errors import EventsDropped, InvalidEvent
 from domain.outbox import MOST_HEADER_BYTES, MOST_PAYLOAD_BYTES
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork, run_unit_of_work, run_unit_of_work_async, unit_of_work
@@ -136,7 +136,7 @@ def test_a_rolled_back_savepoint_drops_what_was_emitted_inside(engine: Engine, s
     assert written(engine) == ["before", "after"]
 
 
-def test_what_was_emitted_before_a_savepoint_survives_its_rollback_though_written_inside(
+def test_what_was_emitted_before_a_savepoint_survives_its_rollback(
     engine: Engine, sessions: sessionmaker[Session]
 ) -> None:
     with unit_of_work(sessions) as uow:
@@ -145,7 +145,6 @@ def test_what_was_emitted_before_a_savepoint_survives_its_rollback_though_writte
         uow.emit(a_quote("outer"))
         with uow.session.begin_nested():
             uow.emit(a_quote("inner"))
-        assert uow.session.scalar(text("select count(*) from dovecote.outbox")) == 3, "written with the inner one"
         outer.rollback()
 
     assert written(engine) == ["before"]
@@ -198,7 +197,8 @@ def test_a_session_closed_without_commit_leaks_nothing_into_its_next_transaction
 ) -> None:
     session = sessions()
     UnitOfWork(session).emit(a_quote("given up"))
-    session.close()
+    with pytest.warns(EventsDropped):
+        session.close()
 
     UnitOfWork(session).emit(a_quote("meant"))
     session.commit()
@@ -228,6 +228,7 @@ def test_an_async_session_commits_its_events_too(engine: Engine, database_url: s
         async with AsyncSession(async_engine) as session:
             async with session.begin():
                 UnitOfWork(session).emit(a_quote("committed"))
+            await session.begin()
             UnitOfWork(session).emit(a_quote("rolled back"))
             await session.rollback()
             UnitOfWork(session).emit(a_quote("later"))
@@ -303,7 +304,7 @@ class _Large(PriceQuoted, type="testing.large.v1", aggregate="large", key="price
 def test_the_largest_payload_that_is_taken_fits_the_table(sessions: sessionmaker[Session], engine: Engine) -> None:
     def a_large_event(more: int) -> _Large:
         quote = _Large(occurred_at=NOON, symbol="", price=a_quote().price, as_of=NOON)
-        empty = len(json.dumps(quote.payload(), separators=(",", ":")))
+        empty = len(json.dumps(quote.payload()))
         return _Large(occurred_at=NOON, symbol="x" * (MOST_PAYLOAD_BYTES - empty + more), price=quote.price, as_of=NOON)
 
     with unit_of_work(sessions) as uow:
@@ -316,7 +317,7 @@ def test_the_largest_payload_that_is_taken_fits_the_table(sessions: sessionmaker
 
 def test_the_largest_headers_that_are_taken_fit_the_table(sessions: sessionmaker[Session], engine: Engine) -> None:
     headers: dict[str, str] = {}
-    while len(json.dumps(headers, separators=(",", ":"))) < MOST_HEADER_BYTES - 20:
+    while len(json.dumps(headers)) < MOST_HEADER_BYTES - 20:
         headers[f"{len(headers):x}"] = ""
 
     with unit_of_work(sessions, headers) as uow:
