@@ -1,1 +1,58 @@
--- To come.
+-- Reading beside held writers and rolled-back ones at no cost: workers/relay/reading.py, gaps.py and leading.py.
+
+create function dovecote.horizon_and_writers(
+    out last_position bigint, out settled bigint, out floors bigint[], out xids bigint[]
+)
+language plpgsql volatile as $$
+-- As horizon(), and in the same order: first the sequence, then the floors. With it each writer at work: its floor, and
+-- its transaction. Null for a transaction: it is over, for its number is given back before its floor is, or
+-- somebody holds a floor by hand.
+-- Savepoints hold numbers too, all above that of their transaction: the lowest of a holder is the transaction's.
+-- pg_locks shows the lower 32 of 64 bits. Shifted up and down they are the signed distance from the number of now.
+declare
+    now_xid constant bigint := pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint;
+begin
+    select case when s.is_called then s.last_value else 0 end into last_position from dovecote.outbox_position s;
+    select coalesce(array_agg(holder.floor), '{}'), coalesce(array_agg(holder.xid), '{}'),
+           least(last_position, min(holder.floor))
+    into floors, xids, settled
+    from (
+        select min(((l.classid::bigint & 65535) << 32) | l.objid::bigint) filter (where l.locktype = 'advisory'),
+               min(now_xid + (((l.transactionid::text::bigint - now_xid) << 32) >> 32))
+        from pg_catalog.pg_locks l
+        where l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602
+              and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+           or l.locktype = 'transactionid' and l.mode = 'ExclusiveLock'
+        group by l.virtualtransaction
+    ) as holder (floor, xid)
+    where holder.floor is not null;
+end $$;
+
+create or replace function dovecote.announce() returns trigger
+language plpgsql as $$
+-- "Whatever I insert lies above this floor": taken before the first position of the transaction, held
+-- until its end. Once a transaction is enough: its first floor is its lowest. A rollback to a savepoint
+-- gives back lock and setting together.
+declare
+    announced text;
+begin
+    if current_setting('dovecote.announced', true) is distinct from pg_current_xact_id()::text then
+        if not pg_try_advisory_xact_lock_shared(
+                dovecote.floor_key(coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0))) then
+            raise exception 'somebody holds a floor of the outbox exclusively, which nobody may';
+        end if;
+        -- An assignment: perform would be a query.
+        announced := set_config('dovecote.announced', pg_current_xact_id()::text, true);
+        -- A relay that sleeps holds this key for itself, and is woken. The key is given back at once, in the same
+        -- expression, where nothing can be interrupted: held to the end it would keep the relay from sleeping. The
+        -- floor comes first: by it a relay that falls asleep now knows that we shall say nothing.
+        if (case when pg_try_advisory_lock_shared(dovecote.bell_key())
+                 then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end) then
+            -- In a full queue notifying fails, and the transaction with it. The relay looks by itself, too.
+            if pg_notification_queue_usage() < 0.5 then
+                perform pg_notify('dovecote_outbox', '');
+            end if;
+        end if;
+    end if;
+    return null;
+end $$;

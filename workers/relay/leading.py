@@ -13,13 +13,14 @@ import structlog
 from workers import deliveries, pauses, replays
 from workers.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.redis_client import PASSING
-from workers.relay import missing, unrouted
+from workers.relay import missing
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.positions import multirange
 from workers.relay.reading import Batch, Connection, Reader, positions
 from workers.relay.replaying import Replayer
 from workers.relay.sleeping import Sleeper
+from workers.relay.unrouted import Unrouted
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
 from workers.telemetry import publishing
@@ -33,17 +34,19 @@ _REAP_SECONDS = 2.0
 _PARTITIONS_SECONDS = 3_600.0
 # An event alone, or a few at once, are no traffic; more batches than that without a pause are.
 _FEW_IN_A_ROW = 3
+# What a transaction that saw us awake may wait after its end, as a share of what it took.
+_SHARE_OF_A_TRANSACTION = 1 / 8
 # So long may those who act on an event that came alone have the processor first.
 _RECORD_LATER_SECONDS = 0.002
 
-# Nothing is recorded by a relay that has been replaced: its epoch matches no row any more.
+# Nothing is recorded by a relay that has been replaced: its epoch matches no row any more. The row is locked, which
+# reads its newest version, and not written: each version would be walked over by the next batches for as long as
+# anybody in the database holds a snapshot. The checkpoint follows once a second; what is published above it, a
+# new reader learns from published_batches.
 _RECORD = """
-    with owner as (
-        update dovecote.relay_state set checkpoint = greatest(checkpoint, %(checkpoint)s), seen_at = clock_timestamp()
-        where epoch = %(epoch)s returning epoch
-    )
     insert into dovecote.published_batches (positions, events, epoch)
-    select %(positions)s::int8multirange, %(events)s, epoch from owner
+    select %(positions)s::int8multirange, %(events)s, owner.epoch
+    from (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update) as owner
 """
 _RECORD_CHECKPOINT = """
     update dovecote.relay_state set checkpoint = greatest(checkpoint, %s), seen_at = clock_timestamp()
@@ -104,7 +107,11 @@ class Leader:
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
         self._heard: set[str] = set()
+        self._unrouted = Unrouted(self._bundler.types)
         self._holds_bell = False
+        self._took_bell_at = 0.0
+        # The writers that may have seen us awake; None while that is not known yet.
+        self._silent_writers: frozenset[int] | None = None
         self._called = False
         self._batches_in_a_row = 0
         self._pause_seconds = 0.0
@@ -123,12 +130,15 @@ class Leader:
             while not self._sleeper.stopping:
                 self._turn()
         self._record_checkpoint()
+        self._unrouted.write(self._records)
 
     def _turn(self) -> None:
         self._meters.alive("leading")
         heard, self._heard = self._heard, set()
         called, self._called = self._called, False
         batch = self._ahead.take(at_once=called)
+        if self._holds_bell and not called:
+            self._note_silent_writers()
         if batch.rows:
             self._publish(batch)
         self.checkpoint = batch.checkpoint
@@ -162,16 +172,16 @@ class Leader:
             recorded = self._records.execute(
                 _RECORD,
                 {
-                    "checkpoint": batch.checkpoint,
                     "epoch": self._epoch,
                     "positions": multirange(positions(batch.rows)),
                     "events": len(batch.rows),
                 },
             )
         self._require_ownership(recorded.rowcount)
-        self._recorded_checkpoint = batch.checkpoint
         self._meters.published(len(batch.rows))
-        unrouted.note(self._records, self._bundler.types, batch.rows)
+        self._unrouted.meet(batch.rows)
+        if self._unrouted.has_news:
+            self._unrouted.write(self._records)
 
     def _send(self, bundles: Sequence[QueuedBundle]) -> None:
         if bundles:
@@ -263,6 +273,8 @@ class Leader:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
         self._meters.alive("leading")
+        self._record_checkpoint()
+        self._unrouted.write(self._records)
         self._through_outages(self._check_redis)
         for route in deliveries.with_waiting(self._connection, self._routes):
             deliveries.release_strays(self._connection, route)
@@ -317,23 +329,40 @@ class Leader:
             self._sleeper.sleep(self._settings.gather_ms / 1_000)
 
     def _rest(self) -> None:
-        self._record_checkpoint()
-        if self._heard:
-            return  # it rang with the answer to that
         if self._holds_bell:
-            self._sleep_until_called()
-            return
+            if self._silent_writers is not None:
+                self._sleep_until_called()
+            return  # the last read went by an older look at the writers
         row = self._connection.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone()
         self._holds_bell = row == (True,)
+        self._took_bell_at = time.monotonic()
+        self._silent_writers = None
         if not self._holds_bell:
-            # A writer is at work that saw us awake. It will not ring, so look again soon.
+            # A writer looks at this moment whether we sleep, or holds the bell since before 0019. It will not ring.
             self._pause_seconds = min(self._settings.busy_poll_ms / 1_000, self._pause_seconds * 2 or 0.001)
             self._sleeper.sleep(self._pause_seconds)
         # With the bell in hand, read once more before sleeping: for what was written before we took it.
 
+    def _note_silent_writers(self) -> None:
+        """Remember who was at work when we took the bell: they saw us awake, or may have, and say nothing."""
+        at_work = self._reader.writers_at_work
+        self._silent_writers = at_work if self._silent_writers is None else self._silent_writers & at_work
+
+    def _look_again_seconds(self) -> float:
+        """Return the pause until the next read that nobody asks for.
+
+        Until the last silent writer is over it is short at first, and then a share of the time they have taken: a
+        transaction of a minute may wait for some seconds, and one that is forgotten keeps nobody busy.
+        """
+        if not self._silent_writers:
+            return self._settings.poll_seconds
+        taken = time.monotonic() - self._took_bell_at
+        soon = min(self._settings.busy_poll_ms / 1_000, max(0.001, taken))
+        return min(self._settings.poll_seconds, max(soon, taken * _SHARE_OF_A_TRANSACTION))
+
     def _sleep_until_called(self) -> None:
         """Until the bell rings or it is time to look anyway; retries and the reaper wait for neither."""
-        pause = min(self._settings.poll_seconds, self._replayer.seconds_until_due())
+        pause = min(self._look_again_seconds(), self._replayer.seconds_until_due())
         look_again = time.monotonic() + pause
         while not self._called and not self._heard and time.monotonic() < look_again:
             self._called = self._sleeper.sleep(min(look_again, self._next_tick) - time.monotonic(), self._connection)

@@ -1,7 +1,14 @@
 """Sets of positions as sorted, disjoint ranges: a day of events with ten holes is eleven ranges."""
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+# So many positions between two ranges are read and thrown away sooner than an index is searched once more.
+_NEAR = 32
+
+
+def _last(stretch: range) -> int:
+    return stretch.stop - 1
 
 
 def holes(after: int, upto: int, positions: Sequence[int]) -> list[range]:
@@ -16,18 +23,47 @@ def holes(after: int, upto: int, positions: Sequence[int]) -> list[range]:
     return found
 
 
-def without(ranges: Iterable[range], positions: Sequence[int]) -> list[range]:
-    """Return the ranges less some positions, which are sorted."""
-    left = []
-    for stretch in ranges:
-        inside = positions[bisect_left(positions, stretch.start) : bisect_left(positions, stretch.stop)]
-        left += holes(stretch.start - 1, stretch.stop - 1, inside)
+def without(ranges: list[range], positions: Sequence[int]) -> list[range]:
+    """Return the ranges less some positions, which are sorted. Costs what is touched, not how many there are."""
+    left: list[range] = []
+    kept = taken = 0
+    while taken < len(positions):
+        at = bisect_left(ranges, positions[taken], kept, key=_last)
+        if at == len(ranges):
+            break
+        stretch = ranges[at]
+        left += ranges[kept:at]
+        first = bisect_left(positions, stretch.start, taken)
+        taken = bisect_left(positions, stretch.stop, first)
+        left += holes(stretch.start - 1, stretch.stop - 1, positions[first:taken])
+        kept = at + 1
+    return left + ranges[kept:]
+
+
+def above(ranges: list[range], floor: int) -> list[range]:
+    """Return what of the ranges lies above the floor."""
+    if not ranges or ranges[0].start > floor:
+        return ranges
+    left = ranges[bisect_right(ranges, floor, key=_last) :]
+    if left and left[0].start <= floor:
+        left[0] = range(floor + 1, left[0].stop)
     return left
 
 
-def above(ranges: Iterable[range], floor: int) -> list[range]:
-    """Return what of the ranges lies above the floor."""
-    return [range(max(stretch.start, floor + 1), stretch.stop) for stretch in ranges if stretch.stop > floor + 1]
+def together(ranges: Sequence[range]) -> list[range]:
+    """Return fewer ranges that contain all of these: neighbours, and what is between them, become one."""
+    found: list[range] = []
+    for stretch in ranges:
+        if found and stretch.start - found[-1].stop <= _NEAR:
+            found[-1] = range(found[-1].start, stretch.stop)
+        else:
+            found.append(stretch)
+    return found
+
+
+def multirange_of(ranges: Sequence[range]) -> str:
+    """Return ranges as a Postgres int8multirange literal."""
+    return "{" + ",".join([f"[{stretch.start},{stretch.stop})" for stretch in ranges]) + "}"
 
 
 def multirange(positions: Sequence[int]) -> str:

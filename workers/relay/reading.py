@@ -7,9 +7,10 @@ So the reader keeps two marks and what lies between them:
     frontier     the highest position looked at
     holes        positions between the two that were not there yet when their neighbours were read
 
-Each read asks for rows above the frontier and for rows that have turned up in the holes. A writer that
-dawdles keeps the checkpoint back and leaves a hole; it delays nobody else. `dovecote.horizon()` says how
-far everything is settled; it must be asked before the rows are (docs/adr/0003-reading-forward.md).
+Each read asks for rows above the frontier, and for rows that have turned up in the holes where a writer that could
+fill them is over (gaps.py). A writer that dawdles keeps the checkpoint back and leaves a hole; it delays nobody else.
+`dovecote.horizon_and_writers()` says how far everything is settled and who is at work; it must be asked before
+the rows are (docs/adr/0003-reading-forward.md).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 import psycopg
 from psycopg.rows import TupleRow
 
-from workers.relay.positions import above, holes, without
+from workers.relay import gaps
+from workers.relay.positions import above, holes, multirange_of, together, without
 
 Connection = psycopg.Connection[TupleRow]
 
@@ -38,12 +40,12 @@ class Batch:
 # As bytes: an envelope goes to Redis as it is, and decoding it would cost as much as all else done with it here.
 _SELECT = "select o.position, o.event_type, convert_to(dovecote.envelope(o), 'UTF8') from dovecote.outbox o"
 _BEYOND = f"{_SELECT} where o.position > %s order by o.position limit %s"
-# Hole by hole: the planner would rather read the whole outbox in order and throw away what is in none.
+# Stretch by stretch: the planner would rather read the whole outbox in order and throw away what is in no hole.
 _IN_HOLES = """
     select o.position, o.event_type, convert_to(dovecote.envelope(o), 'UTF8')
-    from unnest(%s::bigint[], %s::bigint[]) as hole (low, high)
-    cross join lateral (select * from dovecote.outbox where position between hole.low and hole.high
-                        order by position limit %s) o
+    from unnest(%s::bigint[], %s::bigint[]) as stretch (low, high)
+    cross join lateral (select * from dovecote.outbox where position between stretch.low and stretch.high
+                          and position <@ %s::int8multirange order by position limit %s) o
     order by o.position limit %s
 """
 _IN_BATCHES = """
@@ -75,6 +77,9 @@ class Reader:
         self.checkpoint = self.frontier = checkpoint
         self._horizon = (checkpoint, checkpoint)
         self._holes: list[range] = []
+        self._writers = gaps.Writers()
+        # Above this a hole may be of a writer that no look has shown: it is looked into whoever is over. All, at first.
+        self._unseen_above = 0
         for start, stop in connection.execute(_PUBLISHED_ABOVE, {"checkpoint": checkpoint}):
             if stop - 1 > self.frontier:
                 self._holes += holes(self.frontier, stop - 1, range(max(start, self.frontier + 1), stop))
@@ -87,22 +92,20 @@ class Reader:
         so the checkpoint only waits a little longer.
         """
         if not at_once:
-            self._horizon = self._ask_horizon()
+            self._horizon = self._look()
         last_position, settled = self._horizon
         beyond = self._rows(_BEYOND, self.frontier, self._batch_size)
         # Asked second: if a row beyond tells of an aggregate, the earlier event that committed before it
         # is visible by now and, sorted by position, is published before it.
         late = self._late()
         if len(late) == self._batch_size:
-            # More have turned up in the holes than one batch takes. They go first.
-            self._holes = without(self._holes, positions(late))
-            return Batch(late, self.checkpoint)
+            return self._late_first(late, beyond)
 
-        found = positions(beyond)
-        full = len(beyond) == self._batch_size
-        frontier = found[-1] if full else max(self.frontier, last_position, *found[-1:])
-        still_missing = without(self._holes, positions(late))
-        self._holes = above([*still_missing, *holes(self.frontier, frontier, found)], settled)
+        frontier = self._next_frontier(beyond)
+        still_missing = without(self._holes, positions(late)) if late else self._holes
+        self._holes = above([*still_missing, *holes(self.frontier, frontier, positions(beyond))], settled)
+        # A position above the sequence as it was read may be of a writer that is younger than our look at the locks.
+        self._unseen_above = last_position
         self.frontier = frontier
         self.checkpoint = max(self.checkpoint, min(settled, frontier))
         return Batch([*late, *beyond], self.checkpoint)
@@ -115,21 +118,58 @@ class Reader:
         """Return the rows at exactly these positions, to publish a batch again as it was."""
         return self._rows(_IN_BATCHES, multirange)
 
-    def _ask_horizon(self) -> tuple[int, int]:
-        row = self._connection.execute("select last_position, settled from dovecote.horizon()").fetchone()
+    @property
+    def writers_at_work(self) -> frozenset[int]:
+        """The transactions that were writing at the last read that was not `at_once`."""
+        return self._writers.at_work
+
+    def _look(self) -> tuple[int, int]:
+        row = self._connection.execute(gaps.HORIZON).fetchone()
         assert row is not None
-        return row[0], row[1]
+        last_position, settled, floors, xids = row
+        self._writers.seen(floors, xids)
+        return last_position, settled
+
+    def _next_frontier(self, beyond: Sequence[Row]) -> int:
+        if len(beyond) == self._batch_size:
+            return beyond[-1][0]  # cut short: what was left out is beyond the next frontier
+        return max(self.frontier, self._horizon[0], *positions(beyond[-1:]))
 
     def _late(self) -> list[Row]:
+        """Return what has turned up in holes: only there is looked where a writer that is over may have left it."""
         if not self._holes:
             return []
+        floor = self._unseen_above
+        if self._holes[0].start <= floor:
+            ended = self._writers.lowest_floor_of_ended(self._connection)
+            floor = floor if ended is None else min(floor, ended)
+        if not (looked_into := above(self._holes, floor)):
+            return []
+        stretches = together(looked_into)
         return self._rows(
             _IN_HOLES,
-            [hole.start for hole in self._holes],
-            [hole.stop - 1 for hole in self._holes],
+            [stretch.start for stretch in stretches],
+            [stretch.stop - 1 for stretch in stretches],
+            multirange_of(looked_into),
             self._batch_size,
             self._batch_size,
         )
+
+    def _late_first(self, late: list[Row], beyond: list[Row]) -> Batch:
+        """Return the late rows of a full batch, and with them those beyond that follow on nothing unread.
+
+        More have turned up than one batch takes, such as those of a large import. Rows beyond need not wait for
+        them, only for what is of their own aggregate: such rows become holes until then. The checkpoint stays.
+        """
+        frontier = self._next_frontier(beyond)
+        self._holes = without(self._holes, positions(late))
+        # Below the last late row nothing is left that was there when the rows beyond were.
+        behind = gaps.behind_unread(self._connection, positions(beyond), above(self._holes, late[-1][0]))
+        beyond = [row for row in beyond if row[0] not in behind]
+        self._holes += holes(self.frontier, frontier, positions(beyond))
+        self._unseen_above = 0  # the rest is there already, whoever is over next
+        self.frontier = frontier
+        return Batch([*late, *beyond], self.checkpoint)
 
     def _rows(self, query: str, *parameters: object) -> list[Row]:
         with self._connection.cursor(binary=True) as cursor:

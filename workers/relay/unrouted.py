@@ -10,8 +10,7 @@ from workers.relay.reading import Connection, Row
 
 _NOTE = """
     insert into dovecote.unrouted_types as known (event_type, events, first_position, last_position)
-    select event_type, count(*), min(position), max(position)
-    from unnest(%s::text[], %s::bigint[]) as met (event_type, position) group by event_type
+    select * from unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[])
     on conflict (event_type) do update set
         events = known.events + excluded.events, last_seen_at = clock_timestamp(),
         first_position = least(known.first_position, excluded.first_position),
@@ -19,9 +18,32 @@ _NOTE = """
 """
 
 
-def note(connection: Connection, routed: AbstractSet[str], rows: Sequence[Row]) -> None:
-    """Write down the types among these rows that are not routed. Rows published twice count twice."""
-    if {event_type for _, event_type, _ in rows} <= routed:
-        return  # the usual case, at a microsecond for twenty rows
-    met = [(event_type, position) for position, event_type, _ in rows if event_type not in routed]
-    connection.execute(_NOTE, ([event_type for event_type, _ in met], [position for _, position in met]))
+class Unrouted:
+    """Counts what a leadership meets, and writes it down now and then: a row a batch would be a version a batch."""
+
+    def __init__(self, routed: AbstractSet[str]) -> None:
+        self._routed = routed
+        self._met: dict[str, tuple[int, int, int]] = {}
+        self._written: set[str] = set()
+
+    def meet(self, rows: Sequence[Row]) -> None:
+        """Count the types among these rows that are not routed. Rows published twice count twice."""
+        if {event_type for _, event_type, _ in rows} <= self._routed:
+            return  # the usual case, at a microsecond for twenty rows
+        for position, event_type, _ in rows:
+            if event_type not in self._routed:
+                events, first, last = self._met.get(event_type, (0, position, position))
+                self._met[event_type] = (events + 1, min(first, position), max(last, position))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a type was met that this leadership has not written down yet. It should: a crash would hide it."""
+        return not self._met.keys() <= self._written
+
+    def write(self, connection: Connection) -> None:
+        """Write down what was met since the last time."""
+        if self._met:
+            events, first, last = zip(*self._met.values(), strict=True)
+            connection.execute(_NOTE, (list(self._met), list(events), list(first), list(last)))
+            self._written |= self._met.keys()
+            self._met.clear()

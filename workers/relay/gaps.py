@@ -1,0 +1,76 @@
+"""Which gaps can have been filled since they were last looked into: those of a writer that has ended.
+
+A gap is a position below the frontier that was not there when its neighbours were read. It belongs to a writer that
+is at work, or to one that was rolled back, and then to nobody. Looking into a gap costs a search of the index, and a
+long transaction leaves thousands; so the reader asks first whether any writer that could own one is over.
+"""
+
+from collections.abc import Sequence
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from workers.relay.positions import multirange_of
+
+Connection = psycopg.Connection[TupleRow]
+
+#: Answered by one moment: the sequence, what is settled, and for each writer at work its floor and its transaction.
+HORIZON = "select last_position, settled, floors, xids from dovecote.horizon_and_writers()"
+
+# A commit is visible before the writer's floor is given back, so pg_locks says "at work" of one whose successor has
+# been read already. The snapshot says it rightly. Whoever has no transaction any more is over.
+_LOWEST_FLOOR_OF_ENDED = """
+    select min(floor) from unnest(%s::bigint[], %s::bigint[]) as writer (floor, xid)
+    where xid is null or pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())
+"""
+# By position and by aggregate, each through its index; the bounds keep it from reading the whole aggregate.
+BEHIND_UNREAD = """
+    select o.position from unnest(%s::bigint[]) as wanted (position) join dovecote.outbox o using (position)
+    where exists (select from dovecote.outbox before
+                  where before.aggregate_type = o.aggregate_type and before.aggregate_id = o.aggregate_id
+                    and before.position >= %s and before.position < least(o.position, %s)
+                    and before.position <@ %s::int8multirange)
+"""
+
+
+class Writers:
+    """The writers that the last two looks at the locks have shown.
+
+    One that ended between the two looks is in the first of them only, so both are needed.
+    """
+
+    def __init__(self) -> None:
+        self._now: set[tuple[int, int | None]] = set()
+        self._before: set[tuple[int, int | None]] = set()
+
+    def seen(self, floors: Sequence[int], xids: Sequence[int | None]) -> None:
+        """Take note of another look."""
+        self._before, self._now = self._now, set(zip(floors, xids, strict=True))
+
+    @property
+    def at_work(self) -> frozenset[int]:
+        """The transactions that the last look has shown."""
+        return frozenset(xid for _, xid in self._now if xid is not None)
+
+    def lowest_floor_of_ended(self, connection: Connection) -> int | None:
+        """Return above which position something may have turned up; None when none of these writers is over.
+
+        To be asked after the rows beyond the frontier were read: see `Reader.read`.
+        """
+        known = self._before | self._now
+        if not known:
+            return None
+        row = connection.execute(
+            _LOWEST_FLOOR_OF_ENDED, ([floor for floor, _ in known], [xid for _, xid in known])
+        ).fetchone()
+        assert row is not None
+        floor: int | None = row[0]
+        return floor
+
+
+def behind_unread(connection: Connection, positions: Sequence[int], unread: Sequence[range]) -> set[int]:
+    """Return those positions before which something unread, in these gaps, is there of the same aggregate."""
+    if not positions or not unread:
+        return set()
+    parameters = (list(positions), unread[0].start, unread[-1].stop, multirange_of(unread))
+    return {position for (position,) in connection.execute(BEHIND_UNREAD, parameters)}
