@@ -1,11 +1,13 @@
 /* How the relay reads the outbox forward without losing anyone: DESIGN section 4, ADR 0003.
  *
  * Writers take positions from a sequence and commit in any order; they announce a floor before their first
- * position. The reader asks for the horizon, then for rows beyond its frontier, then for rows that have turned
- * up in the holes below it; it may die after sending a batch and before recording it, and start again.
+ * position. The reader asks for the horizon and who is at work, then for rows beyond its frontier, then which of
+ * the writers are over, then for rows that have turned up in the holes that these could fill. It may go by the
+ * horizon of the read before. It may die after sending a batch and before recording it, and start again.
  * Every step that is one moment in Postgres is one step here, and Spin tries every order of them.
  *
- * In the code:  migrations/sql/0002_outbox.up.sql (announce, horizon), workers/relay/reading.py (Reader).
+ * In the code:  migrations/sql/0019_reading.up.sql (announce, horizon_and_writers), workers/relay/reading.py
+ *               (Reader), workers/relay/gaps.py (Writers, behind_unread).
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
  * Not in here:  the bell, savepoints (a floor given back with its positions is a transaction rolled back),
  *               the loss of Postgres' last records (it is a death before recording).
@@ -25,6 +27,7 @@
 byte sequence;                           /* the highest position handed out */
 byte visible;                            /* positions of committed rows */
 byte floors[WRITERS] = NONE;             /* the advisory locks of writers at work */
+byte over;                               /* the writers whose end a new snapshot sees */
 bool row_locked[2];                      /* an aggregate's row, locked by the transaction that changed it */
 bit  aggregate[8];                       /* whose event has which position */
 byte writers_left = WRITERS;
@@ -67,13 +70,13 @@ proctype writer(byte me) {
     if
     :: d_step {
         assert((mine & UPTO(checkpoint)) == 0);      /* nothing appears below the checkpoint */
-        visible = visible | mine
+        visible = visible | mine; over = over | ONE(me)
        }
-    :: true                              /* rolled back: its positions are gone for ever */
+    :: over = over | ONE(me)             /* rolled back: its positions are gone for ever */
     fi;
-    d_step {                             /* locks are released only after the commit is visible */
+    row_locked[whose] = false;           /* locks are released only after the commit is visible: */
+    d_step {                             /* those of the transaction first, and then the floor */
         floors[me] = NONE;
-        row_locked[whose] = false;
         mine = 0; floor = 0; position = 0; whose = 0;
         writers_left--
     }
@@ -104,7 +107,39 @@ inline read_floors() {
     d_step {
         settled = NONE; p = 0;
         do
-        :: p < WRITERS -> settled = (floors[p] < settled -> floors[p] : settled); p++
+        :: p < WRITERS ->
+            settled = (floors[p] < settled -> floors[p] : settled);
+            seen_before[p] = seen[p]; seen[p] = floors[p]; p++
+        :: else -> break
+        od;
+        p = 0
+    }
+}
+
+#ifdef OVER_BY_LOCKS
+#define IS_OVER(writer)  (floors[writer] == NONE)
+#else
+#define IS_OVER(writer)  HAS(over, writer)
+#endif
+#ifdef LAST_LOOK_ONLY
+#define EARLIER(writer)  NONE
+#else
+#define EARLIER(writer)  seen_before[writer]
+#endif
+
+/* Above what something may have turned up: the lowest floor of those of the last two looks that are over. */
+inline ask_who_is_over() {
+    d_step {
+        lowest = unseen_above; p = 0;
+        do
+        :: p < WRITERS ->
+            if
+            :: IS_OVER(p) ->
+                lowest = (seen[p] < lowest -> seen[p] : lowest);
+                lowest = (EARLIER(p) < lowest -> EARLIER(p) : lowest)
+            :: else
+            fi;
+            p++
         :: else -> break
         od;
         p = 0
@@ -112,7 +147,30 @@ inline read_floors() {
 }
 
 inline read_beyond() { take(visible & ~UPTO(frontier), beyond, newest_beyond); beyond_cut = (taken == BATCH) }
-inline read_late()   { take(visible & holes, late, newest_late); late_cut = (taken == BATCH) }
+inline read_late()   { take(visible & holes & ~UPTO(lowest), late, newest_late); late_cut = (taken == BATCH) }
+
+/* With a full batch of late rows: those beyond go along before which no row is left in the holes of their aggregate. */
+inline hold_back() {
+    d_step {
+        p = 1; behind[0] = false; behind[1] = false;
+        do
+        :: p <= MOST ->
+            if
+            :: HAS(visible & holes & ~late & ~UPTO(newest_late), p) -> behind[aggregate[p]] = true
+            :: else
+            fi;
+#ifndef BEYOND_GOES_ALONG
+            if
+            :: HAS(beyond, p) && behind[aggregate[p]] -> beyond = beyond & ~ONE(p)
+            :: else
+            fi;
+#endif
+            p++
+        :: else -> break
+        od;
+        p = 0; behind[0] = false; behind[1] = false
+    }
+}
 
 /* Put rows on the queues, in order. */
 inline send(rows) {
@@ -139,8 +197,8 @@ inline send(rows) {
 active proctype reader() {
     byte frontier, holes, last_position, settled, beyond, late, newest_beyond, newest_late;
     byte by_this_reader, taken, p, next_checkpoint;
-    byte newest_of[2];
-    bool beyond_cut, late_cut;
+    byte newest_of[2], seen[WRITERS], seen_before[WRITERS], unseen_above, lowest;
+    bool beyond_cut, late_cut, behind[2], looked;
 
 start_again: true;
     d_step {                             /* from what is recorded: the holes come back with the batches */
@@ -159,34 +217,60 @@ start_again: true;
         od;
         p = 0;
         holes = UPTO(frontier) & ~UPTO(checkpoint) & ~recorded;
-        next_checkpoint = checkpoint
+        next_checkpoint = checkpoint;
+        unseen_above = 0; looked = false; p = 0;
+        do
+        :: p < WRITERS -> seen[p] = NONE; seen_before[p] = NONE; p++
+        :: else -> break
+        od;
+        p = 0
     }
     do
     ::
 #if defined(ROWS_BEFORE_HORIZON)
-        read_beyond(); read_late(); horizon(); read_floors();
+        read_beyond(); horizon(); read_floors(); ask_who_is_over(); read_late();
 #elif defined(FLOORS_BEFORE_SEQUENCE)
-        read_floors(); horizon(); read_beyond(); read_late();
+        read_floors(); horizon(); read_beyond(); ask_who_is_over(); read_late();
 #elif defined(LATE_BEFORE_BEYOND)
-        horizon(); read_floors(); read_late(); read_beyond();
+        horizon(); read_floors(); ask_who_is_over(); read_late(); read_beyond();
+#elif defined(OVER_BEFORE_BEYOND)
+        horizon(); read_floors(); ask_who_is_over(); read_beyond(); read_late();
 #else
-        horizon();                       /* the order is the proof */
-        read_floors();
+        if
+        :: horizon();                    /* the order is the proof */
+           read_floors();
+           looked = true
+#ifdef AT_ONCE
+        :: looked                        /* by the horizon of the read before */
+#endif
+        fi;
         read_beyond();
+        ask_who_is_over();
         read_late();
 #endif
+        if
+        :: late_cut -> hold_back()
+        :: else
+        fi;
         d_step {
-            settled = (last_position < settled -> last_position : settled);
+            newest_beyond = (beyond_cut -> newest_beyond
+                             : (last_position > newest_beyond -> last_position : newest_beyond));
+            newest_beyond = (newest_beyond > frontier -> newest_beyond : frontier);
+            holes = (holes | (UPTO(newest_beyond) & ~UPTO(frontier))) & ~late & ~beyond;
+            frontier = newest_beyond;
+#ifdef NO_MORE_THAN_THE_WRITERS
+            unseen_above = NONE;
+#else
+            unseen_above = last_position;
+#endif
             if
-            :: late_cut ->              /* more have turned up than one batch takes: they go first */
-                beyond = 0;
-                holes = holes & ~late
+            :: late_cut ->              /* more have turned up than one batch takes */
+#ifndef REST_NOT_LOOKED_INTO
+                unseen_above = 0
+#endif
             :: else ->
-                newest_beyond = (beyond_cut -> newest_beyond
-                                 : (last_position > newest_beyond -> last_position : newest_beyond));
-                newest_beyond = (newest_beyond > frontier -> newest_beyond : frontier);
-                holes = (holes | (UPTO(newest_beyond) & ~UPTO(frontier))) & ~late & ~beyond & ~UPTO(settled);
-                frontier = newest_beyond;
+                settled = (last_position < settled -> last_position : settled);
+                holes = holes & ~UPTO(settled);
 #ifdef CHECKPOINT_AT_FRONTIER
                 settled = frontier;
 #endif
@@ -194,7 +278,10 @@ start_again: true;
                                    -> (settled > next_checkpoint -> settled : next_checkpoint)
                                    : (frontier > next_checkpoint -> frontier : next_checkpoint))
             fi;
-            last_position = 0; settled = 0; newest_beyond = 0; newest_late = 0; taken = 0;
+#ifndef AT_ONCE
+            last_position = 0; settled = 0;
+#endif
+            newest_beyond = 0; newest_late = 0; taken = 0; lowest = 0;
             beyond_cut = false; late_cut = false
         }
 #ifdef RECORDED_BEFORE_SENT
@@ -213,7 +300,12 @@ start_again: true;
         :: true
         fi;
 #ifndef RECORDED_BEFORE_SENT
-        d_step { recorded = recorded | late | beyond; checkpoint = next_checkpoint; late = 0; beyond = 0 }
+        recorded = recorded | late | beyond;
+        if
+        :: checkpoint = next_checkpoint
+        :: (late | beyond) != 0          /* it follows once a second, not with each batch */
+        fi;
+        late = 0; beyond = 0;
 #endif
         assert((visible & UPTO(checkpoint) & ~sent) == 0);   /* the checkpoint leaves nobody behind */
         if

@@ -47,6 +47,7 @@ def run(place: Path, *command: str) -> str:
     "bounds",
     [
         pytest.param("", id="two writers, two events each"),
+        pytest.param("AT_ONCE", id="reads by the horizon of the read before"),
         pytest.param("WRITERS=3 EVENTS=1", id="three writers", marks=thorough),
     ],
 )
@@ -69,6 +70,12 @@ def test_everything_committed_is_sent_at_last(tmp_path: Path) -> None:
         "RECORDED_BEFORE_SENT": "checkpoint",
         "ROW_NOT_LOCKED": "newest_of",
         "LATE_BEFORE_BEYOND": "newest_of",
+        "OVER_BEFORE_BEYOND": "newest_of",
+        "OVER_BY_LOCKS": "newest_of",
+        "LAST_LOOK_ONLY": "checkpoint",
+        "NO_MORE_THAN_THE_WRITERS": "checkpoint",
+        "BEYOND_GOES_ALONG": "newest_of",
+        "REST_NOT_LOOKED_INTO": "checkpoint",
     }.items(),
 )
 def test_a_reading_that_is_broken_is_found_out(tmp_path: Path, broken: str, found: str) -> None:

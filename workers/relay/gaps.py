@@ -23,13 +23,17 @@ _LOWEST_FLOOR_OF_ENDED = """
     select min(floor) from unnest(%s::bigint[], %s::bigint[]) as writer (floor, xid)
     where xid is null or pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())
 """
-# By position and by aggregate, each through its index; the bounds keep it from reading the whole aggregate.
+# By position and by aggregate, each through its index and with bounds, whatever the statistics say: the limits keep
+# the planner from turning the joins round and reading the whole outbox.
 BEHIND_UNREAD = """
-    select o.position from unnest(%s::bigint[]) as wanted (position) join dovecote.outbox o using (position)
-    where exists (select from dovecote.outbox before
-                  where before.aggregate_type = o.aggregate_type and before.aggregate_id = o.aggregate_id
-                    and before.position >= %s and before.position < least(o.position, %s)
-                    and before.position <@ %s::int8multirange)
+    select wanted.position
+    from unnest(%s::bigint[]) as wanted (position)
+    cross join lateral (select o.aggregate_type, o.aggregate_id from dovecote.outbox o
+                        where o.position = wanted.position limit 1) o
+    where (select true from dovecote.outbox before
+           where before.aggregate_type = o.aggregate_type and before.aggregate_id = o.aggregate_id
+             and before.position >= %s and before.position < least(wanted.position, %s)
+             and before.position <@ %s::int8multirange limit 1)
 """
 
 

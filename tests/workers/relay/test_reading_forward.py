@@ -5,12 +5,10 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -18,82 +16,21 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from psycopg.rows import TupleRow
 from sqlalchemy import text
 
 from domain.database import connect, sessions_for
 from domain.unit_of_work import unit_of_work
-from tests.conftest import Servers, settings_for
 from tests.profiles import examples
 from tests.quotes import a_quote
-from workers.bootstrap import relay_for
+from tests.outbox_rows import Connection, insert, positions_in, record
 from workers.relay import reading
-from workers.relay.positions import multirange
-from workers.relay.reading import Batch, Reader, Row, positions
-from workers.routes import ROUTES
+from workers.relay.reading import Reader, Row, positions
 
 pytestmark = pytest.mark.servers
-
-Connection = psycopg.Connection[TupleRow]
 
 WRITERS = 12
 AGGREGATES = range(1, 21)
 CROWDED_SECONDS = 3.0
-
-
-# Writing ------------------------------------------------------------------------------------------
-
-
-def insert(connection: Connection, aggregate: object = "EUR", version: int = 1) -> int:
-    """Write one event; return its position."""
-    row = connection.execute(
-        """
-        insert into dovecote.outbox (aggregate_type, aggregate_id, event_type, payload)
-        values ('price', %s, 'pricing.price_quoted.v1', %s) returning position
-        """,
-        (str(aggregate), json.dumps({"price": str(version)})),
-    ).fetchone()
-    assert row
-    return int(row[0])
-
-
-@pytest.fixture
-def url(fresh_database_url: str) -> str:
-    return fresh_database_url
-
-
-@pytest.fixture
-def opened(url: str) -> Iterator[Callable[[], Connection]]:
-    """Opens connections whose transactions end when the test says so."""
-    connections: list[Connection] = []
-
-    def open_one() -> Connection:
-        connections.append(psycopg.connect(url))
-        return connections[-1]
-
-    yield open_one
-    for connection in connections:
-        connection.close()
-
-
-@pytest.fixture
-def relays(url: str) -> Iterator[Connection]:
-    """The connection a reader reads on."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        yield connection
-
-
-def positions_in(batch: Batch) -> list[int]:
-    return positions(batch.rows)
-
-
-def record(connection: Connection, batch: Batch) -> None:
-    """Do what the relay does when a batch is on the queues."""
-    connection.execute(
-        "insert into dovecote.published_batches (positions, events, epoch) values (%s, %s, 1)",
-        (multirange(positions_in(batch)), len(batch.rows)),
-    )
-    connection.execute("update dovecote.relay_state set checkpoint = %s", (batch.checkpoint,))
 
 
 # A crowd of writers, an honest reader and a naive one --------------------------------------------
@@ -507,13 +444,13 @@ class Reading(RuleBasedStateMachine):
         self.savepoints[writer] = 0
         self.owner = {aggregate: owner for aggregate, owner in self.owner.items() if owner != writer}
 
-    @rule(recorded=st.booleans())
-    def read(self, recorded: bool) -> None:
-        batch = self.reader.read()
+    @rule(recorded=st.booleans(), at_once=st.booleans(), checkpoint=st.booleans())
+    def read(self, recorded: bool, at_once: bool = False, checkpoint: bool = True) -> None:
+        batch = self.reader.read(at_once=at_once)
         self.by_this_reader += batch.rows
         self._check_this_reader()
         if recorded and batch.rows:
-            record(self.relay, batch)
+            record(self.relay, batch, checkpoint)
             self.recorded.update(positions_in(batch))
         elif batch.rows:
             self.start_again()  # a crash after the batch was sent
@@ -567,59 +504,3 @@ def test_no_order_of_begins_writes_rollbacks_commits_and_crashes_loses_an_event(
             suppress_health_check=list(HealthCheck),
         ),
     )
-
-
-# The plan -----------------------------------------------------------------------------------------
-
-READS = {
-    "beyond the frontier": (reading._BEYOND, "bigint, bigint", "1500, 100"),
-    "in the holes": (reading._IN_HOLES, "bigint[], bigint[], bigint, bigint", "'{10,50}', '{10,60}', 100, 100"),
-    "in a batch": (reading._IN_BATCHES, "int8multirange", "'{[10,20),[30,40)}'"),
-}
-
-
-@pytest.mark.parametrize("read", READS)
-@pytest.mark.parametrize("events", [0, 2_000])
-def test_every_read_finds_its_rows_by_their_position_in_every_partition(
-    url: str, servers: Servers, tmp_path: Path, read: str, events: int
-) -> None:
-    query, types, arguments = READS[read]
-    for number in range(1, query.count("%s") + 1):
-        query = query.replace("%s", f"${number}", 1)
-    with relay_for(settings_for(url, servers.redis_url, tmp_path), ROUTES)._session() as connection:
-        _fill(connection, events)
-        partitions = {name for (name,) in connection.execute(_PARTITIONS)}
-        connection.execute(f"prepare reading ({types}) as {query}")
-        for kind in ("custom", "generic"):
-            connection.execute(f"set plan_cache_mode = force_{kind}_plan")
-            (plan,) = connection.execute(f"explain (format json) execute reading ({arguments})").fetchone() or ([],)
-
-            nodes = list(_nodes(plan[0]["Plan"]))
-            scans = [node for node in nodes if node.get("Relation Name", "").startswith("outbox")]
-            assert {scan["Relation Name"] for scan in scans} == partitions
-            assert {scan["Node Type"] for scan in scans} == {"Index Scan"}
-            assert all("_position_idx" in scan["Index Name"] for scan in scans)
-            assert all('"position"' in scan.get("Index Cond", "") for scan in scans), "the whole history is read"
-            if read == "beyond the frontier":
-                assert "Sort" not in {node["Node Type"] for node in nodes}
-
-
-_PARTITIONS = "select inhrelid::regclass::text from pg_inherits where inhparent = 'dovecote.outbox'::regclass"
-
-
-def _fill(connection: Connection, events: int) -> None:
-    connection.execute("set search_path = dovecote")
-    connection.execute(
-        """
-        insert into outbox (aggregate_type, aggregate_id, event_type, payload)
-        select 'price', mod(n, 100), 'pricing.price_quoted.v1', '{}' from generate_series(1, %s) n
-        """,
-        (events,),
-    )
-    connection.execute("analyze outbox")
-
-
-def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for inner in plan.get("Plans", []):
-        yield from _nodes(inner)

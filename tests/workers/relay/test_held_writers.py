@@ -1,0 +1,202 @@
+"""A snapshot or a transaction that somebody holds keeps neither relay nor Postgres busy, and no event waits for it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from tests.conftest import Servers, settings_for
+from tests.effects import a_route, make_room_for_effects, write_quotes
+from tests.outbox_rows import Connection, insert
+from tests.support import eventually
+from tests.system import System, system_for
+
+pytestmark = pytest.mark.servers
+
+SystemWith = Callable[..., System]
+Opened = Callable[[], Connection]
+
+
+@pytest.fixture
+def system_with(url: str, servers: Servers, tmp_path: Path) -> Iterator[SystemWith]:
+    with ExitStack() as stack:
+
+        def build(**settings: object) -> System:
+            variables = {f"DOVECOTE_{name}": str(value) for name, value in settings.items()}
+            settings_ = settings_for(url, servers.redis_url, tmp_path, **variables)
+            system = stack.enter_context(system_for(settings_, [a_route()]))
+            make_room_for_effects(system.engine)
+            return system
+
+        yield build
+
+
+def asked(system: System, query: str) -> Any:
+    with system.engine.connect() as connection:
+        return connection.scalar(text(query))
+
+
+def published(system: System) -> int:
+    found: int = asked(system, "select coalesce(sum(events), 0) from dovecote.published_batches")
+    return found
+
+
+def versions(system: System, table: str) -> int:
+    """How many versions of rows the table has got so far; sessions tell when they end, and now and then before."""
+    found: int = asked(system, f"select n_tup_upd + n_tup_ins from pg_stat_user_tables where relname = '{table}'")
+    return found
+
+
+def is_asleep(system: System) -> bool:
+    """Whether a relay holds the bell for itself."""
+    held: bool = asked(
+        system,
+        """
+        select exists (select from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
+          and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key()
+          and database = (select oid from pg_database where datname = current_database()))
+        """,
+    )
+    return held
+
+
+def transactions_per_second(system: System, seconds: float) -> float:
+    """What the database is asked meanwhile, our own questions included."""
+    query = "select xact_commit from pg_stat_database where datname = current_database()"
+    before, began = asked(system, query), time.monotonic()
+    time.sleep(seconds)
+    return float(asked(system, query) - before) / (time.monotonic() - began)
+
+
+# Versions of rows ---------------------------------------------------------------------------------
+
+
+def test_a_batch_leaves_no_version_of_the_relay_s_row_nor_of_an_unrouted_type(
+    system_with: SystemWith, opened: Opened
+) -> None:
+    system = system_with(RELAY__GATHER_MS=0)
+    writer = opened()
+    began = time.monotonic()
+    with system.relay():
+        for number in range(60):
+            write_quotes(system, [number])
+            with writer.transaction():
+                writer.execute("select dovecote.append_event('price', 'EUR', 'testing.given_up.v1', '{}')")
+            eventually(lambda number=number: published(system) == 2 * number + 2, 10, "another batch")  # type: ignore[misc]
+    took = time.monotonic() - began
+
+    assert asked(system, "select count(*) from dovecote.published_batches") >= 60
+    assert asked(system, "select checkpoint from dovecote.relay_state") == 120
+    (events,) = [kind.events for kind in system.status().unrouted]
+    assert events == 60
+    # One a second and one at the end; a leader's first three are its take-over.
+    for table in ("relay_state", "unrouted_types"):
+        eventually(lambda table=table: versions(system, table) > 0, 10, "sessions told what they did")  # type: ignore[misc]
+        assert versions(system, table) <= took + 6
+
+
+def test_an_idle_relay_writes_nothing(system_with: SystemWith) -> None:
+    system = system_with()
+    where = "select ctid::text || ' ' || xmin::text from dovecote.relay_state"
+    with system.relay():
+        write_quotes(system, [1])
+        eventually(lambda: asked(system, "select checkpoint from dovecote.relay_state") == 1, 10, "the checkpoint")
+        before, seen_at = asked(system, where), asked(system, "select seen_at from dovecote.relay_state")
+
+        time.sleep(2.5)
+
+        assert asked(system, where) == before
+        assert asked(system, "select seen_at from dovecote.relay_state") == seen_at
+
+
+def test_the_checkpoint_follows_within_a_second_while_the_relay_is_busy(
+    system_with: SystemWith, opened: Opened
+) -> None:
+    system = system_with()
+    writer = opened()
+    with system.relay():
+        for _ in range(3):
+            began, before = time.monotonic(), asked(system, "select checkpoint from dovecote.relay_state")
+            while asked(system, "select checkpoint from dovecote.relay_state") == before:
+                assert time.monotonic() - began < 5, "no checkpoint in traffic"
+                insert(writer)
+                writer.commit()
+
+
+# A writer that is held ----------------------------------------------------------------------------
+
+
+def test_a_writer_that_sleeps_in_its_transaction_keeps_nobody_busy(system_with: SystemWith, opened: Opened) -> None:
+    system = system_with()
+    held = opened()
+    with system.relay():
+        eventually(lambda: is_asleep(system), 10, "a sleeping relay")
+        write_quotes(system, range(5))
+    insert(held)  # no relay sleeps, so it rings for none
+    with system.relay():
+        eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
+        time.sleep(3)  # what it has taken so far decides how often is looked
+
+        assert transactions_per_second(system, 4) < 30
+
+
+def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: SystemWith, opened: Opened) -> None:
+    system = system_with(RELAY__POLL_SECONDS=60)
+    held, other = opened(), opened()
+    insert(held)
+    with system.relay():
+        eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
+        time.sleep(2)
+        for number in range(1, 6):
+            insert(other)
+            other.commit()
+            eventually(lambda number=number: published(system) == number, 0.2, "the event, woken for")  # type: ignore[misc]
+
+
+def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon(
+    system_with: SystemWith, opened: Opened
+) -> None:
+    system = system_with(RELAY__POLL_SECONDS=60)
+    silent = opened()
+    insert(silent)
+    with system.relay():
+        eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
+        time.sleep(1)
+
+        silent.commit()
+
+        eventually(lambda: published(system) == 1, 2, "the event that nobody rang for")
+
+
+def test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over(
+    system_with: SystemWith, opened: Opened
+) -> None:
+    system = system_with(RELAY__POLL_SECONDS=60)
+    silent = opened()
+    insert(silent)
+    with system.relay():
+        eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
+
+        silent.rollback()
+        time.sleep(1)
+
+        # What it does once a second, and our own questions.
+        assert transactions_per_second(system, 3) < 12
+
+
+def test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_rings_once_it_sleeps(
+    opened: Opened, relays: Connection
+) -> None:
+    at_work, another = opened(), opened()
+
+    insert(at_work)
+
+    assert relays.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone() == (True,)
+    relays.execute("listen dovecote_outbox")
+    insert(another)
+    another.commit()
+    assert [heard.channel for heard in relays.notifies(timeout=5, stop_after=1)] == ["dovecote_outbox"]
