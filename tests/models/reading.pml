@@ -147,7 +147,26 @@ inline ask_who_is_over() {
 }
 
 inline read_beyond() { take(visible & ~UPTO(frontier), beyond, newest_beyond); beyond_cut = (taken == BATCH) }
-inline read_late()   { take(visible & holes & ~UPTO(lowest), late, newest_late); late_cut = (taken == BATCH) }
+
+/* One that ended in between may have left a row above that floor and one below: both or none. */
+inline read_late() {
+    do
+    ::  take(visible & holes & ~UPTO(lowest), late, newest_late); late_cut = (taken == BATCH);
+#ifndef ASKED_ONCE
+        if
+        :: late != 0 -> looked_above = lowest; ask_who_is_over()
+        :: else -> break
+        fi;
+        if
+        :: lowest >= looked_above -> break
+        :: else
+        fi
+#else
+        break
+#endif
+    od;
+    looked_above = 0
+}
 
 /* With a full batch of late rows: those beyond go along before which no row is left in the holes of their aggregate. */
 inline hold_back() {
@@ -197,7 +216,7 @@ inline send(rows) {
 active proctype reader() {
     byte frontier, holes, last_position, settled, beyond, late, newest_beyond, newest_late;
     byte by_this_reader, taken, p, next_checkpoint;
-    byte newest_of[2], seen[WRITERS], seen_before[WRITERS], unseen_above, lowest;
+    byte newest_of[2], seen[WRITERS], seen_before[WRITERS], unseen_above, lowest, looked_above;
     bool beyond_cut, late_cut, behind[2], looked;
 
 start_again: true;

@@ -47,7 +47,7 @@ def run(place: Path, *command: str) -> str:
     "bounds",
     [
         pytest.param("", id="two writers, two events each"),
-        pytest.param("AT_ONCE", id="reads by the horizon of the read before"),
+        pytest.param("AT_ONCE", id="reads by the horizon of the read before", marks=thorough),
         pytest.param("WRITERS=3 EVENTS=1", id="three writers", marks=thorough),
     ],
 )
@@ -72,6 +72,7 @@ def test_everything_committed_is_sent_at_last(tmp_path: Path) -> None:
         "LATE_BEFORE_BEYOND": "newest_of",
         "OVER_BEFORE_BEYOND": "newest_of",
         "OVER_BY_LOCKS": "newest_of",
+        "ASKED_ONCE": "newest_of",
         "LAST_LOOK_ONLY": "checkpoint",
         "NO_MORE_THAN_THE_WRITERS": "checkpoint",
         "BEYOND_GOES_ALONG": "newest_of",

@@ -140,17 +140,30 @@ class Reader:
         if not self._holes:
             return []
         floor = self._unseen_above
-        if self._holes[0].start <= floor:
-            ended = self._writers.lowest_floor_of_ended(self._connection)
-            floor = floor if ended is None else min(floor, ended)
-        if not (looked_into := above(self._holes, floor)):
+        ended = self._lowest_floor_of_ended(floor)
+        while True:
+            floor = min(floor, ended)
+            late = self._in_holes(above(self._holes, floor))
+            # A writer that ended in between may have left a row above that floor and an earlier one below it.
+            if not late or (ended := self._lowest_floor_of_ended(floor)) >= floor:
+                return late
+
+    def _lowest_floor_of_ended(self, floor: int) -> int:
+        """Return the given floor, or a lower one where a hole below it may have been filled."""
+        if self._holes[0].start > floor:
+            return floor
+        ended = self._writers.lowest_floor_of_ended(self._connection)
+        return floor if ended is None else ended
+
+    def _in_holes(self, wanted: Sequence[range]) -> list[Row]:
+        if not wanted:
             return []
-        stretches = together(looked_into)
+        stretches = together(wanted)
         return self._rows(
             _IN_HOLES,
             [stretch.start for stretch in stretches],
             [stretch.stop - 1 for stretch in stretches],
-            multirange_of(looked_into),
+            multirange_of(wanted),
             self._batch_size,
             self._batch_size,
         )
