@@ -56,7 +56,7 @@ def test_the_reader_loses_nobody_and_keeps_the_order_of_each_aggregate(tmp_path:
 
 
 def test_everything_committed_is_sent_at_last(tmp_path: Path) -> None:
-    assert check(tmp_path, "reading.pml", "", fairly=True) == ""
+    assert check(tmp_path, "reading.pml", "WRITERS=2 EVENTS=1", fairly=True) == ""
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ its place, and at least one of `tests` must fail. Tests are named as pytest want
 from dataclasses import dataclass
 
 READING = "tests/workers/relay/test_reading_forward.py"
+GAPS = "tests/workers/relay/test_gaps.py"
+HELD = "tests/workers/relay/test_held_writers.py"
 RELAY = "tests/workers/relay/test_relay.py"
 BROKER = "tests/workers/test_broker.py"
 CONSUME = "tests/workers/test_consume.py"
@@ -28,7 +30,7 @@ TAKING_OVER = "tests/flows/test_taking_over.py"
 PAUSING = "tests/workers/test_pausing.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
-WRITERS_SQL = "migrations/sql/0012_writers.up.sql"
+READING_SQL = "migrations/sql/0019_reading.up.sql"
 BLOCKER_SQL = "migrations/sql/0013_blocker.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
@@ -48,7 +50,7 @@ MUTANTS = (
     # Writing ------------------------------------------------------------------------------------
     Mutant(
         "no floor is announced",
-        WRITERS_SQL,
+        READING_SQL,
         "if not pg_try_advisory_xact_lock_shared(\n                dovecote.floor_key(",
         "if false and not pg_try_advisory_xact_lock_shared(\n                dovecote.floor_key(",
         READING,
@@ -62,14 +64,14 @@ MUTANTS = (
     ),
     Mutant(
         "the floor is that of the highest position, not of one's own",
-        WRITERS_SQL,
+        READING_SQL,
         "coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0)",
         "coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1",
         READING,
     ),
     Mutant(
         "a transaction announces itself once in a session's life",
-        WRITERS_SQL,
+        READING_SQL,
         "if current_setting('dovecote.announced', true) is distinct from pg_current_xact_id()::text then",
         "if current_setting('dovecote.announced', true) is null then",
         READING,
@@ -83,9 +85,9 @@ MUTANTS = (
     ),
     Mutant(
         "nobody rings the bell",
-        WRITERS_SQL,
-        "if not pg_try_advisory_xact_lock_shared(dovecote.bell_key()) then",
-        "if false then",
+        READING_SQL,
+        "perform pg_notify('dovecote_outbox', '');",
+        "null;",
         f"{WRITING} {RELAY}",
     ),
     Mutant(
@@ -126,9 +128,9 @@ MUTANTS = (
     # Reading ------------------------------------------------------------------------------------
     Mutant(
         "floors are not asked for",
-        OUTBOX_SQL,
-        "settled := least(last_position, lowest_floor);",
-        "settled := last_position;",
+        READING_SQL,
+        "least(last_position, min(holder.floor))",
+        "last_position",
         READING,
     ),
     Mutant(
@@ -141,8 +143,8 @@ MUTANTS = (
     Mutant(
         "a hole that is settled is kept for ever",
         "workers/relay/reading.py",
-        "above([*still_missing, *holes(self.frontier, frontier, found)], settled)",
-        "[*still_missing, *holes(self.frontier, frontier, found)]",
+        "above([*still_missing, *holes(self.frontier, frontier, positions(beyond))], settled)",
+        "[*still_missing, *holes(self.frontier, frontier, positions(beyond))]",
         READING,
     ),
     Mutant(
@@ -170,9 +172,80 @@ MUTANTS = (
     Mutant(
         "a batch cut short leaves out what it did not take",
         "workers/relay/reading.py",
-        "        full = len(beyond) == self._batch_size\n",
-        "        full = False\n",
+        "        if len(beyond) == self._batch_size:\n",
+        "        if False:\n",
         READING,
+    ),
+    Mutant(
+        "gaps are looked into in every read",
+        "workers/relay/reading.py",
+        "        return floor if ended is None else ended\n",
+        "        return 0\n",
+        GAPS,
+    ),
+    Mutant(
+        "a gap above the sequence is not looked into for its own sake",
+        "workers/relay/reading.py",
+        "        self._unseen_above = last_position\n",
+        "        self._unseen_above = frontier\n",
+        GAPS,
+    ),
+    Mutant(
+        "who is over is not asked again when late rows were found",
+        "workers/relay/reading.py",
+        "if not late or (ended := self._lowest_floor_of_ended(floor)) >= floor:",
+        "if True:",
+        GAPS,
+    ),
+    Mutant(
+        "the rest of a full batch of late rows is left",
+        "workers/relay/reading.py",
+        "        self._unseen_above = 0  # the rest is there already, whoever is over next\n",
+        "",
+        GAPS,
+    ),
+    Mutant(
+        "rows beyond go along with late ones whatever they follow on",
+        "workers/relay/reading.py",
+        "        beyond = [row for row in beyond if row[0] not in behind]\n",
+        "",
+        GAPS,
+    ),
+    Mutant(
+        "rows beyond wait until all late ones are read",
+        "workers/relay/reading.py",
+        "            return self._late_first(late, beyond)\n",
+        "            return self._late_first(late, [])\n",
+        GAPS,
+    ),
+    Mutant(
+        "a writer that ended between two looks is forgotten",
+        "workers/relay/gaps.py",
+        "known = self._before | self._now",
+        "known = self._now",
+        READING,
+    ),
+    Mutant(
+        "the locks say who is over",
+        "workers/relay/gaps.py",
+        "where xid is null or pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())",
+        "where not exists (select from pg_locks where transactionid::text::bigint = writer.xid)"
+        " and not exists (select from pg_locks where locktype = 'advisory' and classid::bigint >> 16 = 17602)",
+        GAPS,
+    ),
+    Mutant(
+        "one without a transaction is never over",
+        "workers/relay/gaps.py",
+        "where xid is null or pg_visible",
+        "where pg_visible",
+        GAPS,
+    ),
+    Mutant(
+        "the highest number of a transaction is taken for it",
+        READING_SQL,
+        "min(now_xid + (((l.transactionid",
+        "max(now_xid + (((l.transactionid",
+        GAPS,
     ),
     # Publishing ---------------------------------------------------------------------------------
     Mutant(
@@ -185,8 +258,8 @@ MUTANTS = (
     Mutant(
         "an old epoch may record",
         "workers/relay/leading.py",
-        "        where epoch = %(epoch)s returning epoch\n",
-        "        where epoch > 0 returning epoch\n",
+        "from dovecote.relay_state where epoch = %(epoch)s for no key update",
+        "from dovecote.relay_state where epoch > 0 for no key update",
         RELAY,
     ),
     Mutant(
@@ -266,6 +339,64 @@ MUTANTS = (
         "            self._sleeper.sleep(self._pause_seconds)\n"
         "        else:\n            self._sleeper.sleep(self._settings.poll_seconds, self._connection)\n",
         RELAY,
+    ),
+    Mutant(
+        "the relay forgets who was at work when it fell asleep",
+        "workers/relay/leading.py",
+        "        if not self._silent_writers:\n",
+        "        if True:\n",
+        HELD,
+    ),
+    Mutant(
+        "the relay takes an older look for who was at work when it fell asleep",
+        "workers/relay/leading.py",
+        "        if self._holds_bell and not called:\n",
+        "        if False:\n",
+        HELD,
+    ),
+    Mutant(
+        "a writer that is held keeps the relay busy",
+        "workers/relay/leading.py",
+        "max(soon, taken * _SHARE_OF_A_TRANSACTION)",
+        "soon",
+        HELD,
+    ),
+    Mutant(
+        "a silent writer that is over is waited for",
+        "workers/relay/leading.py",
+        "self._silent_writers & at_work",
+        "self._silent_writers",
+        HELD,
+    ),
+    Mutant(
+        "a writer keeps the bell until its end",
+        READING_SQL,
+        "(case when pg_try_advisory_lock_shared(dovecote.bell_key())\n"
+        "                 then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
+        "not pg_try_advisory_xact_lock_shared(dovecote.bell_key())",
+        HELD,
+    ),
+    Mutant(
+        "each batch writes the checkpoint",
+        "workers/relay/leading.py",
+        "        self._unrouted.meet(batch.rows)\n",
+        "        self._unrouted.meet(batch.rows)\n        self.checkpoint = batch.checkpoint\n"
+        "        self._record_checkpoint()\n",
+        HELD,
+    ),
+    Mutant(
+        "the checkpoint is written every second",
+        "workers/relay/leading.py",
+        "        if self.checkpoint > self._recorded_checkpoint:\n",
+        "        if True:\n",
+        HELD,
+    ),
+    Mutant(
+        "each batch writes what it met that is not routed",
+        "workers/relay/unrouted.py",
+        "not self._met.keys() <= self._written",
+        "bool(self._met)",
+        HELD,
     ),
     Mutant(
         "a writer need not ring once the relay has slept",
