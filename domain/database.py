@@ -4,14 +4,16 @@ Everything lives in the Postgres schema `dovecote`, so it shares a database with
 without sharing their names.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-import psycopg
 from sqlalchemy import DateTime, Engine, MetaData, Uuid, create_engine, make_url
+from sqlalchemy.event import listen
 from sqlalchemy.orm import Session, registry, sessionmaker
+
+from domain.connections import Connection, WatchedSession
 
 SCHEMA = "dovecote"
 
@@ -55,7 +57,7 @@ def connect(
     `session_settings` are Postgres's own, such as {"lock_timeout": 5_000}.
     """
     settings = {"timezone": "UTC", "statement_timeout": statement_timeout_ms, **_KEEPALIVES, **(session_settings or {})}
-    return create_engine(
+    engine = create_engine(
         make_url(url).set(drivername="postgresql+psycopg"),
         pool_size=pool_size,
         max_overflow=0,
@@ -72,17 +74,23 @@ def connect(
             **(connect_args or {}),
         },
     )
+    listen(engine, "do_connect", _open)
+    return engine
+
+
+def _open(_dialect: object, _record: object, arguments: Sequence[Any], options: Mapping[str, Any]) -> Connection:
+    return Connection.connect(*arguments, **options)
 
 
 def sessions_for(engine: Engine) -> Sessions:
     """Return the session factory that `unit_of_work` takes."""
-    return sessionmaker(engine, expire_on_commit=False)
+    return sessionmaker(engine, class_=WatchedSession, expire_on_commit=False)
 
 
-def driver_connection(session: Session) -> psycopg.Connection[tuple[Any, ...]]:
+def driver_connection(session: Session) -> Connection:
     """Return psycopg's connection below the session, in its transaction as far as one has begun there."""
     connection = session.connection().connection.driver_connection
-    assert isinstance(connection, psycopg.Connection), "a session of `connect`"
+    assert isinstance(connection, Connection), "a session of `connect`"
     return connection
 
 

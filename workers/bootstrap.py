@@ -25,8 +25,7 @@ from workers import schema, telemetry
 from workers.broker import OrjsonEncoder, OutboxBroker
 from workers.children import die_with_parent
 from workers.consume import SILENT_SECONDS, Consumer, Stopping
-from workers.envelope import Envelope, read_envelope
-from workers.failures import UnknownHandler
+from workers.envelope import read_envelope
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
@@ -36,13 +35,16 @@ from workers.masking import never_show
 from workers.pauses import HandlerPaused
 from workers.redis_client import connect_redis
 from workers.relay.relay import Relay
-from workers.routes import ROUTES, Route, queues
+from workers.routes import ROUTES, Route, distinct, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets
 from workers.suspects import Suspect
 from workers.telemetry.meters import ConsumerMeters, RelayMeters
 from workers.time_limits import GRACE_SECONDS
 
 log = structlog.get_logger()
+
+# Consumer.consume, or what is called in its place.
+Consume = Callable[..., None]
 
 
 def consumers(routes: Sequence[Route] = ROUTES) -> None:
@@ -76,19 +78,22 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
 
 
 def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]) -> None:
-    """Make each route's handler an actor of the broker. What comes for any other is kept for code that has it."""
+    """Make each route's handler an actor of the broker. What comes for any other is kept for code that has it.
 
-    def declare(route: Route) -> None:
+    Errors: InvalidRoute when two routes have one handler name.
+    """
+
+    def declare(route: Route, act: Consume) -> None:
         actor = dramatiq.actor(
             actor_name=route.handler, queue_name=route.queue, broker=broker, throws=(Stopping, HandlerPaused)
         )
-        actor(_actor_function(consumer, route, broker))
+        actor(_actor_function(act, consumer, route, broker))
 
     def stand_in(handler: str, queue: str) -> None:
-        declare(Route(handler=handler, events=(), act=_not_here, queue=queue, bulk=True))
+        declare(Route(handler=handler, events=(), act=_not_here, queue=queue), consumer.keep_for_other_code)
 
-    for route in routes:
-        declare(route)
+    for route in distinct(routes):
+        declare(route, consumer.consume)
     if isinstance(broker, OutboxBroker):
         broker.stand_in = stand_in
 
@@ -224,7 +229,7 @@ def _next_database(settings: Settings) -> Any:
     return client
 
 
-def _actor_function(consumer: Consumer, route: Route, broker: Broker) -> Callable[..., None]:
+def _actor_function(consume: Consume, consumer: Consumer, route: Route, broker: Broker) -> Callable[..., None]:
     def act(
         envelopes: Sequence[Mapping[str, Any]],
         retry: bool = False,
@@ -242,13 +247,13 @@ def _actor_function(consumer: Consumer, route: Route, broker: Broker) -> Callabl
         if crashes and isinstance(broker, OutboxBroker):
             suspect = Suspect(broker.client, f"{broker.namespace}:{route.queue}", message_id, crashes)
         with consumer.meters.at_work(route.handler, len(bundle)):
-            consumer.consume(route, bundle, retry=retry, replay=UUID(replay) if replay else None, suspect=suspect)
+            consume(route, bundle, retry=retry, replay=UUID(replay) if replay else None, suspect=suspect)
 
     return act
 
 
-def _not_here(envelopes: Sequence[Envelope], uow: UnitOfWork, gateways: Gateways) -> NoReturn:
-    raise UnknownHandler("no route of this process has the handler: newer code, or older, will come and act")
+def _not_here(_event: object, _uow: UnitOfWork, _gateways: Gateways) -> NoReturn:
+    raise AssertionError("what is kept for other code is not acted on")
 
 
 class _StopsWaiting(Middleware):

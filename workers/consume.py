@@ -2,22 +2,21 @@
 
 In one transaction: record the events in `processed_events`, act, commit. Only then is the message
 acknowledged, so a crash anywhere repeats the bundle and the record absorbs what was done. A bundle that
-fails is rolled back and its events are taken one by one; those that fail are written to `deliveries`.
+fails is rolled back and taken in parts (workers/parts.py); events that fail alone are written to `deliveries`.
+Events that cannot be read are written there at once, without a transaction of their handler's.
 While Postgres is away the message is held: that spends no attempt. Nor does a server that is away for the handler
 alone: its event is tried again later and holds up nobody. Neither does a transaction that was in another's way,
 unless it is so time after time. A handler that takes too long is cut off, and the event that kills its process is
 found (workers/suspects.py).
 """
 
-import os
 import random
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import TypeVar
 from uuid import UUID
 
@@ -28,16 +27,22 @@ from sqlalchemy.orm import Session
 from domain.database import Sessions
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from workers import deliveries
+from workers.attempts import Attempt, SoFar, attempts_so_far, record_failures
 from workers.envelope import Envelope
-from workers.failures import KilledTheProcess, TimeLimitExceeded, describe
+from workers.failures import KilledTheProcess, TimeLimitExceeded, UnknownHandler, describe
 from workers.gateways import Gateways
 from workers.outages import asks_again, passes
+from workers.parts import Bundle, Parts
 from workers.pauses import HandlerPaused, require_at_work
+from workers.route_rules import require_nothing_returned
 from workers.routes import Route
+from workers.stuck import end_stuck_process
 from workers.suspects import MOST_STARTS, Suspect, one_at_a_time
 from workers.telemetry import acting_on, acting_on_all, consuming, now_at_work
 from workers.telemetry.meters import ConsumerMeters
-from workers.time_limits import TimeLimits, Watch, backend_pid, exceeded
+from workers.telemetry.work import event_at_work
+from workers.time_limits import TimeLimits, Watch
+from workers.transaction_guard import TransactionGuard
 
 log = structlog.get_logger()
 
@@ -56,9 +61,14 @@ _MOST_ANSWERS = 5
 SILENT_SECONDS = 5.0
 # Longest that an ordered bundle waits for the one before it to end, and how often it looks.
 _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 0.005
-# How long the record of a stuck handler may take before its process ends all the same.
-_GOODBYE_SECONDS = 10.0
-_STUCK_EXIT_CODE = 70
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a handler raised, and the event that it was called for then; None where it was the whole bundle."""
+
+    error: BaseException
+    blamed: Envelope | None
 
 
 class Stopping(Exception):
@@ -83,7 +93,7 @@ class Consumer:
         self._outage_pause_seconds = outage_pause_seconds
         self._await_schema = await_schema
         self.meters = meters or ConsumerMeters()
-        self._time_limits = TimeLimits(self._end_stuck_process)
+        self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
         self.keys = gateways.keys
 
     def consume(
@@ -107,108 +117,126 @@ class Consumer:
             if not await_schema():
                 raise Stopping("the schema is older than this code")
             self._await_schema = None
-        envelopes = sorted(envelopes, key=lambda envelope: envelope.position)
-        with consuming(route, envelopes):
+        bundle = Bundle(route, sorted(envelopes, key=lambda envelope: envelope.position), retry, replay)
+        with consuming(route, bundle.envelopes):
             if suspect is not None:
-                self._carefully(route, envelopes, retry, replay, suspect)
+                self._carefully(bundle, suspect)
                 return
-            failure = self._through_outages(route, envelopes, retry, replay)
-            if failure is not None:
-                self._one_by_one(route, envelopes, retry, replay, failure)
+            parts = Parts(self._readable(bundle))
+            while part := parts.next():
+                failed = self._through_outages(bundle.of(part))
+                if failed is None:
+                    parts.succeeded()
+                elif len(part) > 1:
+                    parts.failed(failed.blamed, was_slow=isinstance(failed.error, TimeLimitExceeded))
+                else:
+                    self._record(bundle.of(part), {part[0].event_id: failed.error})
+                    parts.was_bad()
 
-    def _one_by_one(
-        self, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None, failure: BaseException
+    def keep_for_other_code(
+        self,
+        route: Route,
+        envelopes: Sequence[Envelope],
+        *,
+        retry: bool = False,
+        replay: UUID | None = None,
+        suspect: Suspect | None = None,
     ) -> None:
-        alone = len(envelopes) == 1
-        for envelope in envelopes:
-            error = failure if alone else self._through_outages(route, [envelope], retry, replay)
-            if error is not None:
-                self._record(route, envelope, replay, error)
+        """Leave every event to its schedule: no route of this process has the handler.
 
-    def _carefully(
-        self, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None, suspect: Suspect
-    ) -> None:
+        Errors: Stopping, HandlerPaused.
+        """
+        error = UnknownHandler("no route of this process has the handler: newer code, or older, will come and act")
+        with consuming(route, envelopes):
+            errors = {envelope.event_id: error for envelope in envelopes}
+            self._record(Bundle(route, envelopes, retry, replay), errors, if_open=True)
+            if suspect is not None:
+                self._held(suspect.cleared)
+
+    def _readable(self, bundle: Bundle) -> Sequence[Envelope]:
+        """Record the events that cannot be read, all in one transaction; return the others."""
+        errors: dict[UUID, BaseException] = {}
+        for envelope in bundle.envelopes:
+            try:
+                _ = envelope.event
+            except Exception as error:
+                errors[envelope.event_id] = error
+        if not errors:
+            return bundle.envelopes
+        unreadable = [envelope for envelope in bundle.envelopes if envelope.event_id in errors]
+        self._record(bundle.of(unreadable), errors, if_open=True)
+        return [envelope for envelope in bundle.envelopes if envelope.event_id not in errors]
+
+    def _carefully(self, bundle: Bundle, suspect: Suspect) -> None:
         """One event at a time, each marked before it starts: one of them may kill this process."""
         log.warning(
             "message was in a dying process's hands; its events are taken one by one",
-            handler=route.handler,
-            events=len(envelopes),
+            handler=bundle.route.handler,
+            events=len(bundle.envelopes),
             crashes=suspect.crashes,
         )
-        for envelope in envelopes:
+        for envelope in bundle.envelopes:
+            alone = bundle.of([envelope])
             with one_at_a_time(self._stop_if_told):
                 starts = self._held(partial(suspect.starts, envelope.event_id))
                 if starts >= MOST_STARTS:
-                    self._bury(route, envelope, retry, replay, starts)
+                    self._record(alone, {envelope.event_id: _killed(starts)}, if_open=True)
                     self._held(suspect.explained)
                     continue
-                error = self._through_outages(route, [envelope], retry, replay, suspect)
-                if error is not None:
-                    self._record(route, envelope, replay, error)
+                failed = self._through_outages(alone, suspect)
+                if failed is not None:
+                    self._record(alone, {envelope.event_id: failed.error})
         self._held(suspect.cleared)
-
-    def _bury(self, route: Route, envelope: Envelope, retry: bool, replay: UUID | None, starts: int) -> None:
-        if self._held(partial(self._is_open, route, envelope, retry, replay)):
-            message = (
-                f"the process died each of the {starts} times that this event was at work: killed, out of memory, "
-                "or a crash in C code; it is not started again by itself"
-            )
-            self._record(route, envelope, replay, KilledTheProcess(message))
-
-    def _is_open(self, route: Route, envelope: Envelope, retry: bool, replay: UUID | None) -> bool:
-        """Neither done nor, by the same message, on record already."""
-        with self._sessions() as session:
-            to_do = _to_do(session, route, [envelope], retry, replay)
-            if replay is not None:
-                # Not committed: it only asks whether the handler would still act.
-                return bool(to_do and UnitOfWork(session).again(route.handler, to_do, replay, as_retry=retry))
-            return bool(to_do) and not deliveries.is_processed(session, route, envelope)
 
     def _stop_if_told(self) -> None:
         if self._stopping.is_set():
             raise Stopping
 
-    def _record(self, route: Route, envelope: Envelope, replay: UUID | None, error: BaseException) -> None:
-        now_at_work(route, (envelope,))
-        failure = describe(error, envelope)
-        so_far: deliveries.SoFar | None = None
+    def _record(self, bundle: Bundle, errors: Mapping[UUID, BaseException], *, if_open: bool = False) -> None:
+        """Write down in one transaction that each event of the bundle has failed, with its error.
 
-        def write() -> str:
+        `if_open`: it was not tried just now, and may be done, or on record already.
+        Errors: HandlerPaused with `if_open`.
+        """
+        attempts = [_attempt(bundle.route, envelope, errors[envelope.event_id]) for envelope in bundle.envelopes]
+        so_far: dict[UUID, SoFar] | None = None
+
+        def write() -> list[str]:
             nonlocal so_far
             with self._sessions() as session, session.begin():
-                # As it was at the first try: the reply to its commit may be what was lost.
-                so_far = so_far or deliveries.so_far(session, route, envelope)
-                return deliveries.record_failure(session, route, envelope, error, failure, so_far, replay)
+                if so_far is None:
+                    # As it was at the first try: the reply to its commit may be what was lost.
+                    those = _still_open(session, bundle) if if_open else bundle.envelopes
+                    so_far = attempts_so_far(session, bundle.route, those)
+                failed = [attempt for attempt in attempts if attempt.envelope.event_id in so_far]
+                return record_failures(session, bundle.route, failed, so_far, bundle.replay)
 
-        state = self._held(write)
-        self.meters.failed(route.handler, state)
-        log.warning(
-            "event failed",
-            handler=route.handler,
-            event_id=str(envelope.event_id),
-            state=state,
-            error=failure.headline,
-        )
+        states = self._held(write)
+        assert so_far is not None
+        for attempt, state in zip((one for one in attempts if one.envelope.event_id in so_far), states, strict=True):
+            now_at_work(bundle.route, (attempt.envelope,))
+            self.meters.failed(bundle.route.handler, state)
+            log.warning(
+                "event failed",
+                handler=bundle.route.handler,
+                event_id=str(attempt.envelope.event_id),
+                state=state,
+                error=attempt.failure.headline,
+            )
 
-    def _through_outages(
-        self,
-        route: Route,
-        envelopes: Sequence[Envelope],
-        retry: bool,
-        replay: UUID | None,
-        suspect: Suspect | None = None,
-    ) -> BaseException | None:
+    def _through_outages(self, bundle: Bundle, suspect: Suspect | None = None) -> Failed | None:
         """Act in one transaction; return what the handler raised, if anything."""
-        now_at_work(route, envelopes)
+        route = bundle.route
+        now_at_work(route, bundle.envelopes)
         conflicts = answers = 0
 
-        def act() -> BaseException | None:
+        def act() -> Failed | None:
             nonlocal conflicts, answers
             # The mark is not left standing while Postgres is waited for: whoever kills us then is not the event.
-            with self._marked(suspect, envelopes):
+            with self._marked(suspect, bundle.envelopes):
                 try:
                     with unit_of_work(self._sessions, keys=self.keys) as uow:
-                        acted = self._act(uow, route, envelopes, retry, replay)
+                        acted = self._act(uow, bundle)
                 except HandlerPaused:
                     raise
                 except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
@@ -219,8 +247,8 @@ class Consumer:
                     if asks_again(error) and conflicts < _MOST_CONFLICTS:
                         conflicts += 1
                         raise
-                    return error
-            self.meters.acted(route.handler, acted, again=replay is not None)
+                    return Failed(error, event_at_work())
+            self.meters.acted(route.handler, acted, again=bundle.replay is not None)
             return None
 
         return self._held(act)
@@ -246,41 +274,46 @@ class Consumer:
         except Exception:
             return False
 
-    def _act(
-        self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None
-    ) -> Sequence[Envelope]:
+    def _act(self, uow: UnitOfWork, bundle: Bundle) -> Sequence[Envelope]:
         """Act on those that are to be acted on; return them."""
-        session = uow.session
-        if retry or route.ordered or replay is not None:
-            envelopes = _to_do(session, route, envelopes, retry, replay)
-            if route.ordered and envelopes:
-                envelopes = self._without_blocked(uow, route, envelopes, replay)
-            if not envelopes:
+        session, route, replay = uow.session, bundle.route, bundle.replay
+        if bundle.retry or route.ordered or replay is not None:
+            to_do = bundle.of(_to_do(session, bundle))
+            if route.ordered and to_do.envelopes:
+                to_do = self._without_blocked(uow, to_do)
+            if not to_do.envelopes:
                 return []
             if replay is None:
-                fresh = uow.once(route.handler, envelopes)
+                fresh = uow.once(route.handler, to_do.envelopes)
             else:
-                fresh = uow.again(route.handler, envelopes, replay, as_retry=retry)
+                fresh = uow.again(route.handler, to_do.envelopes, replay, as_retry=bundle.retry)
         else:
-            fresh = deliveries.once_unless_failed(session, route, envelopes)
+            to_do, fresh = bundle, deliveries.once_unless_failed(session, route, bundle.envelopes)
         if fresh:
-            self._handle(uow, route, fresh, replay)
+            self._handle(uow, bundle.of(fresh))
         else:
             require_at_work(session, route.handler)
-        if retry:
-            deliveries.resolve(session, route, envelopes)
+        if bundle.retry:
+            deliveries.resolve(session, route, to_do.envelopes)
         if route.ordered:
-            deliveries.release(session, route, envelopes, replay)
+            deliveries.release(session, route, to_do.envelopes, replay)
         return fresh
 
-    def _handle(self, uow: UnitOfWork, route: Route, fresh: Sequence[Envelope], replay: UUID | None) -> None:
-        watch = Watch(route, uow.session, replay)
+    def _handle(self, uow: UnitOfWork, bundle: Bundle) -> None:
+        """Call the handler, for each event or with `bulk` for all, and look at its transaction after each call."""
+        route, fresh = bundle.route, bundle.envelopes
+        watch = Watch(route, uow.session, bundle.replay)
+        guard = TransactionGuard(uow.session, route.handler)
+
+        def call(argument: object) -> None:
+            require_nothing_returned(route.handler, route.act(argument, uow, self._gateways))
+            guard.check()
 
         def handle() -> None:
             if route.bulk:
                 watch.next(fresh[0] if len(fresh) == 1 else None)
                 with acting_on_all(route, fresh):
-                    route.act(fresh, uow, self._gateways)
+                    call(fresh)
                 return
             spoken_at = time.monotonic()
             for envelope in fresh:
@@ -289,11 +322,13 @@ class Consumer:
                     uow.session.execute(_say_something)
                     spoken_at = watch.began_at
                 with acting_on(route, envelope):
-                    route.act(envelope.event, uow, self._gateways)
+                    call(envelope.event)
+            # What fails from here on, such as a write that was put off, is no single event's.
             now_at_work(route, fresh)
 
         try:
-            self._time_limits.within(watch, handle)
+            with guard.on_watch():
+                self._time_limits.within(watch, handle)
         except TimeLimitExceeded:
             # It may have been in the middle of a statement: nobody is to use this connection again.
             uow.session.invalidate()
@@ -301,34 +336,8 @@ class Consumer:
         finally:
             self.meters.handled(route.handler, [*watch.moments, time.monotonic()])
 
-    def _end_stuck_process(self, watch: Watch) -> None:
-        """End this process because a handler that was cut off did not notice; first write down which."""
-        error = exceeded(watch).with_traceback(_traceback_of(watch.thread_id))
-        log.critical(
-            "handler does not notice that it was cut off: this process ends",
-            handler=watch.route.handler,
-            event_id=str(watch.envelope.event_id) if watch.envelope else None,
-            exc_info=error,
-        )
-        if watch.envelope is not None:
-            # In a thread: Postgres may be away, and then the crash is counted instead (workers/suspects.py).
-            record = threading.Thread(target=self._record_stuck, args=(watch, watch.envelope, error), daemon=True)
-            record.start()
-            record.join(_GOODBYE_SECONDS)
-        os._exit(_STUCK_EXIT_CODE)
-
-    def _record_stuck(self, watch: Watch, envelope: Envelope, error: BaseException) -> None:
-        pid = backend_pid(watch.session)
-        with self._sessions() as session, session.begin():
-            # Its transaction ends with its connection; a retry holds the row that is to be written.
-            deliveries.end_backend(session, pid)
-            so_far = deliveries.so_far(session, watch.route, envelope)
-            failure = describe(error, envelope)
-            deliveries.record_failure(session, watch.route, envelope, error, failure, so_far, watch.replay)
-
-    def _without_blocked(
-        self, uow: UnitOfWork, route: Route, envelopes: Sequence[Envelope], replay: UUID | None
-    ) -> list[Envelope]:
+    def _without_blocked(self, uow: UnitOfWork, bundle: Bundle) -> Bundle:
+        route, envelopes, replay = bundle.route, bundle.envelopes, bundle.replay
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         found = deliveries.blocked(uow.session, route, envelopes, replay)
         while found.at_work is not None and self._is_settled_soon(uow.session, route, found.at_work, give_up_at):
@@ -337,7 +346,7 @@ class Consumer:
             deliveries.park(uow.session, route, found.envelopes, replay)
             self.meters.parked(route.handler, len(found.envelopes))
         parked = {envelope.event_id for envelope in found.envelopes}
-        return [envelope for envelope in envelopes if envelope.event_id not in parked]
+        return bundle.of([envelope for envelope in envelopes if envelope.event_id not in parked])
 
     def _is_settled_soon(self, session: Session, route: Route, event_id: UUID, give_up_at: float) -> bool:
         """Wait for a worker that has just begun with the bundle before this one, as it is with a backlog.
@@ -370,27 +379,41 @@ class Consumer:
             raise Stopping from error
 
 
-def _to_do(
-    session: Session, route: Route, envelopes: Sequence[Envelope], retry: bool, replay: UUID | None
-) -> list[Envelope]:
+def _to_do(session: Session, bundle: Bundle) -> list[Envelope]:
     """Leave out what another message or an operator has to do with by now.
 
     Errors: HandlerPaused.
     """
-    if retry:
-        found = deliveries.still_due(session, route, envelopes, replay)
+    if bundle.retry:
+        found = deliveries.still_due(session, bundle.route, bundle.envelopes, bundle.replay)
     else:
-        found = deliveries.not_yet_failed(session, route, envelopes)
+        found = deliveries.not_yet_failed(session, bundle.route, bundle.envelopes)
     if not found:
-        require_at_work(session, route.handler)
+        require_at_work(session, bundle.route.handler)
     return found
 
 
-def _traceback_of(thread_id: int) -> TracebackType | None:
-    """Return where the thread is now, as if it had raised there."""
-    frame = sys._current_frames().get(thread_id)
-    found: TracebackType | None = None
-    while frame is not None:
-        found = TracebackType(found, frame, frame.f_lasti, frame.f_lineno)
-        frame = frame.f_back
-    return found
+def _still_open(session: Session, bundle: Bundle) -> Sequence[Envelope]:
+    """Return what is neither done nor, by the same message, on record already.
+
+    Errors: HandlerPaused.
+    """
+    to_do = _to_do(session, bundle)
+    if bundle.replay is None:
+        return deliveries.not_processed(session, bundle.route, to_do)
+    # Taken back: it only asks whether the handler would still act.
+    marks = session.begin_nested()
+    would_act = UnitOfWork(session).again(bundle.route.handler, to_do, bundle.replay, as_retry=bundle.retry)
+    marks.rollback()
+    return would_act
+
+
+def _attempt(route: Route, envelope: Envelope, error: BaseException) -> Attempt:
+    return Attempt(envelope, error, describe(error, envelope))
+
+
+def _killed(starts: int) -> KilledTheProcess:
+    return KilledTheProcess(
+        f"the process died each of the {starts} times that this event was at work: killed, out of memory, "
+        "or a crash in C code; it is not started again by itself"
+    )

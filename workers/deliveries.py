@@ -1,13 +1,11 @@
-"""What failed, what waits, what is dead: the table `deliveries` and all SQL on it.
+"""What failed, what waits, what is dead: the table `deliveries` and the SQL on it.
 
-An event that went well never appears here. A row is made by the consumer in a transaction of its own,
-after the effect was rolled back, and goes away with the effect that finally commits.
+An event that went well never appears here. A row is made by the consumer in a transaction of its own
+(workers/attempts.py), after the effect was rolled back, and goes away with the effect that finally commits.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from uuid import UUID
 
 import psycopg
@@ -16,37 +14,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from domain.database import driver_connection, uuid_array
-from domain.errors import DomainError, UnknownEvent
 from workers.envelope import Envelope
-from workers.failures import Failure, KilledTheProcess, UnknownHandler
-from workers.gateways.errors import GatewayUnavailable
-from workers.outages import passes
 from workers.routes import Route
-from workers.telemetry import trace_id
-
-_record_failure = text(
-    """
-    insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
-        event_type, state, attempts, next_attempt_at, error_type, error_fingerprint, error, trace_id, replay_id)
-    values (:handler_name, :event_id, :position, :aggregate_type, :aggregate_id, :event_type, :state,
-            :attempts, clock_timestamp() + make_interval(secs => cast(:pause_seconds as float8)),
-            :error_type, :error_fingerprint, :error, :trace_id, :replay_id)
-    on conflict (handler_name, event_id) do update set
-        state = excluded.state, attempts = excluded.attempts, next_attempt_at = excluded.next_attempt_at,
-        error_type = excluded.error_type, error_fingerprint = excluded.error_fingerprint,
-        error = excluded.error, trace_id = excluded.trace_id, replay_id = excluded.replay_id,
-        updated_at = clock_timestamp()
-        where known.state <> 'discarded'
-    """
-)
-
-_attempts_so_far = text(
-    """
-    select attempts, clock_timestamp() - first_failed_at as age from dovecote.deliveries
-    where handler_name = :handler_name and event_id = :event_id
-    for update
-    """
-)
 
 # A paused handler has nothing to do, so these find nothing due and everything known (workers/pauses.py).
 _due_here = text(
@@ -74,8 +43,8 @@ _is_settled = text(
     """
 )
 
-_is_processed = text(
-    "select exists (select from dovecote.processed_events where event_id = :event_id and handler_name = :handler_name)"
+_processed = text(
+    "select event_id from dovecote.processed_events where event_id = any(:event_ids) and handler_name = :handler_name"
 )
 
 # Waits for its end, a few seconds at most.
@@ -156,92 +125,6 @@ _release = text(
 )
 
 
-@dataclass(frozen=True)
-class SoFar:
-    """How often an event has failed, and for how long."""
-
-    attempts: int = 0
-    age: timedelta = timedelta()
-
-
-def so_far(session: Session, route: Route, envelope: Envelope) -> SoFar:
-    """Return how the event has failed until now, locked."""
-    found = session.execute(_attempts_so_far, {"handler_name": route.handler, "event_id": envelope.event_id})
-    row = found.one_or_none()
-    return SoFar(row.attempts, row.age) if row else SoFar()
-
-
-def record_failure(
-    session: Session,
-    route: Route,
-    envelope: Envelope,
-    error: BaseException,
-    failure: Failure,
-    so_far: SoFar,
-    replay: UUID | None = None,
-) -> str:
-    """Write down one failed attempt, described by `failure`; return the state of the event: retrying or dead.
-
-    With the same `so_far` it is written once, however often. What failed in a replay is tried again for that replay.
-    """
-    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):
-        # The event is well, the provider is not; or this is not the code for it, which will come. No attempt is
-        # spent, however long it takes.
-        attempts = so_far.attempts
-        final, pause = False, outage_pause(route, so_far.age)
-    else:
-        attempts = so_far.attempts + 1
-        final, pause = attempts >= route.attempts or _is_final(route, error), backoff(route, attempts)
-    session.execute(
-        _record_failure,
-        {
-            "handler_name": route.handler,
-            "event_id": envelope.event_id,
-            "position": envelope.position,
-            "aggregate_type": envelope.aggregate_type,
-            "aggregate_id": envelope.aggregate_id,
-            "event_type": envelope.type,
-            "state": "dead" if final else "retrying",
-            "attempts": attempts,
-            # The database's clock decides when, not the worker's.
-            "pause_seconds": None if final else pause.total_seconds(),
-            "error_type": failure.type,
-            "error_fingerprint": failure.fingerprint,
-            "error": failure.text,
-            "trace_id": trace_id(envelope.traceparent),
-            "replay_id": replay,
-        },
-    )
-    return "dead" if final else "retrying"
-
-
-def backoff(route: Route, attempts: int) -> timedelta:
-    """Return the pause after this many attempts: doubling from the route's first, half of it jitter."""
-    return _longest_pause(route, attempts) * random.uniform(0.5, 1.0)
-
-
-def longest_retry(route: Route) -> timedelta:
-    """Return how long after its first failure an event may be tried for the last time, providers being there."""
-    return sum((_longest_pause(route, attempts) for attempts in range(1, route.attempts)), timedelta())
-
-
-def _longest_pause(route: Route, attempts: int) -> timedelta:
-    # After 2^64 first pauses the longest one is reached; a float ends at 2^1024.
-    return timedelta(seconds=min(route.backoff_seconds * 2.0 ** min(attempts - 1, 64), route.longest_backoff_seconds))
-
-
-def outage_pause(route: Route, age: timedelta) -> timedelta:
-    """Return the pause while a provider is away: as long as it has been away, within the route's limits."""
-    seconds = min(max(age.total_seconds(), route.backoff_seconds), route.longest_backoff_seconds)
-    return timedelta(seconds=seconds * random.uniform(0.5, 1.0))
-
-
-def _is_final(route: Route, error: BaseException) -> bool:
-    if isinstance(error, KilledTheProcess):
-        return True
-    return isinstance(error, DomainError) and not isinstance(error, route.may_pass)
-
-
 def not_yet_failed(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
     """Return those without a delivery: the others follow their own schedule, not this message's."""
     known = set(session.execute(_known, _key(route, envelopes)).scalars())
@@ -270,9 +153,10 @@ def resolve(session: Session, route: Route, envelopes: Sequence[Envelope]) -> No
     session.execute(_resolve, _key(route, envelopes))
 
 
-def is_processed(session: Session, route: Route, envelope: Envelope) -> bool:
-    found = session.scalar(_is_processed, {"event_id": envelope.event_id, "handler_name": route.handler})
-    return bool(found)
+def not_processed(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
+    """Return those that the handler has not acted on."""
+    processed = set(session.execute(_processed, _key(route, envelopes)).scalars())
+    return [envelope for envelope in envelopes if envelope.event_id not in processed]
 
 
 def end_backend(session: Session, pid: int | None) -> None:

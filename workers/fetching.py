@@ -14,6 +14,7 @@ from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.message import Message
 
 from workers.redis_client import PASSING
+from workers.route_rules import InvalidRoute
 
 if TYPE_CHECKING:
     from workers.broker import OutboxBroker
@@ -68,7 +69,7 @@ class BlockingConsumer(_RedisConsumer):
                     if self.broker.stand_in and message.actor_name not in self.broker.actors:
                         self.broker.stand_in(message.actor_name, self.queue_name)
                     self.message_cache.append(message)
-            except DecodeError as error:
+            except (DecodeError, InvalidRoute) as error:  # no relay of ours sends to a handler of such a name
                 unreadable = True
                 self.logger.error("A message on queue %r cannot be read: %s", self.queue_name, error)
         self.broker.take(self.queue_name, [message.options["redis_message_id"] for message in self.message_cache])

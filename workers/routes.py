@@ -4,25 +4,26 @@ To add a handler: write one function in `workers/consumers/` and one `Route` her
 is written into `processed_events`: it never changes, or everything would be new to it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from domain import billing, pricing, verification
 from domain.errors import DomainError
 from domain.events import Event, readable_as
+from workers import route_rules
 from workers.consumers import billing as on_billing
 from workers.consumers import pricing as on_pricing
 from workers.consumers import verification as on_verification
 
-__all__ = ["ROUTES", "Route", "queues", "routes_by_type"]
+__all__ = ["ROUTES", "Route", "distinct", "queues", "routes_by_type"]
 
 
 @dataclass(frozen=True)
 class Route:
     """One handler and how its events reach it.
 
-    act             function(event, uow, gateways), or function(envelopes, uow, gateways) with `bulk`
+    act             function(event, uow, gateways), or function(envelopes, uow, gateways) with `bulk`; returns None
     bundle_size     most events of one message, which is one transaction
     bulk            the handler takes the whole bundle and is quicker that way
     ordered         events of one aggregate take effect in the order they were written
@@ -33,11 +34,13 @@ class Route:
     replayable      an operator may have it act again on what it has acted on; what its effect does then is
                     its own business
     replay_note     why it may, or why not; operators read it
+
+    Errors: InvalidRoute for what could never act: an `async def`, a name that is no plain word, no attempts.
     """
 
     handler: str
     events: tuple[type[Event], ...]
-    act: Callable[[Any, Any, Any], None]
+    act: Callable[[Any, Any, Any], object]
     queue: str
     bundle_size: int = 500
     bulk: bool = False
@@ -49,6 +52,17 @@ class Route:
     time_limit_seconds: float = 60.0
     replayable: bool = False
     replay_note: str = "its route does not say that acting again is harmless"
+
+    def __post_init__(self) -> None:
+        route_rules.require_name("handler", self.handler)
+        route_rules.require_queue(self.queue)
+        route_rules.require_events(self.handler, self.events)
+        route_rules.require_callable(self.handler, self.act)
+        for name in ("bundle_size", "attempts"):
+            route_rules.require_count(self.handler, name, getattr(self, name))
+        for name in ("backoff_seconds", "longest_backoff_seconds"):
+            route_rules.require_seconds(self.handler, name, getattr(self, name))
+        route_rules.require_seconds(self.handler, "time_limit_seconds", self.time_limit_seconds, more_than_none=True)
 
     @property
     def event_types(self) -> list[str]:
@@ -105,6 +119,16 @@ ROUTES: tuple[Route, ...] = (
         replay_note="an older quote never replaces a newer one",
     ),
 )
+
+
+def distinct(routes: Iterable[Route]) -> tuple[Route, ...]:
+    """Return the routes of one system.
+
+    Errors: InvalidRoute when two of them have one handler name, or would meet in one key of Redis.
+    """
+    routes = tuple(routes)
+    route_rules.require_distinct([(route.handler, route.queue) for route in routes])
+    return routes
 
 
 def routes_by_type(routes: Sequence[Route]) -> Mapping[str, tuple[Route, ...]]:

@@ -28,7 +28,7 @@ from tests.chaos.commits import PostgresProxy
 from tests.effects import a_route, effects_in, make_room_for_effects, note_as
 from tests.quotes import a_quote
 from tests.support import eventually
-from workers import deliveries
+from workers import attempts, deliveries
 from workers.bootstrap import consumer_engine, gateways_for
 from workers.consume import Consumer, Stopping
 from workers.envelope import Envelope, read_envelope
@@ -278,12 +278,12 @@ def test_an_event_is_retried_with_growing_pauses_and_then_dead_with_its_tracebac
 
 
 @given(st.integers(1, 100_000), st.floats(0.01, 1e4), st.floats(0.01, 1e6))
-def test_a_pause_is_never_longer_than_the_route_allows(attempts: int, first: float, longest: float) -> None:
+def test_a_pause_is_never_longer_than_the_route_allows(tries: int, first: float, longest: float) -> None:
     route = a_route(backoff_seconds=first, longest_backoff_seconds=longest)
 
-    pause = deliveries.backoff(route, attempts).total_seconds()
+    pause = attempts.backoff(route, tries).total_seconds()
 
-    usual = min(first * 2.0 ** min(attempts - 1, 100), longest)
+    usual = min(first * 2.0 ** min(tries - 1, 100), longest)
     assert usual / 2 - 1e-6 <= pause <= usual + 1e-6
 
 

@@ -8,6 +8,7 @@ them out again after a failover that lost the transactions they were for, while 
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Set
+from functools import cache
 from hashlib import blake2b
 from typing import TypeVar
 from uuid import UUID
@@ -15,7 +16,7 @@ from uuid import UUID
 from workers.broker import QueuedBundle
 from workers.deliveries import DueDelivery
 from workers.relay.reading import Row, positions
-from workers.routes import Route
+from workers.routes import Route, distinct
 
 # Redis and the worker hold a whole message in memory; large payloads make smaller bundles.
 _MOST_BYTES = 1_000_000
@@ -29,6 +30,7 @@ class Bundler:
     """Knows the routes."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
+        routes = distinct(routes)
         self._by_handler = {route.handler: route for route in routes}
         self._by_type: dict[str, list[Route]] = {}
         for route in routes:
@@ -100,6 +102,13 @@ def _chunks(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
         yield items[start : start + most]
 
 
+@cache
+def _digest_key(handler: str) -> bytes:
+    """A key has 64 bytes at most: of a longer name it is a digest, so that all of it counts."""
+    name = handler.encode()
+    return name if len(name) <= blake2b.MAX_KEY_SIZE else blake2b(name).digest()
+
+
 def bundle(
     route: Route,
     identity: Sequence[int],
@@ -109,7 +118,7 @@ def bundle(
     replay: UUID | None = None,
 ) -> QueuedBundle:
     """Return a message; the handler, these numbers, the events and the replay are what its id follows from."""
-    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=route.handler.encode()[:64])
+    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler))
     digest.update(b"".join([envelope[_EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)

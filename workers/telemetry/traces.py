@@ -140,7 +140,7 @@ def acting_on_all(route: Route, envelopes: Sequence[Envelope]) -> Iterator[None]
     """Trace one call of a bulk handler: each event has the same span in its own writer's trace.
 
     A failure is told in the span of an event that was alone in its bundle. The events of larger ones are taken
-    one by one next, and the text of the first failure may be about another event.
+    in parts next, and the text of the first failure may be about another event.
     """
     now_at_work(route, envelopes)
     spans = [_process(route, envelope) for envelope in envelopes if is_sampled(envelope.traceparent)]

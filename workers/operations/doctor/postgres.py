@@ -13,7 +13,7 @@ from psycopg.rows import namedtuple_row
 
 from domain.database import connect
 from workers import schema
-from workers.deliveries import longest_retry
+from workers.attempts import longest_retry
 from workers.masking import masked
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
 
