@@ -229,14 +229,15 @@ class Consumer:
         route = bundle.route
         now_at_work(route, bundle.envelopes)
         conflicts = answers = 0
+        parked: Sequence[Envelope] = ()
 
         def act() -> Failed | None:
-            nonlocal conflicts, answers
+            nonlocal conflicts, answers, parked
             # The mark is not left standing while Postgres is waited for: whoever kills us then is not the event.
             with self._marked(suspect, bundle.envelopes):
                 try:
                     with unit_of_work(self._sessions, keys=self.keys) as uow:
-                        acted = self._act(uow, bundle)
+                        acted, parked = self._act(uow, bundle)
                 except HandlerPaused:
                     raise
                 except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
@@ -251,7 +252,14 @@ class Consumer:
             self.meters.acted(route.handler, acted, again=bundle.replay is not None)
             return None
 
-        return self._held(act)
+        failure = self._held(act)
+        if failure is None and parked:
+            self._held(partial(self._release_parked, route, parked))
+        return failure
+
+    def _release_parked(self, route: Route, parked: Sequence[Envelope]) -> None:
+        with self._sessions() as session, session.begin():
+            deliveries.release_parked(session, route, parked)
 
     @contextmanager
     def _marked(self, suspect: Suspect | None, envelopes: Sequence[Envelope]) -> Iterator[None]:
@@ -274,15 +282,16 @@ class Consumer:
         except Exception:
             return False
 
-    def _act(self, uow: UnitOfWork, bundle: Bundle) -> Sequence[Envelope]:
-        """Act on those that are to be acted on; return them."""
+    def _act(self, uow: UnitOfWork, bundle: Bundle) -> tuple[Sequence[Envelope], Sequence[Envelope]]:
+        """Act on those that are to be acted on; return them, and those that were parked instead."""
         session, route, replay = uow.session, bundle.route, bundle.replay
+        parked: Sequence[Envelope] = ()
         if bundle.retry or route.ordered or replay is not None:
             to_do = bundle.of(_to_do(session, bundle))
             if route.ordered and to_do.envelopes:
-                to_do = self._without_blocked(uow, to_do)
+                to_do, parked = self._without_blocked(uow, to_do)
             if not to_do.envelopes:
-                return []
+                return [], parked
             if replay is None:
                 fresh = uow.once(route.handler, to_do.envelopes)
             else:
@@ -295,9 +304,11 @@ class Consumer:
             require_at_work(session, route.handler)
         if bundle.retry:
             deliveries.resolve(session, route, to_do.envelopes)
-        if route.ordered:
-            deliveries.release(session, route, to_do.envelopes, replay)
-        return fresh
+        # A duplicate has released nobody: what waits behind it may wait for another.
+        done = to_do.envelopes if bundle.retry else fresh
+        if route.ordered and done:
+            deliveries.release_next(session, route, done, replay)
+        return fresh, parked
 
     def _handle(self, uow: UnitOfWork, bundle: Bundle) -> None:
         """Call the handler, for each event or with `bulk` for all, and look at its transaction after each call."""
@@ -336,7 +347,8 @@ class Consumer:
         finally:
             self.meters.handled(route.handler, [*watch.moments, time.monotonic()])
 
-    def _without_blocked(self, uow: UnitOfWork, bundle: Bundle) -> Bundle:
+    def _without_blocked(self, uow: UnitOfWork, bundle: Bundle) -> tuple[Bundle, Sequence[Envelope]]:
+        """Park those that must wait; return the others, and what was parked."""
         route, envelopes, replay = bundle.route, bundle.envelopes, bundle.replay
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         found = deliveries.blocked(uow.session, route, envelopes, replay)
@@ -346,7 +358,7 @@ class Consumer:
             deliveries.park(uow.session, route, found.envelopes, replay)
             self.meters.parked(route.handler, len(found.envelopes))
         parked = {envelope.event_id for envelope in found.envelopes}
-        return bundle.of([envelope for envelope in envelopes if envelope.event_id not in parked])
+        return bundle.of([envelope for envelope in envelopes if envelope.event_id not in parked]), found.envelopes
 
     def _is_settled_soon(self, session: Session, route: Route, event_id: UUID, give_up_at: float) -> bool:
         """Wait for a worker that has just begun with the bundle before this one, as it is with a backlog.

@@ -1,15 +1,14 @@
-"""What failed, what waits, what is dead: the table `deliveries` and the SQL on it.
+"""What failed, what waits, what is dead: the consumer's side of the table `deliveries`.
 
 An event that went well never appears here. A row is made by the consumer in a transaction of its own
-(workers/attempts.py), after the effect was rolled back, and goes away with the effect that finally commits.
+(workers/attempts.py), after the effect was rolled back, and goes away with the effect that finally commits. What is due
+is leased and sent by the relay (workers/relay/leases.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-import psycopg
-from psycopg.rows import TupleRow, class_row
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -110,17 +109,21 @@ _park = text(
     """
 )
 
-_release = text(
+_release_next = text(
     """
-    with released as (
-        update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
-        from unnest(cast(:aggregate_types as text[]), cast(:aggregate_ids as text[])) as done (type, id)
-        where d.handler_name = :handler_name and d.state = 'waiting'
-          and d.aggregate_type = done.type and d.aggregate_id = done.id
-          and d.replay_id is not distinct from cast(:replay_id as uuid)
-        returning 1
-    )
-    select pg_notify('dovecote_deliveries', '') from released limit 1
+    select pg_notify('dovecote_deliveries', '')
+    from dovecote.release_next(:handler_name, cast(:event_types as text[]), cast(:aggregate_types as text[]),
+                               cast(:aggregate_ids as text[]), cast(:positions as bigint[]),
+                               cast(:replay_id as uuid)) as released
+    where released > 0
+    """
+)
+
+_release_parked = text(
+    """
+    select pg_notify('dovecote_deliveries', '')
+    from dovecote.release_parked(:handler_name, cast(:event_types as text[]), cast(:event_ids as uuid[])) as released
+    where released > 0
     """
 )
 
@@ -223,9 +226,35 @@ def park(session: Session, route: Route, envelopes: Sequence[Envelope], replay: 
     )
 
 
-def release(session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None) -> None:
-    """Send on what waited behind these aggregates; the relay hears of it when this transaction commits."""
-    session.execute(_release, {"handler_name": route.handler, "replay_id": replay, **_aggregates(envelopes)})
+def release_next(session: Session, route: Route, done: Sequence[Envelope], replay: UUID | None = None) -> None:
+    """Send on the first event that waits in each aggregate of these, given in writing order, which are done.
+
+    The last statement of a transaction; the relay hears of it when that commits, and takes along what waits next.
+    """
+    last = {(envelope.aggregate_type, envelope.aggregate_id): envelope for envelope in done}
+    session.execute(
+        _release_next,
+        {
+            "handler_name": route.handler,
+            "event_types": route.event_types,
+            "replay_id": replay,
+            **_aggregates(list(last.values())),
+            "positions": [envelope.position for envelope in last.values()],
+        },
+    )
+
+
+def release_parked(session: Session, route: Route, parked: Sequence[Envelope]) -> None:
+    """Send on those of the events whose predecessor was done while they were being parked.
+
+    In a transaction of its own after the one that parked them; it waits for commits of the handler, not for the
+    handler.
+    """
+    # What is behind the first of an aggregate waits for that one.
+    first: dict[tuple[str, str], Envelope] = {}
+    for envelope in parked:
+        first.setdefault((envelope.aggregate_type, envelope.aggregate_id), envelope)
+    session.execute(_release_parked, {**_key(route, list(first.values())), "event_types": route.event_types})
 
 
 def _key(route: Route, envelopes: Sequence[Envelope]) -> dict[str, object]:
@@ -237,117 +266,3 @@ def _aggregates(envelopes: Sequence[Envelope]) -> dict[str, object]:
         "aggregate_types": [envelope.aggregate_type for envelope in envelopes],
         "aggregate_ids": [envelope.aggregate_id for envelope in envelopes],
     }
-
-
-# The relay's side, on its own connection ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DueDelivery:
-    """A retry whose time has come, leased to the caller.
-
-    `changed_at` is Unix microseconds: when it failed last, or was let go on. A lease changes nothing.
-    """
-
-    handler_name: str
-    event_id: UUID
-    position: int
-    changed_at: int
-    replay_id: UUID | None
-    envelope: str
-
-
-_LEASE_DUE = """
-    with due as (
-        select handler_name, event_id from dovecote.deliveries
-        where state = 'retrying' and next_attempt_at <= now()
-          and handler_name not in (select handler_name from dovecote.paused_handlers)
-        order by next_attempt_at limit %(limit)s
-        for update skip locked
-    ), leased as (
-        update dovecote.deliveries d
-        set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s),
-            leased_until = now() + make_interval(secs => %(lease_seconds)s)
-        from due where d.handler_name = due.handler_name and d.event_id = due.event_id
-        returning d.handler_name, d.event_id, d.position,
-                  (extract(epoch from d.updated_at) * 1000000)::bigint as changed_at, d.replay_id
-    )
-    select leased.*, dovecote.envelope(o) as envelope
-    from leased join dovecote.outbox o on o.id = leased.event_id
-    order by leased.position
-"""
-
-# A retry that has failed since has another time than its lease: its backoff is left alone. One that a worker is at
-# work on is locked for as long as its handler takes, and is left to it: the relay waits for no handler.
-_END_LEASES = """
-    with leased as (
-        select handler_name, event_id from dovecote.deliveries
-        where state = 'retrying' and next_attempt_at = leased_until and next_attempt_at > now()
-        for update skip locked
-    )
-    update dovecote.deliveries d set next_attempt_at = now()
-    from leased where d.handler_name = leased.handler_name and d.event_id = leased.event_id
-"""
-
-_WITH_WAITING = """
-    select handler from unnest(%s::text[]) as ordered (handler)
-    where exists (select from dovecote.deliveries d where d.state = 'waiting' and d.handler_name = ordered.handler)
-"""
-
-# Events that wait for nothing any more: their predecessor was resolved while they were being parked.
-_RELEASE_STRAYS = """
-    with first as (
-        select distinct on (aggregate_type, aggregate_id) aggregate_type, aggregate_id, position
-        from dovecote.deliveries where state = 'waiting' and handler_name = %(handler)s and replay_id is null
-        order by aggregate_type, aggregate_id, position
-    ), stray as (
-        select d.event_id from dovecote.deliveries d join first using (aggregate_type, aggregate_id)
-        where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is null
-          and dovecote.blocker(%(handler)s, %(event_types)s, first.aggregate_type, first.aggregate_id, first.position)
-              is null
-        for update of d skip locked
-    )
-    update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
-    from stray where d.handler_name = %(handler)s and d.event_id = stray.event_id
-"""
-
-# The same for those of replays, which wait for a row of their replay and for nothing else.
-_RELEASE_STRAYS_OF_REPLAYS = """
-    with stray as (
-        select d.event_id from dovecote.deliveries d
-        where d.state = 'waiting' and d.handler_name = %(handler)s and d.replay_id is not null
-          and not exists (select from dovecote.deliveries before
-                          where before.replay_id = d.replay_id and before.handler_name = d.handler_name
-                            and before.aggregate_type = d.aggregate_type and before.aggregate_id = d.aggregate_id
-                            and before.position < d.position and before.state <> 'discarded')
-        for update of d skip locked
-    )
-    update dovecote.deliveries d set state = 'retrying', next_attempt_at = now(), updated_at = clock_timestamp()
-    from stray where d.handler_name = %(handler)s and d.event_id = stray.event_id
-"""
-
-
-def lease_due(connection: psycopg.Connection[TupleRow], limit: int, lease_seconds: float) -> list[DueDelivery]:
-    """Return retries whose time has come, in writing order.
-
-    Each is due again after the lease, should its message get lost with Redis.
-    """
-    with connection.cursor(row_factory=class_row(DueDelivery)) as cursor:
-        return cursor.execute(_LEASE_DUE, {"limit": limit, "lease_seconds": lease_seconds}).fetchall()
-
-
-def end_leases(connection: psycopg.Connection[TupleRow]) -> int:
-    """Make every retry that was sent due at once, because nobody knows if its message still is; return how many."""
-    return connection.execute(_END_LEASES).rowcount
-
-
-def with_waiting(connection: psycopg.Connection[TupleRow], routes: Sequence[Route]) -> list[Route]:
-    """Return those of the ordered routes for which an event waits: most of the time none, for one cheap question."""
-    ordered = {route.handler: route for route in routes if route.ordered}
-    return [ordered[handler] for (handler,) in connection.execute(_WITH_WAITING, (list(ordered),))]
-
-
-def release_strays(connection: psycopg.Connection[TupleRow], route: Route) -> int:
-    """Send on waiting events of an ordered route whose aggregate is free; return how many."""
-    names = {"handler": route.handler, "event_types": route.event_types}
-    return sum(connection.execute(query, names).rowcount for query in (_RELEASE_STRAYS, _RELEASE_STRAYS_OF_REPLAYS))

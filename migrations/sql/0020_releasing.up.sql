@@ -1,1 +1,147 @@
--- To come.
+-- A blocked aggregate is released one bundle at a time: the commit of a bundle releases the first event that waits
+-- behind it, and the relay takes those behind that one along when it leases it. All at once would each be sent, found
+-- to wait and put back, again and again.
+
+-- Whoever parks an event and whoever commits the one before it meet here, or neither would see the other.
+create function dovecote.release_key(handler text) returns bigint
+language sql immutable parallel safe as $$
+    select (17607::bigint << 48) | (pg_catalog.hashtext(handler)::bigint & 4294967295)
+$$;
+
+-- Plans of these functions outlive the table they were made for, which is empty most of the time: never by a scan of it.
+create function dovecote.release(handler text, event_types text[], event_ids uuid[]) returns bigint
+language sql volatile set enable_seqscan = off set enable_bitmapscan = off as $$
+    -- Let those of the waiting events go on that nothing blocks any more; return how many. One that somebody has
+    -- locked is left to whoever that is.
+    with free as (
+        select d.event_id from dovecote.deliveries d
+        where d.handler_name = handler and d.event_id = any(event_ids) and d.state = 'waiting'
+          and case when d.replay_id is null
+              then dovecote.blocker(handler, event_types, d.aggregate_type, d.aggregate_id, d.position) is null
+              else not exists (select from dovecote.deliveries before
+                               where before.replay_id = d.replay_id and before.handler_name = d.handler_name
+                                 and before.aggregate_type = d.aggregate_type and before.aggregate_id = d.aggregate_id
+                                 and before.position < d.position and before.state <> 'discarded') end
+        for update skip locked
+    ), released as (
+        update dovecote.deliveries d
+        set state = 'retrying', next_attempt_at = pg_catalog.clock_timestamp(), leased_until = null,
+            updated_at = pg_catalog.clock_timestamp()
+        from free where d.handler_name = handler and d.event_id = free.event_id
+        returning 1
+    )
+    select pg_catalog.count(*) from released
+$$;
+
+create function dovecote.release_next(
+    handler text, event_types text[], aggregate_types text[], aggregate_ids text[], positions bigint[], replay uuid
+) returns bigint
+language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off as $$
+-- Release the first event that waits in each aggregate above the position that is done; return how many. The last
+-- statement of a transaction: what is parked meanwhile is looked at again once it has committed.
+declare
+    firsts uuid[];
+begin
+    perform pg_catalog.pg_advisory_xact_lock_shared(dovecote.release_key(handler));
+    -- Above the position, or under a held snapshot all that has left the index since would be walked over.
+    if replay is null then
+        select pg_catalog.array_agg(first.event_id) into firsts
+        from unnest(aggregate_types, aggregate_ids, positions) as done (type, id, position)
+        cross join lateral (
+            select d.event_id from dovecote.deliveries d
+            where d.handler_name = handler and d.state = 'waiting' and d.replay_id is null
+              and d.aggregate_type = done.type and d.aggregate_id = done.id and d.position > done.position
+            order by d.position limit 1) as first;
+    else
+        select pg_catalog.array_agg(first.event_id) into firsts
+        from unnest(aggregate_types, aggregate_ids, positions) as done (type, id, position)
+        cross join lateral (
+            select d.event_id from dovecote.deliveries d
+            where d.handler_name = handler and d.state = 'waiting' and d.replay_id = replay
+              and d.aggregate_type = done.type and d.aggregate_id = done.id and d.position > done.position
+            order by d.position limit 1) as first;
+    end if;
+    return case when firsts is null then 0 else dovecote.release(handler, event_types, firsts) end;
+end $$;
+
+create function dovecote.release_parked(handler text, event_types text[], event_ids uuid[]) returns bigint
+language plpgsql volatile as $$
+-- Release those of the events that were parked while the one before them was being committed; return how many. In a
+-- transaction of its own, after the one that parked them: who takes the lock later sees them, who took it earlier has
+-- committed by now. It does not queue for the lock, or a frozen worker that has it would stop all others.
+declare
+    give_up_at timestamptz := pg_catalog.clock_timestamp() + interval '1 second';
+begin
+    while not pg_catalog.pg_try_advisory_xact_lock(dovecote.release_key(handler))
+          and pg_catalog.clock_timestamp() < give_up_at loop
+        perform pg_catalog.pg_sleep(0.005);
+    end loop;
+    return dovecote.release(handler, event_types, event_ids);
+end $$;
+
+create function dovecote.due_deliveries(
+    handlers text[], bundle_sizes integer[], max_events integer, max_bytes bigint, max_bundle_bytes bigint
+) returns setof dovecote.deliveries
+language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off as $$
+-- Return, locked, the retries whose time has come, each released one followed by those that wait behind it, as many as
+-- make a bundle. `bundle_sizes` are of the ordered `handlers`. The first is returned whatever its size.
+declare
+    due       dovecote.deliveries;
+    follower  dovecote.deliveries;
+    followers refcursor;
+    size      bigint;
+    room      bigint := max_bytes;       -- bytes left for all
+    left_over integer := max_events;     -- events left for all
+    of_bundle bigint;                    -- bytes left for this bundle
+    behind    integer;                   -- events left for this bundle
+begin
+    for due in
+        select d.* from dovecote.deliveries d
+        where d.state = 'retrying' and d.next_attempt_at <= pg_catalog.now()
+          and d.handler_name not in (select p.handler_name from dovecote.paused_handlers p)
+        order by d.next_attempt_at, d.position limit max_events
+        for update of d skip locked
+    loop
+        select pg_catalog.octet_length(dovecote.envelope(o)) into size from dovecote.outbox o where o.id = due.event_id;
+        exit when left_over = 0 or (coalesce(size, 0) > room and left_over < max_events);
+        room := room - coalesce(size, 0);
+        left_over := left_over - 1;
+        return next due;
+        -- Failed before, or sent before: it goes as it is. What waits behind one that failed goes on waiting for it.
+        continue when due.attempts > 0 or due.error is not null or due.leased_until is not null;
+        behind := least(bundle_sizes[pg_catalog.array_position(handlers, due.handler_name)] - 1, left_over);
+        continue when behind is null or behind < 1;
+        of_bundle := least(max_bundle_bytes - coalesce(size, 0), room);
+        if due.replay_id is null then
+            open followers for
+                select d.* from dovecote.deliveries d
+                where d.handler_name = due.handler_name and d.state = 'waiting' and d.replay_id is null
+                  and d.aggregate_type = due.aggregate_type and d.aggregate_id = due.aggregate_id
+                  and d.position > due.position
+                order by d.position limit behind for update of d skip locked;
+        else
+            open followers for
+                select d.* from dovecote.deliveries d
+                where d.handler_name = due.handler_name and d.state = 'waiting' and d.replay_id = due.replay_id
+                  and d.aggregate_type = due.aggregate_type and d.aggregate_id = due.aggregate_id
+                  and d.position > due.position
+                order by d.position limit behind for update of d skip locked;
+        end if;
+        loop
+            fetch followers into follower;
+            exit when not found;
+            select pg_catalog.octet_length(dovecote.envelope(o)) into size
+            from dovecote.outbox o where o.id = follower.event_id;
+            exit when coalesce(size, 0) > of_bundle;
+            of_bundle := of_bundle - coalesce(size, 0);
+            room := room - coalesce(size, 0);
+            left_over := left_over - 1;
+            return next follower;
+        end loop;
+        close followers;
+    end loop;
+end $$;
+
+grant execute on function dovecote.release_key, dovecote.release, dovecote.release_next, dovecote.release_parked,
+                          dovecote.due_deliveries
+    to dovecote_worker, dovecote_operator;

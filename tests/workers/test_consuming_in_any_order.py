@@ -24,11 +24,11 @@ from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests.effects import a_route, make_room_for_effects, note_as
 from tests.profiles import examples
 from tests.quotes import a_quote
-from workers import deliveries
 from workers.bootstrap import gateways_for
 from workers.consume import Consumer
 from workers.envelope import Envelope, read_envelope
 from workers.gateways.errors import GatewayUnavailable
+from workers.relay import leases
 from workers.settings import Settings
 
 pytestmark = pytest.mark.servers
@@ -117,7 +117,7 @@ class Consuming(RuleBasedStateMachine):
 
     @rule()
     def release_strays(self) -> None:
-        deliveries.release_strays(self.relay, self.route)
+        leases.release_strays(self.relay, self.route)
 
     @precondition(lambda self: self.events)
     @rule(data=st.data())
@@ -216,7 +216,7 @@ class Consuming(RuleBasedStateMachine):
             "update dovecote.deliveries set next_attempt_at = now() where state = 'retrying' and handler_name = %s",
             (self.name,),
         )
-        leased = deliveries.lease_due(self.relay, 1_000, 60)
+        leased = leases.lease_due(self.relay, 1_000, 60, [self.route])
         return [read_envelope(orjson.loads(one.envelope)) for one in leased if one.handler_name == self.name]
 
     def numbers(self, query: str) -> list[tuple[Any, ...]]:

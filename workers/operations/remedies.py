@@ -64,26 +64,43 @@ _RETRY = """
     update dovecote.deliveries d
     set state = 'retrying', attempts = 0, next_attempt_at = clock_timestamp(), updated_at = clock_timestamp()
     from chosen c where d.handler_name = c.handler_name and d.event_id = c.event_id
-    returning d.handler_name, d.event_id, d.aggregate_type, d.aggregate_id
+    returning d.handler_name
 """
 _DISCARD = """
     update dovecote.deliveries d
     set state = 'discarded', next_attempt_at = null, updated_at = clock_timestamp()
     from chosen c where d.handler_name = c.handler_name and d.event_id = c.event_id
-    returning d.handler_name, d.event_id, d.aggregate_type, d.aggregate_id
+    returning d.handler_name, d.aggregate_type, d.aggregate_id, d.position, d.replay_id
 """
+# An event that is being parked behind one of these is looked at again by who parks it, after this has committed.
+_LOCK = text(
+    "select pg_advisory_xact_lock_shared(dovecote.release_key(handler))"
+    " from unnest(cast(:handlers as text[])) as handler"
+)
+# The first behind each; the others go with it or after it. What was discarded had been tried: all before it is done.
 _RELEASE = text(
     """
-    with released as (
+    with done as (
+        select handler, type, id, replay, min(position) as position
+        from unnest(cast(:handlers as text[]), cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
+                    cast(:replays as uuid[]), cast(:positions as bigint[]))
+             as done (handler, type, id, replay, position)
+        group by handler, type, id, replay
+    ), behind as (
+        select d.handler_name, d.event_id, d.position, first_value(d.event_id) over (
+            partition by d.handler_name, d.aggregate_type, d.aggregate_id, d.replay_id order by d.position) as first
+        from done join dovecote.deliveries d
+          on d.state = 'waiting' and d.handler_name = done.handler and d.aggregate_type = done.type
+             and d.aggregate_id = done.id and d.position > done.position
+             and d.replay_id is not distinct from done.replay
+    ), released as (
         update dovecote.deliveries d
-        set state = 'retrying', next_attempt_at = clock_timestamp(), updated_at = clock_timestamp()
-        from (select distinct * from unnest(cast(:handlers as text[]), cast(:aggregate_types as text[]),
-                                            cast(:aggregate_ids as text[]))) as done (handler, type, id)
-        where d.state = 'waiting' and d.handler_name = done.handler
-          and d.aggregate_type = done.type and d.aggregate_id = done.id
-        returning 1
+        set state = 'retrying', next_attempt_at = clock_timestamp(), leased_until = null,
+            updated_at = clock_timestamp()
+        from behind where behind.event_id = behind.first
+          and d.handler_name = behind.handler_name and d.event_id = behind.event_id and d.state = 'waiting'
     )
-    select count(*) from released
+    select count(*) from behind
     """
 )
 _NOTIFY = text("select pg_notify('dovecote_deliveries', '')")
@@ -202,16 +219,16 @@ def _sample(connection: Connection, parameters: dict[str, Any], condition: str) 
 
 
 def _release(connection: Connection, rows: Sequence[Any]) -> int:
-    return int(
-        connection.execute(
-            _RELEASE,
-            {
-                "handlers": [row.handler_name for row in rows],
-                "aggregate_types": [row.aggregate_type for row in rows],
-                "aggregate_ids": [row.aggregate_id for row in rows],
-            },
-        ).scalar_one()
-    )
+    """Send on the first event behind each of these; return how many waited behind them."""
+    connection.execute(_LOCK, {"handlers": sorted({row.handler_name for row in rows})})
+    parameters = {
+        "handlers": [row.handler_name for row in rows],
+        "aggregate_types": [row.aggregate_type for row in rows],
+        "aggregate_ids": [row.aggregate_id for row in rows],
+        "replays": [row.replay_id for row in rows],
+        "positions": [row.position for row in rows],
+    }
+    return int(connection.execute(_RELEASE, parameters).scalar_one())
 
 
 def _explain(engine: Engine, wanted: Filter, verb: str) -> None:

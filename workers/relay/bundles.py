@@ -7,19 +7,17 @@ them out again after a failover that lost the transactions they were for, while 
 
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import cache
 from hashlib import blake2b
 from typing import TypeVar
 from uuid import UUID
 
 from workers.broker import QueuedBundle
-from workers.deliveries import DueDelivery
+from workers.relay.leases import MAX_BUNDLE_BYTES, DueDelivery
 from workers.relay.reading import Row, positions
 from workers.routes import Route, distinct
 
-# Redis and the worker hold a whole message in memory; large payloads make smaller bundles.
-_MOST_BYTES = 1_000_000
 # Where dovecote.envelope() puts it.
 _EVENT_ID = slice(len('{"specversion":"1.0","id":"'), len('{"specversion":"1.0","id":"') + 36)
 
@@ -60,7 +58,7 @@ class Bundler:
         cut = []
         for handler, its_rows in wanted.items():
             route = self._by_handler[handler]
-            for part in _parts(its_rows, route.bundle_size):
+            for part in _parts(its_rows, route.bundle_size, _row_bytes):
                 inside = positions(part)
                 cut.append((bundle(route, inside, [envelope for _, _, envelope in part]), inside))
         return cut
@@ -82,19 +80,54 @@ class Bundler:
                 replay=replay,
             )
             for (handler, replay), its_due in wanted.items()
-            for part in _chunks(its_due, self._by_handler[handler].bundle_size)
+            for part in _retry_parts(self._by_handler[handler], its_due)
         ]
 
 
-def _parts(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
-    for chunk in _chunks(rows, most):
+def _retry_parts(route: Route, due: Sequence[DueDelivery]) -> list[list[DueDelivery]]:
+    """Cut into bundles. Of an ordered route one aggregate's go together, or the second message waits for the first.
+
+    What is more of one aggregate than a message may have, which the lease does not return, goes in several, in order.
+    """
+    of_aggregate: dict[tuple[str, str] | UUID, list[DueDelivery]] = {}
+    for one in due:
+        together = (one.aggregate_type, one.aggregate_id) if route.ordered else one.event_id
+        of_aggregate.setdefault(together, []).append(one)
+    groups = [part for its_due in of_aggregate.values() for part in _parts(its_due, route.bundle_size, _due_bytes)]
+    return packed(groups, route.bundle_size, _due_bytes)
+
+
+def packed(groups: Iterable[Sequence[Item]], most: int, size_of: Callable[[Item], int]) -> list[list[Item]]:
+    """Fill bundles with whole groups, within the count and the bytes a message may have."""
+    bundles: list[list[Item]] = []
+    room = room_bytes = 0
+    for group in groups:
+        size = sum(map(size_of, group))
+        if not bundles or len(group) > room or size > room_bytes:
+            bundles.append([])
+            room, room_bytes = most, MAX_BUNDLE_BYTES
+        bundles[-1] += group
+        room, room_bytes = room - len(group), room_bytes - size
+    return bundles
+
+
+def _parts(items: Sequence[Item], most: int, size_of: Callable[[Item], int]) -> Iterator[Sequence[Item]]:
+    for chunk in _chunks(items, most):
         start, size = 0, 0
-        for end, (_, _, envelope) in enumerate(chunk):
-            if end > start and size + len(envelope) > _MOST_BYTES:
+        for end, item in enumerate(chunk):
+            if end > start and size + size_of(item) > MAX_BUNDLE_BYTES:
                 yield chunk[start:end]
                 start, size = end, 0
-            size += len(envelope)
+            size += size_of(item)
         yield chunk[start:]
+
+
+def _row_bytes(row: Row) -> int:
+    return len(row[2])
+
+
+def _due_bytes(due: DueDelivery) -> int:
+    return len(due.envelope.encode())
 
 
 def _chunks(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:

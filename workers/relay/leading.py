@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import psycopg
 import structlog
 
-from workers import deliveries, pauses, replays
+from workers import pauses, replays
 from workers.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.redis_client import PASSING
-from workers.relay import missing
+from workers.relay import leases, missing
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.positions import multirange
@@ -108,6 +108,7 @@ class Leader:
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
         self._heard: set[str] = set()
         self._unrouted = Unrouted(self._bundler.types)
+        self._cursors = {route.handler: leases.Cursor() for route in routes}
         self._holds_bell = False
         self._took_bell_at = 0.0
         # The writers that may have seen us awake; None while that is not known yet.
@@ -125,7 +126,7 @@ class Leader:
         with self._ahead:
             self._listen()
             # The relay before us may have ended between leasing a retry and sending it.
-            deliveries.end_leases(self._connection)
+            leases.end_leases(self._connection)
             self._through_outages(self._greet_redis)
             while not self._sleeper.stopping:
                 self._turn()
@@ -239,7 +240,7 @@ class Leader:
             self._meters.alive("sending_again")
             self._know_redis(None)
             self._broker.claim_epoch(self._epoch)
-            deliveries.end_leases(self._connection)
+            leases.end_leases(self._connection)
             self._replayer.forget_waves()
             found = missing.bundles(self._connection, self._reader, self._bundler, self._routes)
             sent = sum(self._broker.publish(self._epoch, bundles) for bundles in found if bundles)
@@ -276,8 +277,8 @@ class Leader:
         self._record_checkpoint()
         self._unrouted.write(self._records)
         self._through_outages(self._check_redis)
-        for route in deliveries.with_waiting(self._connection, self._routes):
-            deliveries.release_strays(self._connection, route)
+        for route in leases.with_waiting(self._connection, self._routes):
+            leases.release_strays(self._connection, route, self._cursors[route.handler])
         self._send_retries()
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
@@ -298,9 +299,14 @@ class Leader:
                     self._broker.take_back(queue, handler)
 
     def _send_retries(self) -> None:
-        due = deliveries.lease_due(self._connection, self._settings.batch_size, self._settings.retry_lease_seconds)
+        due = leases.lease_due(
+            self._connection, self._settings.batch_size, self._settings.retry_lease_seconds, self._routes
+        )
         self._send(self._bundler.retries(due))
         self._meters.retried(len(due))
+        if due:
+            # There may be more: after the next batch of live events, and without a rest.
+            self._heard.add("dovecote_deliveries")
 
     # Sleeping and waking ---------------------------------------------------------------------
 

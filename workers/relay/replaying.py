@@ -20,7 +20,8 @@ import structlog
 from psycopg.rows import class_row
 
 from workers.broker import OutboxBroker, QueuedBundle
-from workers.relay.bundles import Bundler, bundle
+from workers.relay.bundles import Bundler, bundle, packed
+from workers.relay.leases import MAX_BUNDLE_BYTES
 from workers.relay.missing import batches_of
 from workers.relay.reading import Connection, Reader
 from workers.replays import KNOWN_BY_KEY, Filter, is_matched, is_settled
@@ -34,7 +35,6 @@ _IDLE_LOOK_SECONDS = 5.0
 # A wave should take no longer than this, for the live events behind it; it may when one event takes longer.
 _WAVE_SECONDS = 0.25
 _MOST_EVENTS = 2_000
-_MOST_BYTES = 1_000_000
 # Positions looked through at once; more while little matches. A statement of the relay must stay short.
 _FIRST_SPAN, _MOST_SPAN = 2_000, 512_000
 _SLOW_READ_SECONDS = 0.05
@@ -337,7 +337,7 @@ class Replayer:
 
 def in_order(events: Sequence[Event], most: int) -> list[list[Event]]:
     """Cut events into bundles of at most so many, as they come."""
-    return _packed([[event] for event in events], most)
+    return packed([[event] for event in events], most, _event_bytes)
 
 
 def by_aggregate(events: Sequence[Event], most: int) -> list[list[Event]]:
@@ -345,7 +345,7 @@ def by_aggregate(events: Sequence[Event], most: int) -> list[list[Event]]:
     of_aggregate: dict[tuple[str, str], list[Event]] = {}
     for event in events:
         of_aggregate.setdefault(event.aggregate, []).append(event)
-    return _packed(list(of_aggregate.values()), most)
+    return packed(of_aggregate.values(), most, _event_bytes)
 
 
 def whole_aggregates(events: list[Event], most: int) -> list[Event]:
@@ -354,21 +354,13 @@ def whole_aggregates(events: list[Event], most: int) -> list[Event]:
     sizes: dict[tuple[str, str], int] = {}
     for index, event in enumerate(events):
         counts[event.aggregate] = counts.get(event.aggregate, 0) + 1
-        sizes[event.aggregate] = sizes.get(event.aggregate, 0) + len(event.envelope or b"")
-        if counts[event.aggregate] > most or (sizes[event.aggregate] > _MOST_BYTES and counts[event.aggregate] > 1):
+        sizes[event.aggregate] = sizes.get(event.aggregate, 0) + _event_bytes(event)
+        if counts[event.aggregate] > most or (
+            sizes[event.aggregate] > MAX_BUNDLE_BYTES and counts[event.aggregate] > 1
+        ):
             return events[:index]
     return events
 
 
-def _packed(groups: Sequence[list[Event]], most: int) -> list[list[Event]]:
-    """Fill bundles with whole groups, within the count and the bytes a message may have."""
-    bundles: list[list[Event]] = []
-    room = room_bytes = 0
-    for group in groups:
-        size = sum(len(event.envelope or b"") for event in group)
-        if not bundles or len(group) > room or size > room_bytes:
-            bundles.append([])
-            room, room_bytes = most, _MOST_BYTES
-        bundles[-1] += group
-        room, room_bytes = room - len(group), room_bytes - size
-    return bundles
+def _event_bytes(event: Event) -> int:
+    return len(event.envelope or b"")

@@ -27,10 +27,10 @@ from domain.unit_of_work import UnitOfWork
 from tests.effects import a_route, write_quotes
 from tests.profiles import examples
 from tests.system import System, system_for
-from workers import deliveries
 from workers.envelope import read_envelope
 from workers.gateways import Gateways
 from workers.operations import replays
+from workers.relay import leases
 from workers.relay.leading import Leader
 from workers.relay.reading import Reader
 from workers.relay.sleeping import Sleeper
@@ -172,7 +172,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
         @rule()
         def retries_are_due(self) -> None:
             self.run("update dovecote.deliveries set next_attempt_at = now() where state = 'retrying'")
-            deliveries.release_strays(self.connection, route)
+            leases.release_strays(self.connection, route)
             self.run("select pg_notify('dovecote_deliveries', '')")
 
         @rule()
