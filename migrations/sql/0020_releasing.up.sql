@@ -8,9 +8,34 @@ language sql immutable parallel safe as $$
     select (17607::bigint << 48) | (pg_catalog.hashtext(handler)::bigint & 4294967295)
 $$;
 
--- Plans of these functions outlive the table they were made for, which is empty most of the time: never by a scan of it.
+-- One plan for all calls: made anew for each, over the partitions of the outbox, it takes longer than what it finds
+-- (Postgres 18 does that for SQL functions as well). What was discarded is asked for by its key, however much there is.
+create or replace function dovecote.blocker(
+    handler text, event_types text[], of_aggregate_type text, of_aggregate_id text, before_position bigint
+) returns uuid
+language sql stable set plan_cache_mode = force_generic_plan as $$
+    -- The event that an ordered handler must have done before this one; null when the way is free. It is enough
+    -- to ask for the one before: if that is done, so is everything before it.
+    select before.id
+    from (
+        select o.id
+        from dovecote.outbox o
+        left join dovecote.subscriptions s on s.handler_name = handler and s.event_type = o.event_type
+        where o.aggregate_type = of_aggregate_type and o.aggregate_id = of_aggregate_id
+          and o.position < before_position and o.event_type = any(event_types)
+          and o.position > coalesce(s.since_position, 0)
+          and (select d.state from dovecote.deliveries d
+               where d.event_id = o.id and d.handler_name = handler) is distinct from 'discarded'
+        order by o.position desc limit 1
+    ) before
+    where not exists (select from dovecote.processed_events p
+                      where p.event_id = before.id and p.handler_name = handler)
+$$;
+
+-- These plans outlive the table they were made for, which is empty most of the time: never by a scan of it.
 create function dovecote.release(handler text, event_types text[], event_ids uuid[]) returns bigint
-language sql volatile set enable_seqscan = off set enable_bitmapscan = off as $$
+language sql volatile
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
     -- Let those of the waiting events go on that nothing blocks any more; return how many. One that somebody has
     -- locked is left to whoever that is.
     with free as (
@@ -36,7 +61,8 @@ $$;
 create function dovecote.release_next(
     handler text, event_types text[], aggregate_types text[], aggregate_ids text[], positions bigint[], replay uuid
 ) returns bigint
-language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql volatile
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 -- Release the first event that waits in each aggregate above the position that is done; return how many. The last
 -- statement of a transaction: what is parked meanwhile is looked at again once it has committed.
 declare
@@ -82,7 +108,8 @@ end $$;
 create function dovecote.due_deliveries(
     handlers text[], bundle_sizes integer[], max_events integer, max_bytes bigint, max_bundle_bytes bigint
 ) returns setof dovecote.deliveries
-language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql volatile
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 -- Return, locked, the retries whose time has come, each released one followed by those that wait behind it, as many as
 -- make a bundle. `bundle_sizes` are of the ordered `handlers`. The first is returned whatever its size.
 declare

@@ -12,6 +12,7 @@ HELD = "tests/workers/relay/test_held_writers.py"
 RELAY = "tests/workers/relay/test_relay.py"
 BROKER = "tests/workers/test_broker.py"
 CONSUME = "tests/workers/test_consume.py"
+RELEASING = "tests/workers/test_releasing.py"
 ANY_ORDER = "tests/workers/test_consuming_in_any_order.py"
 REPLAYING = "tests/workers/relay/test_replaying.py"
 REPLAYS = "tests/workers/relay/test_replay_machine.py"
@@ -32,6 +33,8 @@ PAUSING = "tests/workers/test_pausing.py"
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
 BLOCKER_SQL = "migrations/sql/0013_blocker.up.sql"
+WRITERS_SQL = "migrations/sql/0012_writers.up.sql"
+RELEASING_SQL = "migrations/sql/0020_releasing.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
 
@@ -407,16 +410,16 @@ MUTANTS = (
     ),
     Mutant(
         "the relay waits for a worker that holds a retry",
-        "workers/deliveries.py",
+        "workers/relay/leases.py",
         "skip locked\n    )\n    update dovecote.deliveries d set next_attempt_at = now()\n    from leased",
         "\n    )\n    update dovecote.deliveries d set next_attempt_at = now()\n    from leased",
         f"{RELAY}::test_a_relay_waits_for_no_worker_that_holds_a_delivery",
     ),
     Mutant(
         "a retry that was sent is forgotten",
-        "workers/deliveries.py",
-        "set next_attempt_at = now() + make_interval(secs => %(lease_seconds)s)",
-        "set next_attempt_at = now() + interval '1 year'",
+        "workers/relay/leases.py",
+        " next_attempt_at = now() + make_interval(secs => %(lease_seconds)s)",
+        " next_attempt_at = now() + interval '1 year'",
         RELAY,
     ),
     # Consuming ----------------------------------------------------------------------------------
@@ -514,22 +517,78 @@ MUTANTS = (
     Mutant(
         "what waits is not sent on by the one it waited for",
         "workers/consume.py",
-        "            deliveries.release(session, route, envelopes, replay)\n",
+        "            deliveries.release_next(session, route, done, replay)\n",
         "            pass\n",
         CONSUME,
     ),
     Mutant(
+        "an event parked while the one before it commits is left to the relay",
+        "workers/consume.py",
+        "            self._held(partial(self._release_parked, route, parked))\n",
+        "            pass\n",
+        f"{RELEASING}::test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once",
+    ),
+    Mutant(
+        "who parks does not wait for the commit of the one before",
+        RELEASING_SQL,
+        "while not pg_catalog.pg_try_advisory_xact_lock(",
+        "while false and not pg_catalog.pg_try_advisory_xact_lock(",
+        f"{RELEASING}::test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once",
+    ),
+    Mutant(
+        "one that failed takes along what waits behind it",
+        RELEASING_SQL,
+        "continue when due.attempts > 0 or due.error is not null or",
+        "continue when",
+        RELEASING,
+    ),
+    Mutant(
+        "one that was released goes alone",
+        RELEASING_SQL,
+        "continue when behind is null or behind < 1;",
+        "continue;",
+        RELEASING,
+    ),
+    Mutant(
+        "a lease that was lost takes more along",
+        RELEASING_SQL,
+        "or due.error is not null or due.leased_until is not null;",
+        "or due.error is not null;",
+        RELEASING,
+    ),
+    Mutant(
+        "a bundle of released events is as large as they are",
+        RELEASING_SQL,
+        "exit when coalesce(size, 0) > of_bundle;",
+        "",
+        RELEASING,
+    ),
+    Mutant(
+        "more may be due than one lease returns, and nobody asks",
+        "workers/relay/leading.py",
+        '            self._heard.add("dovecote_deliveries")\n',
+        "            pass\n",
+        RELEASING,
+    ),
+    Mutant(
+        "an event is released although the one before it is not done",
+        RELEASING_SQL,
+        "d.aggregate_type, d.aggregate_id, d.position) is null",
+        "d.aggregate_type, d.aggregate_id, d.position) is null or true",
+        RELEASING,
+    ),
+    Mutant(
         "strays wait for ever",
         "workers/relay/leading.py",
-        "            deliveries.release_strays(self._connection, route)\n",
+        "            leases.release_strays(self._connection, route, self._cursors[route.handler])\n",
         "                pass\n",
         RELAY,
     ),
     Mutant(
         "a discarded event blocks its aggregate",
-        BLOCKER_SQL,
-        "and d.state = 'discarded')",
-        "and d.state = 'nothing')",
+        RELEASING_SQL,
+        "is distinct from 'discarded'",
+        "is distinct from 'nothing'",
         CONSUME,
     ),
     Mutant(

@@ -303,7 +303,8 @@ class Leader:
             self._connection, self._settings.batch_size, self._settings.retry_lease_seconds, self._routes
         )
         self._send(self._bundler.retries(due))
-        self._meters.retried(len(due))
+        # Those of handlers that are not ours are leased and left alone.
+        self._meters.retried(sum(one.handler_name in self._cursors for one in due))
         if due:
             # There may be more: after the next batch of live events, and without a rest.
             self._heard.add("dovecote_deliveries")
