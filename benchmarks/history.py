@@ -38,7 +38,7 @@ def history(stage: Stage, options: Options) -> Report:
         for number in options.repeat(quick=2):
             for name in found:
                 with stage.scene() if name != "old_events" else nullcontext(full) as scene:
-                    with _snapshot(scene) if name == "old_snapshot" else nullcontext():
+                    with held_snapshot(scene) if name == "old_snapshot" else nullcontext():
                         found[name].append(events / relayed(scene, events))
                     scene.stop_processes()
             options.say(f"round {number + 1}: " + ", ".join(f"{key} {value[-1]:,.0f}" for key, value in found.items()))
@@ -85,7 +85,7 @@ def _one(scene: Scene, query: str, week: int) -> object:
 
 
 @contextmanager
-def _snapshot(scene: Scene) -> Iterator[None]:
+def held_snapshot(scene: Scene) -> Iterator[None]:
     """Hold a REPEATABLE READ transaction with an xid, as a forgotten session does."""
     with psycopg.connect(scene.database_url) as foreign:
         foreign.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ

@@ -15,6 +15,7 @@ NAMES: Mapping[str, str] = {
     "drain": "benchmarks.throughput:drain",
     "end-to-end": "benchmarks.end_to_end:end_to_end",
     "latency": "benchmarks.latency:latency",
+    "torture": "benchmarks.torture:torture",
     "writers": "benchmarks.writers:writers",
     "history": "benchmarks.history:history",
     "idle": "benchmarks.quiet:idle",
