@@ -33,7 +33,6 @@ PAUSING = "tests/workers/test_pausing.py"
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
 BLOCKER_SQL = "migrations/sql/0013_blocker.up.sql"
-WRITERS_SQL = "migrations/sql/0012_writers.up.sql"
 RELEASING_SQL = "migrations/sql/0020_releasing.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
