@@ -200,6 +200,7 @@ def broker_for(settings: Settings, middleware: list[Middleware], meters: Consume
         maintenance_chance=0,
         middleware=middleware,
         meters=meters,
+        publish_bytes=settings.relay.publish_bytes,
     )
 
 

@@ -71,12 +71,14 @@ class OutboxBroker(RedisBroker):
         socket_timeout_seconds: float = 5.0,
         middleware: list[Middleware] | None = None,
         meters: ConsumerMeters | None = None,
+        publish_bytes: int = 8_000_000,
         **options: Any,
     ) -> None:
         if client is None and url is not None:
             client = connect_redis(url, socket_timeout_seconds + idle_wait_ms / 1_000)
         super().__init__(client=client, middleware=middleware, **options)
         self.idle_wait_ms = idle_wait_ms
+        self._publish_bytes = publish_bytes
         self.meters = meters or ConsumerMeters()
         dispatch = (_LUA / "dispatch_head.lua").read_bytes() + _scripts["dispatch"]
         self.scripts["dispatch"] = self.client.register_script(dispatch)
@@ -115,14 +117,24 @@ class OutboxBroker(RedisBroker):
             raise NewerRelay(f"epoch {found} has taken over from {epoch}")
         return expected is None or found == expected
 
-    def publish(self, epoch: int, bundles: Sequence[QueuedBundle]) -> int:
-        """Put the bundles on their queues with one call; return how many were not there yet.
+    def publish(self, epoch: int, bundles: Iterable[QueuedBundle]) -> int:
+        """Put the bundles on their queues; return how many were not there yet.
 
+        One call takes at most `publish_bytes` of them, or a single one that is larger: Redis serves nobody meanwhile.
+        After an error some may be queued; published once more, they are queued once.
         Errors: RedisLost, NewerRelay, PASSING.
         """
+        added = size = 0
         args: list[str | int | bytes] = [epoch]
         for bundle in bundles:
+            if size and size + len(bundle.message) > self._publish_bytes:
+                added += self._call_publish(epoch, args)
+                args, size = [epoch], 0
             args += (f"{self.namespace}:{bundle.queue}", bundle.id, bundle.message)
+            size += len(bundle.message)
+        return added + self._call_publish(epoch, args)
+
+    def _call_publish(self, epoch: int, args: Sequence[str | int | bytes]) -> int:
         added = int(self._publish(keys=[self._marker], args=args))
         if added == -1:
             raise RedisLost

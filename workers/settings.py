@@ -94,6 +94,18 @@ def _names_a_redis_database(url: str) -> bool:
 
 class Relay(Section):
     batch_size: int = Field(2_000, ge=1, le=50_000, description="Most events of one batch.")
+    batch_bytes: int = Field(
+        8_000_000,
+        ge=100_000,
+        le=1_000_000_000,
+        description="Most bytes of one batch; the relay holds four times as much at most.",
+    )
+    publish_bytes: int = Field(
+        8_000_000,
+        ge=100_000,
+        le=256_000_000,
+        description="Most bytes of one call to Redis, which serves nobody else meanwhile; a larger message goes alone.",
+    )
     gather_ms: float = Field(
         5.0,
         ge=0,
@@ -359,6 +371,7 @@ def _unit(name: str, field: FieldInfo) -> str:
         "_weeks": "weeks",
         "_ahead": "weeks",
         "_size": "count",
+        "_bytes": "bytes",
         "_rate": "0 to 1",
     }.items():
         if name.endswith(suffix):

@@ -1,4 +1,4 @@
-drop function dovecote.due_deliveries, dovecote.release_parked, dovecote.release_next, dovecote.release, dovecote.release_key;
+drop function dovecote.due_deliveries, dovecote.message_bytes, dovecote.release_parked, dovecote.release_next, dovecote.release, dovecote.release_key;
 -- The one before is the last that was not discarded. Discarding an event that itself waits says nothing of what it
 -- waited for: what comes after it must go on waiting for that.
 create or replace function dovecote.blocker(

@@ -105,6 +105,18 @@ begin
     return dovecote.release(handler, event_types, event_ids);
 end $$;
 
+create function dovecote.message_bytes(event uuid) returns bigint
+language plpgsql stable set search_path = pg_catalog, dovecote, pg_temp as $$
+-- About how many bytes of a message the event takes. One whose envelope cannot be made takes none: it is in no message.
+begin
+    return (select case when pg_column_compression(o.payload) is null and pg_column_size(o.payload) < 4000
+                   then pg_column_size(o.payload) else coalesce(dovecote.json_text_bytes(o.payload, 1000000), 0) end + 500
+            from dovecote.outbox o where o.id = event);
+exception
+    when others then
+        return 0;
+end $$;
+
 create function dovecote.due_deliveries(
     handlers text[], bundle_sizes integer[], max_events integer, max_bytes bigint, max_bundle_bytes bigint
 ) returns setof dovecote.deliveries
@@ -129,7 +141,7 @@ begin
         order by d.next_attempt_at, d.position limit max_events
         for update of d skip locked
     loop
-        select pg_catalog.octet_length(dovecote.envelope(o)) into size from dovecote.outbox o where o.id = due.event_id;
+        size := dovecote.message_bytes(due.event_id);
         exit when left_over = 0 or (coalesce(size, 0) > room and left_over < max_events);
         room := room - coalesce(size, 0);
         left_over := left_over - 1;
@@ -157,8 +169,7 @@ begin
         loop
             fetch followers into follower;
             exit when not found;
-            select pg_catalog.octet_length(dovecote.envelope(o)) into size
-            from dovecote.outbox o where o.id = follower.event_id;
+            size := dovecote.message_bytes(follower.event_id);
             exit when coalesce(size, 0) > of_bundle;
             of_bundle := of_bundle - coalesce(size, 0);
             room := room - coalesce(size, 0);
@@ -169,6 +180,6 @@ begin
     end loop;
 end $$;
 
-grant execute on function dovecote.release_key, dovecote.release, dovecote.release_next, dovecote.release_parked,
+grant execute on function dovecote.message_bytes, dovecote.release_key, dovecote.release, dovecote.release_next, dovecote.release_parked,
                           dovecote.due_deliveries
     to dovecote_worker, dovecote_operator;

@@ -139,7 +139,7 @@ ENVELOPE = (
     b'"type":"pricing.price_quoted.v1","subject":"EUR","time":"2026-11-20T12:00:00+00:00","position":"1",'
     b'"data":{"symbol": "EUR"}}'
 )
-MESSAGE = Bundler(ROUTES).bundles([(n, QUOTED, ENVELOPE) for n in range(3)])[0].message
+MESSAGE = next(Bundler(ROUTES).bundles([(n, QUOTED, ENVELOPE) for n in range(3)])).message
 
 
 @st.composite

@@ -20,8 +20,8 @@ from tests.support import eventually
 from tests.system import System, system_for
 from workers import operations
 from workers.envelope import Envelope, read_envelope
-from workers.operations import handlers
 from workers.operations.failures import Filter
+from workers.operations.handlers import pause, resume
 from workers.relay import leases
 from workers.relay.bundles import Bundler
 from workers.relay.leases import MAX_BUNDLE_BYTES, Cursor, DueDelivery
@@ -107,7 +107,7 @@ def let_sessions_tell(system: System) -> None:
 def states(system: System) -> dict[str, int]:
     with system.engine.connect() as connection:
         found = connection.execute(text("select state, count(*) from dovecote.deliveries group by 1"))
-        return {row.state: row.count for row in found}
+        return {row[0]: row[1] for row in found}
 
 
 def prices(system: System) -> list[int]:
@@ -189,7 +189,7 @@ def test_a_bundle_of_released_events_is_bounded_in_bytes(ordered: Make, mood: Mo
         )
 
     due = leased(system)
-    messages = Bundler(system.routes).retries(due)
+    messages = list(Bundler(system.routes).retries(due))
 
     assert [one.position for one in due] == sorted(one.position for one in due)
     assert len(due) == 3
@@ -283,8 +283,8 @@ def test_a_handler_paused_in_the_middle_goes_on_where_it_was(ordered: Make, mood
     with system.running():
         unblock(system)
         eventually(lambda: len(prices(system)) >= 5, 20, "some acted on")
-        handlers.pause(system.engine, system.routes, HANDLER, actor="ada", reason="a look")
-        handlers.resume(system.engine, system.routes, HANDLER, actor="ada")
+        pause(system.engine, system.routes, HANDLER, actor="ada", reason="a look")
+        resume(system.engine, system.routes, HANDLER, actor="ada")
         system.until_quiet()
 
     assert prices(system) == list(range(43))

@@ -29,7 +29,7 @@ class ReadAhead:
     def take(self, *, at_once: bool = False) -> Batch:
         """Return the next batch; `at_once` is for the reader. Errors: those of reading."""
         batch = self._next.result() if self._next else self._reader.read(at_once=at_once)
-        self._next = self._thread.submit(self._reader.read) if self._reader.is_full(batch) else None
+        self._next = self._thread.submit(self._reader.read) if batch.is_full else None
         return batch
 
     def settle(self) -> None:

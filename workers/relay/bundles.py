@@ -44,44 +44,68 @@ class Bundler:
         """Return those who want the type."""
         return self._by_type.get(event_type, ())
 
-    def bundles(self, rows: Iterable[Row]) -> list[QueuedBundle]:
-        """Return the messages for these rows; a row nobody wants is in none."""
-        return [bundle for bundle, _ in self.bundles_with_positions(rows)]
+    def bundles(self, rows: Iterable[Row]) -> Iterator[QueuedBundle]:
+        """Yield the messages for these rows, each made when it is asked for; a row nobody wants is in none."""
+        return (bundle for bundle, _ in self.bundles_with_positions(rows))
 
-    def bundles_with_positions(self, rows: Iterable[Row]) -> list[tuple[QueuedBundle, list[int]]]:
-        """Return the messages, each with the positions in it."""
-        wanted: dict[str, list[Row]] = {}
+    def bundles_with_positions(self, rows: Iterable[Row]) -> Iterator[tuple[QueuedBundle, list[int]]]:
+        """Yield the messages, each with the positions in it. A row whose envelope cannot be made is in none."""
+        parts: dict[str, _Part] = {}
         for row in rows:
-            _, event_type, _ = row
-            for route in self._by_type.get(event_type, ()):
-                wanted.setdefault(route.handler, []).append(row)
-        cut = []
-        for handler, its_rows in wanted.items():
-            route = self._by_handler[handler]
-            for part in _parts(its_rows, route.bundle_size, _row_bytes):
-                inside = positions(part)
-                cut.append((bundle(route, inside, [envelope for _, _, envelope in part]), inside))
-        return cut
+            _, event_type, envelope = row
+            size = len(envelope)
+            for route in self._by_type.get(event_type, ()) if size else ():
+                part = parts.get(route.handler)
+                if part is None:
+                    part = parts[route.handler] = _Part(route)
+                elif part.counted == route.bundle_size:
+                    yield part.message()
+                    part.counted = 0
+                elif part.size + size > MAX_BUNDLE_BYTES:
+                    yield part.message()
+                part.rows.append(row)
+                part.counted += 1
+                part.size += size
+        for part in parts.values():
+            yield part.message()
 
-    def retries(self, due: Iterable[DueDelivery]) -> list[QueuedBundle]:
-        """Return the messages for deliveries that are due. Those of unknown handlers are left alone."""
+    def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
+        """Yield the messages for deliveries that are due. Those of unknown handlers are left alone."""
         wanted: dict[tuple[str, UUID | None], list[DueDelivery]] = {}
         for delivery in due:
             if delivery.handler_name in self._by_handler:
                 wanted.setdefault((delivery.handler_name, delivery.replay_id), []).append(delivery)
-        return [
-            bundle(
-                self._by_handler[handler],
-                # The next try is another message, also while the last one is not acknowledged yet. Sent again after
-                # its lease, it is the same.
-                [number for one in part for number in (one.position, one.changed_at)],
-                [one.envelope.encode() for one in part],
-                retry=True,
-                replay=replay,
-            )
-            for (handler, replay), its_due in wanted.items()
-            for part in _retry_parts(self._by_handler[handler], its_due)
-        ]
+        for (handler, replay), its_due in wanted.items():
+            for part in _retry_parts(self._by_handler[handler], its_due):
+                yield bundle(
+                    self._by_handler[handler],
+                    # The next try is another message, also while the last one is not acknowledged yet. Sent again after
+                    # its lease, it is the same.
+                    [number for one in part for number in (one.position, one.changed_at)],
+                    [one.envelope for one in part],
+                    retry=True,
+                    replay=replay,
+                )
+
+
+class _Part:
+    """What goes into the next message of a route: `counted` of its `bundle_size` rows, in `size` bytes.
+
+    Where a bundle is cut for its bytes the count goes on, so that the cuts after it are where they would be without.
+    """
+
+    __slots__ = ("counted", "route", "rows", "size")
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self.rows: list[Row] = []
+        self.counted = self.size = 0
+
+    def message(self) -> tuple[QueuedBundle, list[int]]:
+        inside = positions(self.rows)
+        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows])
+        self.rows, self.size = [], 0
+        return made, inside
 
 
 def _retry_parts(route: Route, due: Sequence[DueDelivery]) -> list[list[DueDelivery]]:
@@ -122,12 +146,8 @@ def _parts(items: Sequence[Item], most: int, size_of: Callable[[Item], int]) -> 
         yield chunk[start:]
 
 
-def _row_bytes(row: Row) -> int:
-    return len(row[2])
-
-
 def _due_bytes(due: DueDelivery) -> int:
-    return len(due.envelope.encode())
+    return len(due.envelope)
 
 
 def _chunks(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:

@@ -5,7 +5,10 @@ consumers are written for that. Nothing else in the system declares an event pub
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 
 import psycopg
 import structlog
@@ -16,9 +19,12 @@ from workers.redis_client import PASSING
 from workers.relay import leases, missing
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
+from workers.relay.envelopes import Made
+from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.reading import Batch, Connection, Reader, positions
 from workers.relay.replaying import Replayer
+from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.relay.sleeping import Sleeper
 from workers.relay.unrouted import Unrouted
 from workers.routes import Route
@@ -167,8 +173,9 @@ class Leader:
 
     def _publish(self, batch: Batch) -> None:
         with publishing(batch.rows, self._bundler.routes_for):
-            self._send(self._bundler.bundles(batch.rows))
-            if not self._batches_in_a_row and not self._reader.is_full(batch):
+            self._set_aside(batch)
+            self._send(lambda: self._bundler.bundles(batch.rows))
+            if not self._batches_in_a_row and not batch.is_full:
                 self._called = self._sleeper.sleep(_RECORD_LATER_SECONDS, self._connection)
             recorded = self._records.execute(
                 _RECORD,
@@ -184,10 +191,43 @@ class Leader:
         if self._unrouted.has_news:
             self._unrouted.write(self._records)
 
-    def _send(self, bundles: Sequence[QueuedBundle]) -> None:
-        if bundles:
-            self._through_outages(lambda: self._broker.publish(self._epoch, bundles))
-            self._meters.sent(len(bundles))
+    def _set_aside(self, batch: Batch) -> None:
+        # Before the checkpoint passes them, and on the session that records it: what is lost in a crash of Postgres is
+        # lost from the end. And before what comes after them is sent, which then waits behind what is known.
+        types = {position: event_type for position, event_type, _ in batch.rows} if batch.problems else {}
+        report(batch.problems)
+        set_aside(
+            self._records,
+            self._epoch,
+            [
+                Unreadable(route.handler, position, problem)
+                for position, problem in batch.problems.items()
+                for route in self._bundler.routes_for(types[position])
+            ],
+        )
+
+    def _send(self, bundles: Callable[[], Iterable[QueuedBundle]]) -> None:
+        """Put messages on their queues. They are made one by one, and from the first again after an outage.
+
+        From the first: what was sent of them before it may be lost, and is not recorded yet.
+        """
+        sent = 0
+
+        def publish() -> None:
+            nonlocal sent
+            sent = 0
+            made = iter(bundles())
+            if first := next(made, None):
+                self._broker.publish(self._epoch, counted(first, made))
+
+        def counted(first: QueuedBundle, others: Iterable[QueuedBundle]) -> Iterator[QueuedBundle]:
+            nonlocal sent
+            for bundle in chain((first,), others):
+                sent += 1
+                yield bundle
+
+        self._through_outages(publish)
+        self._meters.sent(sent)
 
     def _record_checkpoint(self) -> None:
         if self.checkpoint > self._recorded_checkpoint:
@@ -242,8 +282,8 @@ class Leader:
             self._broker.claim_epoch(self._epoch)
             leases.end_leases(self._connection)
             self._replayer.forget_waves()
-            found = missing.bundles(self._connection, self._reader, self._bundler, self._routes)
-            sent = sum(self._broker.publish(self._epoch, bundles) for bundles in found if bundles)
+            found = missing.bundles(self._connection, self._reader, self._bundler, self._routes, self._give_up)
+            sent = self._broker.publish(self._epoch, found)
             self._meters.republished(sent)
             if sent:
                 log.warning("redis had lost messages; they were sent again", messages=sent)
@@ -299,15 +339,33 @@ class Leader:
                     self._broker.take_back(queue, handler)
 
     def _send_retries(self) -> None:
+        envelopes = self._reader.envelopes
         due = leases.lease_due(
-            self._connection, self._settings.batch_size, self._settings.retry_lease_seconds, self._routes
+            self._connection,
+            envelopes.most_rows,
+            self._settings.retry_lease_seconds,
+            self._routes,
+            envelopes.most_of_small,
         )
-        self._send(self._bundler.retries(due))
+        for part in envelopes.in_parts(due, [delivery.envelope for delivery in due]):
+            self._give_up(
+                [Unreadable(made.item.handler_name, made.item.position, made.problem) for made in part if made.problem]
+            )
+            self._send(partial(self._retries, part))
         # Those of handlers that are not ours are leased and left alone.
         self._meters.retried(sum(one.handler_name in self._cursors for one in due))
         if due:
             # There may be more: after the next batch of live events, and without a rest.
             self._heard.add("dovecote_deliveries")
+
+    def _retries(self, part: Sequence[Made[DueDelivery]]) -> Iterator[QueuedBundle]:
+        return self._bundler.retries(
+            replace(made.item, envelope=made.envelope) for made in part if made.problem is None
+        )
+
+    def _give_up(self, rows: Sequence[Unreadable]) -> None:
+        report({row.position: row.problem for row in rows})
+        set_aside(self._connection, self._epoch, rows)
 
     # Sleeping and waking ---------------------------------------------------------------------
 
@@ -332,7 +390,7 @@ class Leader:
 
     def _gather(self, batch: Batch) -> None:
         # In traffic events travel together, or each would be a message and a transaction of its own.
-        if not self._reader.is_full(batch):
+        if not batch.is_full:
             self._sleeper.sleep(self._settings.gather_ms / 1_000)
 
     def _rest(self) -> None:

@@ -12,6 +12,7 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import TupleRow, class_row
 
+from workers.relay.envelopes import past_unreadable
 from workers.routes import Route
 
 #: Most bytes of envelopes that one lease returns, unless it is a single event.
@@ -25,6 +26,7 @@ class DueDelivery:
     """A retry whose time has come, leased to the caller.
 
     `changed_at` is Unix microseconds: when it failed last, or was let go on. A lease changes nothing of it.
+    `envelope` of one that is large is the event's id in 16 bytes: it is to be fetched (workers/relay/envelopes.py).
     """
 
     handler_name: str
@@ -34,7 +36,7 @@ class DueDelivery:
     aggregate_id: str
     changed_at: int
     replay_id: UUID | None
-    envelope: str
+    envelope: bytes
 
 
 # An event that was released brings those along that wait behind it, as many as make a bundle: each of them is written
@@ -54,8 +56,10 @@ _LEASE_DUE = """
         returning d.handler_name, d.event_id, d.position, d.aggregate_type, d.aggregate_id,
                   (extract(epoch from d.updated_at) * 1000000)::bigint as changed_at, d.replay_id
     )
-    select leased.*, dovecote.envelope(o) as envelope
+    select leased.*, case when octet_length(small) <= %(most_of_small)s then convert_to(small, 'UTF8')
+                          else uuid_send(leased.event_id) end as envelope
     from leased join dovecote.outbox o on o.id = leased.event_id
+    cross join lateral (select dovecote.small_envelope(o) offset 0) as made (small)
     order by leased.position
 """
 
@@ -151,7 +155,11 @@ class Cursor:
 
 
 def lease_due(
-    connection: psycopg.Connection[TupleRow], limit: int, lease_seconds: float, routes: Sequence[Route] = ()
+    connection: psycopg.Connection[TupleRow],
+    limit: int,
+    lease_seconds: float,
+    routes: Sequence[Route] = (),
+    most_of_small: int = 4_000,
 ) -> list[DueDelivery]:
     """Return retries whose time has come, in writing order, at most so many; there may be more.
 
@@ -166,9 +174,10 @@ def lease_due(
         "max_bytes": MAX_LEASE_BYTES,
         "max_bundle_bytes": MAX_BUNDLE_BYTES,
         "lease_seconds": lease_seconds,
+        "most_of_small": most_of_small,
     }
-    with connection.cursor(row_factory=class_row(DueDelivery)) as cursor:
-        return cursor.execute(_LEASE_DUE, parameters).fetchall()
+    with connection.cursor(row_factory=class_row(DueDelivery), binary=True) as cursor:
+        return past_unreadable(connection, _LEASE_DUE, lambda query: cursor.execute(query, parameters).fetchall())
 
 
 def end_leases(connection: psycopg.Connection[TupleRow]) -> int:

@@ -4,11 +4,13 @@ Whole batches are cut into bundles exactly as they were when they were published
 is still queued is not queued twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from workers.broker import QueuedBundle
 from workers.relay.bundles import Bundler
+from workers.relay.envelopes import Read, Row
 from workers.relay.reading import Connection, Reader
+from workers.relay.setting_aside import Unreadable
 from workers.routes import Route
 
 _MISSING = """
@@ -31,9 +33,13 @@ _BATCHES_OF = """
 
 
 def bundles(
-    connection: Connection, reader: Reader, bundler: Bundler, routes: Sequence[Route]
-) -> Iterator[list[QueuedBundle]]:
-    """Yield the messages to send again, batch by batch."""
+    connection: Connection,
+    reader: Reader,
+    bundler: Bundler,
+    routes: Sequence[Route],
+    set_aside: Callable[[Sequence[Unreadable]], None],
+) -> Iterator[QueuedBundle]:
+    """Yield the messages to send again, batch by batch. Rows that cannot be read any more are given to `set_aside`."""
     with connection.transaction():
         # The whole history is asked here; the relay's guard for reading by index would be in the way.
         connection.execute("set local enable_seqscan = on; set local enable_sort = on")
@@ -41,8 +47,29 @@ def bundles(
         positions = sorted(set().union(*missing.values()))
         batches = batches_of(connection, positions)
     for batch in batches:
-        cut = bundler.bundles_with_positions(reader.rows_in(batch))
-        yield [bundle for bundle, inside in cut if not missing[bundle.handler].isdisjoint(inside)]
+        rows = _readable(reader.slices_in(batch), bundler, missing, set_aside)
+        for bundle, inside in bundler.bundles_with_positions(rows):
+            if not missing[bundle.handler].isdisjoint(inside):
+                yield bundle
+
+
+def _readable(
+    slices: Iterable[Read],
+    bundler: Bundler,
+    missing: Mapping[str, Set[int]],
+    set_aside: Callable[[Sequence[Unreadable]], None],
+) -> Iterator[Row]:
+    for found in slices:
+        set_aside(
+            [
+                Unreadable(route.handler, position, found.problems[position])
+                for position, event_type, _ in (found.rows if found.problems else ())
+                if position in found.problems
+                for route in bundler.routes_for(event_type)
+                if position in missing[route.handler]
+            ]
+        )
+        yield from found.rows
 
 
 def batches_of(connection: Connection, positions: Sequence[int]) -> list[str]:

@@ -13,48 +13,49 @@ fill them is over (gaps.py). A writer that dawdles keeps the checkpoint back and
 the rows are (docs/adr/0003-reading-forward.md).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import psycopg
-from psycopg.rows import TupleRow
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from workers.relay import gaps
+from workers.relay.envelopes import Connection as Connection
+from workers.relay.envelopes import Envelopes, Read, bounded
+from workers.relay.envelopes import Row as Row
 from workers.relay.positions import above, holes, multirange_of, together, without
-
-Connection = psycopg.Connection[TupleRow]
-
-
-#: One event: its position, its type, and its CloudEvents JSON in UTF-8. A plain tuple, as psycopg makes it in C.
-Row = tuple[int, str, bytes]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows in writing order. Once they are published, everything up to `checkpoint` is."""
+    """Rows in writing order. Once they are published or set aside, everything up to `checkpoint` is.
+
+    is_full   more may be waiting behind it
+    problems  position -> why the row there has no envelope
+    """
 
     rows: Sequence[Row]
     checkpoint: int
+    is_full: bool = False
+    problems: Mapping[int, str] = field(default_factory=dict)
 
 
 # As bytes: an envelope goes to Redis as it is, and decoding it would cost as much as all else done with it here.
-_SELECT = "select o.position, o.event_type, convert_to(dovecote.envelope(o), 'UTF8') from dovecote.outbox o"
-_BEYOND = f"{_SELECT} where o.position > %s order by o.position limit %s"
+_SELECT = "select o.position, o.event_type, o.id, dovecote.small_envelope(o) as envelope"
+_BEYOND = bounded(f"{_SELECT} from dovecote.outbox o where o.position > %s order by o.position limit %s")
 # Stretch by stretch: the planner would rather read the whole outbox in order and throw away what is in no hole.
-_IN_HOLES = """
-    select o.position, o.event_type, convert_to(dovecote.envelope(o), 'UTF8')
+_IN_HOLES = bounded(f"""
+    {_SELECT}
     from unnest(%s::bigint[], %s::bigint[]) as stretch (low, high)
     cross join lateral (select * from dovecote.outbox where position between stretch.low and stretch.high
                           and position <@ %s::int8multirange order by position limit %s) o
     order by o.position limit %s
-"""
-_IN_BATCHES = """
-    select o.position, o.event_type, convert_to(dovecote.envelope(o), 'UTF8')
-    from unnest(%s::int8multirange) as stretch
+""")  # noqa: S608 - put together from constants
+# From a position on: a batch may be more than is read at once.
+_IN_BATCHES = bounded(f"""
+    {_SELECT}
+    from unnest(%s::int8multirange * int8multirange(int8range(%s, null))) as stretch
     cross join lateral (select * from dovecote.outbox
                         where position >= lower(stretch) and position < upper(stretch) order by position) o
-    order by o.position
-"""
+    order by o.position limit %s
+""")  # noqa: S608 - put together from constants
 
 _PUBLISHED_ABOVE = """
     select lower(stretch), upper(stretch)
@@ -71,9 +72,12 @@ class Reader:
     out above it.
     """
 
-    def __init__(self, connection: Connection, checkpoint: int, batch_size: int) -> None:
+    def __init__(self, connection: Connection, checkpoint: int, batch_size: int, batch_bytes: int = 8_000_000) -> None:
         self._connection = connection
-        self._batch_size = batch_size
+        self.envelopes = Envelopes(connection, batch_size, batch_bytes)
+        self._batch_size = self.envelopes.most_rows
+        # Live events go along with late rows, however large those are.
+        self._least_beyond_bytes = batch_bytes // 4
         self.checkpoint = self.frontier = checkpoint
         self._horizon = (checkpoint, checkpoint)
         self._holes: list[range] = []
@@ -94,29 +98,37 @@ class Reader:
         if not at_once:
             self._horizon = self._look()
         last_position, settled = self._horizon
-        beyond = self._rows(_BEYOND, self.frontier, self._batch_size)
+        beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)
         # Asked second: if a row beyond tells of an aggregate, the earlier event that committed before it
         # is visible by now and, sorted by position, is published before it.
         late = self._late()
-        if len(late) == self._batch_size:
+        if late.rows:
+            beyond = beyond.within(max(self.envelopes.most_bytes - late.bytes, self._least_beyond_bytes))
+        if late.is_cut:
             return self._late_first(late, beyond)
 
         frontier = self._next_frontier(beyond)
-        still_missing = without(self._holes, positions(late)) if late else self._holes
-        self._holes = above([*still_missing, *holes(self.frontier, frontier, positions(beyond))], settled)
+        still_missing = without(self._holes, positions(late.rows)) if late.rows else self._holes
+        self._holes = above([*still_missing, *holes(self.frontier, frontier, positions(beyond.rows))], settled)
         # A position above the sequence as it was read may be of a writer that is younger than our look at the locks.
         self._unseen_above = last_position
         self.frontier = frontier
         self.checkpoint = max(self.checkpoint, min(settled, frontier))
-        return Batch([*late, *beyond], self.checkpoint)
+        return Batch([*late.rows, *beyond.rows], self.checkpoint, beyond.is_cut, {**late.problems, **beyond.problems})
 
-    def is_full(self, batch: Batch) -> bool:
-        """Return whether more may be waiting behind this batch."""
-        return len(batch.rows) >= self._batch_size
+    def slices_in(self, multirange: str) -> Iterator[Read]:
+        """Yield the rows at exactly these positions, to publish a batch again as it was."""
+        start = 0
+        while True:
+            read = self.envelopes.read(_IN_BATCHES, multirange, start, self._batch_size)
+            yield read
+            if not read.is_cut:
+                return
+            start = read.rows[-1][0] + 1
 
-    def rows_in(self, multirange: str) -> list[Row]:
-        """Return the rows at exactly these positions, to publish a batch again as it was."""
-        return self._rows(_IN_BATCHES, multirange)
+    def rows_in(self, multirange: str) -> Iterator[Row]:
+        """Yield them one by one, those that cannot be read among them."""
+        return (row for read in self.slices_in(multirange) for row in read.rows)
 
     @property
     def writers_at_work(self) -> frozenset[int]:
@@ -130,22 +142,22 @@ class Reader:
         self._writers.seen(floors, xids)
         return last_position, settled
 
-    def _next_frontier(self, beyond: Sequence[Row]) -> int:
-        if len(beyond) == self._batch_size:
-            return beyond[-1][0]  # cut short: what was left out is beyond the next frontier
-        return max(self.frontier, self._horizon[0], *positions(beyond[-1:]))
+    def _next_frontier(self, beyond: Read) -> int:
+        if beyond.is_cut:  # what was left out is beyond the next frontier
+            return beyond.rows[-1][0] if beyond.rows else self.frontier
+        return max(self.frontier, self._horizon[0], *positions(beyond.rows[-1:]))
 
-    def _late(self) -> list[Row]:
+    def _late(self) -> Read:
         """Return what has turned up in holes: only there is looked where a writer that is over may have left it."""
         if not self._holes:
-            return []
+            return Read([])
         floor = self._unseen_above
         ended = self._lowest_floor_of_ended(floor)
         while True:
             floor = min(floor, ended)
             late = self._in_holes(above(self._holes, floor))
             # A writer that ended in between may have left a row above that floor and an earlier one below it.
-            if not late or (ended := self._lowest_floor_of_ended(floor)) >= floor:
+            if not late.rows or (ended := self._lowest_floor_of_ended(floor)) >= floor:
                 return late
 
     def _lowest_floor_of_ended(self, floor: int) -> int:
@@ -155,11 +167,11 @@ class Reader:
         ended = self._writers.lowest_floor_of_ended(self._connection)
         return floor if ended is None else ended
 
-    def _in_holes(self, wanted: Sequence[range]) -> list[Row]:
+    def _in_holes(self, wanted: Sequence[range]) -> Read:
         if not wanted:
-            return []
+            return Read([])
         stretches = together(wanted)
-        return self._rows(
+        return self.envelopes.read(
             _IN_HOLES,
             [stretch.start for stretch in stretches],
             [stretch.stop - 1 for stretch in stretches],
@@ -168,26 +180,22 @@ class Reader:
             self._batch_size,
         )
 
-    def _late_first(self, late: list[Row], beyond: list[Row]) -> Batch:
+    def _late_first(self, late: Read, beyond: Read) -> Batch:
         """Return the late rows of a full batch, and with them those beyond that follow on nothing unread.
 
         More have turned up than one batch takes, such as those of a large import. Rows beyond need not wait for
         them, only for what is of their own aggregate: such rows become holes until then. The checkpoint stays.
         """
         frontier = self._next_frontier(beyond)
-        self._holes = without(self._holes, positions(late))
+        self._holes = without(self._holes, positions(late.rows))
         # Below the last late row nothing is left that was there when the rows beyond were.
-        behind = gaps.behind_unread(self._connection, positions(beyond), above(self._holes, late[-1][0]))
-        beyond = [row for row in beyond if row[0] not in behind]
-        self._holes += holes(self.frontier, frontier, positions(beyond))
+        behind = gaps.behind_unread(self._connection, positions(beyond.rows), above(self._holes, late.rows[-1][0]))
+        rows = [row for row in beyond.rows if row[0] not in behind]
+        problems = {position: problem for position, problem in beyond.problems.items() if position not in behind}
+        self._holes += holes(self.frontier, frontier, positions(rows))
         self._unseen_above = 0  # the rest is there already, whoever is over next
         self.frontier = frontier
-        return Batch([*late, *beyond], self.checkpoint)
-
-    def _rows(self, query: str, *parameters: object) -> list[Row]:
-        with self._connection.cursor(binary=True) as cursor:
-            rows: list[Row] = cursor.execute(query, parameters).fetchall()
-        return rows
+        return Batch([*late.rows, *rows], self.checkpoint, True, {**late.problems, **problems})
 
 
 def positions(rows: Sequence[Row]) -> list[int]:

@@ -218,7 +218,8 @@ class Relay:
         row = connection.execute(_TAKE_OVER, (f"{socket.gethostname()}:{os.getpid()}",)).fetchone()
         assert row is not None, "relay_state has one row"
         epoch, checkpoint, known_redis = row
-        reader = Reader(connection, checkpoint, self._settings.relay.batch_size)
+        limits = self._settings.relay
+        reader = Reader(connection, checkpoint, limits.batch_size, limits.batch_bytes)
         if self._subscribe(connection, epoch, reader.frontier):
             known_redis = None  # as if Redis had lost it: what is published and not done is sent again
         log.info("relay leads", epoch=epoch, checkpoint=checkpoint)

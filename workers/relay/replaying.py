@@ -21,9 +21,11 @@ from psycopg.rows import class_row
 
 from workers.broker import OutboxBroker, QueuedBundle
 from workers.relay.bundles import Bundler, bundle, packed
+from workers.relay.envelopes import past_unreadable
 from workers.relay.leases import MAX_BUNDLE_BYTES
 from workers.relay.missing import batches_of
 from workers.relay.reading import Connection, Reader
+from workers.relay.setting_aside import Unreadable, set_aside
 from workers.replays import KNOWN_BY_KEY, Filter, is_matched, is_settled
 from workers.routes import Route
 
@@ -35,6 +37,8 @@ _IDLE_LOOK_SECONDS = 5.0
 # A wave should take no longer than this, for the live events behind it; it may when one event takes longer.
 _WAVE_SECONDS = 0.25
 _MOST_EVENTS = 2_000
+# Of all envelopes of a wave: it is held until it is settled, beside the live events.
+_MOST_WAVE_BYTES = 2_000_000
 # Positions looked through at once; more while little matches. A statement of the relay must stay short.
 _FIRST_SPAN, _MOST_SPAN = 2_000, 512_000
 _SLOW_READ_SECONDS = 0.05
@@ -50,13 +54,19 @@ _ACTIVE = """
     order by id
 """
 
+# What is settled comes without an envelope, what is large with its id instead (workers/relay/envelopes.py).
 _WAVE = """
-    select o.position, o.id, o.aggregate_type, o.aggregate_id,
-           case when not {settled} then dovecote.envelope(o) end
-    from dovecote.outbox o
-    {known}
-    where o.position > %(after)s and o.position <= %(before)s and {conditions} and {matched}
-    order by o.position limit %(limit)s
+    select position, id, aggregate_type, aggregate_id,
+           case when octet_length(envelope) <= %(most_of_small)s then convert_to(envelope, 'UTF8')
+                when not settled then uuid_send(id) end
+    from (
+        select o.position, o.id, o.aggregate_type, o.aggregate_id, {settled} as settled,
+               case when not {settled} then dovecote.small_envelope(o) end as envelope
+        from dovecote.outbox o
+        {known}
+        where o.position > %(after)s and o.position <= %(before)s and {conditions} and {matched}
+        order by o.position limit %(limit)s
+    ) as read order by position
 """
 
 _OF_SINGLE_EVENTS = " and o.position <@ (select positions from dovecote.replays where id = %(replay)s)"
@@ -205,7 +215,7 @@ class Replayer:
         # What lies above the frontier is about to be published anyway.
         upto = min(run.replay.upto_position, self._reader.frontier)
         before = min(run.cursor + run.span, upto)
-        events = self._read(run, before) if before > run.cursor else []
+        events, full = self._read(run, before) if before > run.cursor else ([], False)
         read_at = time.monotonic()
         self._adapt_span(run, read_at - began)
         if not events:
@@ -214,7 +224,6 @@ class Replayer:
             if run.cursor >= run.replay.upto_position:
                 self._record(run, run.cursor, 0)
             return
-        full = len(events) == self._most_events(run)
         if run.route.ordered and run.replay.strength == "again":
             kept = whole_aggregates(events, run.route.bundle_size)
             full = full or len(kept) < len(events)
@@ -233,7 +242,8 @@ class Replayer:
         )
         run.next_at = now + _SHORTEST_PAUSE_SECONDS
 
-    def _read(self, run: _Run, before: int) -> list[Event]:
+    def _read(self, run: _Run, before: int) -> tuple[list[Event], bool]:
+        """Return the next events, and whether more may match. What cannot be read is dead, and nothing left to do."""
         asked = Filter.from_json(run.replay.filter).conditions()
         query = _WAVE.format(
             settled=is_settled(run.replay.strength),
@@ -241,11 +251,28 @@ class Replayer:
             conditions=asked + (_OF_SINGLE_EVENTS if run.replay.of_single_events else ""),
             matched=is_matched(run.replay.strength),
         )
-        fields = {**run.fields, "after": run.cursor, "before": before, "limit": self._most_events(run)}
-        return [
-            Event(position, id, (aggregate_type, aggregate_id), None if envelope is None else envelope.encode())
-            for position, id, aggregate_type, aggregate_id, envelope in self._connection.execute(query, fields)
-        ]
+        limit = self._most_events(run)
+        fields = {**run.fields, "after": run.cursor, "before": before, "limit": limit}
+        fields["most_of_small"] = _MOST_WAVE_BYTES // limit
+        with self._connection.cursor(binary=True) as cursor:
+            rows = past_unreadable(self._connection, query, lambda query: cursor.execute(query, fields).fetchall())
+        made = self._reader.envelopes.made([envelope for *_, envelope in rows if envelope is not None])
+        events: list[Event] = []
+        unreadable: list[Unreadable] = []
+        size = 0
+        full = len(rows) == limit
+        for position, id, aggregate_type, aggregate_id, given in rows:
+            envelope, problem = (None, None) if given is None else next(made)
+            size += len(envelope or b"")
+            if events and size > _MOST_WAVE_BYTES:
+                full = True
+                break
+            if problem is not None:
+                unreadable.append(Unreadable(run.route.handler, position, problem))
+            events.append(Event(position, id, (aggregate_type, aggregate_id), envelope or None))
+        again = run.replay.id if run.replay.strength == "again" else None
+        set_aside(self._connection, self._epoch, unreadable, again)
+        return events, full
 
     def _most_events(self, run: _Run) -> int:
         if run.replay.rate is None:
@@ -285,13 +312,13 @@ class Replayer:
         def ask() -> None:
             if self._broker.holds_messages(route.queue):
                 cut = [
-                    (bundle, positions)
+                    (bundle.id, positions)
                     for batch in batches_of(self._connection, [event.position for event in events])
                     for bundle, positions in self._bundler.bundles_with_positions(self._reader.rows_in(batch))
                     if bundle.handler == route.handler
                 ]
-                found = self._broker.which_are_queued(route.queue, [bundle.id for bundle, _ in cut])
-                queued.update(position for bundle, inside in cut if bundle.id in found for position in inside)
+                found = self._broker.which_are_queued(route.queue, [id for id, _ in cut])
+                queued.update(position for id, inside in cut if id in found for position in inside)
 
         self._through_outages(ask)
         return [event for event in events if event.position not in queued]

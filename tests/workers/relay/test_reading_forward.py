@@ -20,9 +20,9 @@ from sqlalchemy import text
 
 from domain.database import connect, sessions_for
 from domain.unit_of_work import unit_of_work
+from tests.outbox_rows import Connection, insert, positions_in, record
 from tests.profiles import examples
 from tests.quotes import a_quote
-from tests.outbox_rows import Connection, insert, positions_in, record
 from workers.relay import reading
 from workers.relay.reading import Reader, Row, positions
 
@@ -146,7 +146,7 @@ def read_naively(url: str, seen: Seen, stop: threading.Event) -> None:
         reader, last = Reader(connection, 0, 25), 0
         while True:
             last_round = stop.is_set()
-            rows = reader._rows(reading._BEYOND, last, 25)
+            rows = reader.envelopes.read(reading._BEYOND, last, 25).rows
             seen.add(rows)
             last = positions(rows)[-1] if rows else last
             if last_round and not rows:

@@ -15,18 +15,18 @@ from workers.routes import ROUTES
 pytestmark = pytest.mark.servers
 
 READS = {
-    "beyond the frontier": (reading._BEYOND, "bigint, bigint", "1500, 100"),
+    "beyond the frontier": (reading._BEYOND, "bigint, bigint, bigint", "4000, 1500, 100"),
     "in the holes": (
         reading._IN_HOLES,
-        "bigint[], bigint[], int8multirange, bigint, bigint",
-        "'{10,50}', '{10,60}', '{[10,11),[50,55),[57,61)}', 100, 100",
+        "bigint, bigint[], bigint[], int8multirange, bigint, bigint",
+        "4000, '{10,50}', '{10,60}', '{[10,11),[50,55),[57,61)}', 100, 100",
     ),
     "behind what is unread": (
         gaps.BEHIND_UNREAD,
         "bigint[], bigint, bigint, int8multirange",
         "'{1500,1510,1600}', 10, 60, '{[10,11),[50,55),[57,61)}'",
     ),
-    "in a batch": (reading._IN_BATCHES, "int8multirange", "'{[10,20),[30,40)}'"),
+    "in a batch": (reading._IN_BATCHES, "bigint, int8multirange, bigint, bigint", "4000, '{[10,20),[30,40)}', 0, 100"),
 }
 
 
