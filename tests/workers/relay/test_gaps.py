@@ -31,7 +31,7 @@ def watched(url: str) -> Iterator[Watched]:
     class Watching(psycopg.Cursor[TupleRow]):
         def execute(self, query: Any, params: Any = None, **options: Any) -> "Watching":
             if query == _IN_HOLES:
-                looks.append(params[0])
+                looks.append(params[1])  # the first one is a number of bytes
             return super().execute(query, params, **options)
 
     with psycopg.connect(url, autocommit=True, cursor_factory=Watching) as connection:
