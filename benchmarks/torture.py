@@ -23,7 +23,7 @@ _RECORDS, _CHECKPOINTS = 20_000, 600
 _INSERT = "insert into dovecote.outbox (aggregate_type, aggregate_id, event_type, payload)"
 _BULK = f"{_INSERT} select 'bulk', 'b' || n, 'bench.bulk_loaded.v1', '{{}}' from generate_series(1, %s) n"  # noqa: S608 - our own words
 _FILLER = f"{_INSERT} values ('filler', 'f', 'bench.filled_in.v1', '{{}}')"
-_GAPS = f"do $$ begin for n in 1 .. {{gaps}} loop {_FILLER}; rollback; {_FILLER}; commit; end loop; end $$"
+_GAPS = f"do $$ begin for n in 1 .. $gaps loop {_FILLER}; rollback; {_FILLER}; commit; end loop; end $$"
 # Everything so far is published, and waits behind the first event of its aggregate, which is dead.
 _PUBLISHED = """
     insert into dovecote.published_batches (positions, events, epoch)
@@ -127,14 +127,23 @@ def _until_published(scene: Scene) -> None:
 def _held_snapshot(scene: Scene, options: Options) -> Iterator[None]:
     with held_snapshot(scene):
         if options.quick:
-            epoch = scene.one("select epoch from dovecote.relay_state")
-            for number in range(_RECORDS):
-                scene.connection.execute(leading._RECORD, {"positions": "{}", "events": 0, "epoch": epoch})
-                if number % (_RECORDS // _CHECKPOINTS) == 0:
-                    scene.connection.execute(leading._RECORD_CHECKPOINT, (0, epoch))
+            _age(scene)
         else:
             latency.write(scene, RATE, 570, "dovecote.outbox")
         yield
+
+
+def _age(scene: Scene) -> None:
+    """Leave behind what the relay's own statements would have in ten minutes, each in a transaction of its own."""
+    epoch = scene.one("select epoch from dovecote.relay_state")
+    words = psycopg.ClientCursor(scene.connection)
+    record = words.mogrify(leading._RECORD, {"positions": "{}", "events": 0, "epoch": epoch})
+    checkpoint = words.mogrify(leading._RECORD_CHECKPOINT, (0, epoch))
+    scene.connection.execute("set synchronous_commit = off")  # as the relay has it
+    for times, statement in ((_RECORDS, record), (_CHECKPOINTS, checkpoint)):
+        loop = f"do $$ begin for n in 1 .. {times} loop {statement}; commit; end loop; end $$"
+        scene.connection.execute(loop.encode())
+    scene.connection.execute("reset synchronous_commit")
 
 
 @contextmanager
@@ -150,7 +159,7 @@ def _gaps(scene: Scene, gaps: int) -> Iterator[None]:
     """Roll back so many writers beside one that is held, so that none of their positions is settled."""
     with psycopg.connect(scene.database_url) as held:
         held.execute(_FILLER)
-        scene.connection.execute(_GAPS.format(gaps=gaps))
+        scene.connection.execute(_GAPS.replace("$gaps", str(gaps)).encode())
         yield
         held.rollback()
 
