@@ -29,10 +29,10 @@ Result = TypeVar("Result")
 
 # Bytes of one answer of `dovecote.envelopes`: Postgres keeps it in memory as a whole, below its work_mem.
 _ANSWER_BYTES = 2_000_000
-# Ids of one question: each may cost a tenth of a second, if it would be far too large as text.
+# Ids of one question.
 _ASKED_IDS = 100
-# A batch has no more events without an envelope, for the same reason.
-_PROBLEMS = 100
+# A batch has no more events without an envelope: to find out that a text is far too large may take a tenth of a second.
+_PROBLEMS = 20
 # What stands for an envelope that is still to be fetched: the event's id. No envelope is so short.
 _ID_BYTES = 16
 
@@ -58,6 +58,11 @@ def bounded(select: str, columns: str = "position, event_type", most: str = "%s"
     """  # noqa: S608 - put together from constants
 
 
+def without_envelopes(query: str) -> str:
+    """Return the statement with an id in place of every envelope: it fails at none."""
+    return query.replace("dovecote.small_envelope(o)", "null::text")
+
+
 def past_unreadable(connection: Connection, query: str, run: Callable[[str], Result]) -> Result:
     """Run a statement that reads envelopes; if it fails, once more without them: with an id in place of each.
 
@@ -70,7 +75,7 @@ def past_unreadable(connection: Connection, query: str, run: Callable[[str], Res
         if connection.closed:
             raise
         log.warning("reading row by row", error=masked(f"{type(error).__name__}: {error}"))
-        return run(query.replace("dovecote.small_envelope(o)", "null::text"))
+        return run(without_envelopes(query))
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,14 @@ class Envelopes:
         # An envelope has 400 bytes at least.
         self.most_rows = max(1, min(most_rows, most_bytes // 1_000))
         self.most_of_small = most_bytes // self.most_rows
+        self._row_by_row = False
 
     def read(self, query: str, *parameters: object) -> Read:
         """Return the rows of a `bounded` statement: as many as there is room for, and at least one."""
+        # Where some could not be read there may be more, and a statement would try them all before the first is known.
+        query = without_envelopes(query) if self._row_by_row else query
         rows = past_unreadable(self._connection, query, lambda query: self._select(query, parameters))
+        self._row_by_row = False
         is_cut = len(rows) == self.most_rows
         if not rows or min(map(len, map(itemgetter(2), rows))) > _ID_BYTES:
             return Read(rows, is_cut)
@@ -139,6 +148,7 @@ class Envelopes:
             if (kept and size > self.most_bytes) or len(problems) == _PROBLEMS:
                 return Read(kept, True, problems)
             if problem is not None:
+                self._row_by_row = True
                 problems[position] = problem
             kept.append((position, event_type, envelope))
         return Read(kept, is_cut, problems)
