@@ -4,13 +4,15 @@ Everything lives in the Postgres schema `dovecote`, so it shares a database with
 without sharing their names.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import DateTime, Engine, MetaData, Uuid, create_engine, make_url
-from sqlalchemy.event import listen
+import psycopg
+from sqlalchemy import DateTime, Engine, MetaData, Uuid, create_engine, event, make_url
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session, registry, sessionmaker
 
 from domain.connections import Connection, WatchedSession
@@ -32,13 +34,35 @@ mapper = registry(metadata=metadata, type_annotation_map={datetime: DateTime(tim
 
 Sessions = sessionmaker[Session]
 
-# The server's end: what a machine that lost its power has locked would otherwise stay locked for two hours.
-_KEEPALIVES = {
+#: What every session of ours begins with, whatever ALTER ROLE or ALTER DATABASE has set. psycopg reads moments and
+#: intervals in one style each; and a pool's idle session, or a relay's in a quiet hour, is not a forgotten one.
+SESSION_SETTINGS: Mapping[str, object] = {
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "intervalstyle": "postgres",
+    "idle_session_timeout": 0,
+    # The server's end: what a machine that lost its power has locked would otherwise stay locked for two hours.
     "tcp_keepalives_idle": 5,
     "tcp_keepalives_interval": 3,
     "tcp_keepalives_count": 3,
     "tcp_user_timeout": 14_000,
 }
+
+#: For sessions of relay, consumers and commands, whose work has limits of its own. Not for writers: how long a
+#: business transaction may take, or wait for a lock, is for the service and its DBA to say.
+NO_TIME_LIMITS: Mapping[str, object] = {
+    "idle_in_transaction_session_timeout": 0,
+    "lock_timeout": 0,
+    "transaction_timeout": 0,
+}
+
+# By version: settings that an older server does not know. It would refuse a connection whose options name one.
+_NEWER: Mapping[str, int] = {"transaction_timeout": 170_000}
+
+# A connection that has been idle in the pool for longer is tried before it is handed out: a proxy may have closed it,
+# or Postgres was restarted. In traffic nobody pays for that; SQLAlchemy's `pool_pre_ping` would make each unit of
+# work a quarter longer (60 of 240 us).
+_PING_AFTER_SECONDS = 1.0
 
 
 def connect(
@@ -53,10 +77,10 @@ def connect(
 ) -> Engine:
     """Return an engine for `postgresql://...`; no connection is made yet.
 
-    Every session speaks UTC, and by TCP keepalives either end notices within about 15 s that the other is gone.
-    `session_settings` are Postgres's own, such as {"lock_timeout": 5_000}.
+    Every session speaks UTC and UTF-8, and by TCP keepalives either end notices within about 15 s that the other is
+    gone. `session_settings` are Postgres's own, such as {"lock_timeout": 5_000}.
     """
-    settings = {"timezone": "UTC", "statement_timeout": statement_timeout_ms, **_KEEPALIVES, **(session_settings or {})}
+    settings = {**SESSION_SETTINGS, "statement_timeout": statement_timeout_ms, **(session_settings or {})}
     engine = create_engine(
         make_url(url).set(drivername="postgresql+psycopg"),
         pool_size=pool_size,
@@ -66,7 +90,8 @@ def connect(
         connect_args={
             "connect_timeout": connect_timeout_seconds,
             "application_name": application_name,
-            "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
+            "client_encoding": "utf8",
+            "options": startup_options(settings),
             "keepalives_idle": 5,
             "keepalives_interval": 3,
             "keepalives_count": 3,
@@ -74,12 +99,51 @@ def connect(
             **(connect_args or {}),
         },
     )
-    listen(engine, "do_connect", _open)
+
+    @event.listens_for(engine, "do_connect")
+    def opened(_dialect: object, _record: object, arguments: Sequence[Any], options: Mapping[str, Any]) -> Connection:
+        connection = Connection.connect(*arguments, **options)
+        set_newer(connection, settings)
+        return connection
+
+    @event.listens_for(engine, "checkin")
+    def returned(_connection: object, record: Any) -> None:
+        record.info["returned_at"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def taken(connection: Any, record: Any, _proxy: object) -> None:
+        idle_since = record.info.get("returned_at")
+        if idle_since is not None and time.monotonic() - idle_since > _PING_AFTER_SECONDS:
+            try:
+                engine.dialect.do_ping(connection)
+            except psycopg.Error as error:
+                raise DisconnectionError("ended while it was idle") from error  # the pool makes a new one
+
     return engine
 
 
-def _open(_dialect: object, _record: object, arguments: Sequence[Any], options: Mapping[str, Any]) -> Connection:
-    return Connection.connect(*arguments, **options)
+def startup_options(settings: Mapping[str, object]) -> str:
+    """Return libpq's `options` for these settings, but for those that `set_newer` is for."""
+    words = {name: str(value).replace(" ", "\\ ") for name, value in settings.items() if name not in _NEWER}
+    return " ".join(f"-c {name}={value}" for name, value in words.items())
+
+
+def set_newer(connection: psycopg.Connection[Any], settings: Mapping[str, object]) -> None:
+    """Set what only newer servers know, on a connection that was just made, and only where it differs.
+
+    Behind a pool of transactions the next client would have it too.
+    """
+    late = [name for name, version in _NEWER.items() if name in settings and connection.info.server_version >= version]
+    if not late:
+        return
+    was_autocommit = connection.autocommit
+    connection.autocommit = True
+    for name in late:
+        connection.execute(
+            "select set_config(%(name)s, %(value)s, false) where current_setting(%(name)s) <> %(value)s",
+            {"name": name, "value": str(settings[name])},
+        )
+    connection.autocommit = was_autocommit
 
 
 def sessions_for(engine: Engine) -> Sessions:

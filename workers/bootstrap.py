@@ -19,7 +19,7 @@ from dramatiq.broker import Broker
 from dramatiq.middleware import Middleware
 from sqlalchemy import Engine
 
-from domain.database import connect, sessions_for
+from domain.database import NO_TIME_LIMITS, connect, sessions_for
 from domain.unit_of_work import UnitOfWork
 from workers import schema, telemetry
 from workers.broker import OrjsonEncoder, OutboxBroker
@@ -148,7 +148,7 @@ def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
 
 
 def engine_for(settings: Settings, application_name: str, **session_settings: object) -> Engine:
-    """Return an engine with the settings' pool and time-outs."""
+    """Return an engine with the settings' pool and time-outs, whatever those of the role or the database are."""
     database = settings.database
     return connect(
         database.url.get_secret_value(),
@@ -156,7 +156,7 @@ def engine_for(settings: Settings, application_name: str, **session_settings: ob
         connect_timeout_seconds=database.connect_timeout_seconds,
         statement_timeout_ms=database.statement_timeout_ms,
         application_name=application_name,
-        session_settings=session_settings,
+        session_settings={**NO_TIME_LIMITS, **session_settings},
     )
 
 

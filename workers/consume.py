@@ -379,14 +379,22 @@ class Consumer:
             except HandlerPaused:
                 raise
             except Exception as error:
-                # A record that cannot be written for any reason is held too: acknowledging would lose it.
+                # A record that cannot be written for any reason is held too: acknowledging would lose it, and handed
+                # back it would come to the next worker at once.
                 tries += 1
                 self._wait(error, tries)
 
     def _wait(self, error: Exception, tries: int) -> None:
         pause = min(self._outage_pause_seconds, 0.01 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)
         if (tries in (5, 50) or tries % 500 == 0) and not asks_again(error):
-            log.warning("waiting for postgres", tries=tries, error=f"{type(error).__name__}: {error}")
+            if passes(error):
+                log.warning("waiting for postgres", tries=tries, error=f"{type(error).__name__}: {error}")
+            else:
+                log.error(
+                    "what became of an event cannot be written, and this does not pass by itself: its message is held",
+                    tries=tries,
+                    error=f"{type(error).__name__}: {error}",
+                )
         if self._stopping.wait(pause):
             raise Stopping from error
 

@@ -8,15 +8,17 @@ from domain.unit_of_work import is_conflict
 from workers.failures import TimeLimitExceeded, causes
 
 # SQLSTATE classes and codes, PostgreSQL manual, appendix A: connection trouble (08), no resources (53),
-# shutdown, crash, start-up, idle for too long (57P0x, 25P0x), read-only after a failover.
+# shutdown, crash, start-up, idle for too long (57P0x, 25P03), read-only after a failover.
 _CLASSES = ("08", "53")
-_CODES = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04", "25006"}
+_CODES = {"57P01", "57P02", "57P03", "57P05", "25P03", "25006"}
 
 
 def passes(error: BaseException) -> bool:
     """Return whether the error, or one it came from, says that a server is away."""
     if any(isinstance(cause, TimeLimitExceeded) for cause in causes(error)):
         return False  # a connection that breaks when a handler is cut off says nothing of its server
+    if any(isinstance(cause, psycopg.errors.TransactionTimeout) for cause in causes(error)):
+        return False  # our sessions have none: a handler has set one, and it would be too long the next time as well
     return any(_is_passing(cause) for cause in causes(error))
 
 

@@ -4,7 +4,8 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
-from dataclasses import dataclass
+from tests.mutations.mutant import Mutant
+from tests.mutations.queues import QUEUES
 
 READING = "tests/workers/relay/test_reading_forward.py"
 GAPS = "tests/workers/relay/test_gaps.py"
@@ -35,18 +36,6 @@ READING_SQL = "migrations/sql/0019_reading.up.sql"
 BLOCKER_SQL = "migrations/sql/0013_blocker.up.sql"
 RELEASING_SQL = "migrations/sql/0020_releasing.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One protecting line, broken."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-
 
 MUTANTS = (
     # Writing ------------------------------------------------------------------------------------
@@ -990,4 +979,5 @@ MUTANTS = (
         "            return\n",
         SERVING,
     ),
+    *QUEUES,
 )

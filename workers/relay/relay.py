@@ -14,6 +14,7 @@ from uuid import uuid4
 import psycopg
 import structlog
 
+from domain.database import NO_TIME_LIMITS, SESSION_SETTINGS, set_newer, startup_options
 from domain.errors import DovecoteError
 from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
@@ -69,6 +70,21 @@ _PASSED_OVER = """
 """
 _FORGET_REDIS = "update dovecote.relay_state set redis_run_id = null where epoch = %(epoch)s"
 
+
+_SESSION_SETTINGS = {
+    **SESSION_SETTINGS,
+    **NO_TIME_LIMITS,
+    "statement_timeout": 0,
+    "default_transaction_isolation": "read committed",
+    # What the relay records may be lost in a crash of Postgres: it then publishes again, and consumers absorb it.
+    "synchronous_commit": "off",
+    # The plan is guarded: positions are read by index, whatever the statistics say.
+    "jit": "off",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_sort": "off",
+    "enable_indexscan": "on",
+}
 
 # A notification through one server takes a millisecond or two.
 _HEARD_WITHIN_SECONDS = 5.0
@@ -144,18 +160,14 @@ class Relay:
             autocommit=True,
             connect_timeout=self._settings.database.connect_timeout_seconds,
             application_name="dovecote relay",
+            client_encoding="utf8",
             keepalives_idle=5,
             keepalives_interval=3,
             keepalives_count=3,
             tcp_user_timeout=14_000,
-            # What the relay records may be lost in a crash of Postgres: it then publishes again, and
-            # consumers absorb it. The plan is guarded: positions are read by index, whatever the statistics say.
-            options="-c timezone=UTC -c statement_timeout=0 -c synchronous_commit=off -c jit=off -c enable_seqscan=off"
-            " -c enable_bitmapscan=off -c enable_sort=off"
-            # Postgres, too, is to find out that our machine is gone: until then nobody else leads.
-            " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=3 -c tcp_keepalives_count=3"
-            " -c tcp_user_timeout=14000",
+            options=startup_options(_SESSION_SETTINGS),
         ) as connection:
+            set_newer(connection, _SESSION_SETTINGS)
             yield connection
 
     def _require_session(self, connection: Connection) -> None:

@@ -17,7 +17,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Connection
 
-from domain.database import connect
+from domain.database import NO_TIME_LIMITS, connect
 from workers import operations
 from workers.operations.aggregates import count_blocked
 from workers.operations.doctor.postgres import OLDEST_FLOOR, PARTITIONS
@@ -48,6 +48,7 @@ class Survey(Collector):
             connect_timeout_seconds=_LIMIT_SECONDS,
             statement_timeout_ms=_STATEMENT_MS,
             application_name="dovecote metrics",
+            session_settings=NO_TIME_LIMITS,
         )
         self._lock = threading.Lock()
         self._found: list[Metric] = []

@@ -27,9 +27,11 @@ _LONG_FLOOR_SECONDS = 60.0
 _SILENT_SECONDS = 10.0
 _RECENT_EVENTS = 10_000
 
+# A moment as text: psycopg reads one DateStyle only, and behind a pool of transactions we set none.
 # A frozen relay keeps its lock and asks nothing any more. Who may not see others' statements gets null.
 _RELAY = """
-    select s.owner, s.epoch, s.owned_since, leader.pid, leader.silent_seconds
+    select s.owner, s.epoch, to_char(s.owned_since at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS') as owned_since,
+           leader.pid, leader.silent_seconds
     from dovecote.relay_state s
     left join lateral (
         select l.pid, extract(epoch from clock_timestamp() - a.query_start)::float8 as silent_seconds
@@ -183,7 +185,7 @@ def relay(connection: Connection, subject: Subject) -> Finding:
         return error(
             "relay.alive", f"no relay leads{last}", "Start one: `dovecote relay`; nothing is published meanwhile."
         )
-    since = f"{row.owned_since:%Y-%m-%d %H:%M:%S}" if row.owned_since else "this moment"
+    since = f"{row.owned_since} UTC" if row.owned_since else "this moment"
     found = f"{row.owner or 'somebody'} leads since {since}, backend {row.pid}, epoch {row.epoch}"
     # It asks something each second, or once in its poll.
     longest = _SILENT_SECONDS + 2 * subject.settings.relay.poll_seconds
@@ -274,6 +276,7 @@ def _session(subject: Subject) -> Iterator[Connection]:
         row_factory=namedtuple_row,
         connect_timeout=_CONNECT_SECONDS,
         application_name="dovecote doctor",
+        client_encoding="utf8",
         prepare_threshold=None,
         keepalives_idle=2,
         keepalives_interval=1,

@@ -1,0 +1,41 @@
+"""Mutants of what keeps writers, sessions and full queues from stopping each other."""
+
+from tests.mutations.mutant import Mutant
+
+HOSTILE = "tests/workers/test_hostile_settings.py"
+
+QUEUES = (
+    # Sessions -----------------------------------------------------------------------------------
+    *(
+        Mutant(f"our sessions have no {name} of their own", "domain/database.py", old, "", HOSTILE)
+        for name, old in {
+            "DateStyle": '    "datestyle": "ISO",\n',
+            "IntervalStyle": '    "intervalstyle": "postgres",\n',
+            "idle_session_timeout": '    "idle_session_timeout": 0,\n',
+            "idle_in_transaction_session_timeout": '    "idle_in_transaction_session_timeout": 0,\n',
+            "transaction_timeout": '    "transaction_timeout": 0,\n',
+            "client_encoding": '            "client_encoding": "utf8",\n',
+        }.items()
+    ),
+    Mutant(
+        "a dead connection is handed out",
+        "domain/database.py",
+        "if idle_since is not None and time",
+        "if False and time",
+        HOSTILE,
+    ),
+    Mutant(
+        "a handler's own transaction_timeout is an outage",
+        "workers/outages.py",
+        "isinstance(cause, psycopg.errors.TransactionTimeout)",
+        "isinstance(cause, ZeroDivisionError)",
+        HOSTILE,
+    ),
+    Mutant(
+        "what cannot be written is called an outage",
+        "workers/consume.py",
+        "            if passes(error):\n                log.warning(",
+        "            if True:\n                log.warning(",
+        HOSTILE,
+    ),
+)
