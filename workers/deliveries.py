@@ -111,7 +111,7 @@ _park = text(
 
 _release_next = text(
     """
-    select pg_notify('dovecote_deliveries', '')
+    select dovecote.wake('dovecote_deliveries')
     from dovecote.release_next(:handler_name, cast(:event_types as text[]), cast(:aggregate_types as text[]),
                                cast(:aggregate_ids as text[]), cast(:positions as bigint[]),
                                cast(:replay_id as uuid)) as released
@@ -121,7 +121,7 @@ _release_next = text(
 
 _release_parked = text(
     """
-    select pg_notify('dovecote_deliveries', '')
+    select dovecote.wake('dovecote_deliveries')
     from dovecote.release_parked(:handler_name, cast(:event_types as text[]), cast(:event_ids as uuid[])) as released
     where released > 0
     """

@@ -1,1 +1,1 @@
--- To come.
+drop function dovecote.wake;

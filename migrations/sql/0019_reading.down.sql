@@ -1,4 +1,4 @@
--- Back to the function of 0018. Relays of before ask for horizon().
+-- Back to the function of 0012. Relays of before ask for horizon().
 
 create or replace function dovecote.announce() returns trigger
 language plpgsql as $$
@@ -17,9 +17,7 @@ begin
         announced := set_config('dovecote.announced', pg_current_xact_id()::text, true);
         -- The bell rings only for a relay that sleeps: it then holds this key for itself.
         if not pg_try_advisory_xact_lock_shared(dovecote.bell_key()) then
-            if pg_notification_queue_usage() < 0.5 then
-                perform pg_notify('dovecote_outbox', '');
-            end if;
+            perform pg_notify('dovecote_outbox', '');
         end if;
     end if;
     return null;

@@ -36,21 +36,21 @@ language plpgsql as $$
 declare
     announced text;
 begin
-    if current_setting('dovecote.announced', true) is distinct from pg_current_xact_id()::text then
-        if not pg_try_advisory_xact_lock_shared(
-                dovecote.floor_key(coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0))) then
+    if pg_catalog.current_setting('dovecote.announced', true) is distinct from pg_catalog.pg_current_xact_id()::text then
+        if not pg_catalog.pg_try_advisory_xact_lock_shared(dovecote.floor_key(
+                coalesce(pg_catalog.pg_sequence_last_value('dovecote.outbox_position'), 0))) then
             raise exception 'somebody holds a floor of the outbox exclusively, which nobody may';
         end if;
         -- An assignment: perform would be a query.
-        announced := set_config('dovecote.announced', pg_current_xact_id()::text, true);
+        announced := pg_catalog.set_config('dovecote.announced', pg_catalog.pg_current_xact_id()::text, true);
         -- A relay that sleeps holds this key for itself, and is woken. The key is given back at once, in the same
         -- expression, where nothing can be interrupted: held to the end it would keep the relay from sleeping. The
         -- floor comes first: by it a relay that falls asleep now knows that we shall say nothing.
-        if (case when pg_try_advisory_lock_shared(dovecote.bell_key())
-                 then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end) then
-            -- In a full queue notifying fails, and the transaction with it. The relay looks by itself, too.
-            if pg_notification_queue_usage() < 0.5 then
-                perform pg_notify('dovecote_outbox', '');
+        if (case when pg_catalog.pg_try_advisory_lock_shared(dovecote.bell_key())
+                 then not pg_catalog.pg_advisory_unlock_shared(dovecote.bell_key()) else true end) then
+            -- As in dovecote.wake; a call of it would be a query.
+            if pg_catalog.float8lt(pg_catalog.pg_notification_queue_usage(), 0.5) then
+                perform pg_catalog.pg_notify('dovecote_outbox', '');
             end if;
         end if;
     end if;

@@ -33,6 +33,7 @@ PAUSING = "tests/workers/test_pausing.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
+WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0013_blocker.up.sql"
 RELEASING_SQL = "migrations/sql/0020_releasing.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
@@ -42,8 +43,8 @@ MUTANTS = (
     Mutant(
         "no floor is announced",
         READING_SQL,
-        "if not pg_try_advisory_xact_lock_shared(\n                dovecote.floor_key(",
-        "if false and not pg_try_advisory_xact_lock_shared(\n                dovecote.floor_key(",
+        "if not pg_catalog.pg_try_advisory_xact_lock_shared(dovecote.floor_key(",
+        "if false and not pg_catalog.pg_try_advisory_xact_lock_shared(dovecote.floor_key(",
         READING,
     ),
     Mutant(
@@ -56,15 +57,16 @@ MUTANTS = (
     Mutant(
         "the floor is that of the highest position, not of one's own",
         READING_SQL,
-        "coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0)",
-        "coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1",
+        "coalesce(pg_catalog.pg_sequence_last_value('dovecote.outbox_position'), 0)",
+        "coalesce(pg_catalog.pg_sequence_last_value('dovecote.outbox_position'), 0) + 1",
         READING,
     ),
     Mutant(
         "a transaction announces itself once in a session's life",
         READING_SQL,
-        "if current_setting('dovecote.announced', true) is distinct from pg_current_xact_id()::text then",
-        "if current_setting('dovecote.announced', true) is null then",
+        "if pg_catalog.current_setting('dovecote.announced', true)"
+        " is distinct from pg_catalog.pg_current_xact_id()::text then",
+        "if pg_catalog.current_setting('dovecote.announced', true) is null then",
         READING,
     ),
     Mutant(
@@ -77,7 +79,7 @@ MUTANTS = (
     Mutant(
         "nobody rings the bell",
         READING_SQL,
-        "perform pg_notify('dovecote_outbox', '');",
+        "perform pg_catalog.pg_notify('dovecote_outbox', '');",
         "null;",
         f"{WRITING} {RELAY}",
     ),
@@ -362,8 +364,8 @@ MUTANTS = (
     Mutant(
         "a writer keeps the bell until its end",
         READING_SQL,
-        "(case when pg_try_advisory_lock_shared(dovecote.bell_key())\n"
-        "                 then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
+        "(case when pg_catalog.pg_try_advisory_lock_shared(dovecote.bell_key())\n"
+        "                 then not pg_catalog.pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
         "not pg_try_advisory_xact_lock_shared(dovecote.bell_key())",
         HELD,
     ),

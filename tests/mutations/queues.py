@@ -3,8 +3,40 @@
 from tests.mutations.mutant import Mutant
 
 HOSTILE = "tests/workers/test_hostile_settings.py"
+FULL_NOTIFY = "tests/workers/test_full_notify_queue.py"
+
+WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 
 QUEUES = (
+    # Wake-ups -----------------------------------------------------------------------------------
+    Mutant(
+        "a writer notifies a full queue",
+        WAKEUP_SQL,
+        "            if pg_catalog.float8lt(pg_catalog.pg_notification_queue_usage(), 0.5) then\n",
+        "            if true then\n",
+        FULL_NOTIFY,
+    ),
+    Mutant(
+        "consumers and operators notify a full queue",
+        WAKEUP_SQL,
+        "    if pg_catalog.float8lt(pg_catalog.pg_notification_queue_usage(), 0.5) then\n        perform pg_catalog.pg_notify(ch",
+        "    if true then\n        perform pg_catalog.pg_notify(ch",
+        FULL_NOTIFY,
+    ),
+    Mutant(
+        "a relay does not start while the queue of notifications is full",
+        "workers/relay/relay.py",
+        "            except psycopg.errors.ProgramLimitExceeded as error:",
+        "            except ZeroDivisionError as error:",
+        FULL_NOTIFY,
+    ),
+    Mutant(
+        "nobody frees the queue of notifications",
+        "workers/relay/leading.py",
+        '            self._connection.execute("select pg_notification_queue_usage()")\n',
+        "",
+        FULL_NOTIFY,
+    ),
     # Sessions -----------------------------------------------------------------------------------
     *(
         Mutant(f"our sessions have no {name} of their own", "domain/database.py", old, "", HOSTILE)

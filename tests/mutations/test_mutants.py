@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.__main__ import break_it
-from tests.mutations.mutants import MUTANTS, Mutant
+from tests.mutations.mutant import Mutant
+from tests.mutations.mutants import MUTANTS
 
 ROOT = Path(__file__).parents[2]
 

@@ -53,7 +53,7 @@ _PAUSE = text(
     """
 )
 _RESUME = text("delete from dovecote.paused_handlers where handler_name = :handler")
-_TELL_RELAY = text(f"select pg_notify('{pauses.CHANNEL}', ''), pg_notify('dovecote_deliveries', '')")
+_TELL_RELAY = text(f"select dovecote.wake('{pauses.CHANNEL}'), dovecote.wake('dovecote_deliveries')")
 
 
 def paused(connection: Connection) -> dict[str, Pause]:

@@ -103,7 +103,7 @@ _RELEASE = text(
     select count(*) from behind
     """
 )
-_NOTIFY = text("select pg_notify('dovecote_deliveries', '')")
+_NOTIFY = text("select dovecote.wake('dovecote_deliveries')")
 
 
 def retry(

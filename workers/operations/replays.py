@@ -318,4 +318,4 @@ def _change(
 
 
 def _tell_relay(connection: Connection) -> None:
-    run(connection, "select pg_notify(%(channel)s, '')", {"channel": replays.CHANNEL})
+    run(connection, "select dovecote.wake(%(channel)s)", {"channel": replays.CHANNEL})

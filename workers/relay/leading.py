@@ -38,6 +38,9 @@ _TICK_SECONDS = 1.0
 # A dead worker is found this long after its heartbeat's time-out.
 _REAP_SECONDS = 2.0
 _PARTITIONS_SECONDS = 3_600.0
+# How often what everybody has read is freed from Postgres's queue of notifications. Postgres does that when a NOTIFY
+# commits; once the queue was full, there is none.
+_FREE_NOTIFICATIONS_SECONDS = 60.0
 # An event alone, or a few at once, are no traffic; more batches than that without a pause are.
 _FEW_IN_A_ROW = 3
 # What a transaction that saw us awake may wait after its end, as a share of what it took.
@@ -122,7 +125,7 @@ class Leader:
         self._called = False
         self._batches_in_a_row = 0
         self._pause_seconds = 0.0
-        self._next_tick = self._next_reaping = self._next_partitions = time.monotonic()
+        self._next_tick = self._next_reaping = self._next_partitions = self._next_freeing = time.monotonic()
 
     def lead(self) -> None:
         """Work until told to stop.
@@ -324,6 +327,9 @@ class Leader:
             self._next_reaping = now + _REAP_SECONDS
             self._through_outages(lambda: self._meters.reaped(self._broker.reap()))
             self._through_outages(self._take_back)
+        if now >= self._next_freeing:
+            self._next_freeing = now + _FREE_NOTIFICATIONS_SECONDS
+            self._connection.execute("select pg_notification_queue_usage()")
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:

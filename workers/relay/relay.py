@@ -175,7 +175,13 @@ class Relay:
         channel = f"dovecote_{uuid4().hex}"
         connection.execute(f"listen {channel}")
         with self._session() as another:
-            another.execute(f"notify {channel}")
+            try:
+                another.execute(f"notify {channel}")
+            except psycopg.errors.ProgramLimitExceeded as error:
+                # Full for now, because of somebody else. We poll, as for all that was written meanwhile.
+                log.warning("NOTIFY fails, so it is not known whether we would hear it", error=str(error))
+                connection.execute(f"unlisten {channel}")
+                return
         # A list: the generator holds the connection's lock until it has come to its end.
         heard = [
             notification.channel for notification in connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)

@@ -50,6 +50,8 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
         our login may not see it (pg_read_all_stats)
     dovecote_partition_headroom_seconds gauge: how long the partitions made ahead last
     dovecote_default_partition_in_use gauge: 1 when rows lie outside of every week
+    dovecote_notify_queue_usage gauge: which part of Postgres's queue of notifications is in use, 0 to 1; from 0.5 on
+        nobody is woken, and the relay polls
 
 Of consumers; one port tells for all worker processes of a Dramatiq master:
 

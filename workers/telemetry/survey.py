@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from domain.database import NO_TIME_LIMITS, connect
 from workers import operations
 from workers.operations.aggregates import count_blocked
-from workers.operations.doctor.postgres import OLDEST_FLOOR, PARTITIONS
+from workers.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS
 from workers.operations.reading import snapshot
 from workers.outages import passes
 from workers.redis_client import connect_redis
@@ -178,6 +178,11 @@ def _of_writers_and_weeks(connection: Connection) -> list[Metric]:
             "dovecote_default_partition_in_use",
             "Whether rows lie outside of every week.",
             {"": weeks.defaults is not None},
+        ),
+        _gauge(
+            "dovecote_notify_queue_usage",
+            "Which part of Postgres's queue of notifications is in use.",
+            {"": connection.exec_driver_sql(NOTIFY_QUEUE).scalar_one()},
         ),
     ]
 

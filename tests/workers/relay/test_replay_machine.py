@@ -173,7 +173,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
         def retries_are_due(self) -> None:
             self.run("update dovecote.deliveries set next_attempt_at = now() where state = 'retrying'")
             leases.release_strays(self.connection, route)
-            self.run("select pg_notify('dovecote_deliveries', '')")
+            self.run("select dovecote.wake('dovecote_deliveries')")
 
         @rule()
         def redis_is_wiped(self) -> None:

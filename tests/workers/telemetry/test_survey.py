@@ -70,6 +70,7 @@ def test_an_empty_system_has_weeks_ahead_and_nothing_else(settings: Settings) ->
         "unrouted_events",
         "floors_held",
         "oldest_floor_seconds",
+        "notify_queue_usage",
     ):
         assert told(f"dovecote_{name}") == 0, name
     assert told("dovecote_default_partition_in_use") == 0

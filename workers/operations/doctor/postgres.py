@@ -26,6 +26,8 @@ _OLDEST_POSTGRES = 150_000
 _LONG_FLOOR_SECONDS = 60.0
 _SILENT_SECONDS = 10.0
 _RECENT_EVENTS = 10_000
+# From half of the queue on, nothing of ours notifies (migration 0018).
+_MUCH_OF_NOTIFY_QUEUE, _NO_WAKEUPS_FROM = 0.25, 0.5
 
 # A moment as text: psycopg reads one DateStyle only, and behind a pool of transactions we set none.
 # A frozen relay keeps its lock and asks nothing any more. Who may not see others' statements gets null.
@@ -74,6 +76,18 @@ PARTITIONS = """
               and pg_relation_size(c.oid) > 0) as defaults
 """
 
+#: Which part of the queue of notifications is in use, 0 to 1. Asking frees what everybody has read.
+NOTIFY_QUEUE = "select pg_notification_queue_usage() as used"
+
+# The queue is the cluster's. Who listens is not shown; a listener reads when its transaction ends. The oldest first.
+_IN_TRANSACTION = """
+    select pid, coalesce(datname, '') as database, coalesce(application_name, '') as application, state,
+           extract(epoch from clock_timestamp() - xact_start)::float8 as seconds, left(query, 100) as query
+    from pg_stat_activity
+    where xact_start is not null and pid <> pg_backend_pid() and backend_type = 'client backend'
+    order by xact_start limit 3
+"""
+
 # The newest only: nobody waits for a look through ten million.
 _RECENT_TYPES = """
     select event_type, count(*) as events
@@ -87,6 +101,7 @@ def findings(subject: Subject) -> list[Finding]:
     try:
         with _session(subject) as connection:
             found = [ok("postgres.reachable", _address(connection)), version(connection), clock(connection, subject)]
+            found.append(notify_queue(connection))
             found += sessions(subject, connection)
             schema_found = is_migrated(subject)
             found.append(schema_found)
@@ -115,6 +130,25 @@ def clock(connection: Connection, subject: Subject) -> Finding:
     before = subject.now()
     (there,) = _one(connection, "select extract(epoch from clock_timestamp())::float8")
     return skew("postgres.clock", "Postgres", there - (before + subject.now()) / 2)
+
+
+def notify_queue(connection: Connection) -> Finding:
+    (used,) = _one(connection, NOTIFY_QUEUE)
+    found = f"{used:.0%} of the queue of notifications is in use"
+    if used < _MUCH_OF_NOTIFY_QUEUE:
+        return ok("postgres.notify_queue", found)
+    holders = [
+        f"pid {row.pid} ({row.application or 'no name'}, database {row.database}, {row.state}) for {row.seconds:.0f} s,"
+        f" last statement: {masked(' '.join(row.query.split()))}"
+        for row in connection.execute(_IN_TRANSACTION)
+    ]
+    found += "; in a transaction are " + ("; ".join(holders) or "none that this login may see (pg_read_all_stats)")
+    advice = (
+        "A session that LISTENs and stays in a transaction keeps all that came since. End it: "
+        "`select pg_terminate_backend(pid)`. Until then writers are taken, and from half of the queue on nobody is "
+        "woken: the relay finds what was written when it polls."
+    )
+    return (warning if used < _NO_WAKEUPS_FROM else error)("postgres.notify_queue", found, advice)
 
 
 def sessions(subject: Subject, connection: Connection) -> list[Finding]:
@@ -146,7 +180,11 @@ def _locks(connection: Connection, another: Connection, advice: str) -> Finding:
 def _listen(connection: Connection, another: Connection, advice: str) -> Finding:
     channel = f"dovecote_{uuid4().hex}"
     connection.execute(f"listen {channel}")
-    another.execute(f"notify {channel}")
+    try:
+        another.execute(f"notify {channel}")
+    except psycopg.errors.ProgramLimitExceeded as caught:
+        connection.execute(f"unlisten {channel}")
+        return warning("postgres.listen", f"not tried: {caught}", "See postgres.notify_queue; then try again.")
     heard = [told.channel for told in connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)]
     if channel not in heard:
         return error("postgres.listen", f"a NOTIFY was not heard within {_HEARD_WITHIN_SECONDS:g} s", advice)
