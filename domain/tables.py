@@ -35,6 +35,7 @@ __all__ = [
     "metadata",
     "outbox",
     "paused_handlers",
+    "postponed",
     "price_quotes",
     "processed_events",
     "published_batches",
@@ -125,6 +126,15 @@ subscriptions = Table(
     Column("since_position", BigInteger, nullable=False),
     _moment("created_at"),
     Column("routed_epoch", BigInteger),
+    Column("published_above", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
+)
+
+postponed = Table(
+    "postponed",
+    metadata,
+    Column("handler_name", Text, primary_key=True),
+    Column("after_position", BigInteger, nullable=False),
+    _moment("since"),
 )
 
 relay_state = Table(

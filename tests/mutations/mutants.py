@@ -34,7 +34,7 @@ PAUSING = "tests/workers/test_pausing.py"
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
-BLOCKER_SQL = "migrations/sql/0013_blocker.up.sql"
+BLOCKER_SQL = "migrations/sql/0021_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0020_releasing.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 

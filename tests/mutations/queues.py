@@ -5,6 +5,9 @@ from tests.mutations.mutant import Mutant
 HOSTILE = "tests/workers/test_hostile_settings.py"
 FULL_NOTIFY = "tests/workers/test_full_notify_queue.py"
 
+NEW_HANDLER = "tests/workers/relay/test_new_handler.py"
+
+POSTPONED_SQL = "migrations/sql/0021_postponed.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 
 QUEUES = (
@@ -19,8 +22,8 @@ QUEUES = (
     Mutant(
         "consumers and operators notify a full queue",
         WAKEUP_SQL,
-        "    if pg_catalog.float8lt(pg_catalog.pg_notification_queue_usage(), 0.5) then\n        perform pg_catalog.pg_notify(ch",
-        "    if true then\n        perform pg_catalog.pg_notify(ch",
+        "0.5) then\n        perform pg_catalog.pg_notify(channel",
+        "1.5) then\n        perform pg_catalog.pg_notify(channel",
         FULL_NOTIFY,
     ),
     Mutant(
@@ -36,6 +39,63 @@ QUEUES = (
         '            self._connection.execute("select pg_notification_queue_usage()")\n',
         "",
         FULL_NOTIFY,
+    ),
+    # Where a new handler begins -----------------------------------------------------------------
+    Mutant(
+        "a new handler is told what was published above the checkpoint",
+        "workers/relay/relay.py",
+        "coalesce(before.published_above, published.above)",
+        "'{}'",
+        NEW_HANDLER,
+    ),
+    Mutant(
+        "a new version of a fact begins now",
+        "workers/relay/relay.py",
+        "    ) before on true",
+        "    ) before on false",
+        NEW_HANDLER,
+    ),
+    Mutant(
+        "what was published before a handler's time is missing",
+        "workers/relay/missing.py",
+        "and not s.published_above @> o.position and",
+        "and",
+        NEW_HANDLER,
+    ),
+    Mutant(
+        "what was published before a handler's time is waited for",
+        POSTPONED_SQL,
+        "          and (s.published_above is null or not s.published_above @> o.position)\n",
+        "",
+        NEW_HANDLER,
+    ),
+    Mutant(
+        "what was published before a handler's time keeps a week",
+        POSTPONED_SQL,
+        "             and not s.published_above @> o.position\n",
+        "",
+        NEW_HANDLER,
+    ),
+    Mutant(
+        "what was published before a handler's time is never quiet",
+        "workers/operations/counting.py",
+        "      and (s.published_above is null or not s.published_above @> o.position)\n",
+        "",
+        NEW_HANDLER,
+    ),
+    Mutant(
+        "what was published before a handler's time is under way",
+        "workers/operations/status.py",
+        "      and (s.published_above is null or not s.published_above @> n.position)\n",
+        "",
+        NEW_HANDLER,
+    ),
+    Mutant(
+        "a replay as missing may begin before a handler's time",
+        "workers/operations/replay_plans.py",
+        "greatest(s.since_position, upper(s.published_above) - 1)",
+        "s.since_position",
+        NEW_HANDLER,
     ),
     # Sessions -----------------------------------------------------------------------------------
     *(

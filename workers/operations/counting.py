@@ -43,6 +43,7 @@ _UNPROCESSED = text(
     from dovecote.outbox o
     left join dovecote.subscriptions s on s.handler_name = :handler and s.event_type = o.event_type
     where o.event_type = any(:event_types) and o.position > coalesce(s.since_position, 0)
+      and (s.published_above is null or not s.published_above @> o.position)
       and not exists (select from dovecote.processed_events p
                       where p.event_id = o.id and p.handler_name = :handler)
       and not exists (select from dovecote.deliveries d where d.event_id = o.id and d.handler_name = :handler

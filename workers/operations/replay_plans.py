@@ -86,13 +86,13 @@ _FIRST = """
     from dovecote.outbox o {known} where {conditions} and {matched} order by o.position limit %(limit)s
 """
 
-# The handler began here: what lies at or below was told before it wanted to know.
+# The handler began here: what lies at or below, but for gaps, was published before it wanted to know.
 _BEFORE_ITS_TIME = """
-    select s.since_position from dovecote.subscriptions s
+    select greatest(s.since_position, upper(s.published_above) - 1) from dovecote.subscriptions s
     where s.handler_name = %(handler)s and s.event_type = any(%(event_types)s)
       and exists (select from dovecote.outbox o {known}
                   where {conditions} and {matched} and o.event_type = s.event_type
-                    and o.position <= s.since_position)
+                    and (o.position <= s.since_position or s.published_above @> o.position))
     order by 1 desc limit 1
 """
 

@@ -177,6 +177,7 @@ _UNDER_WAY = text(
     left join dovecote.subscriptions s on s.handler_name = w.handler_name and s.event_type = w.event_type
     cross join reach
     where n.position > coalesce(s.since_position, 0)
+      and (s.published_above is null or not s.published_above @> n.position)
       and not exists (select from dovecote.processed_events p
                       where p.event_id = n.id and p.handler_name = w.handler_name)
       and not exists (select from dovecote.deliveries d where d.event_id = n.id and d.handler_name = w.handler_name)

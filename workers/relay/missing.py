@@ -17,7 +17,7 @@ _MISSING = """
     select o.position from dovecote.outbox o
     join dovecote.subscriptions s on s.handler_name = %(handler)s and s.event_type = o.event_type
     where o.event_type = any(%(event_types)s) and o.position > s.since_position
-      and o.position <= %(frontier)s
+      and not s.published_above @> o.position and o.position <= %(frontier)s
       and not exists (select from dovecote.processed_events p
                       where p.event_id = o.id and p.handler_name = %(handler)s)
       and not exists (select from dovecote.deliveries d

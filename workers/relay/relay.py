@@ -35,16 +35,25 @@ _TAKE_OVER = """
     set epoch = epoch + 1, owner = %s, owned_since = clock_timestamp(), seen_at = clock_timestamp()
     returning epoch, checkpoint, redis_run_id
 """
-# A version of a fact that the handler wants already is wanted since then: it may have been written before we knew it.
+# Of a new handler is what is not published yet: all above the checkpoint but for exactly what is in a batch. A
+# version of a fact that the handler wants already is wanted since then: it may have been written before we knew it.
 _SUBSCRIBE = """
-    insert into dovecote.subscriptions (handler_name, event_type, since_position, routed_epoch)
-    select wanted.handler_name, wanted.event_type,
-           coalesce((select min(s.since_position) from dovecote.subscriptions s
-                     where s.handler_name = wanted.handler_name
-                       and dovecote.fact_of(s.event_type) = dovecote.fact_of(wanted.event_type)),
-                    %(since_position)s),
-           %(epoch)s
+    with published (above) as (
+        select coalesce(range_agg(positions), '{}') * int8multirange(int8range(%(checkpoint)s, null, '()'))
+        from dovecote.published_batches
+        where positions && int8multirange(int8range(%(checkpoint)s, null, '()'))
+    )
+    insert into dovecote.subscriptions (handler_name, event_type, since_position, published_above, routed_epoch)
+    select wanted.handler_name, wanted.event_type, coalesce(before.since_position, %(checkpoint)s),
+           coalesce(before.published_above, published.above), %(epoch)s
     from unnest(%(handlers)s::text[], %(event_types)s::text[]) as wanted (handler_name, event_type)
+    cross join published
+    left join lateral (
+        select s.since_position, s.published_above from dovecote.subscriptions s
+        where s.handler_name = wanted.handler_name
+          and dovecote.fact_of(s.event_type) = dovecote.fact_of(wanted.event_type)
+        order by s.since_position limit 1
+    ) before on true
     on conflict (handler_name, event_type) do update set routed_epoch = excluded.routed_epoch
 """
 # The session that holds the leader's lock and has been waiting for its client for too long. A leader says something
@@ -238,7 +247,7 @@ class Relay:
         epoch, checkpoint, known_redis = row
         limits = self._settings.relay
         reader = Reader(connection, checkpoint, limits.batch_size, limits.batch_bytes)
-        if self._subscribe(connection, epoch, reader.frontier):
+        if self._subscribe(connection, epoch, checkpoint):
             known_redis = None  # as if Redis had lost it: what is published and not done is sent again
         log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
         with self._session() as records:
@@ -258,7 +267,7 @@ class Relay:
             leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
 
-    def _subscribe(self, connection: Connection, epoch: int, since_position: int) -> bool:
+    def _subscribe(self, connection: Connection, epoch: int, checkpoint: int) -> bool:
         """Note since when each handler wants each type; what is noted already stays.
 
         Return whether leaders before us may have passed over events that are wanted.
@@ -266,7 +275,7 @@ class Relay:
         wanted = [(route.handler, event_type) for route in self._routes for event_type in route.event_types]
         parameters = {
             "epoch": epoch,
-            "since_position": since_position,
+            "checkpoint": checkpoint,
             "handlers": [handler for handler, _ in wanted],
             "event_types": [event_type for _, event_type in wanted],
         }
