@@ -12,7 +12,7 @@ Dramatiq's key layout (its docs, "Enqueueing messages from other languages") is 
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from workers.telemetry.meters import ConsumerMeters
 
 _LUA = Path(__file__).parent / "lua"
 
+# Messages whose size tells that of a queue.
+_SAMPLES = 100
 # Of one call: Redis serves nobody else for some milliseconds.
 _MOST_TAKEN_BACK = 1_000
 
@@ -53,6 +55,16 @@ class QueuedBundle:
     queue: str
     id: str
     message: bytes
+
+
+@dataclass(frozen=True)
+class RedisUsage:
+    """What Redis holds, in bytes: all in all, at most (0 is without end), by queue, and put aside by handler."""
+
+    used: int
+    maxmemory: int
+    queued: Mapping[str, int]
+    aside: Mapping[str, int]
 
 
 class OutboxBroker(RedisBroker):
@@ -161,6 +173,43 @@ class OutboxBroker(RedisBroker):
         pipeline.get(self._marker)
         info, marker = pipeline.execute()
         return str(info["run_id"]), None if marker is None else int(marker)
+
+    def look(self, handlers: Sequence[tuple[str, str]]) -> tuple[str, int | None, RedisUsage]:
+        """Return what `identity` does and how much there is for these (queue, handler), in one round trip.
+
+        The size of a queue is an estimate from some of its messages; what is put aside is a share of it by number.
+        Where MEMORY USAGE is not allowed, it is 0.
+        """
+        names = sorted({queue for queue, _ in handlers})
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.info("server")
+            pipeline.get(self._marker)
+            pipeline.info("memory")
+            for queue in names:
+                pipeline.memory_usage(f"{self.namespace}:{queue}.msgs", samples=_SAMPLES)
+                pipeline.hlen(f"{self.namespace}:{queue}.msgs")
+            for queue, handler in handlers:
+                pipeline.llen(self._aside(queue, handler))
+            server, marker, memory, *counts = pipeline.execute(raise_on_error=False)
+        for reply in (server, marker, memory):
+            if isinstance(reply, Exception):
+                raise reply
+        numbers = [0 if isinstance(reply, redis.ResponseError) else int(reply or 0) for reply in counts]
+        sizes = dict(zip(names, numbers[: 2 * len(names) : 2], strict=True))
+        messages = dict(zip(names, numbers[1 : 2 * len(names) : 2], strict=True))
+        aside = {
+            (queue, handler): sizes[queue] * min(number, messages[queue]) // max(1, messages[queue])
+            for (queue, handler), number in zip(handlers, numbers[2 * len(names) :], strict=True)
+        }
+        for (queue, _), size in aside.items():
+            sizes[queue] -= size
+        usage = RedisUsage(
+            used=int(memory["used_memory"]),
+            maxmemory=int(memory.get("maxmemory", 0)),
+            queued=sizes,
+            aside={handler: size for (_, handler), size in aside.items()},
+        )
+        return str(server["run_id"]), None if marker is None else int(marker), usage
 
     def reap(self) -> int:
         """Take back the messages of workers that have been silent too long, on every declared queue; return how many.

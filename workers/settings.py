@@ -128,6 +128,11 @@ class Relay(Section):
         le=3_600,
         description="A leader silent for so long is frozen, and a standby ends its session.",
     )
+    queue_bytes: int = Field(
+        268_435_456,
+        ge=1_000_000,
+        description="Most bytes of a queue in Redis; beyond, its handlers' events stay in the outbox for now.",
+    )
     retry_lease_seconds: float = Field(
         60.0, ge=1, le=86_400, description="A retry sent but not heard of again is sent once more after this."
     )

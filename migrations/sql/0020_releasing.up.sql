@@ -118,12 +118,12 @@ exception
 end $$;
 
 create function dovecote.due_deliveries(
-    handlers text[], bundle_sizes integer[], max_events integer, max_bytes bigint, max_bundle_bytes bigint
+    handlers text[], bundle_sizes integer[], but_for text[], max_events integer, max_bytes bigint, max_bundle_bytes bigint
 ) returns setof dovecote.deliveries
 language plpgsql volatile
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 -- Return, locked, the retries whose time has come, each released one followed by those that wait behind it, as many as
--- make a bundle. `bundle_sizes` are of the ordered `handlers`. The first is returned whatever its size.
+-- make a bundle. `bundle_sizes` are of the ordered `handlers`; those of `but_for` wait. The first is returned whatever its size.
 declare
     due       dovecote.deliveries;
     follower  dovecote.deliveries;
@@ -138,6 +138,7 @@ begin
         select d.* from dovecote.deliveries d
         where d.state = 'retrying' and d.next_attempt_at <= pg_catalog.now()
           and d.handler_name not in (select p.handler_name from dovecote.paused_handlers p)
+          and d.handler_name <> all(but_for)
         order by d.next_attempt_at, d.position limit max_events
         for update of d skip locked
     loop

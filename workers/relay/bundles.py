@@ -7,7 +7,7 @@ them out again after a failover that lost the transactions they were for, while 
 
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from hashlib import blake2b
 from typing import TypeVar
@@ -44,17 +44,24 @@ class Bundler:
         """Return those who want the type."""
         return self._by_type.get(event_type, ())
 
-    def bundles(self, rows: Iterable[Row]) -> Iterator[QueuedBundle]:
-        """Yield the messages for these rows, each made when it is asked for; a row nobody wants is in none."""
-        return (bundle for bundle, _ in self.bundles_with_positions(rows))
+    def bundles(self, rows: Iterable[Row], upto: Mapping[str, int] | None = None) -> Iterator[QueuedBundle]:
+        """Yield the messages for these rows, each made when it is asked for; a row nobody wants is in none.
 
-    def bundles_with_positions(self, rows: Iterable[Row]) -> Iterator[tuple[QueuedBundle, list[int]]]:
+        The handlers of `upto` are sent what lies at or below their position there, and no more.
+        """
+        return (bundle for bundle, _ in self.bundles_with_positions(rows, upto))
+
+    def bundles_with_positions(
+        self, rows: Iterable[Row], upto: Mapping[str, int] | None = None
+    ) -> Iterator[tuple[QueuedBundle, list[int]]]:
         """Yield the messages, each with the positions in it. A row whose envelope cannot be made is in none."""
         parts: dict[str, _Part] = {}
         for row in rows:
-            _, event_type, envelope = row
+            position, event_type, envelope = row
             size = len(envelope)
             for route in self._by_type.get(event_type, ()) if size else ():
+                if upto and position > upto.get(route.handler, position):
+                    continue
                 part = parts.get(route.handler)
                 if part is None:
                     part = parts[route.handler] = _Part(route)
@@ -68,6 +75,11 @@ class Bundler:
                 part.size += size
         for part in parts.values():
             yield part.message()
+
+    def bundles_of(self, route: Route, rows: Sequence[Row]) -> Iterator[QueuedBundle]:
+        """Yield the messages for one handler, which wants all of these rows."""
+        for part in _parts([row for row in rows if row[2]], route.bundle_size, lambda row: len(row[2])):
+            yield bundle(route, positions(part), [envelope for _, _, envelope in part])
 
     def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
         """Yield the messages for deliveries that are due. Those of unknown handlers are left alone."""

@@ -22,6 +22,7 @@ from workers.relay.bundles import Bundler
 from workers.relay.envelopes import Made
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
+from workers.relay.postponed import Postponer
 from workers.relay.reading import Batch, Connection, Reader, positions
 from workers.relay.replaying import Replayer
 from workers.relay.setting_aside import Unreadable, report, set_aside
@@ -104,6 +105,17 @@ class Leader:
         self._maintain = maintain
         self._meters = meters or RelayMeters()
         self._ahead = ReadAhead(reader)
+        self._postponed = Postponer(
+            records=self._records,
+            bundler=self._bundler,
+            routes=routes,
+            epoch=epoch,
+            queue_bytes=settings.queue_bytes,
+            batch_size=settings.batch_size,
+            published_upto=reader.frontier,
+            send=self._send,
+            set_aside=self._give_up,
+        )
         self._replayer = Replayer(
             connection=connection,
             reader=reader,
@@ -112,6 +124,7 @@ class Leader:
             routes=routes,
             epoch=epoch,
             through_outages=self._through_outages,
+            postponed=self._postponed.after,
         )
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
@@ -136,7 +149,9 @@ class Leader:
             self._listen()
             # The relay before us may have ended between leasing a retry and sending it.
             leases.end_leases(self._connection)
+            self._postponed.load()
             self._through_outages(self._greet_redis)
+            self._through_outages(self._check_redis)
             while not self._sleeper.stopping:
                 self._turn()
         self._record_checkpoint()
@@ -160,6 +175,9 @@ class Leader:
             self._replayer.look()
         if time.monotonic() >= self._next_tick:
             self._tick()
+        elif time.monotonic() >= self._postponed.next_look:
+            self._through_outages(self._check_redis)
+        self._postponed.step()
         self._replayer.step()
         if batch.rows:
             self._pause_seconds = 0.0
@@ -177,7 +195,8 @@ class Leader:
     def _publish(self, batch: Batch) -> None:
         with publishing(batch.rows, self._bundler.routes_for):
             self._set_aside(batch)
-            self._send(lambda: self._bundler.bundles(batch.rows))
+            upto = self._postponed.admit(batch.rows)
+            self._send(lambda: self._bundler.bundles(batch.rows, upto))
             if not self._batches_in_a_row and not batch.is_full:
                 self._called = self._sleeper.sleep(_RECORD_LATER_SECONDS, self._connection)
             recorded = self._records.execute(
@@ -189,6 +208,7 @@ class Leader:
                 },
             )
         self._require_ownership(recorded.rowcount)
+        self._postponed.published(batch.rows)
         self._meters.published(len(batch.rows))
         self._unrouted.meet(batch.rows)
         if self._unrouted.has_news:
@@ -215,6 +235,7 @@ class Leader:
         From the first: what was sent of them before it may be lost, and is not recorded yet.
         """
         sent = 0
+        queued: dict[str, int] = {}
 
         def publish() -> None:
             nonlocal sent
@@ -227,9 +248,11 @@ class Leader:
             nonlocal sent
             for bundle in chain((first,), others):
                 sent += 1
+                queued[bundle.queue] = queued.get(bundle.queue, 0) + len(bundle.message)
                 yield bundle
 
         self._through_outages(publish)
+        self._postponed.sent(queued)
         self._meters.sent(sent)
 
     def _record_checkpoint(self) -> None:
@@ -285,7 +308,9 @@ class Leader:
             self._broker.claim_epoch(self._epoch)
             leases.end_leases(self._connection)
             self._replayer.forget_waves()
-            found = missing.bundles(self._connection, self._reader, self._bundler, self._routes, self._give_up)
+            found = missing.bundles(
+                self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
+            )
             sent = self._broker.publish(self._epoch, found)
             self._meters.republished(sent)
             if sent:
@@ -307,7 +332,8 @@ class Leader:
         self._known_redis = known
 
     def _check_redis(self) -> None:
-        run_id, marker = self._broker.identity()
+        run_id, marker, usage = self._broker.look([(route.queue, route.handler) for route in self._routes])
+        self._postponed.measured(usage)
         if marker is None or known_redis(run_id, marker) != self._known_redis:
             raise RedisLost
 
@@ -352,6 +378,7 @@ class Leader:
             self._settings.retry_lease_seconds,
             self._routes,
             envelopes.most_of_small,
+            but_for=sorted(self._postponed.full),
         )
         for part in envelopes.in_parts(due, [delivery.envelope for delivery in due]):
             self._give_up(
@@ -433,7 +460,7 @@ class Leader:
 
     def _sleep_until_called(self) -> None:
         """Until the bell rings or it is time to look anyway; retries and the reaper wait for neither."""
-        pause = min(self._look_again_seconds(), self._replayer.seconds_until_due())
+        pause = min(self._look_again_seconds(), self._replayer.seconds_until_due(), self._postponed.seconds_until_due())
         look_again = time.monotonic() + pause
         while not self._called and not self._heard and time.monotonic() < look_again:
             self._called = self._sleeper.sleep(min(look_again, self._next_tick) - time.monotonic(), self._connection)

@@ -44,7 +44,7 @@ class DueDelivery:
 _LEASE_DUE = """
     with due as materialized (
         select handler_name, event_id
-        from dovecote.due_deliveries(%(handlers)s::text[], %(bundle_sizes)s::integer[], %(limit)s,
+        from dovecote.due_deliveries(%(handlers)s::text[], %(bundle_sizes)s::integer[], %(but_for)s::text[], %(limit)s,
                                      %(max_bytes)s, %(max_bundle_bytes)s)
     ), leased as (
         update dovecote.deliveries d
@@ -160,16 +160,18 @@ def lease_due(
     lease_seconds: float,
     routes: Sequence[Route] = (),
     most_of_small: int = 4_000,
+    but_for: Sequence[str] = (),
 ) -> list[DueDelivery]:
     """Return retries whose time has come, in writing order, at most so many; there may be more.
 
     Each is due again after the lease, should its message get lost with Redis. `routes` are those of which an event
-    that was released brings along what waits behind it.
+    that was released brings along what waits behind it. Those of the handlers in `but_for` wait.
     """
     ordered = [route for route in routes if route.ordered]
     parameters = {
         "handlers": [route.handler for route in ordered],
         "bundle_sizes": [route.bundle_size for route in ordered],
+        "but_for": list(but_for),
         "limit": limit,
         "max_bytes": MAX_LEASE_BYTES,
         "max_bundle_bytes": MAX_BUNDLE_BYTES,

@@ -38,17 +38,24 @@ def bundles(
     bundler: Bundler,
     routes: Sequence[Route],
     set_aside: Callable[[Sequence[Unreadable]], None],
+    upto: Mapping[str, int],
 ) -> Iterator[QueuedBundle]:
-    """Yield the messages to send again, batch by batch. Rows that cannot be read any more are given to `set_aside`."""
+    """Yield the messages to send again, batch by batch; to the handlers of `upto` only what lies up to there.
+
+    Rows that cannot be read any more are given to `set_aside`.
+    """
     with connection.transaction():
         # The whole history is asked here; the relay's guard for reading by index would be in the way.
         connection.execute("set local enable_seqscan = on; set local enable_sort = on")
-        missing = {route.handler: _missing(connection, route, reader.frontier) for route in routes}
+        missing = {
+            route.handler: _missing(connection, route, min(reader.frontier, upto.get(route.handler, reader.frontier)))
+            for route in routes
+        }
         positions = sorted(set().union(*missing.values()))
         batches = batches_of(connection, positions)
     for batch in batches:
         rows = _readable(reader.slices_in(batch), bundler, missing, set_aside)
-        for bundle, inside in bundler.bundles_with_positions(rows):
+        for bundle, inside in bundler.bundles_with_positions(rows, upto):
             if not missing[bundle.handler].isdisjoint(inside):
                 yield bundle
 

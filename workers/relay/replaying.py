@@ -10,7 +10,7 @@ and those of the next wave find the ones that failed in `deliveries` (docs/adr/0
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -156,6 +156,7 @@ class Replayer:
         routes: Sequence[Route],
         epoch: int,
         through_outages: Callable[[Callable[[], object]], None],
+        postponed: Collection[str] = (),
     ) -> None:
         self._connection = connection
         self._reader = reader
@@ -164,6 +165,7 @@ class Replayer:
         self._routes = {route.handler: route for route in routes}
         self._epoch = epoch
         self._through_outages = through_outages
+        self._postponed = postponed
         self._runs: dict[UUID, _Run] = {}
         self._next_look = 0.0
 
@@ -183,7 +185,10 @@ class Replayer:
             self._next_look = time.monotonic() + (_LOOK_SECONDS if self._runs else _IDLE_LOOK_SECONDS)
         for run in list(self._runs.values()):
             if time.monotonic() >= run.next_at:
-                if run.wave is None:
+                if run.replay.handler_name in self._postponed:
+                    # What its full queue kept back comes first.
+                    run.next_at = time.monotonic() + _LOOK_SECONDS
+                elif run.wave is None:
                     self._send_wave(run)
                 else:
                     self._settle(run, run.wave)

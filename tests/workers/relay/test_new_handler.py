@@ -131,7 +131,8 @@ def blocker(system: System, symbol: str, before: int) -> int | None:
         symbol=symbol,
         before=before,
     )
-    return found and one_value(system, "select position from dovecote.outbox where id = :id", id=found)
+    position: int | None = one_value(system, "select position from dovecote.outbox where id = :id", id=found)
+    return position
 
 
 def test_only_what_is_the_handler_s_is_waited_for(beside_a_gap: System) -> None:
