@@ -35,25 +35,33 @@ class Connection(psycopg.Connection[Row]):
 
     @contextmanager
     def watched_by(self, watcher: Watcher) -> Iterator[None]:
-        """Tell the watcher of each statement and each end of a transaction within the block."""
-        cursors, server_cursors = self.cursor_factory, self.server_cursor_factory
-        self.cursor_factory, self.server_cursor_factory = _watched(cursors), _watched(server_cursors)
+        """Tell the watcher of each statement and each end of a transaction, within the block."""
         self.watcher = watcher
+        self.cursor_factory = _watched(self.cursor_factory)
+        self.server_cursor_factory = _watched(self.server_cursor_factory)
         try:
             yield
         finally:
-            self.watcher = None
-            self.cursor_factory, self.server_cursor_factory = cursors, server_cursors
+            # Given back to the pool in between, it may be watched by another by now.
+            if self.watcher is watcher:
+                self.watcher = None
 
     def commit(self) -> None:
-        """Errors: InFailedSqlTransaction after an error in the transaction, which somebody caught and passed over."""
-        if self.watcher is not None:
-            self.watcher.before_commit()
-        if self.pgconn.transaction_status == TransactionStatus.INERROR:
-            raise psycopg.errors.InFailedSqlTransaction(
-                "the transaction cannot be committed: a statement in it failed, and the error was caught. "
-                "What may fail goes into a savepoint: `with session.begin_nested():`"
-            )
+        """Commit; nothing is left open by a commit that is refused.
+
+        Errors: InFailedSqlTransaction after an error in the transaction that was caught and passed over.
+        """
+        try:
+            if self.watcher is not None:
+                self.watcher.before_commit()
+            if self.pgconn.transaction_status == TransactionStatus.INERROR:
+                raise psycopg.errors.InFailedSqlTransaction(
+                    "the transaction cannot be committed: a statement in it failed, and the error was caught. "
+                    "What may fail goes into a savepoint: `with session.begin_nested():`"
+                )
+        except BaseException:
+            super().rollback()
+            raise
         super().commit()
 
     def rollback(self) -> None:
@@ -65,6 +73,15 @@ class Connection(psycopg.Connection[Row]):
         if self.watcher is not None:
             self.watcher.before_close()
         super().close()
+
+
+def given_back(connection: psycopg.Connection[Any] | None, _record: object) -> None:
+    """Leave nothing behind for the next one that takes the connection out of its pool."""
+    if isinstance(connection, Connection):
+        connection.watcher = None
+        # SQLAlchemy resets no connection whose transaction it takes for ended, as after a commit that failed.
+        if connection.pgconn.transaction_status not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
+            connection.rollback()
 
 
 class WatchedSession(Session):
@@ -115,6 +132,8 @@ _watched_kinds: dict[type[psycopg.Cursor[Any]], type[Any]] = {}
 
 def _watched(cursors: type[AnyCursor]) -> type[AnyCursor]:
     """Return the same kind of cursor, watched."""
+    if issubclass(cursors, _WatchedCursor):
+        return cursors
     if cursors not in _watched_kinds:
         _watched_kinds[cursors] = type(f"Watched{cursors.__name__}", (_WatchedCursor, cursors), {})
     return _watched_kinds[cursors]

@@ -15,7 +15,7 @@ from sqlalchemy import DateTime, Engine, MetaData, Uuid, create_engine, event, m
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session, registry, sessionmaker
 
-from domain.connections import Connection, WatchedSession
+from domain.connections import Connection, WatchedSession, given_back
 
 SCHEMA = "dovecote"
 
@@ -107,8 +107,9 @@ def connect(
         return connection
 
     @event.listens_for(engine, "checkin")
-    def returned(_connection: object, record: Any) -> None:
+    def returned(connection: Any, record: Any) -> None:
         record.info["returned_at"] = time.monotonic()
+        given_back(connection, record)
 
     @event.listens_for(engine, "checkout")
     def taken(connection: Any, record: Any, _proxy: object) -> None:

@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -161,6 +161,8 @@ class Consumer:
                 _ = envelope.event
             except Exception as error:
                 errors[envelope.event_id] = error
+                with suppress(Exception), acting_on(bundle.route, envelope):
+                    raise  # in a trace it is the handler's call that failed
         if not errors:
             return bundle.envelopes
         unreadable = [envelope for envelope in bundle.envelopes if envelope.event_id in errors]
@@ -340,9 +342,10 @@ class Consumer:
         try:
             with guard.on_watch():
                 self._time_limits.within(watch, handle)
-        except TimeLimitExceeded:
-            # It may have been in the middle of a statement: nobody is to use this connection again.
-            uow.session.invalidate()
+        except BaseException as error:
+            # Cut off, or left in the middle of a statement: nobody is to use this connection again, nor can roll back.
+            if isinstance(error, TimeLimitExceeded) or not guard.can_roll_back():
+                uow.session.invalidate()
             raise
         finally:
             self.meters.handled(route.handler, [*watch.moments, time.monotonic()])

@@ -62,7 +62,9 @@ class TransactionGuard:
         self._handler = handler
         self._transaction = session.get_transaction()
         self._driver = driver_connection(session)
+        # Those of this call that are there, and those of them that it has neither released nor rolled back to.
         self._savepoints: list[str] = []
+        self._open_savepoints: list[str] = []
         self._settings: dict[str, str] = {}
         #: What the handler did, also if it has caught what was raised then.
         self._violation: str | None = None
@@ -88,12 +90,17 @@ class TransactionGuard:
             and self._session.get_transaction() is transaction
             and not self._session.in_nested_transaction()
             and self._driver.pgconn.transaction_status == _IN_TRANSACTION
-            and not self._savepoints
+            and not self._open_savepoints
             and not self._settings
         ):
             self._error = None
-            return
-        self._judge()
+        else:
+            self._judge()
+        self._savepoints.clear()
+
+    def can_roll_back(self) -> bool:
+        """Return whether the connection is there and at rest; an open stream holds its lock."""
+        return self._driver.pgconn.transaction_status not in (TransactionStatus.ACTIVE, TransactionStatus.UNKNOWN)
 
     def _judge(self) -> None:
         status = self._driver.pgconn.transaction_status
@@ -106,7 +113,7 @@ class TransactionGuard:
             self._fail(_STATES[TransactionStatus(status)])
         if self._session.get_transaction() is not self._transaction:
             self._fail(f"ended its session's transaction: {_NO_END}")
-        if self._session.in_nested_transaction() or self._savepoints:
+        if self._session.in_nested_transaction() or self._open_savepoints:
             self._fail("left a savepoint open: release it or roll it back, as the `with` block of begin_nested() does")
         if self._transaction is None or not self._transaction.is_active:
             self._fail(f"left a session that a failed flush has ended: {_SAVEPOINT}")
@@ -131,13 +138,14 @@ class TransactionGuard:
                     self._refuse(f"said `{statement.words}` in SQL: {_NO_END}")
                 case "savepoint":
                     self._savepoints.append(statement.name)
+                    self._open_savepoints.append(statement.name)
                 case "release":
                     self._leave(statement.name)
                 case "rollback to":
                     if statement.name not in self._savepoints:
                         self._refuse(f"rolled back to the savepoint {statement.name!r}, which is not its own")
                     self._leave(statement.name)
-                    self._savepoints.append(statement.name)
+                    self._savepoints.append(statement.name)  # it is still there, and may be rolled back to again
                 case "set":
                     self._keep_settings(_custom_names(text, parameters))
 
@@ -170,9 +178,10 @@ class TransactionGuard:
 
     def _leave(self, name: str) -> None:
         """Forget the savepoint, and those inside it."""
-        if name in self._savepoints:
-            while self._savepoints.pop() != name:
-                pass
+        for savepoints in (self._savepoints, self._open_savepoints):
+            if name in savepoints:
+                while savepoints.pop() != name:
+                    pass
 
     def _keep_settings(self, custom: Sequence[str]) -> None:
         """Remember how everything is set, before it is set."""
