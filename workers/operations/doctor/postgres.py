@@ -15,6 +15,7 @@ from domain.database import connect
 from workers import schema
 from workers.attempts import longest_retry
 from workers.masking import masked
+from workers.operations.doctor import progress
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
 
 Connection = psycopg.Connection[Any]
@@ -106,7 +107,8 @@ def findings(subject: Subject) -> list[Finding]:
             schema_found = is_migrated(subject)
             found.append(schema_found)
             if schema_found.level == "ok":
-                found += [relay(connection, subject), floors(connection), partitions(connection)]
+                found += [relay(connection, subject), progress.relay(connection), floors(connection)]
+                found.append(partitions(connection))
                 found += routes(connection, subject)
                 found.append(retention(subject))
             return found
