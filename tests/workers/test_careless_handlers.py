@@ -306,7 +306,7 @@ def marks_of(bench: Bench, name: str) -> int:
 def failures_of(bench: Bench, name: str) -> list[tuple[str, int, str, str]]:
     with bench.engine.connect() as connection:
         query = text("select state, attempts, error_type, error from dovecote.deliveries where handler_name = :name")
-        return [tuple(row) for row in connection.execute(query, {"name": name})]  # type: ignore[misc]  # of four
+        return [tuple(row) for row in connection.execute(query, {"name": name})]
 
 
 PLACES = {"alone": [2], "first": [2, 3, 4, 5], "middle": [1, 3, 2, 4, 5], "last": [1, 3, 4, 2]}
