@@ -75,9 +75,11 @@ def emitting_in(hook: str, session_class: Any, symbol: str) -> Iterator[None]:
 
 
 def insert_update_and_delete(session: Session, name: str = "new") -> None:
+    to_change, to_delete = session.get_one(Row, "to change"), session.get_one(Row, "to delete")
+    # From here on nothing is flushed before the commit.
     session.add(Row(name=name))
-    session.get_one(Row, "to change").note = "changed"
-    session.delete(session.get_one(Row, "to delete"))
+    to_change.note = "changed"
+    session.delete(to_delete)
 
 
 @pytest.mark.parametrize("earlier", [[], ["earlier"]], ids=["", "beside another event"])
