@@ -71,13 +71,11 @@ _resolve = text("delete from dovecote.deliveries where handler_name = :handler_n
 _blockers = text(
     """
     select event_id, blocker,
-           exists (select from dovecote.deliveries d
-                   where d.handler_name = :handler_name and d.event_id = blocker) as is_kept
-    from unnest(cast(:event_ids as uuid[]), cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
-                cast(:positions as bigint[])) as bundle (event_id, aggregate_type, aggregate_id, position)
-    cross join lateral
-        dovecote.blocker(:handler_name, :event_types, aggregate_type, aggregate_id, position) as blocker
-    where blocker is not null
+           (select d.event_id from dovecote.deliveries d
+            where d.handler_name = :handler_name and d.event_id = blocker) is not null as is_kept
+    from dovecote.blockers(:handler_name, cast(:event_types as text[]), cast(:event_ids as uuid[]),
+                           cast(:aggregate_types as text[]), cast(:aggregate_ids as text[]),
+                           cast(:positions as bigint[])) as found
     """
 )
 

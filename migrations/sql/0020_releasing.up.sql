@@ -8,41 +8,50 @@ language sql immutable parallel safe as $$
     select (17607::bigint << 48) | (pg_catalog.hashtext(handler)::bigint & 4294967295)
 $$;
 
--- One plan for all calls: made anew for each, over the partitions of the outbox, it takes longer than what it finds
--- (Postgres 18 does that for SQL functions as well). What was discarded is asked for by its key, however much there is.
-create or replace function dovecote.blocker(
-    handler text, event_types text[], of_aggregate_type text, of_aggregate_id text, before_position bigint
-) returns uuid
-language sql stable set plan_cache_mode = force_generic_plan as $$
-    -- The event that an ordered handler must have done before this one; null when the way is free. It is enough
-    -- to ask for the one before: if that is done, so is everything before it.
-    select before.id
-    from (
+-- What dovecote.blocker() says, for many events in one plan. Made for each call, because most of these tables are empty
+-- most of the time, and a plan from then would go through all that waits, once for each event. An event with a free way
+-- is not returned.
+create function dovecote.blockers(
+    handler text, event_types text[], event_ids uuid[], aggregate_types text[], aggregate_ids text[], positions bigint[]
+) returns table (event_id uuid, blocker uuid)
+language sql stable
+set plan_cache_mode = force_custom_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+as $$
+    select event.id, before.id
+    from unnest(event_ids, aggregate_types, aggregate_ids, positions) as event (id, aggregate_type, aggregate_id, position)
+    cross join lateral (
         select o.id
         from dovecote.outbox o
         left join dovecote.subscriptions s on s.handler_name = handler and s.event_type = o.event_type
-        where o.aggregate_type = of_aggregate_type and o.aggregate_id = of_aggregate_id
-          and o.position < before_position and o.event_type = any(event_types)
+        where o.aggregate_type = event.aggregate_type and o.aggregate_id = event.aggregate_id
+          and o.position < event.position and o.event_type = any(event_types)
           and o.position > coalesce(s.since_position, 0)
           and (select d.state from dovecote.deliveries d
                where d.event_id = o.id and d.handler_name = handler) is distinct from 'discarded'
         order by o.position desc limit 1
     ) before
-    where not exists (select from dovecote.processed_events p
-                      where p.event_id = before.id and p.handler_name = handler)
+    where (select p.event_id from dovecote.processed_events p
+           where p.event_id = before.id and p.handler_name = handler) is null
 $$;
 
--- These plans outlive the table they were made for, which is empty most of the time: never by a scan of it.
 create function dovecote.release(handler text, event_types text[], event_ids uuid[]) returns bigint
 language sql volatile
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set plan_cache_mode = force_custom_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+as $$
     -- Let those of the waiting events go on that nothing blocks any more; return how many. One that somebody has
     -- locked is left to whoever that is.
-    with free as (
+    with blocked as materialized (
+        select b.event_id
+        from (select pg_catalog.array_agg(d.event_id) as ids, pg_catalog.array_agg(d.aggregate_type) as types,
+                     pg_catalog.array_agg(d.aggregate_id) as aggregates, pg_catalog.array_agg(d.position) as positions
+              from dovecote.deliveries d
+              where d.handler_name = handler and d.event_id = any(event_ids) and d.state = 'waiting') as waiting
+        cross join lateral dovecote.blockers(handler, event_types, ids, types, aggregates, positions) as b
+    ), free as (
         select d.event_id from dovecote.deliveries d
         where d.handler_name = handler and d.event_id = any(event_ids) and d.state = 'waiting'
           and case when d.replay_id is null
-              then dovecote.blocker(handler, event_types, d.aggregate_type, d.aggregate_id, d.position) is null
+              then d.event_id not in (select b.event_id from blocked b)
               else not exists (select from dovecote.deliveries before
                                where before.replay_id = d.replay_id and before.handler_name = d.handler_name
                                  and before.aggregate_type = d.aggregate_type and before.aggregate_id = d.aggregate_id
@@ -62,7 +71,8 @@ create function dovecote.release_next(
     handler text, event_types text[], aggregate_types text[], aggregate_ids text[], positions bigint[], replay uuid
 ) returns bigint
 language plpgsql volatile
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set plan_cache_mode = force_custom_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+as $$
 -- Release the first event that waits in each aggregate above the position that is done; return how many. The last
 -- statement of a transaction: what is parked meanwhile is looked at again once it has committed.
 declare
@@ -121,7 +131,8 @@ create function dovecote.due_deliveries(
     handlers text[], bundle_sizes integer[], but_for text[], max_events integer, max_bytes bigint, max_bundle_bytes bigint
 ) returns setof dovecote.deliveries
 language plpgsql volatile
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+as $$
 -- Return, locked, the retries whose time has come, each released one followed by those that wait behind it, as many as
 -- make a bundle. `bundle_sizes` are of the ordered `handlers`; those of `but_for` wait. The first is returned whatever its size.
 declare
@@ -181,6 +192,7 @@ begin
     end loop;
 end $$;
 
-grant execute on function dovecote.message_bytes, dovecote.release_key, dovecote.release, dovecote.release_next, dovecote.release_parked,
+grant execute on function dovecote.message_bytes, dovecote.release_key, dovecote.blockers, dovecote.release,
+                          dovecote.release_next, dovecote.release_parked,
                           dovecote.due_deliveries
     to dovecote_worker, dovecote_operator;

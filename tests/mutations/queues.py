@@ -7,7 +7,7 @@ FULL_NOTIFY = "tests/workers/test_full_notify_queue.py"
 
 NEW_HANDLER = "tests/workers/relay/test_new_handler.py"
 
-POSTPONED_SQL = "migrations/sql/0021_postponed.up.sql"
+POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 
 QUEUES = (

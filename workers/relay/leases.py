@@ -40,7 +40,7 @@ class DueDelivery:
 
 
 # An event that was released brings those along that wait behind it, as many as make a bundle: each of them is written
-# once on its way. One that has failed goes alone (migrations/sql/0020_releasing.up.sql).
+# once on its way. One that has failed goes alone (migrations/sql/0021_releasing.up.sql).
 _LEASE_DUE = """
     with due as materialized (
         select handler_name, event_id

@@ -13,7 +13,7 @@ comment on column dovecote.subscriptions.published_above is
 create or replace function dovecote.blocker(
     handler text, event_types text[], of_aggregate_type text, of_aggregate_id text, before_position bigint
 ) returns uuid
-language sql stable set plan_cache_mode = force_generic_plan as $$
+language sql stable as $$
     -- The event that an ordered handler must have done before this one; null when the way is free. It is enough
     -- to ask for the one before: if that is done, so is everything before it.
     select before.id
@@ -25,8 +25,8 @@ language sql stable set plan_cache_mode = force_generic_plan as $$
           and o.position < before_position and o.event_type = any(event_types)
           and o.position > coalesce(s.since_position, 0)
           and (s.published_above is null or not s.published_above @> o.position)
-          and (select d.state from dovecote.deliveries d
-               where d.event_id = o.id and d.handler_name = handler) is distinct from 'discarded'
+          and not exists (select from dovecote.deliveries d
+                          where d.event_id = o.id and d.handler_name = handler and d.state = 'discarded')
         order by o.position desc limit 1
     ) before
     where not exists (select from dovecote.processed_events p

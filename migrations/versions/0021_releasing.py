@@ -2,13 +2,13 @@
 
 from workers.schema import run_as_owner
 
-revision = "0020"
-down_revision = "0019"
+revision = "0021"
+down_revision = "0020"
 
 
 def upgrade() -> None:
-    run_as_owner("0020_releasing.up.sql")
+    run_as_owner("0021_releasing.up.sql")
 
 
 def downgrade() -> None:
-    run_as_owner("0020_releasing.down.sql")
+    run_as_owner("0021_releasing.down.sql")

@@ -1,11 +1,11 @@
 drop table dovecote.postponed;
 
--- Back to the functions of 0020 and 0008.
+-- Back to the functions of 0013 and 0008.
 
 create or replace function dovecote.blocker(
     handler text, event_types text[], of_aggregate_type text, of_aggregate_id text, before_position bigint
 ) returns uuid
-language sql stable set plan_cache_mode = force_generic_plan as $$
+language sql stable as $$
     -- The event that an ordered handler must have done before this one; null when the way is free. It is enough
     -- to ask for the one before: if that is done, so is everything before it.
     select before.id
@@ -16,8 +16,8 @@ language sql stable set plan_cache_mode = force_generic_plan as $$
         where o.aggregate_type = of_aggregate_type and o.aggregate_id = of_aggregate_id
           and o.position < before_position and o.event_type = any(event_types)
           and o.position > coalesce(s.since_position, 0)
-          and (select d.state from dovecote.deliveries d
-               where d.event_id = o.id and d.handler_name = handler) is distinct from 'discarded'
+          and not exists (select from dovecote.deliveries d
+                          where d.event_id = o.id and d.handler_name = handler and d.state = 'discarded')
         order by o.position desc limit 1
     ) before
     where not exists (select from dovecote.processed_events p

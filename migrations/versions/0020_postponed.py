@@ -2,13 +2,13 @@
 
 from workers.schema import run_as_owner
 
-revision = "0021"
-down_revision = "0020"
+revision = "0020"
+down_revision = "0019"
 
 
 def upgrade() -> None:
-    run_as_owner("0021_postponed.up.sql")
+    run_as_owner("0020_postponed.up.sql")
 
 
 def downgrade() -> None:
-    run_as_owner("0021_postponed.down.sql")
+    run_as_owner("0020_postponed.down.sql")
