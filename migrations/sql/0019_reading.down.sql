@@ -23,4 +23,4 @@ begin
     return null;
 end $$;
 
-drop function dovecote.horizon_and_writers;
+drop function dovecote.writers_at_work;

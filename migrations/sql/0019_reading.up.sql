@@ -1,21 +1,15 @@
 -- Reading beside held writers and rolled-back ones at no cost: workers/relay/reading.py, gaps.py and leading.py.
 
-create function dovecote.horizon_and_writers(
-    out last_position bigint, out settled bigint, out floors bigint[], out xids bigint[]
-)
+create function dovecote.writers_at_work(out floors bigint[], out xids bigint[])
 language plpgsql volatile as $$
--- As horizon(), and in the same order: first the sequence, then the floors. With it each writer at work: its floor, and
--- its transaction. Null for a transaction: it is over, for its number is given back before its floor is, or
--- somebody holds a floor by hand.
+-- Each writer at work: its floor, and its transaction. Null for a transaction: it is over, for its number is given back
+-- before its floor is, or somebody holds a floor by hand.
 -- Savepoints hold numbers too, all above that of their transaction: the lowest of a holder is the transaction's.
 -- pg_locks shows the lower 32 of 64 bits. Shifted up and down they are the signed distance from the number of now.
 declare
     now_xid constant bigint := pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint;
 begin
-    select case when s.is_called then s.last_value else 0 end into last_position from dovecote.outbox_position s;
-    select coalesce(array_agg(holder.floor), '{}'), coalesce(array_agg(holder.xid), '{}'),
-           least(last_position, min(holder.floor))
-    into floors, xids, settled
+    select coalesce(array_agg(holder.floor), '{}'), coalesce(array_agg(holder.xid), '{}') into floors, xids
     from (
         select min(((l.classid::bigint & 65535) << 32) | l.objid::bigint) filter (where l.locktype = 'advisory'),
                min(now_xid + (((l.transactionid::text::bigint - now_xid) << 32) >> 32))

@@ -6,7 +6,7 @@
  * horizon of the read before. It may die after sending a batch and before recording it, and start again.
  * Every step that is one moment in Postgres is one step here, and Spin tries every order of them.
  *
- * In the code:  migrations/sql/0019_reading.up.sql (announce, horizon_and_writers), workers/relay/reading.py
+ * In the code:  migrations/sql/0019_reading.up.sql (announce, writers_at_work), workers/relay/reading.py
  *               (Reader), workers/relay/gaps.py (Writers, behind_unread).
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
  * Not in here:  the bell, savepoints (a floor given back with its positions is a transaction rolled back),
@@ -108,8 +108,22 @@ inline read_floors() {
         settled = NONE; p = 0;
         do
         :: p < WRITERS ->
-            settled = (floors[p] < settled -> floors[p] : settled);
-            seen_before[p] = seen[p]; seen[p] = floors[p]; p++
+            settled = (floors[p] < settled -> floors[p] : settled); p++
+        :: else -> break
+        od;
+        p = 0
+    }
+}
+
+/* A second look, and none where the first has shown that nobody can own a position below the horizon. */
+inline look_at_writers() {
+    d_step {
+        p = 0;
+        do
+        :: p < WRITERS ->
+            seen_before[p] = seen[p];
+            seen[p] = (settled < last_position -> floors[p] : NONE);
+            p++
         :: else -> break
         od;
         p = 0
@@ -247,17 +261,18 @@ start_again: true;
     do
     ::
 #if defined(ROWS_BEFORE_HORIZON)
-        read_beyond(); horizon(); read_floors(); ask_who_is_over(); read_late();
+        read_beyond(); horizon(); read_floors(); look_at_writers(); ask_who_is_over(); read_late();
 #elif defined(FLOORS_BEFORE_SEQUENCE)
-        read_floors(); horizon(); read_beyond(); ask_who_is_over(); read_late();
+        read_floors(); horizon(); look_at_writers(); read_beyond(); ask_who_is_over(); read_late();
 #elif defined(LATE_BEFORE_BEYOND)
-        horizon(); read_floors(); ask_who_is_over(); read_late(); read_beyond();
+        horizon(); read_floors(); look_at_writers(); ask_who_is_over(); read_late(); read_beyond();
 #elif defined(OVER_BEFORE_BEYOND)
-        horizon(); read_floors(); ask_who_is_over(); read_beyond(); read_late();
+        horizon(); read_floors(); look_at_writers(); ask_who_is_over(); read_beyond(); read_late();
 #else
         if
         :: horizon();                    /* the order is the proof */
            read_floors();
+           look_at_writers();
            looked = true
 #ifdef AT_ONCE
         :: looked                        /* by the horizon of the read before */

@@ -121,9 +121,9 @@ MUTANTS = (
     # Reading ------------------------------------------------------------------------------------
     Mutant(
         "floors are not asked for",
-        READING_SQL,
-        "least(last_position, min(holder.floor))",
-        "last_position",
+        OUTBOX_SQL,
+        "settled := least(last_position, lowest_floor);",
+        "settled := last_position;",
         READING,
     ),
     Mutant(
@@ -341,9 +341,9 @@ MUTANTS = (
         HELD,
     ),
     Mutant(
-        "the relay takes an older look for who was at work when it fell asleep",
+        "nobody asks who was at work when the relay fell asleep",
         "workers/relay/leading.py",
-        "        if self._holds_bell and not called:\n",
+        "        if self._holds_bell and self._silent_writers != frozenset():\n",
         "        if False:\n",
         HELD,
     ),

@@ -14,9 +14,7 @@ from workers.relay.positions import multirange_of
 
 Connection = psycopg.Connection[TupleRow]
 
-#: Answered by one moment: the sequence, what is settled, and for each writer at work its floor and its transaction.
-HORIZON = "select last_position, settled, floors, xids from dovecote.horizon_and_writers()"
-
+_AT_WORK = "select floors, xids from dovecote.writers_at_work()"
 # A commit is visible before the writer's floor is given back, so pg_locks says "at work" of one whose successor has
 # been read already. The snapshot says it rightly. Whoever has no transaction any more is over.
 _LOWEST_FLOOR_OF_ENDED = """
@@ -47,14 +45,13 @@ class Writers:
         self._now: set[tuple[int, int | None]] = set()
         self._before: set[tuple[int, int | None]] = set()
 
-    def seen(self, floors: Sequence[int], xids: Sequence[int | None]) -> None:
-        """Take note of another look."""
-        self._before, self._now = self._now, set(zip(floors, xids, strict=True))
+    def look(self, connection: Connection, *, at_any: bool) -> None:
+        """Look again: after the horizon was asked for, and before rows are.
 
-    @property
-    def at_work(self) -> frozenset[int]:
-        """The transactions that the last look has shown."""
-        return frozenset(xid for _, xid in self._now if xid is not None)
+        Without `at_any` the horizon has shown that no writer can own a position below it: what is above it, the
+        reader looks into for its own sake. That is the usual case and saves a statement.
+        """
+        self._before, self._now = self._now, set(writers_at_work(connection)) if at_any else set()
 
     def lowest_floor_of_ended(self, connection: Connection) -> int | None:
         """Return above which position something may have turned up; None when none of these writers is over.
@@ -70,6 +67,13 @@ class Writers:
         assert row is not None
         floor: int | None = row[0]
         return floor
+
+
+def writers_at_work(connection: Connection) -> list[tuple[int, int | None]]:
+    """Return the floor and the transaction of each writer; of one that has just ended, None for its transaction."""
+    row = connection.execute(_AT_WORK).fetchone()
+    assert row is not None
+    return list(zip(*row, strict=True))
 
 
 def behind_unread(connection: Connection, positions: Sequence[int], unread: Sequence[range]) -> set[int]:

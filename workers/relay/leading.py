@@ -20,6 +20,7 @@ from workers.relay import leases, missing
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.envelopes import Made
+from workers.relay.gaps import writers_at_work
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
@@ -133,7 +134,7 @@ class Leader:
         self._cursors = {route.handler: leases.Cursor() for route in routes}
         self._holds_bell = False
         self._took_bell_at = 0.0
-        # The writers that may have seen us awake; None while that is not known yet.
+        # The writers that may have seen us awake before we took it; None until they are asked for.
         self._silent_writers: frozenset[int] | None = None
         self._called = False
         self._batches_in_a_row = 0
@@ -161,9 +162,9 @@ class Leader:
         self._meters.alive("leading")
         heard, self._heard = self._heard, set()
         called, self._called = self._called, False
-        batch = self._ahead.take(at_once=called)
-        if self._holds_bell and not called:
+        if self._holds_bell and self._silent_writers != frozenset():
             self._note_silent_writers()
+        batch = self._ahead.take(at_once=called)
         if batch.rows:
             self._publish(batch)
         self.checkpoint = batch.checkpoint
@@ -428,9 +429,8 @@ class Leader:
 
     def _rest(self) -> None:
         if self._holds_bell:
-            if self._silent_writers is not None:
-                self._sleep_until_called()
-            return  # the last read went by an older look at the writers
+            self._sleep_until_called()
+            return
         row = self._connection.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone()
         self._holds_bell = row == (True,)
         self._took_bell_at = time.monotonic()
@@ -442,8 +442,11 @@ class Leader:
         # With the bell in hand, read once more before sleeping: for what was written before we took it.
 
     def _note_silent_writers(self) -> None:
-        """Remember who was at work when we took the bell: they saw us awake, or may have, and say nothing."""
-        at_work = self._reader.writers_at_work
+        """Remember who was at work when we took the bell: they saw us awake, or may have, and say nothing.
+
+        Those that are over by now are found by the read that follows.
+        """
+        at_work = frozenset(xid for _, xid in writers_at_work(self._connection) if xid is not None)
         self._silent_writers = at_work if self._silent_writers is None else self._silent_writers & at_work
 
     def _look_again_seconds(self) -> float:

@@ -9,8 +9,8 @@ So the reader keeps two marks and what lies between them:
 
 Each read asks for rows above the frontier, and for rows that have turned up in the holes where a writer that could
 fill them is over (gaps.py). A writer that dawdles keeps the checkpoint back and leaves a hole; it delays nobody else.
-`dovecote.horizon_and_writers()` says how far everything is settled and who is at work; it must be asked before
-the rows are (docs/adr/0003-reading-forward.md).
+`dovecote.horizon()` says how far everything is settled; it must be asked before the rows are
+(docs/adr/0003-reading-forward.md).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,7 +96,8 @@ class Reader:
         so the checkpoint only waits a little longer.
         """
         if not at_once:
-            self._horizon = self._look()
+            self._horizon = self._ask_horizon()
+            self._writers.look(self._connection, at_any=self._horizon[1] < self._horizon[0])
         last_position, settled = self._horizon
         beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)
         # Asked second: if a row beyond tells of an aggregate, the earlier event that committed before it
@@ -130,17 +131,10 @@ class Reader:
         """Yield them one by one, those that cannot be read among them."""
         return (row for read in self.slices_in(multirange) for row in read.rows)
 
-    @property
-    def writers_at_work(self) -> frozenset[int]:
-        """The transactions that were writing at the last read that was not `at_once`."""
-        return self._writers.at_work
-
-    def _look(self) -> tuple[int, int]:
-        row = self._connection.execute(gaps.HORIZON).fetchone()
+    def _ask_horizon(self) -> tuple[int, int]:
+        row = self._connection.execute("select last_position, settled from dovecote.horizon()").fetchone()
         assert row is not None
-        last_position, settled, floors, xids = row
-        self._writers.seen(floors, xids)
-        return last_position, settled
+        return row[0], row[1]
 
     def _next_frontier(self, beyond: Read) -> int:
         if beyond.is_cut:  # what was left out is beyond the next frontier
