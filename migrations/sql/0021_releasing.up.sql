@@ -26,6 +26,7 @@ as $$
         where o.aggregate_type = event.aggregate_type and o.aggregate_id = event.aggregate_id
           and o.position < event.position and o.event_type = any(event_types)
           and o.position > coalesce(s.since_position, 0)
+          and (s.published_above is null or not s.published_above @> o.position)
           and (select d.state from dovecote.deliveries d
                where d.event_id = o.id and d.handler_name = handler) is distinct from 'discarded'
         order by o.position desc limit 1
