@@ -223,8 +223,7 @@ def test_a_unit_of_work_joins_a_transaction_that_a_service_already_has(
 
 def test_an_async_session_commits_its_events_too(engine: Engine, database_url: str) -> None:
     async def work() -> None:
-        url = make_url(database_url).set(drivername="postgresql+psycopg")
-        async_engine = create_async_engine(url)
+        async_engine = create_async_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
         async with AsyncSession(async_engine) as session:
             async with session.begin():
                 UnitOfWork(session).emit(a_quote("committed"))

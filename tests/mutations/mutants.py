@@ -18,6 +18,11 @@ ANY_ORDER = "tests/workers/test_consuming_in_any_order.py"
 REPLAYING = "tests/workers/relay/test_replaying.py"
 REPLAYS = "tests/workers/relay/test_replay_machine.py"
 WRITING = "tests/domain/test_unit_of_work.py"
+HOOKS = "tests/domain/emitting/test_hooks.py"
+OUTER = "tests/domain/emitting/test_outer_connections.py"
+REFUSALS = "tests/domain/emitting/test_refusals.py"
+TRACES = "tests/domain/test_trace_headers.py"
+EMITTING = "domain/emitting.py"
 RETENTION = "tests/workers/test_retention.py"
 ENVELOPE = "tests/workers/test_envelope.py"
 POISON = "tests/flows/test_poison.py"
@@ -85,31 +90,136 @@ MUTANTS = (
     ),
     Mutant(
         "events get their positions before the aggregate's row is locked",
-        "domain/unit_of_work.py",
-        "        session.flush()\n        outbox.append(",
-        "        outbox.append(",
+        EMITTING,
+        "                session.flush()\n                self.write(",
+        "                self.write(",
         WRITING,
     ),
     Mutant(
         "a savepoint rolled back keeps the facts told inside it",
-        "domain/unit_of_work.py",
-        "[fact for fact in self._facts if not _within(fact.emitted_in, rolled_back)]",
-        "list(self._facts)",
-        WRITING,
-    ),
-    Mutant(
-        "what was written inside a savepoint rolled back is not written again",
-        "domain/unit_of_work.py",
-        "            if _within(fact.written_in, rolled_back):\n",
-        "            if False:\n",
-        WRITING,
+        EMITTING,
+        "[one for one in self._waiting if not _within(one.emitted_in, transaction)]",
+        "list(self._waiting)",
+        f"{WRITING} {HOOKS}",
     ),
     Mutant(
         "facts outlive the transaction they were told in",
+        EMITTING,
+        "        left = self.drop()\n",
+        "        left: list[_Waiting] = []\n",
+        f"{WRITING} {REFUSALS}",
+    ),
+    Mutant(
+        "what is emitted while the transaction commits is not written at its end",
+        EMITTING,
+        "        if self._committing or isinstance(session.bind, Connection):\n",
+        "        if isinstance(session.bind, Connection):\n",
+        HOOKS,
+    ),
+    Mutant(
+        "a session on somebody else's connection writes only when it commits itself",
+        EMITTING,
+        "        if self._committing or isinstance(session.bind, Connection):\n",
+        "        if self._committing:\n",
+        OUTER,
+    ),
+    Mutant(
+        "a savepoint left open at the commit hides what waits",
+        EMITTING,
+        "            if session.in_nested_transaction():\n                # The commit",
+        "            if False:\n                # The commit",
+        HOOKS,
+    ),
+    Mutant(
+        "a transaction is committed without an event, in silence",
+        EMITTING,
+        "        if left and is_committed:\n",
+        "        if False:\n",
+        REFUSALS,
+    ),
+    Mutant(
+        "a session is closed with its events, in silence",
+        EMITTING,
+        "        if left and not was_rolled_back:\n",
+        "        if False:\n",
+        REFUSALS,
+    ),
+    Mutant(
+        "an event is taken after the commit",
+        EMITTING,
+        "        self._committing, self._rolled_back, self._is_over = 0, False, is_committed\n",
+        "        self._committing, self._rolled_back, self._is_over = 0, False, False\n",
+        REFUSALS,
+    ),
+    Mutant(
+        "an event is taken in a transaction that has ended",
+        EMITTING,
+        "        elif not session.is_active:\n",
+        "        elif False:\n",
+        REFUSALS,
+    ),
+    Mutant(
+        "a connection with a late event that was refused goes back to the pool in its transaction",
+        EMITTING,
+        "            connection.dialect.do_rollback(connection.connection)\n",
+        "",
+        HOOKS,
+    ),
+    Mutant(
+        "what somebody else's savepoint has rolled back is written at the commit",
+        EMITTING,
+        "        if not self._session.in_nested_transaction():\n            self._drop()\n",
+        "        if False:\n            self._drop()\n",
+        OUTER,
+    ),
+    Mutant(
+        "a session begins with a savepoint that its events are written before",
+        EMITTING,
+        "        if not session.in_nested_transaction() and (session.is_active or _why_inactive(session)):\n",
+        "        if not session.in_nested_transaction():\n",
+        OUTER,
+    ),
+    Mutant(
+        "an event stays behind when a session is closed on a connection that goes on",
+        EMITTING,
+        "        if self._connection in transaction.connections and self._connection.in_transaction():\n",
+        "        if False:\n",
+        OUTER,
+    ),
+    Mutant(
+        "a block that caught a database error ends as if it had committed",
         "domain/unit_of_work.py",
-        "            self._facts.clear()",
-        "            pass",
-        WRITING,
+        "                yield uow\n                refuse_aborted(session)\n",
+        "                yield uow\n",
+        REFUSALS,
+    ),
+    Mutant(
+        "a unit of work takes events after its block",
+        "domain/unit_of_work.py",
+        "        if self._block_has_ended:\n",
+        "        if False:\n",
+        REFUSALS,
+    ),
+    Mutant(
+        "a trace of any form is stored",
+        "domain/trace_headers.py",
+        "isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent)",
+        "traceparent",
+        TRACES,
+    ),
+    Mutant(
+        "a propagator fails an emit",
+        "domain/trace_headers.py",
+        "    except Exception:\n        _warn_once()\n",
+        "    except ImportError:\n        _warn_once()\n",
+        TRACES,
+    ),
+    Mutant(
+        "the headers of a trace count against the service's own",
+        "domain/outbox.py",
+        '_json(event, "headers", dict(headers), MOST_HEADER_BYTES)\n    return',
+        '_json(event, "headers", {**trace, **headers}, MOST_HEADER_BYTES)\n    return',
+        TRACES,
     ),
     Mutant(
         "a writer may go round the trigger into a partition",
