@@ -80,7 +80,7 @@ def given_back(connection: psycopg.Connection[Any] | None, _record: object) -> N
     if isinstance(connection, Connection):
         connection.watcher = None
         # SQLAlchemy resets no connection whose transaction it takes for ended, as after a commit that failed.
-        if connection.pgconn.transaction_status not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
+        if connection.pgconn.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
             connection.rollback()
 
 

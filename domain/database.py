@@ -152,10 +152,10 @@ def sessions_for(engine: Engine) -> Sessions:
     return sessionmaker(engine, class_=WatchedSession, expire_on_commit=False)
 
 
-def driver_connection(session: Session) -> Connection:
+def driver_connection(session: Session) -> psycopg.Connection[Any]:
     """Return psycopg's connection below the session, in its transaction as far as one has begun there."""
     connection = session.connection().connection.driver_connection
-    assert isinstance(connection, Connection), "a session of `connect`"
+    assert isinstance(connection, psycopg.Connection), "a session on psycopg"
     return connection
 
 

@@ -6,13 +6,13 @@ way: a method, SQL, one of several statements in a text. So are settings that wo
 they are compared, but only once a handler has said SET, RESET, DO, CALL or set_config().
 
 Not seen: a function in the database that sets something by itself without a SET clause; what is said to libpq's own
-connection (`pgconn.exec_`), or with a cursor that is made of psycopg's classes by hand. Their ends of a transaction are
-noticed after the call, unless they begin another one at once.
+connection (`pgconn.exec_`), or with a cursor that is made of psycopg's classes by hand, and everything on an engine
+that `connect` has not made. Their ends of a transaction are noticed after the call, unless they begin another at once.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import psycopg
@@ -21,6 +21,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from sqlalchemy.orm import Session
 
+from domain.connections import Connection
 from domain.database import driver_connection
 from domain.errors import DovecoteError
 from workers.statements import statements_in
@@ -73,7 +74,8 @@ class TransactionGuard:
 
     @contextmanager
     def on_watch(self) -> Iterator[None]:
-        with self._driver.watched_by(self):
+        """Have the connection tell what is done to it; one that `connect` has not opened tells nothing."""
+        with self._driver.watched_by(self) if isinstance(self._driver, Connection) else nullcontext():
             yield
 
     def check(self) -> None:

@@ -35,6 +35,9 @@ SERVING = "tests/workers/telemetry/test_serving.py"
 WATCHED = "tests/workers/telemetry/test_a_system_that_is_watched.py"
 TAKING_OVER = "tests/flows/test_taking_over.py"
 PAUSING = "tests/workers/test_pausing.py"
+CARELESS = "tests/workers/test_careless_handlers.py"
+ROUTES = "tests/workers/test_routes.py"
+BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
@@ -526,8 +529,8 @@ MUTANTS = (
     Mutant(
         "a handler acts before it is marked",
         "workers/consume.py",
-        "        fresh = uow.once(route.handler, envelopes)\n",
-        "        fresh = list(envelopes)\n",
+        "                fresh = uow.once(route.handler, to_do.envelopes)\n",
+        "                fresh = list(to_do.envelopes)\n",
         CONSUME,
     ),
     Mutant(
@@ -547,15 +550,15 @@ MUTANTS = (
     Mutant(
         "a bundle that failed is given up as a whole",
         "workers/consume.py",
-        "error = failure if alone else self._through_outages(route, [envelope], retry, replay)",
-        "error = failure",
+        "                elif len(part) > 1:\n",
+        "                elif False:\n",
         CONSUME,
     ),
     Mutant(
         "a failure that cannot be recorded is acknowledged",
         "workers/consume.py",
-        "        state = self._held(write)\n",
-        "        try:\n            state = write()\n        except Exception:\n            state = 'lost'\n",
+        "        states = self._held(write)\n",
+        "        try:\n            states = write()\n        except Exception:\n            states, so_far = [], {}\n",
         CONSUME,
     ),
     Mutant(
@@ -568,15 +571,15 @@ MUTANTS = (
     Mutant(
         "a redelivered bundle takes up what failed, before its time",
         "workers/consume.py",
-        "found = deliveries.not_yet_failed(session, route, envelopes)",
-        "found = list(envelopes)",
+        "found = deliveries.not_yet_failed(session, bundle.route, bundle.envelopes)",
+        "found = list(bundle.envelopes)",
         CONSUME,
     ),
     Mutant(
         "a retry takes up what is no longer due",
         "workers/consume.py",
-        "found = deliveries.still_due(session, route, envelopes, replay)",
-        "found = list(envelopes)",
+        "found = deliveries.still_due(session, bundle.route, bundle.envelopes, bundle.replay)",
+        "found = list(bundle.envelopes)",
         CONSUME,
     ),
     Mutant(
@@ -588,7 +591,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was discarded fails back to life",
-        "workers/deliveries.py",
+        "workers/attempts.py",
         "        where known.state <> 'discarded'\n",
         "",
         CONSUME,
@@ -596,8 +599,8 @@ MUTANTS = (
     Mutant(
         "an ordered handler asks for no predecessor",
         "workers/consume.py",
-        "        if route.ordered and envelopes:\n",
-        "        if False:\n",
+        "            if route.ordered and to_do.envelopes:\n",
+        "            if False:\n",
         CONSUME,
     ),
     Mutant(
@@ -693,7 +696,7 @@ MUTANTS = (
     ),
     Mutant(
         "an attempt counts for nothing",
-        "workers/deliveries.py",
+        "workers/attempts.py",
         "attempts = so_far.attempts + 1",
         "attempts = so_far.attempts or 1",
         CONSUME,
@@ -701,8 +704,8 @@ MUTANTS = (
     Mutant(
         "a failure is counted again when its record is written again",
         "workers/consume.py",
-        "so_far = so_far or deliveries.so_far(session, route, envelope)",
-        "so_far = deliveries.so_far(session, route, envelope)",
+        "                if so_far is None:\n",
+        "                if True:\n",
         f"{CONSUME}::test_a_failure_whose_record_was_committed_without_a_reply_counts_once",
     ),
     Mutant(
@@ -728,7 +731,7 @@ MUTANTS = (
     ),
     Mutant(
         "a provider that is away spends attempts",
-        "workers/deliveries.py",
+        "workers/attempts.py",
         "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):\n",
         "    if False:\n",
         CONSUME,
@@ -751,8 +754,8 @@ MUTANTS = (
     Mutant(
         "nothing is marked before it starts",
         "workers/consume.py",
-        "            with self._marked(suspect, envelopes):\n",
-        "            with self._marked(None, envelopes):\n",
+        "            with self._marked(suspect, bundle.envelopes):\n",
+        "            with self._marked(None, bundle.envelopes):\n",
         f"{POISON}::test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mates_go_through",
     ),
     Mutant(
@@ -794,8 +797,8 @@ MUTANTS = (
     Mutant(
         "an event that is found again on record is buried again",
         "workers/consume.py",
-        "        if self._held(partial(self._is_open, route, envelope, retry, replay)):\n",
-        "        if True:\n",
+        "self._record(alone, {envelope.event_id: _killed(starts)}, if_open=True)",
+        "self._record(alone, {envelope.event_id: _killed(starts)})",
         SUSPECTS,
     ),
     Mutant(
@@ -814,17 +817,144 @@ MUTANTS = (
     ),
     Mutant(
         "a stuck process does not end",
-        "workers/consume.py",
-        "        os._exit(_STUCK_EXIT_CODE)\n",
-        "        threading.Event().wait()\n",
+        "workers/stuck.py",
+        "    os._exit(_STUCK_EXIT_CODE)\n",
+        "    threading.Event().wait()\n",
         f"{POISON}::test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through",
     ),
     Mutant(
         "a stuck process says nothing when it ends",
-        "workers/consume.py",
-        "            deliveries.record_failure(session, watch.route, envelope, error, failure, so_far, watch.replay)\n",
-        "            pass\n",
+        "workers/stuck.py",
+        "        record_failures(session, watch.route, [attempt], so_far, watch.replay)\n",
+        "        pass\n",
         f"{POISON}::test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through",
+    ),
+    # Handlers as people write them --------------------------------------------------------------
+    Mutant(
+        "nobody looks at the transaction after a call",
+        "workers/consume.py",
+        "            guard.check()\n",
+        "",
+        CARELESS,
+    ),
+    Mutant(
+        "a handler may commit",
+        "domain/connections.py",
+        "                self.watcher.before_commit()\n",
+        "                pass\n",
+        CARELESS,
+    ),
+    Mutant(
+        "what failed is committed all the same",
+        "domain/connections.py",
+        "            if self.pgconn.transaction_status == TransactionStatus.INERROR:\n",
+        "            if False:\n",
+        f"{CARELESS}::test_a_writer_that_passes_over_an_error_hears_of_it_at_its_commit",
+    ),
+    Mutant(
+        "a commit that is refused leaves its transaction open",
+        "domain/connections.py",
+        "        except BaseException:\n            super().rollback()\n            raise\n",
+        "        except BaseException:\n            raise\n",
+        CARELESS,
+    ),
+    Mutant(
+        "a transaction goes back to the pool",
+        "domain/connections.py",
+        "            connection.rollback()\n",
+        "            pass\n",
+        CARELESS,
+    ),
+    Mutant(
+        "a rollback is not noted",
+        "domain/connections.py",
+        "            self.watcher.before_rollback()\n",
+        "            pass\n",
+        CARELESS,
+    ),
+    Mutant(
+        "only the first statement of a text is read",
+        "workers/statements.py",
+        '        if mark == ";" and parentheses == 0 and blocks == 0:\n',
+        "        if False:\n",
+        CARELESS,
+    ),
+    Mutant(
+        "words in literals are commands",
+        "workers/statements.py",
+        "    | '[^']*'\n",
+        "",
+        CARELESS,
+    ),
+    Mutant(
+        "settings are not compared",
+        "workers/transaction_guard.py",
+        "        changed = [name for name, setting in before.items() if now.get(name) != setting]\n",
+        "        changed: list[str] = []\n",
+        CARELESS,
+    ),
+    Mutant(
+        "an open stream is rolled back for ever",
+        "workers/consume.py",
+        "isinstance(error, TimeLimitExceeded) or not guard.can_roll_back()",
+        "isinstance(error, TimeLimitExceeded)",
+        CARELESS,
+    ),
+    Mutant(
+        "a handler that returns a coroutine has succeeded",
+        "workers/consume.py",
+        "            require_nothing_returned(route.handler, route.act(argument, uow, self._gateways))\n",
+        "            route.act(argument, uow, self._gateways)\n",
+        CARELESS,
+    ),
+    Mutant(
+        "an async handler is a handler",
+        "workers/routes.py",
+        "        route_rules.require_callable(self.handler, self.act)\n",
+        "",
+        ROUTES,
+    ),
+    Mutant(
+        "two handlers of one name share their messages",
+        "workers/relay/bundles.py",
+        "        routes = distinct(routes)\n",
+        "",
+        ROUTES,
+    ),
+    Mutant(
+        "a long name counts by its beginning",
+        "workers/relay/bundles.py",
+        "    return name if len(name) <= blake2b.MAX_KEY_SIZE else blake2b(name).digest()\n",
+        "    return name[:64]\n",
+        ROUTES,
+    ),
+    Mutant(
+        "what cannot be read enters the transaction",
+        "workers/consume.py",
+        "            parts = Parts(self._readable(bundle))\n",
+        "            parts = Parts(bundle.envelopes)\n",
+        BAD_EVENTS,
+    ),
+    Mutant(
+        "what is done is recorded as unreadable",
+        "workers/consume.py",
+        "those = _still_open(session, bundle) if if_open else bundle.envelopes",
+        "those = bundle.envelopes",
+        BAD_EVENTS,
+    ),
+    Mutant(
+        "nobody is blamed",
+        "workers/consume.py",
+        "parts.failed(failed.blamed, was_slow",
+        "parts.failed(None, was_slow",
+        BAD_EVENTS,
+    ),
+    Mutant(
+        "a bad one makes all others go alone",
+        "workers/parts.py",
+        "            self._limit *= 2\n",
+        "            self._limit = 1\n",
+        BAD_EVENTS,
     ),
     # The broker ---------------------------------------------------------------------------------
     Mutant(
@@ -1031,7 +1161,7 @@ MUTANTS = (
     Mutant(
         "effects are not counted",
         "workers/consume.py",
-        "            self.meters.acted(route.handler, acted, again=replay is not None)\n",
+        "            self.meters.acted(route.handler, acted, again=bundle.replay is not None)\n",
         "",
         TOLD,
     ),

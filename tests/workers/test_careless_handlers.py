@@ -12,15 +12,16 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from domain.database import driver_connection
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests.effects import a_route, note_as
 from tests.quotes import a_quote
 from tests.workers.test_consume import Bench, bench
+from workers.consume import Consumer
 from workers.envelope import Envelope
 from workers.transaction_guard import EndedTransaction
 
@@ -466,6 +467,18 @@ def test_a_writer_that_passes_over_an_error_hears_of_it_at_its_commit(bench: Ben
 
     with bench.engine.connect() as connection:
         assert connection.scalar(text("select count(*) from public.customers")) == 1
+
+
+@pytest.mark.parametrize("what", ["session.rollback()", "swallowed error", "session.close()", "savepoint left open"])
+def test_on_an_engine_of_somebody_else_s_it_is_noticed_after_the_call(bench: Bench, what: str) -> None:
+    engine = create_engine(make_url(bench.url).set(drivername="postgresql+psycopg"))
+    consumer = Consumer(sessionmaker(engine, expire_on_commit=False), bench.gateways)
+
+    consumer.consume(a_route(act=handler("test.note", CARELESS[what][0], False)), bench.write(1, 2, 3))
+
+    engine.dispose()
+    assert prices_by(bench, "test.note") == [1, 3]
+    assert [error_type for _, _, error_type, _ in failures_of(bench, "test.note")] == ["EndedTransaction"]
 
 
 # Handlers that return something ------------------------------------------------------------------
