@@ -11,6 +11,8 @@ READING = "tests/workers/relay/test_reading_forward.py"
 GAPS = "tests/workers/relay/test_gaps.py"
 HELD = "tests/workers/relay/test_held_writers.py"
 RELAY = "tests/workers/relay/test_relay.py"
+SIZES = "tests/workers/relay/test_sizes.py"
+UNREADABLE = "tests/workers/relay/test_unreadable_rows.py"
 BROKER = "tests/workers/test_broker.py"
 CONSUME = "tests/workers/test_consume.py"
 RELEASING = "tests/workers/test_releasing.py"
@@ -40,6 +42,7 @@ ROUTES = "tests/workers/test_routes.py"
 BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
+SIZES_SQL = "migrations/sql/0017_sizes.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
@@ -256,8 +259,8 @@ MUTANTS = (
     Mutant(
         "holes are not looked into",
         "workers/relay/reading.py",
-        "        if not self._holes:\n            return []",
-        "        if True:\n            return []",
+        "        if not self._holes:\n            return Read([])",
+        "        if True:\n            return Read([])",
         READING,
     ),
     Mutant(
@@ -270,17 +273,17 @@ MUTANTS = (
     Mutant(
         "late rows are asked for before those beyond",
         "workers/relay/reading.py",
-        "        beyond = self._rows(_BEYOND, self.frontier, self._batch_size)\n",
-        "        early = self._late()\n        beyond = self._rows(_BEYOND, self.frontier, self._batch_size)\n"
+        "        beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)\n",
+        "        early = self._late()\n        beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)\n"
         "        self._late = lambda: early  # type: ignore[method-assign]\n",
         READING,
     ),
     Mutant(
         "a batch cut short leaves out what it did not take",
         "workers/relay/reading.py",
-        "        if len(beyond) == self._batch_size:\n",
+        "        if beyond.is_cut:  # what was left out is beyond the next frontier\n",
         "        if False:\n",
-        READING,
+        f"{READING} {SIZES}",
     ),
     Mutant(
         "gaps are looked into in every read",
@@ -299,7 +302,7 @@ MUTANTS = (
     Mutant(
         "who is over is not asked again when late rows were found",
         "workers/relay/reading.py",
-        "if not late or (ended := self._lowest_floor_of_ended(floor)) >= floor:",
+        "if not late.rows or (ended := self._lowest_floor_of_ended(floor)) >= floor:",
         "if True:",
         GAPS,
     ),
@@ -313,15 +316,15 @@ MUTANTS = (
     Mutant(
         "rows beyond go along with late ones whatever they follow on",
         "workers/relay/reading.py",
-        "        beyond = [row for row in beyond if row[0] not in behind]\n",
-        "",
+        "        rows = [row for row in beyond.rows if row[0] not in behind]\n",
+        "        rows = beyond.rows\n",
         GAPS,
     ),
     Mutant(
         "rows beyond wait until all late ones are read",
         "workers/relay/reading.py",
         "            return self._late_first(late, beyond)\n",
-        "            return self._late_first(late, [])\n",
+        "            return self._late_first(late, Read([]))\n",
         GAPS,
     ),
     Mutant(
@@ -330,6 +333,119 @@ MUTANTS = (
         "known = self._before | self._now",
         "known = self._now",
         READING,
+    ),
+    # Sizes --------------------------------------------------------------------------------------
+    Mutant(
+        "what comes compressed is taken for small",
+        SIZES_SQL,
+        "       and pg_catalog.pg_column_compression(new.payload) is null\n",
+        "",
+        SIZES,
+    ),
+    Mutant(
+        "the size of a payload is what the column has",
+        SIZES_SQL,
+        "pg_catalog.pg_column_size(pg_catalog.jsonb_out(new.payload)) <= 262145",
+        "pg_catalog.pg_column_size(new.payload) <= 262145",
+        SIZES,
+    ),
+    Mutant(
+        "the size of headers is what the column has",
+        SIZES_SQL,
+        "pg_catalog.pg_column_size(pg_catalog.jsonb_out(new.headers)) <= 16385",
+        "pg_catalog.pg_column_size(new.headers) <= 16385",
+        SIZES,
+    ),
+    Mutant(
+        "numbers are not added up before they are made a text",
+        SIZES_SQL,
+        "    if stored > 8000 then\n",
+        "    if false then\n",
+        f"{SIZES} {UNREADABLE}",
+    ),
+    Mutant(
+        "an envelope that cannot be made ends the statement",
+        SIZES_SQL,
+        "            when others then\n",
+        "            when division_by_zero then\n",
+        UNREADABLE,
+    ),
+    Mutant(
+        "an envelope may be of any size",
+        SIZES_SQL,
+        "                    if octet_length(envelope) > most_of_one then\n",
+        "                    if false then\n",
+        UNREADABLE,
+    ),
+    Mutant(
+        "a type with a quote is taken for a word",
+        SIZES_SQL,
+        "pg_catalog.quote_ident(fact.aggregate_type || '_') = fact.aggregate_type || '_'",
+        "true",
+        UNREADABLE,
+    ),
+    Mutant(
+        "a small row that cannot be read ends the relay",
+        "workers/relay/envelopes.py",
+        "        if connection.closed:\n            raise\n",
+        "        raise\n",
+        UNREADABLE,
+    ),
+    Mutant(
+        "a batch is not cut where its bytes end",
+        "workers/relay/envelopes.py",
+        "(kept and size > self.most_bytes)",
+        "False",
+        SIZES,
+    ),
+    Mutant(
+        "what was cut off a batch is passed over",
+        "workers/relay/envelopes.py",
+        "                return Read(kept, True, problems)\n",
+        "                return Read(kept, False, problems)\n",
+        SIZES,
+    ),
+    Mutant(
+        "late rows and those beyond have a batch's bytes each",
+        "workers/relay/reading.py",
+        "        beyond = beyond.within(self.envelopes.most_bytes - late.bytes) if late.rows else beyond\n",
+        "",
+        SIZES,
+    ),
+    Mutant(
+        "a publish is one call however large it is",
+        "workers/broker.py",
+        "            if size and size + len(bundle.message) > self._publish_bytes:\n",
+        "            if False:\n",
+        SIZES,
+    ),
+    Mutant(
+        "what cannot be read is passed and written nowhere",
+        "workers/relay/leading.py",
+        "            self._set_aside(batch)\n",
+        "",
+        UNREADABLE,
+    ),
+    Mutant(
+        "a retry that cannot be read is sent again and again",
+        "workers/relay/setting_aside.py",
+        "        where known.state = 'retrying'\n",
+        "        where false\n",
+        UNREADABLE,
+    ),
+    Mutant(
+        "what cannot be read is in messages all the same",
+        "workers/relay/bundles.py",
+        "self._by_type.get(event_type, ()) if size else ():",
+        "self._by_type.get(event_type, ()):",
+        UNREADABLE,
+    ),
+    Mutant(
+        "an event that stands still is no finding",
+        "workers/operations/doctor/progress.py",
+        "    if row is not None and row.seconds > _LONG_SECONDS:\n",
+        "    if False:\n",
+        "tests/workers/operations/test_progress.py",
     ),
     Mutant(
         "the locks say who is over",
@@ -357,7 +473,7 @@ MUTANTS = (
     Mutant(
         "a batch is recorded and not sent",
         "workers/relay/leading.py",
-        "            self._send(self._bundler.bundles(batch.rows))\n            if not",
+        "            self._send(lambda: self._bundler.bundles(batch.rows))\n            if not",
         "            if not",
         RELAY,
     ),
@@ -420,8 +536,8 @@ MUTANTS = (
     Mutant(
         "what Redis lost is not sent again",
         "workers/relay/leading.py",
-        "sent = sum(self._broker.publish(self._epoch, bundles) for bundles in found if bundles)",
-        "sent = sum(0 for bundles in found if bundles)",
+        "sent = self._broker.publish(self._epoch, found)",
+        "sent = sum(0 for _ in found)",
         RELAY,
     ),
     Mutant(

@@ -223,7 +223,7 @@ def resident_megabytes(pid: int, which: str) -> float:
     raise AssertionError(f"no {which} of {pid}")
 
 
-def test_two_thousand_rows_of_250_kb_cost_the_relay_little_and_redis_no_pause(
+def test_hundreds_of_rows_of_250_kb_cost_the_relay_little_and_redis_no_pause(
     servers: Servers, url: str, connection: Connection, tmp_path: Path
 ) -> None:
     settings = settings_for(url, servers.redis_url, tmp_path)
@@ -262,11 +262,11 @@ def test_two_thousand_rows_of_250_kb_cost_the_relay_little_and_redis_no_pause(
                 """
                 insert into dovecote.outbox (aggregate_type, aggregate_id, event_type, payload)
                 select 'price', 'BIG' || g, 'pricing.price_quoted.v1', jsonb_build_object('document', pad.text)
-                from generate_series(1, 2000) g,
+                from generate_series(1, 600) g,
                      (select string_agg(md5(random()::text), '') as text from generate_series(1, 7800)) pad
                 """
             )
-            eventually(lambda: published(connection) == 2_001, 120, f"all of them: {log.read_text()[-500:]}")
+            eventually(lambda: published(connection) == 601, 90, f"all of them: {log.read_text()[-500:]}")
             peak = resident_megabytes(relay.pid, "VmHWM")
         finally:
             over.set()
@@ -278,9 +278,10 @@ def test_two_thousand_rows_of_250_kb_cost_the_relay_little_and_redis_no_pause(
             for key in client.scan_iter(f"{settings.redis.namespace}:*"):
                 client.delete(key)
 
+    # One batch of all of them would be 150 MB, and its messages as much again.
     assert peak - idle < 100, f"{peak:.0f} MB, {idle:.0f} MB when idle"
     assert max(proxy.sizes) < 8_100_000
-    assert sum(proxy.sizes) > 400_000_000
+    assert sum(proxy.sizes) > 140_000_000
     assert slowest[0] < 1.0
 
 
