@@ -8,14 +8,14 @@ language sql immutable parallel safe as $$
     select (17607::bigint << 48) | (pg_catalog.hashtext(handler)::bigint & 4294967295)
 $$;
 
--- What dovecote.blocker() says, for many events in one plan. Made for each call, because most of these tables are empty
--- most of the time, and a plan from then would go through all that waits, once for each event. An event with a free way
--- is not returned.
+-- What dovecote.blocker() says, for many events in one plan that is made once. These tables are empty most of the time,
+-- and a plan from then must do when they are full: all is switched off but the indexes that have the order asked for.
+-- An event with a free way is not returned.
 create function dovecote.blockers(
     handler text, event_types text[], event_ids uuid[], aggregate_types text[], aggregate_ids text[], positions bigint[]
 ) returns table (event_id uuid, blocker uuid)
 language sql stable
-set plan_cache_mode = force_custom_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
 as $$
     select event.id, before.id
     from unnest(event_ids, aggregate_types, aggregate_ids, positions) as event (id, aggregate_type, aggregate_id, position)
@@ -27,14 +27,17 @@ as $$
           and o.position < event.position and o.event_type = any(event_types)
           and o.position > coalesce(s.since_position, 0)
           and (s.published_above is null or not s.published_above @> o.position)
+          -- By its key: asked for by one value, any index that begins with the handler would seem as good.
           and (select d.state from dovecote.deliveries d
-               where d.event_id = o.id and d.handler_name = handler) is distinct from 'discarded'
+               where d.handler_name = handler and d.event_id >= o.id and d.event_id <= o.id
+               order by d.event_id limit 1) is distinct from 'discarded'
         order by o.position desc limit 1
     ) before
     where (select p.event_id from dovecote.processed_events p
            where p.event_id = before.id and p.handler_name = handler) is null
 $$;
 
+-- Rarely called: planned for what there is.
 create function dovecote.release(handler text, event_types text[], event_ids uuid[]) returns bigint
 language sql volatile
 set plan_cache_mode = force_custom_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
@@ -68,11 +71,12 @@ as $$
     select pg_catalog.count(*) from released
 $$;
 
+-- One plan will do, as for the blockers.
 create function dovecote.release_next(
     handler text, event_types text[], aggregate_types text[], aggregate_ids text[], positions bigint[], replay uuid
 ) returns bigint
 language plpgsql volatile
-set plan_cache_mode = force_custom_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
 as $$
 -- Release the first event that waits in each aggregate above the position that is done; return how many. The last
 -- statement of a transaction: what is parked meanwhile is looked at again once it has committed.
