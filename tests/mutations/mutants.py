@@ -473,7 +473,7 @@ MUTANTS = (
     Mutant(
         "a batch is recorded and not sent",
         "workers/relay/leading.py",
-        "            self._send(lambda: self._bundler.bundles(batch.rows))\n            if not",
+        "            self._send(lambda: self._bundler.bundles(batch.rows, upto))\n            if not",
         "            if not",
         RELAY,
     ),
@@ -529,8 +529,8 @@ MUTANTS = (
     Mutant(
         "nobody looks whether Redis is the one we knew",
         "workers/relay/leading.py",
-        "        self._through_outages(self._check_redis)\n",
-        "",
+        '        self._meters.alive("leading")\n        self._through_outages(self._check_redis)\n',
+        '        self._meters.alive("leading")\n',
         RELAY,
     ),
     Mutant(

@@ -5,6 +5,7 @@ from tests.mutations.mutant import Mutant
 HOSTILE = "tests/workers/test_hostile_settings.py"
 FULL_NOTIFY = "tests/workers/test_full_notify_queue.py"
 
+POSTPONED = "tests/workers/relay/test_postponed.py"
 NEW_HANDLER = "tests/workers/relay/test_new_handler.py"
 
 POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
@@ -96,6 +97,84 @@ QUEUES = (
         "greatest(s.since_position, upper(s.published_above) - 1)",
         "s.since_position",
         NEW_HANDLER,
+    ),
+    # Full queues --------------------------------------------------------------------------------
+    Mutant(
+        "a full queue takes more",
+        "workers/relay/postponed.py",
+        "            if size >= self._bound:\n",
+        "            if False:\n",
+        f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
+    ),
+    Mutant(
+        "a queue has no share of maxmemory",
+        "workers/relay/postponed.py",
+        "        if usage.maxmemory:\n",
+        "        if False:\n",
+        f"{POSTPONED}::test_no_queue_takes_more_than_its_share_of_what_redis_has_room_for",
+    ),
+    Mutant(
+        "a paused handler's messages burden its queue",
+        "workers/broker.py",
+        "            sizes[queue] -= size\n",
+        "            pass\n",
+        f"{POSTPONED}::test_what_is_put_aside_for_a_paused_handler_is_no_burden_to_others_on_its_queue",
+    ),
+    Mutant(
+        "nobody catches up",
+        "workers/relay/leading.py",
+        "        self._postponed.step()\n",
+        "",
+        f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
+    ),
+    Mutant(
+        "who has caught up a part of it is live",
+        "workers/relay/postponed.py",
+        "        if upto < self.published_upto:\n",
+        "        if False:\n",
+        f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
+    ),
+    Mutant(
+        "what a postponed handler misses is not written down",
+        "workers/relay/postponed.py",
+        "        self._write(_POSTPONE, handler, self.published_upto)\n",
+        "",
+        f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
+    ),
+    Mutant(
+        "a replaced relay postpones",
+        "workers/relay/postponed.py",
+        "owner as (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update)",
+        "owner as (select epoch from dovecote.relay_state for no key update)",
+        f"{POSTPONED}::test_a_relay_that_was_replaced_postpones_nobody",
+    ),
+    Mutant(
+        "a postponed handler is sent all that Redis lost",
+        "workers/relay/missing.py",
+        "min(reader.frontier, upto.get(route.handler, reader.frontier))",
+        "reader.frontier",
+        f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
+    ),
+    Mutant(
+        "a postponed handler is not told of late rows",
+        "workers/relay/bundles.py",
+        "[row for row in wanted[handler] if row[0] <= last]",
+        "[]",
+        f"{POSTPONED}::test_a_writer_that_dawdles_while_a_handler_is_postponed_is_heard",
+    ),
+    Mutant(
+        "retries go on to a full queue",
+        "workers/relay/leading.py",
+        "but_for=sorted(self._postponed.full)",
+        "but_for=()",
+        f"{POSTPONED}::test_retries_and_replays_wait_for_room",
+    ),
+    Mutant(
+        "replays go on to a full queue",
+        "workers/relay/replaying.py",
+        "if run.replay.handler_name in self._postponed:",
+        "if False:",
+        f"{POSTPONED}::test_retries_and_replays_wait_for_room",
     ),
     # Sessions -----------------------------------------------------------------------------------
     *(

@@ -30,7 +30,7 @@ _LEAST_BOUND_BYTES = 1_000_000
 _SPAN = 20_000
 _STEP_BYTES = 1_000_000
 # While a full queue is being emptied, its consumers are not to wait for the next tick.
-_LOOK_AGAIN_SECONDS = 0.1
+_SHORTEST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.05, 1.0
 
 _KNOWN = "select handler_name, after_position from dovecote.postponed"
 
@@ -104,6 +104,7 @@ class Postponer:
         self._aside: dict[str, int] = {}
         #: When to look again sooner than at the next tick.
         self.next_look = float("inf")
+        self._pause = _SHORTEST_LOOK_SECONDS
 
     def load(self) -> None:
         """Go on from what the relay before us has left."""
@@ -124,8 +125,10 @@ class Postponer:
         self._bound = max(self._bound, _LEAST_BOUND_BYTES)
         self._judge()
         after = self._sizes()
-        is_emptied = any(after[handler] < before[handler] for handler in self.full & self.after.keys())
-        self.next_look = time.monotonic() + _LOOK_AGAIN_SECONDS if is_emptied else float("inf")
+        waiting = self.full & self.after.keys()
+        is_emptied = any(after[handler] < before[handler] for handler in waiting)
+        self._pause = _SHORTEST_LOOK_SECONDS if is_emptied else min(_LONGEST_LOOK_SECONDS, 2 * self._pause)
+        self.next_look = time.monotonic() + self._pause if waiting else float("inf")
 
     def sent(self, queued: Mapping[str, int]) -> None:
         """Count the bytes that were published on each queue since the last look."""
@@ -161,6 +164,7 @@ class Postponer:
             for handler in sorted(too_much):
                 if not types.isdisjoint(self._routes[handler].event_types):
                     self._postpone(handler)
+                    self._pause, self.next_look = _SHORTEST_LOOK_SECONDS, 0.0
         return self.after
 
     def published(self, rows: Sequence[Row]) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from domain.database import NO_TIME_LIMITS, connect
 from workers import operations
 from workers.operations.aggregates import count_blocked
-from workers.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS
+from workers.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS, POSTPONED
 from workers.operations.reading import snapshot
 from workers.outages import passes
 from workers.redis_client import connect_redis
@@ -34,6 +34,8 @@ _KEPT_SECONDS = 5.0
 _LIMIT_SECONDS = 2
 # Prometheus gives a scrape up after 10 s.
 _STATEMENT_MS = 5_000
+
+_POSTPONED = "How long the handler's queue has been full, or it has been catching up since; 0 when it is live."
 
 
 class Survey(Collector):
@@ -96,8 +98,13 @@ class Survey(Collector):
             return [
                 *_of_relay(status),
                 *_of_handlers(status.handlers, count_blocked(connection, self._routes)),
+                _gauge("dovecote_postponed_seconds", _POSTPONED, self._postponed(connection), "handler"),
                 *_of_writers_and_weeks(connection),
             ]
+
+    def _postponed(self, connection: Connection) -> dict[str, float]:
+        since = {row.handler_name: row.seconds for row in connection.exec_driver_sql(POSTPONED)}
+        return {route.handler: since.get(route.handler, 0.0) for route in self._routes}
 
     def _ask_redis(self) -> float:
         client: Any = connect_redis(self._settings.redis.url.get_secret_value(), _LIMIT_SECONDS)

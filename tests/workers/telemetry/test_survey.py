@@ -76,6 +76,7 @@ def test_an_empty_system_has_weeks_ahead_and_nothing_else(settings: Settings) ->
     assert told("dovecote_default_partition_in_use") == 0
     assert told("dovecote_partition_headroom_seconds") > 4 * 604_800
     assert set(told.by("handler", "dovecote_paused_seconds").values()) == {0}
+    assert set(told.by("handler", "dovecote_postponed_seconds").values()) == {0}
 
 
 def test_what_waits_is_dead_or_lags_is_counted(settings: Settings, engine: Engine) -> None:
@@ -112,8 +113,15 @@ def test_a_pause_a_stray_row_and_a_type_without_a_route_are_told(settings: Setti
         " values (dovecote.uuid_v7_floor(now() - interval '9 years'), 'x')",
     )
 
+    run(
+        engine,
+        "insert into dovecote.postponed (handler_name, after_position, since)"
+        " values ('any.order', 0, now() - interval '1 hour')",
+    )
+
     told = found(settings)
 
+    assert told("dovecote_postponed_seconds", handler="any.order") == pytest.approx(3_600, abs=60)
     assert told("dovecote_paused_seconds", handler="any.order") == pytest.approx(172_800, abs=60)
     assert told("dovecote_paused_seconds", handler="ordered") == 0
     assert told("dovecote_unrouted_events") == 7

@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import psycopg
 import redis
 from dramatiq.common import dq_name
 
 from workers.operations.doctor.finding import Finding, Subject, error, ok, warning
+from workers.operations.doctor.postgres import POSTPONED, session
 from workers.redis_client import connect_redis
 from workers.routes import queues
 
@@ -27,7 +29,12 @@ def findings(subject: Subject) -> list[Finding]:
     client: Any = connect_redis(subject.settings.redis.url.get_secret_value(), _SOCKET_SECONDS)
     try:
         held = list(_held(client, subject))
-        return [unserved(client, subject, held), leftovers(held, subject), unknown_queues(client, subject)]
+        return [
+            unserved(client, subject, held),
+            leftovers(held, subject),
+            unknown_queues(client, subject),
+            *postponed(client, subject),
+        ]
     except redis.RedisError:
         return []
     finally:
@@ -84,6 +91,36 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
             "A route was renamed or taken away. Serve the queue once more, or delete it: Postgres has every event.",
         )
     return ok("queues.known", "each queue belongs to a route")
+
+
+def postponed(client: Any, subject: Subject) -> list[Finding]:
+    """Say which queues are full; nothing when Postgres is away or not migrated, which another check tells."""
+    try:
+        with session(subject) as connection:
+            rows = connection.execute(POSTPONED).fetchall()
+    except psycopg.Error:
+        return []
+    queue_of = {route.handler: route.queue for route in subject.routes}
+    told = [
+        f"{row.handler_name} for {row.seconds:.0f} s ({_bytes(client, subject, queue_of[row.handler_name]):,} bytes on "
+        f"{queue_of[row.handler_name]})"
+        for row in rows
+        if row.handler_name in queue_of
+    ]
+    if not told:
+        return [ok("queues.postponed", "no queue is full")]
+    return [
+        warning(
+            "queues.postponed",
+            f"handlers whose queue is full, and whose events stay in the outbox for now: {', '.join(told)}",
+            "Start its consumers, or more of them; what was left out follows, in order, when the queue has room. With "
+            "memory to spare, raise DOVECOTE_RELAY__QUEUE_BYTES, or Redis's maxmemory: each queue has a share of it.",
+        )
+    ]
+
+
+def _bytes(client: Any, subject: Subject, queue: str) -> int:
+    return int(client.memory_usage(f"{_key(subject, queue)}.msgs") or 0)
 
 
 def _held(client: Any, subject: Subject) -> Iterator[_Held]:

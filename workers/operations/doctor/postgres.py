@@ -89,6 +89,12 @@ _IN_TRANSACTION = """
     order by xact_start limit 3
 """
 
+#: Since when which handler has had a full queue.
+POSTPONED = """
+    select handler_name, extract(epoch from clock_timestamp() - since)::float8 as seconds
+    from dovecote.postponed order by handler_name
+"""
+
 # The newest only: nobody waits for a look through ten million.
 _RECENT_TYPES = """
     select event_type, count(*) as events
@@ -100,7 +106,7 @@ _RECENT_TYPES = """
 def findings(subject: Subject) -> list[Finding]:
     """Return what every check of this group says; without a connection there is one to make."""
     try:
-        with _session(subject) as connection:
+        with session(subject) as connection:
             found = [ok("postgres.reachable", _address(connection)), version(connection), clock(connection, subject)]
             found.append(notify_queue(connection))
             found += sessions(subject, connection)
@@ -159,7 +165,7 @@ def sessions(subject: Subject, connection: Connection) -> list[Finding]:
         "DATABASE_URL leads through a proxy that pools transactions, such as pgbouncer with pool_mode = transaction: "
         "give the relay a URL that leads to Postgres itself, or a pool_mode = session."
     )
-    with _session(subject) as another:
+    with session(subject) as another:
         return [_locks(connection, another, advice), _listen(connection, another, advice)]
 
 
@@ -309,7 +315,8 @@ def _kept(subject: Subject) -> timedelta | None:
 
 
 @contextmanager
-def _session(subject: Subject) -> Iterator[Connection]:
+def session(subject: Subject) -> Iterator[Connection]:
+    """Give a connection of its own to a check."""
     with psycopg.connect(
         _url(subject),
         autocommit=True,
