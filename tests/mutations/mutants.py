@@ -252,8 +252,8 @@ MUTANTS = (
     Mutant(
         "a hole that is settled is kept for ever",
         "workers/relay/reading.py",
-        "above([*still_missing, *holes(self.frontier, frontier, positions(beyond))], settled)",
-        "[*still_missing, *holes(self.frontier, frontier, positions(beyond))]",
+        "above([*still_missing, *holes(self.frontier, frontier, positions(beyond.rows))], settled)",
+        "[*still_missing, *holes(self.frontier, frontier, positions(beyond.rows))]",
         READING,
     ),
     Mutant(
@@ -408,8 +408,8 @@ MUTANTS = (
     Mutant(
         "late rows and those beyond have a batch's bytes each",
         "workers/relay/reading.py",
-        "        beyond = beyond.within(self.envelopes.most_bytes - late.bytes) if late.rows else beyond\n",
-        "",
+        "        if late.rows:\n            beyond = beyond.within(",
+        "        if False:\n            beyond = beyond.within(",
         SIZES,
     ),
     Mutant(
@@ -529,8 +529,8 @@ MUTANTS = (
     Mutant(
         "nobody looks whether Redis is the one we knew",
         "workers/relay/leading.py",
-        '        self._meters.alive("leading")\n        self._through_outages(self._check_redis)\n',
-        '        self._meters.alive("leading")\n',
+        "        self._unrouted.write(self._records)\n        self._through_outages(self._check_redis)\n",
+        "        self._unrouted.write(self._records)\n",
         RELAY,
     ),
     Mutant(

@@ -10,12 +10,13 @@ NEW_HANDLER = "tests/workers/relay/test_new_handler.py"
 
 POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
+READING_SQL = "migrations/sql/0019_reading.up.sql"
 
 QUEUES = (
     # Wake-ups -----------------------------------------------------------------------------------
     Mutant(
         "a writer notifies a full queue",
-        WAKEUP_SQL,
+        READING_SQL,
         "            if pg_catalog.float8lt(pg_catalog.pg_notification_queue_usage(), 0.5) then\n",
         "            if true then\n",
         FULL_NOTIFY,
@@ -158,8 +159,8 @@ QUEUES = (
     Mutant(
         "a postponed handler is not told of late rows",
         "workers/relay/bundles.py",
-        "[row for row in wanted[handler] if row[0] <= last]",
-        "[]",
+        "if upto and position > upto.get(route.handler, position):",
+        "if upto and route.handler in upto:",
         f"{POSTPONED}::test_a_writer_that_dawdles_while_a_handler_is_postponed_is_heard",
     ),
     Mutant(
