@@ -965,7 +965,7 @@ MUTANTS = (
         "domain/connections.py",
         "            if self.pgconn.transaction_status == TransactionStatus.INERROR:\n",
         "            if False:\n",
-        f"{CARELESS}::test_a_writer_that_passes_over_an_error_hears_of_it_at_its_commit",
+        f"{CARELESS}::test_a_caller_that_passes_over_an_error_hears_of_it_at_the_commit",
     ),
     Mutant(
         "a commit that is refused leaves its transaction open",
