@@ -2,8 +2,8 @@
 
 create function dovecote.writers_at_work(out floors bigint[], out xids bigint[])
 language plpgsql volatile as $$
--- Each writer at work: its floor, and its transaction. Null for a transaction: it is over, for its number is given back
--- before its floor is, or somebody holds a floor by hand.
+-- Each writer at work: its floor, and its transaction. One that holds its floor and no number of a transaction any more
+-- is over: numbers are given back first.
 -- Savepoints hold numbers too, all above that of their transaction: the lowest of a holder is the transaction's.
 -- pg_locks shows the lower 32 of 64 bits. Shifted up and down they are the signed distance from the number of now.
 declare
@@ -19,7 +19,7 @@ begin
            or l.locktype = 'transactionid' and l.mode = 'ExclusiveLock'
         group by l.virtualtransaction
     ) as holder (floor, xid)
-    where holder.floor is not null;
+    where holder.floor is not null and holder.xid is not null;
 end $$;
 
 create or replace function dovecote.announce() returns trigger

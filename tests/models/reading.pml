@@ -28,6 +28,7 @@ byte sequence;                           /* the highest position handed out */
 byte visible;                            /* positions of committed rows */
 byte floors[WRITERS] = NONE;             /* the advisory locks of writers at work */
 byte over;                               /* the writers whose end a new snapshot sees */
+byte unnumbered;                         /* of these, whose transaction's lock is given back; the floor may be held */
 bool row_locked[2];                      /* an aggregate's row, locked by the transaction that changed it */
 bit  aggregate[8];                       /* whose event has which position */
 byte writers_left = WRITERS;
@@ -74,7 +75,9 @@ proctype writer(byte me) {
        }
     :: over = over | ONE(me)             /* rolled back: its positions are gone for ever */
     fi;
-    row_locked[whose] = false;           /* locks are released only after the commit is visible: */
+    d_step {                             /* locks are released only after the commit is visible: */
+        row_locked[whose] = false; unnumbered = unnumbered | ONE(me)
+    }
     d_step {                             /* those of the transaction first, and then the floor */
         floors[me] = NONE;
         mine = 0; floor = 0; position = 0; whose = 0;
@@ -122,7 +125,7 @@ inline look_at_writers() {
         do
         :: p < WRITERS ->
             seen_before[p] = seen[p];
-            seen[p] = (settled < last_position -> floors[p] : NONE);
+            seen[p] = (settled < last_position && !HAS(unnumbered, p) -> floors[p] : NONE);
             p++
         :: else -> break
         od;

@@ -71,7 +71,7 @@ def test_everything_committed_is_sent_at_last(tmp_path: Path) -> None:
         "ROW_NOT_LOCKED": "newest_of",
         "LATE_BEFORE_BEYOND": "newest_of",
         "OVER_BEFORE_BEYOND": "newest_of",
-        "OVER_BY_LOCKS": "newest_of",
+        "OVER_BY_LOCKS": "checkpoint",
         "ASKED_ONCE": "newest_of",
         "LAST_LOOK_ONLY": "checkpoint",
         "NO_MORE_THAN_THE_WRITERS": "checkpoint",

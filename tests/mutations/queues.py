@@ -151,9 +151,9 @@ QUEUES = (
     ),
     Mutant(
         "a postponed handler is sent all that Redis lost",
-        "workers/relay/missing.py",
-        "min(reader.frontier, upto.get(route.handler, reader.frontier))",
-        "reader.frontier",
+        "workers/relay/leading.py",
+        "self._routes, self._postponed.after)",
+        "self._routes, {})",
         f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
     ),
     Mutant(

@@ -16,10 +16,10 @@ Connection = psycopg.Connection[TupleRow]
 
 _AT_WORK = "select floors, xids from dovecote.writers_at_work()"
 # A commit is visible before the writer's floor is given back, so pg_locks says "at work" of one whose successor has
-# been read already. The snapshot says it rightly. Whoever has no transaction any more is over.
-_LOWEST_FLOOR_OF_ENDED = """
+# been read already. The snapshot says it rightly.
+LOWEST_FLOOR_OF_ENDED = """
     select min(floor) from unnest(%s::bigint[], %s::bigint[]) as writer (floor, xid)
-    where xid is null or pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())
+    where pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())
 """
 # By position and by aggregate, each through its index and with bounds, whatever the statistics say: the limits keep
 # the planner from turning the joins round and reading the whole outbox.
@@ -42,8 +42,8 @@ class Writers:
     """
 
     def __init__(self) -> None:
-        self._now: set[tuple[int, int | None]] = set()
-        self._before: set[tuple[int, int | None]] = set()
+        self._now: set[tuple[int, int]] = set()
+        self._before: set[tuple[int, int]] = set()
 
     def look(self, connection: Connection, *, at_any: bool) -> None:
         """Look again: after the horizon was asked for, and before rows are.
@@ -62,15 +62,15 @@ class Writers:
         if not known:
             return None
         row = connection.execute(
-            _LOWEST_FLOOR_OF_ENDED, ([floor for floor, _ in known], [xid for _, xid in known])
+            LOWEST_FLOOR_OF_ENDED, ([floor for floor, _ in known], [xid for _, xid in known])
         ).fetchone()
         assert row is not None
         floor: int | None = row[0]
         return floor
 
 
-def writers_at_work(connection: Connection) -> list[tuple[int, int | None]]:
-    """Return the floor and the transaction of each writer; of one that has just ended, None for its transaction."""
+def writers_at_work(connection: Connection) -> list[tuple[int, int]]:
+    """Return the floor and the transaction of each writer."""
     row = connection.execute(_AT_WORK).fetchone()
     assert row is not None
     return list(zip(*row, strict=True))

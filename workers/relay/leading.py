@@ -446,7 +446,7 @@ class Leader:
 
         Those that are over by now are found by the read that follows.
         """
-        at_work = frozenset(xid for _, xid in writers_at_work(self._connection) if xid is not None)
+        at_work = frozenset(xid for _, xid in writers_at_work(self._connection))
         self._silent_writers = at_work if self._silent_writers is None else self._silent_writers & at_work
 
     def _look_again_seconds(self) -> float:

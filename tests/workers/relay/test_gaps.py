@@ -9,7 +9,7 @@ import pytest
 from psycopg.rows import TupleRow
 
 from tests.outbox_rows import Connection, insert, positions_in
-from workers.relay.gaps import writers_at_work
+from workers.relay.gaps import LOWEST_FLOOR_OF_ENDED, writers_at_work
 from workers.relay.reading import _IN_HOLES, Reader
 
 pytestmark = pytest.mark.servers
@@ -147,6 +147,34 @@ def test_an_event_comes_before_its_successor_although_its_writer_was_at_work_at_
 
     # By the same look at the locks: pg_locks would still say that the first is at work.
     assert positions_in(reader.read(at_once=True)) == [earlier, later]
+
+
+def test_of_a_writer_that_ends_while_gaps_are_looked_into_nothing_is_taken_before_its_first_event(
+    opened: Opened, url: str
+) -> None:
+    writer, other = opened(), opened()
+    ends: list[Connection] = []
+
+    class Ending(psycopg.Cursor[TupleRow]):
+        def execute(self, query: Any, params: Any = None, **options: Any) -> "Ending":
+            found = super().execute(query, params, **options)
+            if ends and query == LOWEST_FLOOR_OF_ENDED:
+                ends.pop().commit()
+            return found
+
+    with psycopg.connect(url, autocommit=True, cursor_factory=Ending) as connection:
+        reader = Reader(connection, 0, 100)
+        first, passed = insert(writer, "A"), insert(other, "B")
+        other.commit()
+        assert positions_in(reader.read()) == [passed]
+        # Above the sequence as it was read then: it is looked into whoever is over.
+        second, passed = insert(writer, "A"), insert(other, "B")
+        other.commit()
+        assert positions_in(reader.read(at_once=True)) == [passed]
+
+        ends.append(writer)
+
+        assert positions_in(reader.read()) == [first, second]
 
 
 def test_an_event_comes_before_its_successor_although_its_floor_is_still_held(
