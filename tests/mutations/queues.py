@@ -152,8 +152,8 @@ QUEUES = (
     Mutant(
         "a postponed handler is sent all that Redis lost",
         "workers/relay/leading.py",
-        "self._routes, self._postponed.after)",
-        "self._routes, {})",
+        "self._give_up, self._postponed.after\n",
+        "self._give_up, {}\n",
         f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
     ),
     Mutant(
