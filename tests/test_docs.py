@@ -125,6 +125,8 @@ with system_for(settings, ROUTES) as system, system.relay(), system.workers():
     print(system.status().handlers["shop.count_orders"].processed)
 """
 
+CAREFUL = "+ (Route(handler='shop.keep_orders', events=(OrderPlaced,), act=on_order_placed_once, queue='billing'),)"
+
 HELPERS = """
 def registered():
     with sessions() as session:
@@ -140,19 +142,23 @@ def place_order_in_a_session(order_id):
 def test_the_handler_of_the_example_acts_on_the_fact_of_the_example(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
-    function, route = blocks("Add a handler", "python")
+    function, route, careful = blocks("Add a handler", "python")
     writing = "\n\n".join(blocks("Write facts from Python", "python")[:2])
-    program = "\n\n".join([writing, function, HELPERS, RUN_THE_HANDLER.format(route=route)])
+    program = "\n\n".join([writing, function, careful, HELPERS, RUN_THE_HANDLER.format(route=route + CAREFUL)])
 
     told = run_as_a_program(tmp_path, program, DATABASE_URL=fresh_database_url, REDIS_URL=servers.redis_url)
 
     # Those of the first two examples were written before, but no relay had published them yet.
     assert "3" in told.splitlines()
     assert shop.execute("select sum(orders) from orders_by_day").fetchall() == [(3,)]
+    # Each order was there already, which the other handler catches in a savepoint.
+    kept = "select count(*) from dovecote.processed_events where handler_name = 'shop.keep_orders'"
+    assert shop.execute(kept).fetchall() == [(3,)]
+    assert shop.execute("select * from dovecote.deliveries").fetchall() == []
 
 
 def test_the_queue_of_the_example_is_one_that_the_procfile_serves() -> None:
-    _, route = blocks("Add a handler", "python")
+    _, route, _ = blocks("Add a handler", "python")
     (queue,) = re.findall(r'queue="(\w+)"', route)
 
     commands = parse_procfile((ROOT / "Procfile").read_text(encoding="utf-8"))
