@@ -45,15 +45,15 @@ _ENVELOPES = """
 """
 
 
-def bounded(select: str, columns: str = "position, event_type", most: str = "%s") -> str:
+def bounded(select: str) -> str:
     """Return the statement that reads what `select` does, in order of position, with the bytes for an envelope last.
 
-    `select` yields these columns, `id`, `position`, and as `envelope` the text or null, and has a limit. The statement
+    `select` yields `position`, `event_type`, `id` and, as `envelope`, the text or null, and has a limit. The statement
     takes one parameter more, the first: the most bytes of one envelope. That times the limit is what it may bring.
     """
     return f"""
-    select {columns},
-           case when octet_length(envelope) <= {most} then convert_to(envelope, 'UTF8') else uuid_send(id) end
+    select position, event_type,
+           case when octet_length(envelope) <= %s then convert_to(envelope, 'UTF8') else uuid_send(id) end
     from ({select}) as read order by position
     """  # noqa: S608 - put together from constants
 
