@@ -475,7 +475,14 @@ MUTANTS = (
         "workers/relay/leading.py",
         "from dovecote.relay_state where epoch = %(epoch)s for no key update",
         "from dovecote.relay_state where epoch > 0 for no key update",
-        RELAY,
+        f"{HELD}::test_a_record_that_waits_for_a_take_over_is_refused",
+    ),
+    Mutant(
+        "the epoch of a record is read and not locked",
+        "workers/relay/leading.py",
+        "where epoch = %(epoch)s for no key update) as owner",
+        "where epoch = %(epoch)s) as owner",
+        f"{HELD}::test_a_record_that_waits_for_a_take_over_is_refused",
     ),
     Mutant(
         "an old epoch goes on although its record was refused",

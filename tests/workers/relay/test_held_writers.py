@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import text
 
@@ -14,6 +16,7 @@ from tests.effects import a_route, make_room_for_effects, write_quotes
 from tests.outbox_rows import Connection, insert
 from tests.support import eventually
 from tests.system import System, system_for
+from workers.relay import leading
 
 pytestmark = pytest.mark.servers
 
@@ -125,6 +128,25 @@ def test_the_checkpoint_follows_within_a_second_while_the_relay_is_busy(
                 assert time.monotonic() - began < 5, "no checkpoint in traffic"
                 insert(writer)
                 writer.commit()
+
+
+def test_a_record_that_waits_for_a_take_over_is_refused(opened: Opened, relays: Connection) -> None:
+    """The row is only locked, and it must be: a plain read would still see the old epoch."""
+    next_leader = opened()
+    next_leader.execute("update dovecote.relay_state set epoch = epoch + 1")
+    with ThreadPoolExecutor() as elsewhere:
+        given = {"epoch": 0, "positions": "{[1,2)}", "events": 1}
+        record = elsewhere.submit(lambda: relays.execute(leading._RECORD, given).rowcount)
+        try:
+            waits = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
+            with psycopg.connect(relays.info.dsn, password=relays.info.password, autocommit=True) as other:
+                watched = (relays.info.backend_pid,)
+                eventually(lambda: record.done() or other.execute(waits, watched).fetchone() == (True,), 10, "it waits")
+        finally:
+            next_leader.commit()
+
+        assert record.result(10) == 0
+    assert relays.execute("select count(*) from dovecote.published_batches").fetchone() == (0,)
 
 
 # A writer that is held ----------------------------------------------------------------------------
