@@ -141,8 +141,8 @@ _RELEASE_STRAYS_OF_REPLAYS = """
     from first
 """
 
-# Some 5 ms.
-_AGGREGATES_A_LOOK = 50
+# Some 2 ms, in which live events wait.
+_AGGREGATES_A_LOOK = 10
 _BEFORE_ALL = UUID(int=0)
 
 
