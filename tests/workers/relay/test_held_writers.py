@@ -71,7 +71,7 @@ def transactions_per_second(system: System, seconds: float) -> float:
     """What the database is asked meanwhile, our own questions included."""
     query = "select xact_commit from pg_stat_database where datname = current_database()"
     before, began = asked(system, query), time.monotonic()
-    time.sleep(seconds)
+    time.sleep(seconds)  # a span of time: what happens in it is counted
     return float(asked(system, query) - before) / (time.monotonic() - began)
 
 
@@ -89,7 +89,7 @@ def test_a_batch_leaves_no_version_of_the_relay_s_row_nor_of_an_unrouted_type(
             write_quotes(system, [number])
             with writer.transaction():
                 writer.execute("select dovecote.append_event('price', 'EUR', 'testing.given_up.v1', '{}')")
-            eventually(lambda number=number: published(system) == 2 * number + 2, 10, "another batch")  # type: ignore[misc]
+            eventually(lambda number=number: published(system) == 2 * number + 2, 10, "another batch")  # type: ignore[misc]  # a lambda
     took = time.monotonic() - began
 
     assert asked(system, "select count(*) from dovecote.published_batches") >= 60
@@ -98,7 +98,7 @@ def test_a_batch_leaves_no_version_of_the_relay_s_row_nor_of_an_unrouted_type(
     assert events == 60
     # One a second and one at the end; a leader's first three are its take-over.
     for table in ("relay_state", "unrouted_types"):
-        eventually(lambda table=table: versions(system, table) > 0, 10, "sessions told what they did")  # type: ignore[misc]
+        eventually(lambda table=table: versions(system, table) > 0, 10, "sessions told what they did")  # type: ignore[misc]  # a lambda
         assert versions(system, table) <= took + 6
 
 
@@ -110,7 +110,7 @@ def test_an_idle_relay_writes_nothing(system_with: SystemWith) -> None:
         eventually(lambda: asked(system, "select checkpoint from dovecote.relay_state") == 1, 10, "the checkpoint")
         before, seen_at = asked(system, where), asked(system, "select seen_at from dovecote.relay_state")
 
-        time.sleep(2.5)
+        time.sleep(2.5)  # two ticks and more, in which nothing may be written
 
         assert asked(system, where) == before
         assert asked(system, "select seen_at from dovecote.relay_state") == seen_at
@@ -172,11 +172,11 @@ def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: Syste
     insert(held)
     with system.relay():
         eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
-        time.sleep(2)
+        time.sleep(2)  # by now the relay looks by itself only every quarter of a second
         for number in range(1, 6):
             insert(other)
             other.commit()
-            eventually(lambda number=number: published(system) == number, 0.2, "the event, woken for")  # type: ignore[misc]
+            eventually(lambda number=number: published(system) == number, 0.2, "the event, woken for")  # type: ignore[misc]  # a lambda
 
 
 def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon(
@@ -187,7 +187,7 @@ def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_fo
     insert(silent)
     with system.relay():
         eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
-        time.sleep(1)
+        time.sleep(1)  # how long it has been at work decides how soon it is found
 
         silent.commit()
 
@@ -204,7 +204,7 @@ def test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over(
         eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
 
         silent.rollback()
-        time.sleep(1)
+        time.sleep(1)  # the look that finds it over is not to be counted
 
         # What it does once a second, and our own questions.
         assert transactions_per_second(system, 3) < 12
