@@ -1,0 +1,1 @@
+drop function dovecote.server_run, dovecote.server_started;

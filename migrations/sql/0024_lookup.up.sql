@@ -1,0 +1,2 @@
+-- Is an event in the outbox?
+select;

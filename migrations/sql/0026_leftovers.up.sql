@@ -1,0 +1,2 @@
+-- Deliveries whose event is gone.
+select;
