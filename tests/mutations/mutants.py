@@ -556,7 +556,7 @@ MUTANTS = (
     ),
     Mutant(
         "the relay sleeps without a last look",
-        "workers/relay/leading.py",
+        "workers/relay/waking.py",
         "            self._sleeper.sleep(self._pause_seconds)\n",
         "            self._sleeper.sleep(self._pause_seconds)\n"
         "        else:\n            self._sleeper.sleep(self._settings.poll_seconds, self._connection)\n",
@@ -564,28 +564,28 @@ MUTANTS = (
     ),
     Mutant(
         "the relay forgets who was at work when it fell asleep",
-        "workers/relay/leading.py",
+        "workers/relay/waking.py",
         "        if not self._silent_writers:\n",
         "        if True:\n",
         HELD,
     ),
     Mutant(
         "nobody asks who was at work when the relay fell asleep",
-        "workers/relay/leading.py",
-        "        if self._holds_bell and self._silent_writers != frozenset():\n",
+        "workers/relay/waking.py",
+        "        if self._holds_lock and self._silent_writers != frozenset():\n",
         "        if False:\n",
         HELD,
     ),
     Mutant(
         "a writer that is held keeps the relay busy",
-        "workers/relay/leading.py",
+        "workers/relay/waking.py",
         "max(soon, taken * _SHARE_OF_A_TRANSACTION)",
         "soon",
         HELD,
     ),
     Mutant(
         "a silent writer that is over is waited for",
-        "workers/relay/leading.py",
+        "workers/relay/waking.py",
         "self._silent_writers & at_work",
         "self._silent_writers",
         HELD,
@@ -622,7 +622,7 @@ MUTANTS = (
     ),
     Mutant(
         "a writer need not ring once the relay has slept",
-        "workers/relay/leading.py",
+        "workers/relay/waking.py",
         '            self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")\n',
         "",
         f"{RELAY} tests/test_benchmarks.py",
@@ -1283,7 +1283,7 @@ MUTANTS = (
     ),
     Mutant(
         "rings are not counted",
-        "workers/relay/leading.py",
+        "workers/relay/waking.py",
         "                self._meters.rang()\n",
         "                pass\n",
         WATCHED,

@@ -1,4 +1,4 @@
-"""What the leading relay does: read, publish, record, and sleep until the bell rings.
+"""What the leading relay does: read, publish, record, and sleep until called.
 
 It sends first and records then, so a crash between the two sends events twice, never zero times;
 consumers are written for that. Nothing else in the system declares an event published.
@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
-import psycopg
 import structlog
 
 from workers import pauses, replays
@@ -20,7 +19,6 @@ from workers.relay import leases, missing
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.envelopes import Made
-from workers.relay.gaps import writers_at_work
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
@@ -29,6 +27,7 @@ from workers.relay.replaying import Replayer
 from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.relay.sleeping import Sleeper
 from workers.relay.unrouted import Unrouted
+from workers.relay.waking import Waking
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
 from workers.telemetry import publishing
@@ -45,8 +44,6 @@ _PARTITIONS_SECONDS = 3_600.0
 _FREE_NOTIFICATIONS_SECONDS = 60.0
 # An event alone, or a few at once, are no traffic; more batches than that without a pause are.
 _FEW_IN_A_ROW = 3
-# What a transaction that saw us awake may wait after its end, as a share of what it took.
-_SHARE_OF_A_TRANSACTION = 1 / 8
 # So long may those who act on an event that came alone have the processor first.
 _RECORD_LATER_SECONDS = 0.002
 
@@ -129,16 +126,10 @@ class Leader:
         )
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
-        self._heard: set[str] = set()
+        self._waking = Waking(connection, sleeper, settings, self._meters)
         self._unrouted = Unrouted(self._bundler.types)
         self._cursors = {route.handler: leases.Cursor() for route in routes}
-        self._holds_bell = False
-        self._took_bell_at = 0.0
-        # The writers that may have seen us awake before we took it; None until they are asked for.
-        self._silent_writers: frozenset[int] | None = None
-        self._called = False
         self._batches_in_a_row = 0
-        self._pause_seconds = 0.0
         self._next_tick = self._next_reaping = self._next_partitions = self._next_freeing = time.monotonic()
 
     def lead(self) -> None:
@@ -147,7 +138,7 @@ class Leader:
         Errors: psycopg.OperationalError when the connection is lost, NewerRelay when another has taken over.
         """
         with self._ahead:
-            self._listen()
+            self._waking.listen()
             # The relay before us may have ended between leasing a retry and sending it.
             leases.end_leases(self._connection)
             self._postponed.load()
@@ -160,10 +151,7 @@ class Leader:
 
     def _turn(self) -> None:
         self._meters.alive("leading")
-        heard, self._heard = self._heard, set()
-        called, self._called = self._called, False
-        if self._holds_bell and self._silent_writers != frozenset():
-            self._note_silent_writers()
+        heard, called = self._waking.turn()
         batch = self._ahead.take(at_once=called)
         if batch.rows:
             self._publish(batch)
@@ -181,15 +169,15 @@ class Leader:
         self._postponed.step()
         self._replayer.step()
         if batch.rows:
-            self._pause_seconds = 0.0
+            self._waking.busy()
             self._batches_in_a_row += 1
             if self._batches_in_a_row > _FEW_IN_A_ROW:
-                self._stay_awake()
+                self._waking.stay_awake()
                 self._gather(batch)
         else:
             self._batches_in_a_row = 0
-            if not self._heard:
-                self._rest()
+            if not self._waking.heard and self._waking.may_sleep():
+                self._sleep()
 
     # Publishing ------------------------------------------------------------------------------
 
@@ -199,7 +187,7 @@ class Leader:
             upto = self._postponed.admit(batch.rows)
             self._send(lambda: self._bundler.bundles(batch.rows, upto))
             if not self._batches_in_a_row and not batch.is_full:
-                self._called = self._sleeper.sleep(_RECORD_LATER_SECONDS, self._connection)
+                self._waking.sleep(_RECORD_LATER_SECONDS)
             recorded = self._records.execute(
                 _RECORD,
                 {
@@ -390,7 +378,7 @@ class Leader:
         self._meters.retried(sum(one.handler_name in self._cursors for one in due))
         if due:
             # There may be more: after the next batch of live events, and without a rest.
-            self._heard.add("dovecote_deliveries")
+            self._waking.heard.add("dovecote_deliveries")
 
     def _retries(self, part: Sequence[Made[DueDelivery]]) -> Iterator[QueuedBundle]:
         return self._bundler.retries(
@@ -401,71 +389,20 @@ class Leader:
         report({row.position: row.problem for row in rows})
         set_aside(self._connection, self._epoch, rows)
 
-    # Sleeping and waking ---------------------------------------------------------------------
-
-    def _listen(self) -> None:
-        # A notification may arrive with the answer to any statement; asking the socket would miss it.
-        def hear(notification: psycopg.Notify) -> None:
-            self._heard.add(notification.channel)
-            if notification.channel == "dovecote_outbox":
-                self._meters.rang()
-
-        self._connection.add_notify_handler(hear)
-        self._connection.execute("listen dovecote_outbox")
-        self._connection.execute("listen dovecote_deliveries")
-        self._connection.execute(f"listen {replays.CHANNEL}")
-        self._connection.execute(f"listen {pauses.CHANNEL}")
-
-    def _stay_awake(self) -> None:
-        if self._holds_bell:
-            # Writers need not ring while we are up: ringing makes them commit one after the other.
-            self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")
-            self._holds_bell = False
+    # Sleeping --------------------------------------------------------------------------------
 
     def _gather(self, batch: Batch) -> None:
         # In traffic events travel together, or each would be a message and a transaction of its own.
         if not batch.is_full:
             self._sleeper.sleep(self._settings.gather_ms / 1_000)
 
-    def _rest(self) -> None:
-        if self._holds_bell:
-            self._sleep_until_called()
-            return
-        row = self._connection.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone()
-        self._holds_bell = row == (True,)
-        self._took_bell_at = time.monotonic()
-        self._silent_writers = None
-        if not self._holds_bell:
-            # A writer looks at this moment whether we sleep, or holds the bell since before 0019. It will not ring.
-            self._pause_seconds = min(self._settings.busy_poll_ms / 1_000, self._pause_seconds * 2 or 0.001)
-            self._sleeper.sleep(self._pause_seconds)
-        # With the bell in hand, read once more before sleeping: for what was written before we took it.
-
-    def _note_silent_writers(self) -> None:
-        """Remember who was at work when we took the bell: they saw us awake, or may have, and say nothing.
-
-        Those that are over by now are found by the read that follows.
-        """
-        at_work = frozenset(xid for _, xid in writers_at_work(self._connection))
-        self._silent_writers = at_work if self._silent_writers is None else self._silent_writers & at_work
-
-    def _look_again_seconds(self) -> float:
-        """Return the pause until the next read that nobody asks for.
-
-        Until the last silent writer is over it is short at first, and then a share of the time they have taken: a
-        transaction of a minute may wait for some seconds, and one that is forgotten keeps nobody busy.
-        """
-        if not self._silent_writers:
-            return self._settings.poll_seconds
-        taken = time.monotonic() - self._took_bell_at
-        soon = min(self._settings.busy_poll_ms / 1_000, max(0.001, taken))
-        return min(self._settings.poll_seconds, max(soon, taken * _SHARE_OF_A_TRANSACTION))
-
-    def _sleep_until_called(self) -> None:
-        """Until the bell rings or it is time to look anyway; retries and the reaper wait for neither."""
-        pause = min(self._look_again_seconds(), self._replayer.seconds_until_due(), self._postponed.seconds_until_due())
+    def _sleep(self) -> None:
+        """Until something calls or it is time to look anyway; retries and the reaper wait for neither."""
+        pause = min(
+            self._waking.look_again_seconds(), self._replayer.seconds_until_due(), self._postponed.seconds_until_due()
+        )
         look_again = time.monotonic() + pause
-        while not self._called and not self._heard and time.monotonic() < look_again:
-            self._called = self._sleeper.sleep(min(look_again, self._next_tick) - time.monotonic(), self._connection)
+        while not self._waking.is_called and time.monotonic() < look_again:
+            self._waking.sleep(min(look_again, self._next_tick) - time.monotonic())
             if time.monotonic() >= self._next_tick:
                 self._tick()
