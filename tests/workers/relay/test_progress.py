@@ -201,7 +201,9 @@ class History:
         self._taken[slot] = chosen
         for handler, position in sorted(chosen):
             if self.chance.random() < 0.1:
-                consumer.execute(FAIL, (handler, self.chance.choice(["dead", "discarded", "retrying"]), position, handler))
+                consumer.execute(
+                    FAIL, (handler, self.chance.choice(["dead", "discarded", "retrying"]), position, handler)
+                )
             else:
                 consumer.execute(
                     "insert into dovecote.processed_events (event_id, handler_name)"
@@ -228,10 +230,18 @@ class History:
                 assert mark >= self._low.get(handler, 0), f"the mark of {handler} went back"
                 self._low[handler] = mark
             for handler, events, first in self.checks.execute(TRUTH).fetchall():
-                kinds = [kind for (kind,) in self.checks.execute(
-                    "select event_type from dovecote.subscriptions where handler_name = %s", (handler,))]
-                counted = one(self.checks, "select events, oldest, at_least from dovecote.unprocessed(%s, 9999, %s)",
-                              handler, kinds)
+                kinds = [
+                    kind
+                    for (kind,) in self.checks.execute(
+                        "select event_type from dovecote.subscriptions where handler_name = %s", (handler,)
+                    )
+                ]
+                counted = one(
+                    self.checks,
+                    "select events, oldest, at_least from dovecote.unprocessed(%s, 9999, %s)",
+                    handler,
+                    kinds,
+                )
                 oldest = self.checks.execute(
                     "select created_at from dovecote.outbox where position = %s", (first,)
                 ).fetchone()
