@@ -77,7 +77,7 @@ def unprocessed(connection: Connection, routes: Sequence[Route]) -> dict[str, Un
     marked = {route.handler: row for route in routes if (row := _from_mark(connection, route))}
     wanted = [(route.handler, event_type) for route in routes for event_type in route.event_types]
     unknown = {tuple(row) for row in connection.execute(_UNKNOWN, _as_arrays(wanted))}
-    # A history that is not examined yet, or a backlog longer than the bound: among the newest may be more than was found.
+    # A history that is not examined yet, or a backlog beyond the bound: among the newest may be more than was found.
     newest = _newest(
         connection,
         [(handler, kind) for handler, kind in wanted if (handler, kind) in unknown or _is_cut(marked.get(handler))],
