@@ -5,6 +5,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Computed,
     DateTime,
     Index,
     Integer,
@@ -38,6 +39,7 @@ __all__ = [
     "postponed",
     "price_quotes",
     "processed_events",
+    "progress",
     "published_batches",
     "relay_state",
     "replays",
@@ -127,6 +129,19 @@ subscriptions = Table(
     _moment("created_at"),
     Column("routed_epoch", BigInteger),
     Column("published_above", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
+)
+
+progress = Table(
+    "progress",
+    metadata,
+    Column("handler_name", Text, primary_key=True),
+    Column("examined", BigInteger, nullable=False),
+    Column("open", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
+    Column("mark", BigInteger, Computed("coalesce(lower(open) - 1, examined)", persisted=True)),
+    _moment("moved_at"),
+    CheckConstraint(
+        "open <@ int8multirange(int8range(null::bigint, examined, '(]'))", name="progress_open_is_examined"
+    ),
 )
 
 postponed = Table(
