@@ -246,7 +246,8 @@ class History:
         if not self._marker.claim(self._claim, over=seen.history):
             raise RedisLost
         dropped = self._say_something_during(self._marker.drop(self._claim))
-        log.warning("a new history begins", history=self._claim.history, dropped=dropped, epoch=self.epoch)
+        tell = log.warning if seen.history else log.info
+        tell("a new history begins", history=self._claim.history, dropped=dropped, epoch=self.epoch)
 
     def _say_something_during(self, calls: Iterable[int]) -> int:
         total, say_at = 0, time.monotonic() + _SIGN_OF_LIFE_SECONDS
