@@ -118,3 +118,37 @@ def test_relays_that_take_turns_lose_nothing(tmp_path: Path, trouble: str) -> No
 def test_a_hand_over_that_is_broken_is_found_out(tmp_path: Path, broken: str, trouble: str, found: str) -> None:
     assert "assertion violated" in (error := check(tmp_path, "hand_over.pml", f"{broken} {trouble}"))
     assert found in error
+
+
+def goes_back(events: int = 1, backs: int = 1, deaths: int = 0, flushes: int = 0) -> str:
+    return f"EVENTS={events} BACKS={backs} DEATHS={deaths} FLUSHES={flushes}"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        pytest.param(goes_back(), id="Postgres goes back"),
+        pytest.param(f"SAME_RUN BEAT_BETWEEN {goes_back()}", id="with its memory, past a beat"),
+        pytest.param(goes_back(events=2), id="two events", marks=thorough),
+        pytest.param(goes_back(deaths=1), id="and a death", marks=thorough),
+        pytest.param(goes_back(flushes=1), id="and Redis is flushed", marks=thorough),
+    ],
+)
+def test_what_a_postgres_that_went_back_remembers_is_done_and_nothing_else(tmp_path: Path, trouble: str) -> None:
+    assert check(tmp_path, "history.pml", trouble) == ""
+
+
+@pytest.mark.parametrize(
+    ("broken", "trouble", "found"),
+    [
+        ("NO_RUN", goes_back(), "done"),
+        ("NO_SALT", goes_back(), "done"),
+        ("ACTS_ON_ANY", goes_back(), "hand&events"),
+        ("SAME_RUN NO_BEAT", goes_back(), "done"),
+        ("DROP_UNFENCED", goes_back(flushes=1), "done"),
+        ("KNOWN_BEFORE_SENT_AGAIN", goes_back(backs=0, deaths=1, flushes=1), "done"),
+    ],
+)
+def test_a_history_that_is_broken_is_found_out(tmp_path: Path, broken: str, trouble: str, found: str) -> None:
+    assert "assertion violated" in (error := check(tmp_path, "history.pml", f"{broken} {trouble}"))
+    assert found in error

@@ -12,6 +12,7 @@ READING = "tests/workers/relay/test_reading_forward.py"
 GAPS = "tests/workers/relay/test_gaps.py"
 HELD = "tests/workers/relay/test_held_writers.py"
 RELAY = "tests/workers/relay/test_relay.py"
+HISTORY = "tests/workers/relay/test_history.py"
 SIZES = "tests/workers/relay/test_sizes.py"
 UNREADABLE = "tests/workers/relay/test_unreadable_rows.py"
 BROKER = "tests/workers/test_broker.py"
@@ -42,6 +43,7 @@ CARELESS = "tests/workers/test_careless_handlers.py"
 ROUTES = "tests/workers/test_routes.py"
 BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
+CLAIM = "workers/lua/claim.lua"
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 SIZES_SQL = "migrations/sql/0017_sizes.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
@@ -507,18 +509,151 @@ MUTANTS = (
         f"{BROKER} {RELAY}",
     ),
     Mutant(
+        "a relay of another history may publish",
+        "workers/lua/publish.lua",
+        "if redis.call('hget', KEYS[2], 'history') ~= ARGV[2] then",
+        "if false then",
+        f"{BROKER}::test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same",
+    ),
+    Mutant(
         "an older relay takes the marker back",
-        "workers/lua/claim_epoch.lua",
-        "if found <= tonumber(ARGV[1]) and",
+        CLAIM,
+        "if found > tonumber(ARGV[1]) or",
         "if",
-        f"{BROKER} {RELAY}",
+        f"{BROKER}::test_only_the_newest_epoch_publishes",
+    ),
+    Mutant(
+        "a relay that came in between is not noticed by who claims",
+        CLAIM,
+        "or (known[1] or '') ~= ARGV[5] then",
+        "then",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
     ),
     Mutant(
         "the marker is not compared where it is claimed",
-        "workers/lua/claim_epoch.lua",
-        "and (not ARGV[2] or found == tonumber(ARGV[2])) then",
+        CLAIM,
+        "if found ~= tonumber(ARGV[6]) or",
+        "if",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
+    ),
+    Mutant(
+        "the run of Postgres that Redis knows is not compared",
+        CLAIM,
+        "or known[2] ~= ARGV[3]\n",
+        "\n",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
+    ),
+    Mutant(
+        "a Redis that went back with its memory is taken for known",
+        CLAIM,
+        "or beat < tonumber(ARGV[7]) or",
+        "or",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
+    ),
+    Mutant(
+        "a Postgres that went back with its memory is taken for known",
+        CLAIM,
+        "or beat > tonumber(ARGV[4]) then",
         "then",
-        f"{BROKER} {RELAY}",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
+    ),
+    Mutant(
+        "a leader does not notice that Redis went back by a beat",
+        "workers/lua/beat.lua",
+        "or beat < tonumber(ARGV[4]) or",
+        "or",
+        f"{HISTORY}::test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it",
+    ),
+    Mutant(
+        "a relay that was left behind drops what its follower has sent",
+        "workers/lua/drop.lua",
+        "or redis.call('hget', KEYS[4], 'history') ~= ARGV[2] then",
+        "then",
+        f"{BROKER}::test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same",
+    ),
+    Mutant(
+        "others' messages are dropped with ours",
+        "workers/lua/drop.lua",
+        "if #id == 33 and string.find(id, '^[br][0-9a-f]+$') then",
+        "if true then",
+        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
+    ),
+    Mutant(
+        "marks of messages that were dropped stay",
+        "workers/lua/drop.lua",
+        "    redis.call('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
+        "",
+        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
+    ),
+    Mutant(
+        "what is put aside is not dropped",
+        "workers/relay/marker.py",
+        "[*((queue, queue) for queue in queues), *aside]",
+        "[(queue, queue) for queue in queues]",
+        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
+    ),
+    Mutant(
+        "a system whose namespace begins as ours loses its messages",
+        "workers/relay/marker.py",
+        '            if ":" not in queue\n',
+        "",
+        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
+    ),
+    Mutant(
+        "another run of Postgres is taken for the one that knew Redis",
+        "workers/relay/history.py",
+        "taken.known_redis if taken.instance == taken.run else None",
+        "taken.known_redis",
+        f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
+    ),
+    Mutant(
+        "a message that is sent again has the id of the one that was dropped",
+        "workers/relay/leading.py",
+        "        self._bundler.salt = self._history.salt\n",
+        "",
+        f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
+    ),
+    Mutant(
+        "Redis is told of a beat that is not on disk",
+        "workers/relay/history.py",
+        "    select setval('dovecote.relay_beat', %s), {_DURABLY}\n",
+        "    select setval('dovecote.relay_beat', %s)\n",
+        f"{HISTORY}::test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event",
+    ),
+    Mutant(
+        "the beat moves while nothing is under way",
+        "workers/relay/history.py",
+        "or not (self._under_way or self._broker.sent != self._sent):",
+        "or False:",
+        f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
+    ),
+    Mutant(
+        "the beat stands still while messages wait",
+        "workers/relay/history.py",
+        "self._under_way or usage.under_way",
+        "False",
+        f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
+    ),
+    Mutant(
+        "the epoch goes up one by one",
+        "workers/relay/history.py",
+        "set epoch = greatest(epoch, %(past)s) + 1",
+        "set epoch = epoch + 1 + 0 * %(past)s",
+        f"{HISTORY}::test_the_epoch_jumps_past_everything_that_redis_has_heard_of",
+    ),
+    Mutant(
+        "a relay of an older Postgres leads",
+        "workers/relay/history.py",
+        "if lives and ours and theirs and theirs.is_newer_than(ours):",
+        "if False:",
+        f"{HISTORY}::test_a_relay_stands_back_while_one_of_a_newer_postgres_lives",
+    ),
+    Mutant(
+        "a leader takes Redis back from a newer Postgres",
+        "workers/relay/history.py",
+        "        require_right_of_way(self._claim.instance, seen)\n",
+        "",
+        f"{HISTORY}::test_a_leader_whose_redis_a_newer_postgres_has_taken_drops_nothing_there",
     ),
     Mutant(
         "a message is queued again while it is queued",
@@ -532,7 +667,7 @@ MUTANTS = (
         "workers/relay/leading.py",
         "        self._unrouted.write(self._records)\n        self._through_outages(self._check_redis)\n",
         "        self._unrouted.write(self._records)\n",
-        RELAY,
+        f"{RELAY} {HISTORY}",
     ),
     Mutant(
         "what Redis lost is not sent again",
@@ -543,9 +678,11 @@ MUTANTS = (
     ),
     Mutant(
         "a Redis is known before what it lost is sent again",
-        "workers/relay/leading.py",
-        "            self._know_redis(None)\n",
-        "            self._know_redis(known_redis(run_id, self._epoch))\n",
+        "workers/relay/history.py",
+        "        self._confirmed_beat = self._claim.beat\n        if self._sends_again:\n",
+        "        self._confirmed_beat = self._claim.beat\n"
+        "        self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))\n"
+        "        if self._sends_again:\n",
         RELAY,
     ),
     Mutant(

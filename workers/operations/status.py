@@ -33,6 +33,10 @@ class RelayStatus:
 
     lag_events   committed and not yet published
     lag_seconds  age of the oldest of them; 0 when there is none
+    leading      not while the relay stands back
+    history      in which Redis was told what it holds, None before the first greeting
+    instance     the run of Postgres of that history
+    stands_back_for  run of the newer Postgres whose relay uses our Redis; None for none
     published    events published so far
     published_per_second  over the last minute
     at_least     which of these numbers may be larger: more was there than is looked at
@@ -43,6 +47,9 @@ class RelayStatus:
     leading: bool
     owner: str | None
     epoch: int
+    history: str | None
+    instance: str | None
+    stands_back_for: str | None
     checkpoint: int
     published: int
     published_per_second: float
@@ -83,12 +90,14 @@ class Status:
 
 _POSITIONS = text(
     """
-    select s.checkpoint, h.last_position, s.owner, s.epoch,
-           exists (select from pg_locks
-                   where locktype = 'advisory' and objsubid = 1 and granted
-                     and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
-                     and database = (select oid from pg_database where datname = current_database())) as leading
-    from dovecote.relay_state s, dovecote.horizon() h
+    select s.checkpoint, h.last_position, s.owner, s.epoch, s.history, s.instance, leader.is_there,
+           case when leader.is_there then s.stands_back_for end as stands_back_for
+    from dovecote.relay_state s, dovecote.horizon() h, (
+        select exists (select from pg_locks
+                       where locktype = 'advisory' and objsubid = 1 and granted
+                         and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
+                         and database = (select oid from pg_database where datname = current_database())) as is_there
+    ) leader
     """
 )
 
@@ -192,9 +201,12 @@ def _relay(connection: Connection) -> RelayStatus:
     return RelayStatus(
         lag_events=lag.events,
         lag_seconds=lag.seconds,
-        leading=positions.leading,
+        leading=positions.is_there and positions.stands_back_for is None,
         owner=positions.owner,
         epoch=positions.epoch,
+        history=positions.history,
+        instance=positions.instance,
+        stands_back_for=positions.stands_back_for,
         checkpoint=positions.checkpoint,
         published=published.events,
         published_per_second=round(published.per_second, 2),

@@ -1,8 +1,9 @@
 """From rows to Dramatiq messages: one bundle for each handler, in order, up to the route's size.
 
-A bundle's id is a digest of its handler, positions and events. The same batch always gives the same bundles, so
-a batch that is published again adds only what is no longer queued. Positions alone would not do: Postgres gives
-them out again after a failover that lost the transactions they were for, while messages of those are still queued.
+A bundle's id is a digest of its handler, positions and events, salted with the history. Within a history the same
+batch always gives the same bundles, so a batch that is published again adds only what is no longer queued. Positions
+alone would not do: Postgres gives them out again after a failover that lost the transactions they were for, while
+messages of those are still queued.
 """
 
 import time
@@ -25,9 +26,11 @@ Item = TypeVar("Item")
 
 
 class Bundler:
-    """Knows the routes."""
+    """Knows the routes, and what goes into the ids of this history's messages."""
 
-    def __init__(self, routes: Sequence[Route]) -> None:
+    def __init__(self, routes: Sequence[Route], salt: bytes = b"") -> None:
+        #: Of workers/relay/history.py. A late acknowledgement of a message that was dropped takes away that one only.
+        self.salt = salt
         routes = distinct(routes)
         self._by_handler = {route.handler: route for route in routes}
         self._by_type: dict[str, list[Route]] = {}
@@ -66,20 +69,20 @@ class Bundler:
                 if part is None:
                     part = parts[route.handler] = _Part(route)
                 elif part.counted == route.bundle_size:
-                    yield part.message()
+                    yield part.message(self.salt)
                     part.counted = 0
                 elif part.size + size > MAX_BUNDLE_BYTES:
-                    yield part.message()
+                    yield part.message(self.salt)
                 part.rows.append(row)
                 part.counted += 1
                 part.size += size
         for part in parts.values():
-            yield part.message()
+            yield part.message(self.salt)
 
     def bundles_of(self, route: Route, rows: Sequence[Row]) -> Iterator[QueuedBundle]:
         """Yield the messages for one handler, which wants all of these rows."""
         for part in _parts([row for row in rows if row[2]], route.bundle_size, lambda row: len(row[2])):
-            yield bundle(route, positions(part), [envelope for _, _, envelope in part])
+            yield bundle(route, positions(part), [envelope for _, _, envelope in part], salt=self.salt)
 
     def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
         """Yield the messages for deliveries that are due. Those of unknown handlers are left alone."""
@@ -97,6 +100,7 @@ class Bundler:
                     [one.envelope for one in part],
                     retry=True,
                     replay=replay,
+                    salt=self.salt,
                 )
 
 
@@ -113,9 +117,9 @@ class _Part:
         self.rows: list[Row] = []
         self.counted = self.size = 0
 
-    def message(self) -> tuple[QueuedBundle, list[int]]:
+    def message(self, salt: bytes) -> tuple[QueuedBundle, list[int]]:
         inside = positions(self.rows)
-        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows])
+        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows], salt=salt)
         self.rows, self.size = [], 0
         return made, inside
 
@@ -181,9 +185,10 @@ def bundle(
     *,
     retry: bool = False,
     replay: UUID | None = None,
+    salt: bytes = b"",
 ) -> QueuedBundle:
-    """Return a message; the handler, these numbers, the events and the replay are what its id follows from."""
-    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler))
+    """Return a message; the handler, these numbers, events, replay and salt are what its id follows from."""
+    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler), salt=salt)
     digest.update(b"".join([envelope[_EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)

@@ -17,6 +17,7 @@ from workers.attempts import longest_retry
 from workers.masking import masked
 from workers.operations.doctor import progress
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
+from workers.runs import Run
 
 Connection = psycopg.Connection[Any]
 
@@ -33,7 +34,8 @@ _MUCH_OF_NOTIFY_QUEUE, _NO_WAKEUPS_FROM = 0.25, 0.5
 # A moment as text: psycopg reads one DateStyle only, and behind a pool of transactions we set none.
 # A frozen relay keeps its lock and asks nothing any more. Who may not see others' statements gets null.
 _RELAY = """
-    select s.owner, s.epoch, to_char(s.owned_since at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS') as owned_since,
+    select s.owner, s.epoch, s.history, s.instance, s.stands_back_for,
+           to_char(s.owned_since at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS') as owned_since,
            leader.pid, leader.silent_seconds
     from dovecote.relay_state s
     left join lateral (
@@ -231,8 +233,17 @@ def relay(connection: Connection, subject: Subject) -> Finding:
         return error(
             "relay.alive", f"no relay leads{last}", "Start one: `dovecote relay`; nothing is published meanwhile."
         )
+    if row.stands_back_for:
+        return error(
+            "relay.alive",
+            f"the relay stands back: one of {Run.read(row.stands_back_for)} publishes to this Redis",
+            "That database is newer. If it is the one to go on with, point DATABASE_URL to it everywhere. If not, stop "
+            "its relays: ours leads 10 s later. If both are wanted, give each a Redis or a DOVECOTE_REDIS__NAMESPACE.",
+        )
     since = f"{row.owned_since} UTC" if row.owned_since else "this moment"
     found = f"{row.owner or 'somebody'} leads since {since}, backend {row.pid}, epoch {row.epoch}"
+    if row.history:
+        found += f", history {row.history} of {Run.read(row.instance)}"
     # It asks something each second, or once in its poll.
     longest = _SILENT_SECONDS + 2 * subject.settings.relay.poll_seconds
     if row.silent_seconds is not None and row.silent_seconds > longest:
