@@ -649,6 +649,20 @@ MUTANTS = (
         f"{HISTORY}::test_a_relay_stands_back_while_one_of_a_newer_postgres_lives",
     ),
     Mutant(
+        "a leader that sends again for long is taken for dead",
+        "workers/relay/history.py",
+        "            with self._seen_to_live():\n                send_again()\n",
+        "            send_again()\n",
+        f"{HISTORY}::test_a_leader_that_sends_again_for_long_is_not_taken_for_dead",
+    ),
+    Mutant(
+        "two sessions of one leadership may lead to two servers",
+        "workers/relay/history.py",
+        "        if (found := run_of(self._records)) != self._claim.instance:\n",
+        "        if (found := run_of(self._records)) is None:\n",
+        f"{HISTORY}::test_both_sessions_of_a_leader_are_of_one_run",
+    ),
+    Mutant(
         "a leader takes Redis back from a newer Postgres",
         "workers/relay/history.py",
         "        require_right_of_way(self._claim.instance, seen)\n",

@@ -11,8 +11,10 @@ published and not processed is sent again, with other message ids than before: a
 the old history at any time (tests/models/history.pml).
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from uuid import uuid4
@@ -220,7 +222,8 @@ class History:
         self._confirmed_beat = self._claim.beat
         if self._sends_again:
             self._meters.alive("sending_again")
-            send_again()
+            with self._seen_to_live():
+                send_again()
         self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))
         self._sends_again = False
 
@@ -245,9 +248,31 @@ class History:
         self._execute(self._connection, _BEGIN, (self._claim.history, self._claim.instance, self.epoch))
         if not self._marker.claim(self._claim, over=seen.history):
             raise RedisLost
-        dropped = self._say_something_during(self._marker.drop(self._claim))
+        with self._seen_to_live():
+            dropped = self._say_something_during(self._marker.drop(self._claim))
         tell = log.warning if seen.history else log.info
         tell("a new history begins", history=self._claim.history, dropped=dropped, epoch=self.epoch)
+
+    @contextmanager
+    def _seen_to_live(self) -> Iterator[None]:
+        """Tell Redis once a second that we live, or a relay of an older Postgres would not stand back any longer.
+
+        From a thread: the search for what is lost may be silent for as long as the history is.
+        """
+        done = threading.Event()
+
+        def tell() -> None:
+            while not done.wait(_BEAT_SECONDS):
+                with suppress(*PASSING):
+                    self._marker.beat(self._claim, self._confirmed_beat)
+
+        thread = threading.Thread(target=tell, name="seen-to-live", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _say_something_during(self, calls: Iterable[int]) -> int:
         total, say_at = 0, time.monotonic() + _SIGN_OF_LIFE_SECONDS

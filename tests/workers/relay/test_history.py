@@ -22,7 +22,8 @@ from tests.support import a_place_for_servers, eventually
 from tests.system import System, system_for
 from workers import schema
 from workers.operations.doctor import postgres as doctor
-from workers.relay.history import History, OtherRun, TakenOver, run_of
+from workers.relay import history as history_module
+from workers.relay.history import History, OtherRun, TakenOver, run_of, take_over
 from workers.relay.marker import Claim, Marker, RelayMarker
 from workers.runs import Run
 from workers.telemetry.meters import RelayMeters, RelayState
@@ -282,6 +283,21 @@ def test_a_leader_whose_redis_a_newer_postgres_has_taken_drops_nothing_there(sys
         eventually(lambda: system.status().relay.stands_back_for, 5, "it stands back")
         assert in_redis(system).history == "theirs"
         assert queued(system) == ids
+
+
+def test_a_leader_that_sends_again_for_long_is_not_taken_for_dead(
+    system_on: SystemOn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_module, "_BEAT_SECONDS", 0.05)
+    system = system_on()
+    with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
+        leader = History(take_over(connection, 0, "a test"), connection=connection, broker=system.broker)
+
+        def search_for_long() -> None:
+            change(system, seen=0)
+            eventually(lambda: in_redis(system).silent_ms < 1_000, 5, "a sign of life")
+
+        leader.greet(search_for_long)
 
 
 def test_of_two_databases_that_were_one_the_newer_has_redis_to_itself(
