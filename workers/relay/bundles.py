@@ -25,9 +25,10 @@ Item = TypeVar("Item")
 
 
 class Bundler:
-    """Knows the routes."""
+    """Knows the routes, and in which run of Postgres the rows are read (workers/lookup.py)."""
 
-    def __init__(self, routes: Sequence[Route]) -> None:
+    def __init__(self, routes: Sequence[Route], sent_in: int | None = None) -> None:
+        self.sent_in = sent_in
         routes = distinct(routes)
         self._by_handler = {route.handler: route for route in routes}
         self._by_type: dict[str, list[Route]] = {}
@@ -64,7 +65,7 @@ class Bundler:
                     continue
                 part = parts.get(route.handler)
                 if part is None:
-                    part = parts[route.handler] = _Part(route)
+                    part = parts[route.handler] = _Part(route, self.sent_in)
                 elif part.counted == route.bundle_size:
                     yield part.message()
                     part.counted = 0
@@ -79,7 +80,7 @@ class Bundler:
     def bundles_of(self, route: Route, rows: Sequence[Row]) -> Iterator[QueuedBundle]:
         """Yield the messages for one handler, which wants all of these rows."""
         for part in _parts([row for row in rows if row[2]], route.bundle_size, lambda row: len(row[2])):
-            yield bundle(route, positions(part), [envelope for _, _, envelope in part])
+            yield bundle(route, positions(part), [envelope for _, _, envelope in part], sent_in=self.sent_in)
 
     def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
         """Yield the messages for deliveries that are due. Those of unknown handlers are left alone."""
@@ -97,6 +98,7 @@ class Bundler:
                     [one.envelope for one in part],
                     retry=True,
                     replay=replay,
+                    sent_in=self.sent_in,
                 )
 
 
@@ -106,16 +108,16 @@ class _Part:
     Where a bundle is cut for its bytes the count goes on, so that the cuts after it are where they would be without.
     """
 
-    __slots__ = ("counted", "route", "rows", "size")
+    __slots__ = ("counted", "route", "rows", "sent_in", "size")
 
-    def __init__(self, route: Route) -> None:
-        self.route = route
+    def __init__(self, route: Route, sent_in: int | None) -> None:
+        self.route, self.sent_in = route, sent_in
         self.rows: list[Row] = []
         self.counted = self.size = 0
 
     def message(self) -> tuple[QueuedBundle, list[int]]:
         inside = positions(self.rows)
-        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows])
+        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows], sent_in=self.sent_in)
         self.rows, self.size = [], 0
         return made, inside
 
@@ -181,21 +183,26 @@ def bundle(
     *,
     retry: bool = False,
     replay: UUID | None = None,
+    sent_in: int | None = None,
 ) -> QueuedBundle:
-    """Return a message; the handler, these numbers, the events and the replay are what its id follows from."""
+    """Return a message; the handler, these numbers, the events and the replay are what its id follows from.
+
+    `sent_in` is in its options: what consumes it without knowing of it passes it over.
+    """
     digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler))
     digest.update(b"".join([envelope[_EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)
     id = ("r" if retry else "b") + digest.hexdigest()
     replay_word = "" if replay is None else f',"replay":"{replay}"'
+    run_word = "" if sent_in is None else f',"sent_in":{sent_in}'
     # The envelopes are JSON already; everything else in here is words of our own.
     message = b"".join(
         (
             f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[[\n'.encode(),
             # An envelope a line: a message that cannot be read as a whole is read line by line.
             b",\n".join(envelopes),
-            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"options":{{"redis_message_id":"{id}"}},'
+            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"options":{{"redis_message_id":"{id}"{run_word}}},'
             f'"message_id":"{id}","message_timestamp":{time.time_ns() // 1_000_000}}}'.encode(),
         )
     )

@@ -24,7 +24,7 @@ from workers.relay.gaps import writers_at_work
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
-from workers.relay.reading import Batch, Connection, Reader, positions
+from workers.relay.reading import Batch, Connection, Reader, positions, server_started
 from workers.relay.replaying import Replayer
 from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.relay.sleeping import Sleeper
@@ -98,7 +98,7 @@ class Leader:
         self._reader = reader
         self._broker = broker
         self._routes = routes
-        self._bundler = Bundler(routes)
+        self._bundler = Bundler(routes, server_started(connection))
         self._settings = settings
         self._sleeper = sleeper
         self._epoch = epoch

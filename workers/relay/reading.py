@@ -195,3 +195,9 @@ class Reader:
 def positions(rows: Sequence[Row]) -> list[int]:
     """Return the position of each row."""
     return [position for position, _, _ in rows]
+
+
+def server_started(connection: Connection) -> int:
+    """Return in which run of Postgres this session reads: when it began, in Unix microseconds."""
+    (started,) = connection.execute("select dovecote.server_started()").fetchone() or (0,)
+    return int(started)
