@@ -147,6 +147,9 @@ relay_state = Table(
     _moment("owned_since", nullable=True),
     _moment("seen_at", nullable=True),
     Column("redis_run_id", Text),
+    Column("history", Text),
+    Column("instance", Text),
+    Column("stands_back_for", Text),
 )
 
 replays = Table(

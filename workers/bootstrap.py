@@ -266,10 +266,10 @@ def _actor_function(consume: Consume, consumer: Consumer, route: Route, broker: 
     return act
 
 
-def _sent_in(message: dramatiq.Message[Any] | None) -> int | None:
+def _sent_in(message: dramatiq.Message[Any] | None) -> str | None:
     """Return what the message says; None where that can be no run of Postgres."""
     said = None if message is None else message.options.get("sent_in")
-    return said if type(said) is int and 0 < said < 2**63 else None
+    return said if isinstance(said, str) and said.isascii() and said.isprintable() else None
 
 
 def _not_here(_event: object, _uow: UnitOfWork, _gateways: Gateways) -> NoReturn:

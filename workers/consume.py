@@ -114,7 +114,7 @@ class Consumer:
         retry: bool = False,
         replay: UUID | None = None,
         suspect: Suspect | None = None,
-        sent_in: int | None = None,
+        sent_in: str | None = None,
     ) -> None:
         """Act on every event that the handler has not acted on yet; leave those that fail to their schedule.
 
@@ -154,7 +154,7 @@ class Consumer:
         retry: bool = False,
         replay: UUID | None = None,
         suspect: Suspect | None = None,
-        sent_in: int | None = None,
+        sent_in: str | None = None,
     ) -> None:
         """Leave every event to its schedule: no route of this process has the handler.
 

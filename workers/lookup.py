@@ -33,7 +33,7 @@ _LAST_POSITION = 2**63 - 1
 # case, by REST at least, and once: materialized.
 LOOKED_UP = f"""
     with run (is_other, durable) as materialized (
-        select dovecote.server_started() <> %(sent_in)s::bigint, {DURABLE}
+        select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}
     ), bundle as (
         select event_id from unnest(%(event_ids)s::uuid[]) as bundle (event_id)
     ), absent (event_id) as materialized (
@@ -53,8 +53,7 @@ _LOOK_UP = f"""{LOOKED_UP}, kept as (
         select event_id from bundle where event_id not in (select event_id from absent)
     ) {REST}"""  # noqa: S608 - put together from constants
 
-# As JSON: consumers are started before the schema that has the column.
-_HISTORY = text("select to_jsonb(s) ->> 'history' from dovecote.relay_state s")
+_HISTORY = text("select history from dovecote.relay_state")
 
 
 class OtherHistory(Exception):

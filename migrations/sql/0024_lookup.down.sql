@@ -1,1 +1,1 @@
-drop function dovecote.not_in_outbox;
+drop function dovecote.not_in_outbox, dovecote.outbox_run;

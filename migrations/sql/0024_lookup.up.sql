@@ -1,5 +1,17 @@
 -- Is an event in the outbox? Consumers ask for messages of another run of Postgres (workers/lookup.py).
 
+create function dovecote.outbox_run() returns text
+language sql stable parallel safe
+begin atomic
+    -- The file, which names the database: a dump may be restored on the server it was taken from. This is asked with
+    -- each bundle: what dovecote.server_run() says besides would cost more than all else that is asked then.
+    select pg_catalog.concat_ws(' ', dovecote.server_started(),
+                                pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass));
+end;
+
+comment on function dovecote.outbox_run is
+    'In which run of Postgres, and since which restore, the outbox is read: what was seen committed in this one is there.';
+
 create function dovecote.not_in_outbox(event_ids uuid[], positions bigint[], event_types text[]) returns setof uuid
 language plpgsql stable
 -- Mostly all of them are there.
@@ -26,4 +38,4 @@ comment on function dovecote.not_in_outbox is
     'Which of these events are not in the outbox with this id, position and type: Postgres has forgotten them, or never '
     'knew them.';
 
-grant execute on function dovecote.not_in_outbox to dovecote_worker, dovecote_operator;
+grant execute on function dovecote.outbox_run, dovecote.not_in_outbox to dovecote_worker, dovecote_operator;

@@ -31,7 +31,7 @@ from workers.time_limits import Watch
 __all__ = ["bench"]
 pytestmark = pytest.mark.servers
 
-ANOTHER_RUN = 1
+ANOTHER_RUN = "1 base/1/1"
 
 
 class Counting(ConsumerMeters):
@@ -186,7 +186,7 @@ def test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres(loo
         """
     )
     with looking.bench.engine.connect() as connection:
-        this_run = connection.scalar(text("select dovecote.server_started()"))
+        this_run = connection.scalar(text("select dovecote.outbox_run()"))
 
     for route in (a_route(), a_route("test.ordered", ordered=True)):
         looking.consumer.consume(route, looking.bench.write(1, symbol=route.handler), sent_in=this_run)
@@ -197,16 +197,15 @@ def test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres(loo
 def test_the_run_is_no_part_of_a_messages_id() -> None:
     rows = [(1, "pricing.price_quoted.v1", b'{"specversion":"1.0","id":"0190163d-8694-739b-aea5-966c26f8ad91"}')]
 
-    sent, again = (next(Bundler([a_route()], run).bundles(rows)) for run in (7, 8))
+    sent, again = (next(Bundler([a_route()], sent_in=run).bundles(rows)) for run in ("7 a", "8 b"))
 
     assert sent.id == again.id
-    assert b'"sent_in":7}' in sent.message
+    assert b'"sent_in":"7 a"}' in sent.message
 
 
-def _of_another_run(message: bytes, this_run: int) -> bytes:
-    tag = b'"sent_in":%d' % this_run
-    assert message.count(tag) == 1, "the relay says in which run of Postgres it has read the events"
-    return message.replace(tag, b'"sent_in":%d' % ANOTHER_RUN)
+def _of_another_run(message: bytes, this_run: str) -> bytes:
+    assert message.count(this_run.encode()) == 1, "the relay says in which run of Postgres it has read the events"
+    return message.replace(this_run.encode(), ANOTHER_RUN.encode())
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["in any order", "in order"])
@@ -221,7 +220,7 @@ def test_messages_that_outlive_their_events_are_acknowledged_and_nothing_else(
             write_quotes(system, [1, 2, 3, 4, 5])
             eventually(lambda: client.hlen(queue) == 3, 10, "all to be published")
         with system.engine.begin() as connection:
-            this_run = connection.scalar(text("select dovecote.server_started()"))
+            this_run = connection.scalar(text("select dovecote.outbox_run()"))
             connection.execute(text("delete from dovecote.outbox where payload ->> 'price' in ('2', '5')"))
         for id, message in client.hgetall(queue).items():
             client.hset(queue, id, _of_another_run(message, this_run))

@@ -1,8 +1,9 @@
 """From rows to Dramatiq messages: one bundle for each handler, in order, up to the route's size.
 
-A bundle's id is a digest of its handler, positions and events. The same batch always gives the same bundles, so
-a batch that is published again adds only what is no longer queued. Positions alone would not do: Postgres gives
-them out again after a failover that lost the transactions they were for, while messages of those are still queued.
+A bundle's id is a digest of its handler, positions and events, salted with the history. Within a history the same
+batch always gives the same bundles, so a batch that is published again adds only what is no longer queued. Positions
+alone would not do: Postgres gives them out again after a failover that lost the transactions they were for, while
+messages of those are still queued.
 """
 
 import time
@@ -25,10 +26,13 @@ Item = TypeVar("Item")
 
 
 class Bundler:
-    """Knows the routes, and in which run of Postgres the rows are read (workers/lookup.py)."""
+    """Knows the routes, what goes into the ids of this history's messages, and what they say of where they come from."""
 
-    def __init__(self, routes: Sequence[Route], sent_in: int | None = None) -> None:
+    def __init__(self, routes: Sequence[Route], salt: bytes = b"", sent_in: str | None = None) -> None:
+        #: The run of Postgres in which the rows are read (workers/lookup.py).
         self.sent_in = sent_in
+        #: Of workers/relay/history.py. A late acknowledgement of a message that was dropped takes away that one only.
+        self.salt = salt
         routes = distinct(routes)
         self._by_handler = {route.handler: route for route in routes}
         self._by_type: dict[str, list[Route]] = {}
@@ -65,22 +69,24 @@ class Bundler:
                     continue
                 part = parts.get(route.handler)
                 if part is None:
-                    part = parts[route.handler] = _Part(route, self.sent_in)
+                    part = parts[route.handler] = _Part(route)
                 elif part.counted == route.bundle_size:
-                    yield part.message()
+                    yield part.message(self.salt, self.sent_in)
                     part.counted = 0
                 elif part.size + size > MAX_BUNDLE_BYTES:
-                    yield part.message()
+                    yield part.message(self.salt, self.sent_in)
                 part.rows.append(row)
                 part.counted += 1
                 part.size += size
         for part in parts.values():
-            yield part.message()
+            yield part.message(self.salt, self.sent_in)
 
     def bundles_of(self, route: Route, rows: Sequence[Row]) -> Iterator[QueuedBundle]:
         """Yield the messages for one handler, which wants all of these rows."""
         for part in _parts([row for row in rows if row[2]], route.bundle_size, lambda row: len(row[2])):
-            yield bundle(route, positions(part), [envelope for _, _, envelope in part], sent_in=self.sent_in)
+            yield bundle(
+                route, positions(part), [envelope for _, _, envelope in part], salt=self.salt, sent_in=self.sent_in
+            )
 
     def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
         """Yield the messages for deliveries that are due. Those of unknown handlers are left alone."""
@@ -98,6 +104,7 @@ class Bundler:
                     [one.envelope for one in part],
                     retry=True,
                     replay=replay,
+                    salt=self.salt,
                     sent_in=self.sent_in,
                 )
 
@@ -108,16 +115,16 @@ class _Part:
     Where a bundle is cut for its bytes the count goes on, so that the cuts after it are where they would be without.
     """
 
-    __slots__ = ("counted", "route", "rows", "sent_in", "size")
+    __slots__ = ("counted", "route", "rows", "size")
 
-    def __init__(self, route: Route, sent_in: int | None) -> None:
-        self.route, self.sent_in = route, sent_in
+    def __init__(self, route: Route) -> None:
+        self.route = route
         self.rows: list[Row] = []
         self.counted = self.size = 0
 
-    def message(self) -> tuple[QueuedBundle, list[int]]:
+    def message(self, salt: bytes, sent_in: str | None) -> tuple[QueuedBundle, list[int]]:
         inside = positions(self.rows)
-        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows], sent_in=self.sent_in)
+        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows], salt=salt, sent_in=sent_in)
         self.rows, self.size = [], 0
         return made, inside
 
@@ -183,19 +190,20 @@ def bundle(
     *,
     retry: bool = False,
     replay: UUID | None = None,
-    sent_in: int | None = None,
+    salt: bytes = b"",
+    sent_in: str | None = None,
 ) -> QueuedBundle:
-    """Return a message; the handler, these numbers, the events and the replay are what its id follows from.
+    """Return a message; the handler, these numbers, events, replay and salt are what its id follows from.
 
-    `sent_in` is in its options: what consumes it without knowing of it passes it over.
+    `sent_in` is in its options: older consumers pass over what they do not know there.
     """
-    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler))
+    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler), salt=salt)
     digest.update(b"".join([envelope[_EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)
     id = ("r" if retry else "b") + digest.hexdigest()
     replay_word = "" if replay is None else f',"replay":"{replay}"'
-    run_word = "" if sent_in is None else f',"sent_in":{sent_in}'
+    run_word = "" if sent_in is None else f',"sent_in":"{sent_in}"'
     # The envelopes are JSON already; everything else in here is words of our own.
     message = b"".join(
         (

@@ -21,10 +21,11 @@ from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.envelopes import Made
 from workers.relay.gaps import writers_at_work
+from workers.relay.history import History
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
-from workers.relay.reading import Batch, Connection, Reader, positions, server_started
+from workers.relay.reading import Batch, Connection, Reader, outbox_run, positions
 from workers.relay.replaying import Replayer
 from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.relay.sleeping import Sleeper
@@ -63,12 +64,6 @@ _RECORD_CHECKPOINT = """
     update dovecote.relay_state set checkpoint = greatest(checkpoint, %s), seen_at = clock_timestamp()
     where epoch = %s
 """
-_RECORD_REDIS = "update dovecote.relay_state set redis_run_id = %s where epoch = %s"
-
-
-def known_redis(run_id: str, epoch: int) -> str:
-    """Return what `relay_state` keeps of the Redis that holds what was published: its run id, and the epoch in it."""
-    return f"{run_id}@{epoch}"
 
 
 class Leader:
@@ -87,8 +82,7 @@ class Leader:
         routes: Sequence[Route],
         settings: RelaySettings,
         sleeper: Sleeper,
-        epoch: int,
-        known_redis: str | None,
+        history: History,
         maintain: Callable[[], None] | None = None,
         meters: RelayMeters | None = None,
         records: Connection | None = None,
@@ -98,11 +92,11 @@ class Leader:
         self._reader = reader
         self._broker = broker
         self._routes = routes
-        self._bundler = Bundler(routes, server_started(connection))
+        self._bundler = Bundler(routes, history.salt, outbox_run(connection))
         self._settings = settings
         self._sleeper = sleeper
-        self._epoch = epoch
-        self._known_redis = known_redis
+        self._history = history
+        self._epoch = epoch = history.epoch
         self._maintain = maintain
         self._meters = meters or RelayMeters()
         self._ahead = ReadAhead(reader)
@@ -299,44 +293,24 @@ class Leader:
             self._next_reaping = max(self._next_reaping, time.monotonic() + timeout_seconds / 2)
 
     def _greet_redis(self) -> None:
-        """Put our epoch into Redis; if it is not the Redis we knew, send again what it may have lost."""
+        """Put our epoch into Redis; if it or Postgres is not as it was left, send again what may be lost."""
         self._ahead.settle()
-        run_id, _ = self._broker.identity()
-        if not self._claims_as_known(run_id):
-            # Until the last message is sent again no Redis is known: a crash in between starts this over.
-            self._meters.alive("sending_again")
-            self._know_redis(None)
-            self._broker.claim_epoch(self._epoch)
-            leases.end_leases(self._connection)
-            self._replayer.forget_waves()
-            found = missing.bundles(
-                self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
-            )
-            sent = self._broker.publish(self._epoch, found)
-            self._meters.republished(sent)
-            if sent:
-                log.warning("redis had lost messages; they were sent again", messages=sent)
-        self._know_redis(known_redis(run_id, self._epoch))
+        self._history.greet(self._send_again)
 
-    def _claims_as_known(self, run_id: str) -> bool:
-        """Claim the epoch where this is the Redis that was recorded, with the marker that was recorded.
-
-        The marker is compared where it is set: a flush in between, or the claim of a relay that woke up
-        late, must not make an empty Redis look known (tests/models/hand_over.pml).
-        """
-        known_run_id, _, marker = (self._known_redis or "").rpartition("@")
-        return run_id == known_run_id and self._broker.claim_epoch(self._epoch, expected=int(marker))
-
-    def _know_redis(self, known: str | None) -> None:
-        recorded = self._connection.execute(_RECORD_REDIS, (known, self._epoch))
-        self._require_ownership(recorded.rowcount)
-        self._known_redis = known
+    def _send_again(self) -> None:
+        self._bundler.salt = self._history.salt
+        leases.end_leases(self._connection)
+        self._replayer.forget_waves()
+        found = missing.bundles(
+            self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
+        )
+        sent = self._broker.publish(self._epoch, found)
+        self._meters.republished(sent)
+        if sent:
+            log.warning("messages that were lost or dropped were sent again", messages=sent)
 
     def _check_redis(self) -> None:
-        run_id, marker, usage = self._broker.look([(route.queue, route.handler) for route in self._routes])
-        self._postponed.measured(usage)
-        if marker is None or known_redis(run_id, marker) != self._known_redis:
-            raise RedisLost
+        self._postponed.measured(self._history.check([(route.queue, route.handler) for route in self._routes]))
 
     # Once in a while -------------------------------------------------------------------------
 

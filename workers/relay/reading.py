@@ -197,7 +197,7 @@ def positions(rows: Sequence[Row]) -> list[int]:
     return [position for position, _, _ in rows]
 
 
-def server_started(connection: Connection) -> int:
-    """Return in which run of Postgres this session reads: when it began, in Unix microseconds."""
-    (started,) = connection.execute("select dovecote.server_started()").fetchone() or (0,)
-    return int(started)
+def outbox_run(connection: Connection) -> str:
+    """Return in which run of Postgres, and of which outbox, this session reads."""
+    (run,) = connection.execute("select dovecote.outbox_run()").fetchone() or ("",)
+    return str(run)

@@ -20,21 +20,17 @@ from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
 from workers.outages import asks_again, passes
 from workers.redis_client import PASSING
+from workers.relay.history import History, StandsBack, await_right_of_way, take_over
 from workers.relay.leading import Leader
 from workers.relay.maintaining import Maintainer
 from workers.relay.reading import Connection, Reader
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
 from workers.settings import Settings
-from workers.telemetry.meters import RelayMeters
+from workers.telemetry.meters import RelayMeters, RelayState
 
 log = structlog.get_logger()
 
-_TAKE_OVER = """
-    update dovecote.relay_state
-    set epoch = epoch + 1, owner = %s, owned_since = clock_timestamp(), seen_at = clock_timestamp()
-    returning epoch, checkpoint, redis_run_id
-"""
 # Of a new handler is what is not published yet: all above the checkpoint but for exactly what is in a batch. A
 # version of a fact that the handler wants already is wanted since then: it may have been written before we knew it.
 _SUBSCRIBE = """
@@ -99,6 +95,12 @@ _SESSION_SETTINGS = {
 _HEARD_WITHIN_SECONDS = 5.0
 
 
+def _state_after(error: Exception) -> RelayState:
+    if isinstance(error, StandsBack):
+        return "standing_back"
+    return "waiting_for_postgres" if isinstance(error, psycopg.Error) else "waiting_for_redis"
+
+
 class NoSession(DovecoteError):
     """Something between the relay and Postgres gives each statement to whichever session is free."""
 
@@ -156,7 +158,7 @@ class Relay:
                 if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error)):
                     raise
                 tries += 1
-                self._meters.alive("waiting_for_postgres" if isinstance(error, psycopg.Error) else "waiting_for_redis")
+                self._meters.alive(_state_after(error))
                 if tries in (1, 10) or tries % 100 == 0:
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
@@ -242,15 +244,23 @@ class Relay:
             log.warning("ended the session of a frozen leader", pid=pid, silent_for_seconds=frozen_after_seconds)
 
     def _lead(self, connection: Connection) -> None:
-        row = connection.execute(_TAKE_OVER, (f"{socket.gethostname()}:{os.getpid()}",)).fetchone()
-        assert row is not None, "relay_state has one row"
-        epoch, checkpoint, known_redis = row
+        past = await_right_of_way(connection, self._broker, self._sleeper, self._meters)
+        taken = take_over(connection, past, f"{socket.gethostname()}:{os.getpid()}")
+        epoch = taken.epoch
         limits = self._settings.relay
-        reader = Reader(connection, checkpoint, limits.batch_size, limits.batch_bytes)
-        if self._subscribe(connection, epoch, checkpoint):
-            known_redis = None  # as if Redis had lost it: what is published and not done is sent again
-        log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
+        reader = Reader(connection, taken.checkpoint, limits.batch_size, limits.batch_bytes)
+        passed_over = self._subscribe(connection, epoch, taken.checkpoint)
+        log.info("relay leads", epoch=epoch, checkpoint=taken.checkpoint)
         with self._session() as records:
+            history = History(
+                taken,
+                connection=connection,
+                records=records,
+                broker=self._broker,
+                meters=self._meters,
+                passed_over=passed_over,
+            )
+            history.require_one_run()
             leader = Leader(
                 connection=connection,
                 reader=reader,
@@ -258,8 +268,7 @@ class Relay:
                 routes=self._routes,
                 settings=self._settings.relay,
                 sleeper=self._sleeper,
-                epoch=epoch,
-                known_redis=known_redis,
+                history=history,
                 maintain=self._maintainer.start,
                 records=records,
                 meters=self._meters,

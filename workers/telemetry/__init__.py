@@ -21,8 +21,9 @@ Metrics  at /metrics, beside /health/live and /health/ready, when DOVECOTE_TELEM
 Of each relay:
 
     dovecote_heartbeat_timestamp_seconds gauge: last sign of life, in Unix time
-    dovecote_relay_state{state} gauge: 1 for what it does, of starting, leading, standing_by, sending_again (looking for
-        what Redis has lost), waiting_for_postgres, waiting_for_redis, waiting_for_schema
+    dovecote_relay_state{state} gauge: 1 for what it does, of starting, leading, standing_by, standing_back (a relay
+        of a newer database uses our Redis), sending_again (looking for what Redis or Postgres has lost),
+        waiting_for_postgres, waiting_for_redis, waiting_for_schema
     dovecote_published_events_total counter: events recorded as published
     dovecote_published_bundles_total counter: messages of batches and retries put on queues
     dovecote_batch_events histogram: events of a batch; its count is the number of batches

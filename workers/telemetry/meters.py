@@ -13,6 +13,7 @@ RelayState = Literal[
     "starting",
     "leading",
     "standing_by",
+    "standing_back",
     "sending_again",
     "waiting_for_postgres",
     "waiting_for_redis",

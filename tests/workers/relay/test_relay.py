@@ -31,7 +31,9 @@ from tests.support import eventually
 from tests.system import System, system_for
 from workers.bootstrap import relay_for
 from workers.broker import NewerRelay
+from workers.relay.history import History, TakenOver, run_of
 from workers.relay.leading import Leader
+from workers.relay.marker import Claim, RelayMarker
 from workers.relay.positions import multirange
 from workers.relay.reading import Reader
 from workers.relay.sleeping import Sleeper
@@ -220,8 +222,7 @@ def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int],
                 routes=system.routes,
                 settings=system.settings.relay,
                 sleeper=Sleeper(),
-                epoch=epoch,
-                known_redis=None,
+                history=History(TakenOver(epoch, run=run_of(connection)), connection=connection, broker=system.broker),
             )
 
         yield build
@@ -232,7 +233,7 @@ def test_a_relay_of_an_old_epoch_cannot_publish(
 ) -> None:
     system = system_with()
     write_quotes(system, [1])
-    system.broker.claim_epoch(7)
+    RelayMarker(system.broker).claim(Claim(7, "another", "", 0), over="")
 
     with pytest.raises(NewerRelay):
         leader_of_epoch(system, 6).lead()
@@ -364,7 +365,8 @@ def test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the
             leading.close()
 
         wipe(system)
-        system.broker.claim_epoch(1)  # what a relay does that slept through its replacement
+        # What a relay does that slept through its replacement.
+        RelayMarker(system.broker).claim(Claim(1, "another", "", 0), over="")
 
         with ExitStack() as after:
             if relay == "the next one":

@@ -26,6 +26,7 @@ from tests.support import eventually
 from workers.bootstrap import broker_for
 from workers.broker import QueuedBundle
 from workers.relay.bundles import Bundler
+from workers.relay.marker import Claim, RelayMarker
 from workers.relay.positions import multirange
 from workers.relay.reading import Reader, positions
 
@@ -198,7 +199,7 @@ def test_a_publish_takes_several_calls_when_it_is_large(servers: Servers, url: s
     with Calls(make_url(servers.redis_url).port or 6379) as proxy:
         through = settings_for(url, proxy.through(servers.redis_url), tmp_path, DOVECOTE_RELAY__PUBLISH_BYTES="100000")
         broker = broker_for(through, [])
-        broker.claim_epoch(1)
+        RelayMarker(broker).claim(Claim(1, "", "", 0), over="")
         broker.publish(1, [])  # the script is known from now on
         proxy.sizes.clear()
 
