@@ -70,7 +70,6 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
         settings.consumers.outage_pause_seconds,
         partial(schema.await_current, engine, stopping),
         meters,
-        partial(history_in, broker.client, broker.namespace),
     )
     declare_handlers(broker, consumer, routes)
     # What was imported lives for ever: the collector need not look at it again with every bundle.
@@ -102,6 +101,7 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
         declare(route, consumer.consume)
     if isinstance(broker, OutboxBroker):
         broker.stand_in = stand_in
+        consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)
 
 
 def run_relay(routes: Sequence[Route] = ROUTES) -> None:

@@ -94,17 +94,17 @@ class Consumer:
         outage_pause_seconds: float = 1.0,
         await_schema: Callable[[], bool] | None = None,
         meters: ConsumerMeters | None = None,
-        history_in_redis: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._sessions = sessions
         self._gateways = gateways
         self._stopping = stopping or threading.Event()
         self._outage_pause_seconds = outage_pause_seconds
         self._await_schema = await_schema
-        self._history_in_redis = history_in_redis
         self.meters = meters or ConsumerMeters()
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
         self.keys = gateways.keys
+        #: Returns the history in which the messages were sent that this is called with; None where nobody knows.
+        self.history_in_redis: Callable[[], str | None] = lambda: None
 
     def consume(
         self,
@@ -222,7 +222,7 @@ class Consumer:
             nonlocal so_far
             with self._sessions() as session, session.begin():
                 found = lookup.look_up(session, bundle)
-                lookup.require_same_history(session, found, self._history_in_redis)
+                lookup.require_same_history(session, found, self.history_in_redis)
                 if so_far is None:
                     # As it was at the first try: the reply to its commit may be what was lost.
                     those = deliveries.still_open(session, bundle.of(found.to_do)) if if_open else found.to_do
@@ -309,7 +309,7 @@ class Consumer:
         parked: Sequence[Envelope] = ()
         if bundle.retry or route.ordered or replay is not None:
             found = deliveries.to_do(session, bundle)
-            lookup.require_same_history(session, found, self._history_in_redis)
+            lookup.require_same_history(session, found, self.history_in_redis)
             to_do = bundle.of(found.to_do)
             if route.ordered and to_do.envelopes:
                 to_do, parked = self._without_blocked(uow, to_do)
@@ -321,7 +321,7 @@ class Consumer:
                 fresh = uow.again(route.handler, to_do.envelopes, replay, as_retry=bundle.retry)
         else:
             found = deliveries.once_unless_failed(session, bundle)
-            lookup.require_same_history(session, found, self._history_in_redis)
+            lookup.require_same_history(session, found, self.history_in_redis)
             to_do, fresh = bundle, found.to_do
         if fresh:
             self._handle(uow, bundle.of(fresh))

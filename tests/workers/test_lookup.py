@@ -19,7 +19,7 @@ from tests.pooling import PGBOUNCER, pooled_url
 from tests.support import eventually
 from tests.system import system_for
 from tests.workers.test_consume import FOR_EVER, Bench, Failing, bench
-from workers.consume import Consumer
+from workers.consume import Consumer, Stopping
 from workers.envelope import Envelope
 from workers.operations.audit import record
 from workers.relay.bundles import Bundler
@@ -229,6 +229,68 @@ def test_messages_that_outlive_their_events_are_acknowledged_and_nothing_else(
             eventually(lambda: not client.exists(queue), 10, "every message to be acknowledged")
 
         assert sorted(effect.price for effect in effects_in(system.engine)) == [1, 3, 4]
+
+
+# A consumer that was left behind on a primary that was replaced -----------------------------------
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["in any order", "in order"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_messages_of_another_history_are_held_until_it_is_ours(
+    settings: Settings, is_there: bool, ordered: bool
+) -> None:
+    seen: list[str] = []
+
+    with system_for(settings, [a_route(ordered=ordered)]) as system:
+        make_room_for_effects(system.engine)
+        client: Any = system.broker.client
+        queue = f"{settings.redis.namespace}:test.msgs"
+        with system.relay():
+            write_quotes(system, [1])
+            eventually(lambda: client.hlen(queue), 10, "it to be published")
+        with system.engine.begin() as connection:
+            this_run, history = connection.execute(
+                text("select dovecote.outbox_run(), history from dovecote.relay_state")
+            ).one()
+            connection.execute(text("update dovecote.relay_state set history = 'the old one'"))
+            if not is_there:
+                connection.execute(text("delete from dovecote.outbox"))
+        ((id, message),) = client.hgetall(queue).items()
+        client.hset(queue, id, _of_another_run(message, this_run))
+        look = system.consumer.history_in_redis
+
+        def looked() -> str | None:
+            seen.append(look() or "")
+            return seen[-1]
+
+        system.consumer.history_in_redis = looked
+        with system.workers():
+            eventually(lambda: len(seen) > 3, 10, "the message to be looked at again and again")
+            assert client.exists(queue), "it is held"
+            assert effects_in(system.engine) == []
+            with system.engine.begin() as connection:
+                connection.execute(text("update dovecote.relay_state set history = :history"), {"history": history})
+            eventually(lambda: not client.exists(queue), 10, "the message to be acknowledged")
+
+        assert set(seen) == {history}
+        assert len(effects_in(system.engine)) == is_there
+
+
+def test_a_failure_is_not_recorded_in_another_history(looking: Looking) -> None:
+    there, phantom = looking.bench.write(1, 2)
+    looking.forget(phantom)
+    looking.execute("update dovecote.relay_state set history = 'the old one'")
+
+    def look() -> str:
+        looking.bench.stopping.set()
+        return "the new one"
+
+    looking.consumer.history_in_redis = look
+
+    with pytest.raises(Stopping):
+        looking.consumer.keep_for_other_code(a_route(), [there, phantom])
+
+    assert looking.bench.deliveries() == []
 
 
 # Durable commits ----------------------------------------------------------------------------------

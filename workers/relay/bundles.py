@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 class Bundler:
-    """Knows the routes, what goes into the ids of this history's messages, and what they say of where they come from."""
+    """Knows the routes, what goes into the ids of this history's messages, and what these say of themselves."""
 
     def __init__(self, routes: Sequence[Route], salt: bytes = b"", sent_in: str | None = None) -> None:
         #: The run of Postgres in which the rows are read (workers/lookup.py).
