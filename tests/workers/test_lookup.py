@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from structlog.testing import capture_logs
 
 from domain.pricing import PriceQuoted
@@ -192,6 +192,21 @@ def test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres(loo
         looking.consumer.consume(route, looking.bench.write(1, symbol=route.handler), sent_in=this_run)
 
     assert looking.prices() == [1, 1]
+
+
+def test_a_copy_of_the_database_is_another_run(looking: Looking) -> None:
+    looking.bench.engine.dispose()
+    copied = f"{make_url(looking.bench.url).database}_copy"
+    runs = set()
+    with psycopg.connect(make_url(looking.bench.url).set(database="postgres").render_as_string(False)) as connection:
+        connection.autocommit = True
+        connection.execute(f"create database {copied} template {make_url(looking.bench.url).database}")
+        for name in (looking.bench.url, make_url(looking.bench.url).set(database=copied).render_as_string(False)):
+            with psycopg.connect(name) as database:
+                runs.update(database.execute("select dovecote.outbox_run()").fetchall())
+        connection.execute(f"drop database {copied}")
+
+    assert len(runs) == 2
 
 
 def test_the_run_is_no_part_of_a_messages_id() -> None:
