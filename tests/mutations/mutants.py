@@ -41,6 +41,7 @@ TAKING_OVER = "tests/flows/test_taking_over.py"
 PAUSING = "tests/workers/test_pausing.py"
 CARELESS = "tests/workers/test_careless_handlers.py"
 ROUTES = "tests/workers/test_routes.py"
+LOOKUP = "tests/workers/test_lookup.py"
 BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
 CLAIM = "workers/lua/claim.lua"
@@ -50,6 +51,7 @@ READING_SQL = "migrations/sql/0019_reading.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
+LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
 MUTANTS = (
@@ -825,8 +827,9 @@ MUTANTS = (
     Mutant(
         "a failure that cannot be recorded is acknowledged",
         "workers/consume.py",
-        "        states = self._held(write)\n",
-        "        try:\n            states = write()\n        except Exception:\n            states, so_far = [], {}\n",
+        "        failed, states, absent = self._held(write)\n",
+        "        try:\n            failed, states, absent = write()\n"
+        "        except Exception:\n            failed, states, absent = [], [], []\n",
         CONSUME,
     ),
     Mutant(
@@ -838,23 +841,23 @@ MUTANTS = (
     ),
     Mutant(
         "a redelivered bundle takes up what failed, before its time",
-        "workers/consume.py",
-        "found = deliveries.not_yet_failed(session, bundle.route, bundle.envelopes)",
-        "found = list(bundle.envelopes)",
+        "workers/deliveries.py",
+        "        where event_id not in (select d.event_id from dovecote.deliveries d\n",
+        "        where true or event_id not in (select d.event_id from dovecote.deliveries d\n",
         CONSUME,
     ),
     Mutant(
         "a retry takes up what is no longer due",
-        "workers/consume.py",
-        "found = deliveries.still_due(session, bundle.route, bundle.envelopes, bundle.replay)",
-        "found = list(bundle.envelopes)",
+        "workers/deliveries.py",
+        "select event_id from due where event_id not in (select event_id from absent)",
+        "select event_id from bundle where event_id not in (select event_id from absent)",
         CONSUME,
     ),
     Mutant(
         "two workers with one retry do not wait for each other",
         "workers/deliveries.py",
-        "where handler_name = :handler_name)\n    for update\n",
-        "where handler_name = :handler_name)\n",
+        "where handler_name = %(handler_name)s)\n        for update\n",
+        "where handler_name = %(handler_name)s)\n",
         CONSUME,
     ),
     Mutant(
@@ -895,7 +898,7 @@ MUTANTS = (
     Mutant(
         "an event parked while the one before it commits is left to the relay",
         "workers/consume.py",
-        "            self._held(partial(self._release_parked, route, parked))\n",
+        "            self._held(partial(self._release_parked, route, done.parked))\n",
         "            pass\n",
         f"{RELEASING}::test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once",
     ),
@@ -1199,8 +1202,8 @@ MUTANTS = (
     Mutant(
         "what is done is recorded as unreadable",
         "workers/consume.py",
-        "those = _still_open(session, bundle) if if_open else bundle.envelopes",
-        "those = bundle.envelopes",
+        "those = deliveries.still_open(session, bundle.of(found.to_do)) if if_open else found.to_do",
+        "those = found.to_do",
         BAD_EVENTS,
     ),
     Mutant(
@@ -1346,20 +1349,148 @@ MUTANTS = (
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
     ),
+    # What is not in the outbox ------------------------------------------------------------------
+    Mutant(
+        "an event of any order that is not in the outbox is acted on",
+        "workers/deliveries.py",
+        "          and event_id not in (select event_id from absent)\n        order by event_id\n",
+        "        order by event_id\n",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "an event in order that is not in the outbox is acted on",
+        "workers/deliveries.py",
+        "          and event_id not in (select event_id from absent)\n    ) {REST}",
+        "    ) {REST}",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "a retry that is not in the outbox is acted on",
+        "workers/deliveries.py",
+        "select event_id from due where event_id not in (select event_id from absent)",
+        "select event_id from due",
+        f"{LOOKUP}::test_a_retry_of_what_is_not_in_the_outbox_is_passed_over",
+    ),
+    Mutant(
+        "any event of that id is the event",
+        LOOKUP_SQL,
+        """where (select o."position" = event."position" and o.event_type = event.type""",
+        """where (select o."position" = event."position" """,
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "an event at another position is the event",
+        LOOKUP_SQL,
+        """where (select o."position" = event."position" and o.event_type = event.type""",
+        """where (select o.event_type = event.type""",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "what does not say its run is of this one",
+        "workers/lookup.py",
+        "where (select is_other from run) is not false\n",
+        "where (select is_other from run)\n",
+        f"{LOOKUP}::test_a_retry_of_what_is_not_in_the_outbox_is_passed_over",
+    ),
+    Mutant(
+        "every bundle is looked up",
+        "workers/lookup.py",
+        "where (select is_other from run) is not false\n",
+        "where true\n",
+        f"{LOOKUP}::test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres",
+    ),
+    Mutant(
+        "a copy of the database is the same run",
+        LOOKUP_SQL,
+        "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
+        "''",
+        f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",
+    ),
+    Mutant(
+        "what a hand has written into a message is asked as it is",
+        "workers/lookup.py",
+        'envelope.type.replace("\\0", "\\ufffd")',
+        "envelope.type",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "a failure of what is not in the outbox is recorded",
+        "workers/consume.py",
+        "there = {envelope.event_id for envelope in found.to_do} & so_far.keys()",
+        "so_far |= {envelope.event_id: SoFar() for envelope in found.absent}\n                there = so_far.keys()",
+        f"{LOOKUP}::test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery",
+    ),
+    Mutant(
+        "the last words of a stuck process are of what is not in the outbox",
+        "workers/stuck.py",
+        "        if lookup.look_up(session, Bundle(watch.route, [envelope])).absent:\n            return\n",
+        "",
+        f"{LOOKUP}::test_an_event_that_is_forgotten_while_its_handler_is_stuck_gets_no_delivery",
+    ),
+    Mutant(
+        "what is acted on in another history is acknowledged",
+        "workers/lookup.py",
+        "    if not found.absent and not found.of_other_run:\n",
+        "    if not found.absent:\n",
+        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
+    ),
+    Mutant(
+        "what is absent in another history is acknowledged",
+        "workers/lookup.py",
+        "    if not found.absent and not found.of_other_run:\n",
+        "    if True:\n",
+        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
+    ),
+    Mutant(
+        "another history is a failure of the event",
+        "workers/consume.py",
+        "                except (HandlerPaused, lookup.OtherHistory):\n",
+        "                except HandlerPaused:\n",
+        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
+    ),
+    Mutant(
+        "a consumer does not ask Redis for the history",
+        "workers/bootstrap.py",
+        "        consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)\n",
+        "",
+        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
+    ),
+    Mutant(
+        "an effect is lost in a crash that its acknowledgement survives",
+        "workers/lookup.py",
+        "select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}",
+        "select dovecote.outbox_run() <> %(sent_in)s::text, null",
+        f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
+    ),
+    Mutant(
+        "a DBA's choice of synchronous_commit is lowered",
+        "domain/database.py",
+        "pg_catalog.current_setting('synchronous_commit') = 'off'",
+        "true",
+        f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
+    ),
+    Mutant(
+        "an operator's change is lost in a crash",
+        "workers/operations/audit.py",
+        "(select {DURABLE})",
+        "(select 1)",
+        f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
+    ),
     # Pausing ------------------------------------------------------------------------------------
     Mutant(
         "a paused handler acts on new events",
         "workers/deliveries.py",
+        "d.event_id = bundle.event_id)\n"
         "          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)\n",
-        "",
+        "d.event_id = bundle.event_id)\n",
         PAUSING,
     ),
     Mutant(
         "a paused ordered handler acts on new events",
         "workers/deliveries.py",
-        "    union all\n    select unnest(cast(:event_ids as uuid[])) from dovecote.paused_handlers"
-        " where handler_name = :handler_name\n",
-        "",
+        "any(%(event_ids)s::uuid[]))\n"
+        "          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)\n",
+        "any(%(event_ids)s::uuid[]))\n",
         PAUSING,
     ),
     Mutant(
@@ -1422,7 +1553,7 @@ MUTANTS = (
     Mutant(
         "effects are not counted",
         "workers/consume.py",
-        "            self.meters.acted(route.handler, acted, again=bundle.replay is not None)\n",
+        "            self.meters.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
         "",
         TOLD,
     ),

@@ -26,9 +26,11 @@ Item = TypeVar("Item")
 
 
 class Bundler:
-    """Knows the routes, and what goes into the ids of this history's messages."""
+    """Knows the routes, what goes into the ids of this history's messages, and what these say of themselves."""
 
-    def __init__(self, routes: Sequence[Route], salt: bytes = b"") -> None:
+    def __init__(self, routes: Sequence[Route], salt: bytes = b"", sent_in: str | None = None) -> None:
+        #: The run of Postgres in which the rows are read (workers/lookup.py).
+        self.sent_in = sent_in
         #: Of workers/relay/history.py. A late acknowledgement of a message that was dropped takes away that one only.
         self.salt = salt
         routes = distinct(routes)
@@ -69,20 +71,22 @@ class Bundler:
                 if part is None:
                     part = parts[route.handler] = _Part(route)
                 elif part.counted == route.bundle_size:
-                    yield part.message(self.salt)
+                    yield part.message(self.salt, self.sent_in)
                     part.counted = 0
                 elif part.size + size > MAX_BUNDLE_BYTES:
-                    yield part.message(self.salt)
+                    yield part.message(self.salt, self.sent_in)
                 part.rows.append(row)
                 part.counted += 1
                 part.size += size
         for part in parts.values():
-            yield part.message(self.salt)
+            yield part.message(self.salt, self.sent_in)
 
     def bundles_of(self, route: Route, rows: Sequence[Row]) -> Iterator[QueuedBundle]:
         """Yield the messages for one handler, which wants all of these rows."""
         for part in _parts([row for row in rows if row[2]], route.bundle_size, lambda row: len(row[2])):
-            yield bundle(route, positions(part), [envelope for _, _, envelope in part], salt=self.salt)
+            yield bundle(
+                route, positions(part), [envelope for _, _, envelope in part], salt=self.salt, sent_in=self.sent_in
+            )
 
     def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
         """Yield the messages for deliveries that are due. Those of unknown handlers are left alone."""
@@ -101,6 +105,7 @@ class Bundler:
                     retry=True,
                     replay=replay,
                     salt=self.salt,
+                    sent_in=self.sent_in,
                 )
 
 
@@ -117,9 +122,9 @@ class _Part:
         self.rows: list[Row] = []
         self.counted = self.size = 0
 
-    def message(self, salt: bytes) -> tuple[QueuedBundle, list[int]]:
+    def message(self, salt: bytes, sent_in: str | None) -> tuple[QueuedBundle, list[int]]:
         inside = positions(self.rows)
-        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows], salt=salt)
+        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows], salt=salt, sent_in=sent_in)
         self.rows, self.size = [], 0
         return made, inside
 
@@ -186,21 +191,26 @@ def bundle(
     retry: bool = False,
     replay: UUID | None = None,
     salt: bytes = b"",
+    sent_in: str | None = None,
 ) -> QueuedBundle:
-    """Return a message; the handler, these numbers, events, replay and salt are what its id follows from."""
+    """Return a message; the handler, these numbers, events, replay and salt are what its id follows from.
+
+    `sent_in` is in its options: older consumers pass over what they do not know there.
+    """
     digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler), salt=salt)
     digest.update(b"".join([envelope[_EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)
     id = ("r" if retry else "b") + digest.hexdigest()
     replay_word = "" if replay is None else f',"replay":"{replay}"'
+    run_word = "" if sent_in is None else f',"sent_in":"{sent_in}"'
     # The envelopes are JSON already; everything else in here is words of our own.
     message = b"".join(
         (
             f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[[\n'.encode(),
             # An envelope a line: a message that cannot be read as a whole is read line by line.
             b",\n".join(envelopes),
-            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"options":{{"redis_message_id":"{id}"}},'
+            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"options":{{"redis_message_id":"{id}"{run_word}}},'
             f'"message_id":"{id}","message_timestamp":{time.time_ns() // 1_000_000}}}'.encode(),
         )
     )

@@ -23,7 +23,7 @@ from workers.relay.history import History
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
-from workers.relay.reading import Batch, Connection, Reader, positions
+from workers.relay.reading import Batch, Connection, Reader, outbox_run, positions
 from workers.relay.replaying import Replayer
 from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.relay.sleeping import Sleeper
@@ -89,7 +89,7 @@ class Leader:
         self._reader = reader
         self._broker = broker
         self._routes = routes
-        self._bundler = Bundler(routes, history.salt)
+        self._bundler = Bundler(routes, history.salt, outbox_run(connection))
         self._settings = settings
         self._sleeper = sleeper
         self._history = history

@@ -195,3 +195,9 @@ class Reader:
 def positions(rows: Sequence[Row]) -> list[int]:
     """Return the position of each row."""
     return [position for position, _, _ in rows]
+
+
+def outbox_run(connection: Connection) -> str:
+    """Return in which run of Postgres, and of which outbox, this session reads."""
+    (run,) = connection.execute("select dovecote.outbox_run()").fetchone() or ("",)
+    return str(run)

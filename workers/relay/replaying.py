@@ -307,6 +307,7 @@ class Replayer:
                 [event.envelope for event in part if event.envelope is not None],
                 replay=again,
                 salt=self._bundler.salt,
+                sent_in=self._bundler.sent_in,
             )
             for part in parts
         ]

@@ -43,6 +43,9 @@ class ConsumerMeters:
     def parked(self, handler: str, events: int) -> None:
         """Events wait behind an earlier one of their aggregate."""
 
+    def phantoms(self, handler: str, events: int) -> None:
+        """Events were passed over, because they are not in the outbox."""
+
 
 class RelayMeters:
     """What a relay tells; called from one thread."""

@@ -134,6 +134,9 @@ class ConsumerMetrics(ConsumerMeters):
             "dovecote_failed_events_total", "Failures, by what became of the event.", "handler", "state"
         )
         self._parked = _counter("dovecote_parked_events_total", "Events put behind an earlier one.", "handler")
+        self._phantoms = _counter(
+            "dovecote_phantom_events_total", "Events passed over, because they are not in the outbox.", "handler"
+        )
         self._bundle = _histogram("dovecote_bundle_events", "Events of a bundle.", _EVENTS)
         self._duration = _histogram(
             "dovecote_handler_duration_seconds", "One call of the handler: an event, or a bundle with bulk.", _SECONDS
@@ -145,6 +148,7 @@ class ConsumerMetrics(ConsumerMeters):
         for handler in handlers:
             self._processed.labels(handler=handler)
             self._parked.labels(handler=handler)
+            self._phantoms.labels(handler=handler)
             for state in ("retrying", "dead"):
                 self._failed.labels(handler=handler, state=state)
 
@@ -181,6 +185,9 @@ class ConsumerMetrics(ConsumerMeters):
 
     def parked(self, handler: str, events: int) -> None:
         self._parked.labels(handler=handler).inc(events)
+
+    def phantoms(self, handler: str, events: int) -> None:
+        self._phantoms.labels(handler=handler).inc(events)
 
 
 def ages(envelopes: Iterable[Envelope], now: datetime) -> list[float]:
