@@ -98,7 +98,7 @@ class Leader:
         self._reader = reader
         self._broker = broker
         self._routes = routes
-        self._bundler = Bundler(routes)
+        self._bundler = self.bundler = Bundler(routes)
         self._settings = settings
         self._sleeper = sleeper
         self._epoch = epoch
