@@ -158,6 +158,11 @@ class Leader:
         self._record_checkpoint()
         self._unrouted.write(self._records)
 
+    @property
+    def published_upto(self) -> int:
+        """The highest position that is published, in order or not."""
+        return max(self.checkpoint, self._postponed.published_upto)
+
     def _turn(self) -> None:
         self._meters.alive("leading")
         heard, self._heard = self._heard, set()
@@ -200,14 +205,9 @@ class Leader:
             self._send(lambda: self._bundler.bundles(batch.rows, upto))
             if not self._batches_in_a_row and not batch.is_full:
                 self._called = self._sleeper.sleep(_RECORD_LATER_SECONDS, self._connection)
-            recorded = self._records.execute(
-                _RECORD,
-                {
-                    "epoch": self._epoch,
-                    "positions": multirange(positions(batch.rows)),
-                    "events": len(batch.rows),
-                },
-            )
+            where = multirange(positions(batch.rows))
+            record = {"epoch": self._epoch, "positions": where, "events": len(batch.rows)}
+            recorded = self._records.execute(_RECORD, record)
         self._require_ownership(recorded.rowcount)
         self._postponed.published(batch.rows)
         self._meters.published(len(batch.rows))

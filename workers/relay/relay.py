@@ -22,6 +22,7 @@ from workers.outages import asks_again, passes
 from workers.redis_client import PASSING
 from workers.relay.leading import Leader
 from workers.relay.maintaining import Maintainer
+from workers.relay.progress import Marks
 from workers.relay.reading import Connection, Reader
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
@@ -264,7 +265,8 @@ class Relay:
                 records=records,
                 meters=self._meters,
             )
-            leader.lead()
+            with Marks(self._session, epoch, lambda: leader.published_upto):
+                leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
 
     def _subscribe(self, connection: Connection, epoch: int, checkpoint: int) -> bool:
