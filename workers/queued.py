@@ -1,8 +1,9 @@
 """Which events are on their way through Redis, by what is in the messages themselves.
 
-An event is on its way when a message that somebody will get has it: one on the queue's list, or in the hands of a worker
-that is alive or will be found dead. Ids would not do: an event may be in a message with another id, because it was sent
-again, or cut when bundles had another size. Nor would the hash of messages: what is in no list is fetched by nobody.
+An event is on its way when a message that somebody will get has it: one on the queue's list, or in the hands of a
+worker that is alive or will be found dead. Ids would not do: an event may be in a message with another id, because it
+was sent again, or cut when bundles had another size. Nor would the hash of messages: what is in no list is fetched by
+nobody.
 """
 
 from collections.abc import Collection, Iterable, Iterator

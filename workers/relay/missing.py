@@ -24,7 +24,7 @@ from workers.routes import Route
 # Events of one statement that looks for positions only, and of one that asks what handlers have done.
 _SCANNED_EVENTS, _LOOKED_AT_EVENTS = 20_000, 5_000
 _BATCHES = 1_000
-# Positions in no batch are sent in blocks of these many positions, whatever the settings say: a second try after a crash
+# Positions in no batch are sent in blocks of so many positions, whatever the settings say: a second try after a crash
 # cuts the same bundles.
 _BLOCK = 2_000
 # More than a batch can have (DOVECOTE_RELAY__BATCH_SIZE): the positions are the bound.
@@ -127,7 +127,7 @@ _BLOCKS = f"""
 
 @dataclass(frozen=True)
 class Published:
-    """What was published together, or is to be: exact positions as a multirange, `low` up to but not including `stop`."""
+    """What was published together: its exact positions as a multirange, from `low` up to but not including `stop`."""
 
     positions: str
     events: int
@@ -202,10 +202,10 @@ class _Search:
         while is_full:
             fields = {"moment": moment, "positions": positions, "ranges": self._ranges}
             found = self._connection.execute(_NEXT_BATCHES, fields).fetchall()
-            is_full = False
-            for moment, positions, events, low, stop, is_open, is_full in found:
-                if is_open:
-                    yield Published(positions, events, low, stop)
+            yield from (Published(*batch) for _, *batch, is_open, _ in found if is_open)
+            is_full = bool(found) and found[-1][-1]
+            if is_full:
+                moment, positions, *_ = found[-1]
 
     def _of_batches(self, batches: Sequence[Published]) -> Iterator[QueuedBundle]:
         """Yield the bundles of these batches with anything in them that is missing."""
@@ -233,7 +233,7 @@ def unsettled(
     in the answer.
     """
     fields = {"handlers": list(handlers), "ranges": ranges, "begin": begin, "events": events}
-    return {handler: positions for handler, positions in connection.execute(_UNSETTLED, fields)}
+    return dict(connection.execute(_UNSETTLED, fields).fetchall())
 
 
 def cut(

@@ -1,8 +1,8 @@
 """What a queue has lost while Redis stayed the same: the leading relay finds it and sends it again.
 
-An event was published long ago, is above its handler's low-water mark, is not settled, and is in no message that anybody
-will get: then no worker will ever act on it. This is the net below everything else, and what it catches is a fault
-that nobody knows of: it is counted, and there is an alert.
+An event was published long ago, is above its handler's low-water mark, is not settled, and is in no message that
+anybody will get: then no worker will ever act on it. This is the net below everything else, and what it catches is a
+fault that nobody knows of: it is counted, and there is an alert.
 
 The questions come in this order: Postgres (not settled), Redis (in no message), Postgres again (still not settled).
 A worker commits before it acknowledges: with the first two alone, what is acknowledged in between would be sent again.
@@ -157,7 +157,7 @@ class Reconciler:
                 # somewhere behind it, in case that what is at the head stays there.
                 self._look_at(connection, route, ranges, low)
                 if upto - low > _READ_EVENTS:
-                    self._look_at(connection, route, ranges, random.randint(low, upto))  # noqa: S311 - no secret
+                    self._look_at(connection, route, ranges, random.randint(low, upto))
         return bool(found)
 
     def _look_at(self, connection: Connection, route: Route, ranges: str, begin: int) -> None:
@@ -197,7 +197,9 @@ class Reconciler:
             if events > _CUT_EVENTS:
                 break
             events += batch.events
-            for bundle, inside in missing.cut(reader, self._bundler, [batch], wanted, partial(self._give_up, connection)):
+            for bundle, inside in missing.cut(
+                reader, self._bundler, [batch], wanted, partial(self._give_up, connection)
+            ):
                 # An event of two batches, sent twice when a leader ended in between, is sent once here.
                 fresh = lost.keys() & set(inside) - sent
                 if fresh and self._queue(route, bundle):
