@@ -49,7 +49,7 @@ _OPEN = """
 _SCAN = f"""
     with look as materialized (
         select * from dovecote.events_in(%(ranges)s::int8multirange
-                                         * int8multirange(int8range(%(after)s, null, '()')), {_SCANNED_EVENTS})
+                                         * int8multirange(int8range(%(after)s, null, '()')), %(events)s)
     ), published as materialized (
         select range_agg(b.positions) as positions, min(b.published_at) as began
         from look join dovecote.published_batches b
@@ -72,20 +72,20 @@ _IN_NO_BATCH = f"""
 """  # noqa: S608 - put together from constants
 
 # Of the next batches those that reach into the ranges, and the last one: the next statement goes on behind it.
-_NEXT_BATCHES = f"""
+_NEXT_BATCHES = """
     with next as materialized (
         select published_at, positions, events from dovecote.published_batches
         where published_at >= %(moment)s and (published_at, positions) > (%(moment)s, %(positions)s::int8multirange)
-        order by published_at, positions limit {_BATCHES}
+        order by published_at, positions limit %(batches)s
     ), last as (
         select published_at, positions from next order by published_at desc, positions desc limit 1
     )
     select next.published_at, next.positions::text, next.events, lower(next.positions), upper(next.positions),
-           next.positions && %(ranges)s::int8multirange, (select count(*) from next) = {_BATCHES}
+           next.positions && %(ranges)s::int8multirange, (select count(*) from next) = %(batches)s
     from next cross join last
     where next.positions && %(ranges)s::int8multirange or next.positions = last.positions
     order by next.published_at, next.positions
-"""  # noqa: S608 - put together from constants
+"""
 
 # What handlers have not settled of the first events in these ranges. dovecote.unsettled_of returns ranges, in which
 # there may be events that a handler does not want, and counts versions that it does not know yet.
@@ -193,14 +193,15 @@ class _Search:
         """Yield, step by step, when the first batch was published, and the blocks with positions in no batch."""
         after, events = -1, _SCANNED_EVENTS
         while events == _SCANNED_EVENTS:
-            after, events, began, blocks = _one(self._connection, _SCAN, {"ranges": self._ranges, "after": after})
+            fields = {"ranges": self._ranges, "after": after, "events": _SCANNED_EVENTS}
+            after, events, began, blocks = _one(self._connection, _SCAN, fields)
             yield began, blocks
 
     def _batches_since(self, moment: datetime) -> Iterator[Published]:
         """Yield what was published from then on and has anything open in it, in order, each once."""
         positions, is_full = "{}", True
         while is_full:
-            fields = {"moment": moment, "positions": positions, "ranges": self._ranges}
+            fields = {"moment": moment, "positions": positions, "ranges": self._ranges, "batches": _BATCHES}
             found = self._connection.execute(_NEXT_BATCHES, fields).fetchall()
             yield from (Published(*batch) for _, *batch, is_open, _ in found if is_open)
             is_full = bool(found) and found[-1][-1]
@@ -303,11 +304,13 @@ def _ranges_of(batches: Sequence[Published]) -> str:
 def _groups(batches: Iterable[Published], events: int) -> Iterator[list[Published]]:
     """Put batches together until they have so many events."""
     group: list[Published] = []
+    room = events
     for batch in batches:
         group.append(batch)
-        if sum(one.events for one in group) >= events:
+        room -= batch.events
+        if room <= 0:
             yield group
-            group = []
+            group, room = [], events
     if group:
         yield group
 
