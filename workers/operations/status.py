@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, text
 
 from workers.operations.handlers import Pause, paused
 from workers.operations.reading import snapshot
+from workers.operations.unprocessed import unprocessed
 from workers.operations.unrouted import UnroutedType, unrouted
 from workers.routes import Route
 
@@ -20,7 +21,6 @@ _MOST_UNPUBLISHED = 20_000
 _MOST_BATCHES = 5_000
 _MOST_PROCESSED = 50_000
 _MOST_DELIVERIES = 10_000
-_NEWEST_EVENTS = 2_000
 # Of each week of processed_events, some hundred rows each.
 _NEWEST_PAGES = 32
 
@@ -160,35 +160,10 @@ _DELIVERIES = text(
     """
 )
 
-# Queues are first in, first out: what is still under way is among the newest, unless a handler is far behind.
-_UNDER_WAY = text(
-    """
-    with newest as materialized (
-        select id, position, event_type, created_at from dovecote.outbox order by position desc limit :most
-    ), reach as (
-        select count(*) = :most as is_bounded, min(position) + (max(position) - min(position)) / 10 as oldest_tenth
-        from newest
-    )
-    select w.handler_name, count(*) as events, min(n.created_at) as oldest,
-           bool_or(reach.is_bounded and n.position <= reach.oldest_tenth) as may_be_more
-    from newest n
-    join unnest(cast(:handlers as text[]), cast(:event_types as text[])) as w (handler_name, event_type)
-        on w.event_type = n.event_type
-    left join dovecote.subscriptions s on s.handler_name = w.handler_name and s.event_type = w.event_type
-    cross join reach
-    where n.position > coalesce(s.since_position, 0)
-      and (s.published_above is null or not s.published_above @> n.position)
-      and not exists (select from dovecote.processed_events p
-                      where p.event_id = n.id and p.handler_name = w.handler_name)
-      and not exists (select from dovecote.deliveries d where d.event_id = n.id and d.handler_name = w.handler_name)
-    group by w.handler_name
-    """
-)
-
 _AGE = text(
     """
     select coalesce(greatest(0, extract(epoch from clock_timestamp() - least(
-        cast(:under_way as timestamptz), dovecote.uuid_v7_time(:retrying), dovecote.uuid_v7_time(:waiting)))), 0)::float
+        cast(:unsettled as timestamptz), dovecote.uuid_v7_time(:retrying), dovecote.uuid_v7_time(:waiting)))), 0)::float
     """
 )
 
@@ -229,7 +204,6 @@ def _relay(connection: Connection) -> RelayStatus:
 
 def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, HandlerStatus]:
     handlers = [route.handler for route in routes]
-    wanted = [(route.handler, event_type) for route in routes for event_type in route.event_types]
     processed = {row.handler_name: row for row in connection.execute(_PROCESSED, {"most": _MOST_PROCESSED})}
     rates = {
         row.handler_name: row.rate
@@ -239,35 +213,25 @@ def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, Hand
         (row.handler_name, row.state): row
         for row in connection.execute(_DELIVERIES, {"handlers": handlers, "most": _MOST_DELIVERIES})
     }
-    under_way = {
-        row.handler_name: row
-        for row in connection.execute(
-            _UNDER_WAY,
-            {
-                "handlers": [handler for handler, _ in wanted],
-                "event_types": [event_type for _, event_type in wanted],
-                "most": _NEWEST_EVENTS,
-            },
-        )
-    }
+    unsettled = unprocessed(connection, routes)
     pauses = paused(connection)
     found = {}
     for handler in handlers:
         states = {state: deliveries[handler, state] for state in ("retrying", "waiting", "dead", "discarded")}
         counts = {state: row.events for state, row in states.items()}
         at_least = [state for state, count in counts.items() if count == _MOST_DELIVERIES]
-        done, open_ = processed.get(handler), under_way.get(handler)
+        done, open_ = processed.get(handler), unsettled[handler]
         if any(row.is_bounded for row in processed.values()):
             at_least.append("processed")
-        if (open_ and open_.may_be_more) or not {"retrying", "waiting"}.isdisjoint(at_least):
+        if open_.at_least or not {"retrying", "waiting"}.isdisjoint(at_least):
             at_least.append("unprocessed")
         found[handler] = HandlerStatus(
             processed=done.processed if done else 0,
-            unprocessed=(open_.events if open_ else 0) + counts["retrying"] + counts["waiting"],
+            unprocessed=open_.events + counts["retrying"] + counts["waiting"],
             oldest_unprocessed_seconds=connection.execute(
                 _AGE,
                 {
-                    "under_way": open_.oldest if open_ else None,
+                    "unsettled": open_.oldest,
                     "retrying": states["retrying"].oldest,
                     "waiting": states["waiting"].oldest,
                 },

@@ -40,8 +40,11 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
     dovecote_leader_present gauge: 1 when a relay leads
     dovecote_lag_events gauge: committed and not yet published; at least
     dovecote_lag_seconds gauge: age of the oldest of them; 0 for none
-    dovecote_unprocessed_events{handler} gauge: neither acted on nor given up; at least
+    dovecote_unprocessed_events{handler} gauge: neither acted on nor given up, published or not; exact up to 20,000, at
+        least beyond, and while the relay examines a history for the first time
     dovecote_oldest_unprocessed_seconds{handler} gauge: age of the oldest of them; 0 for none
+    dovecote_handler_low_water_mark_lag_events{handler} gauge: positions from the handler's low-water mark, up to which
+        all is acted on or has failed, to the relay's checkpoint. No sample before a relay has led with the handler
     dovecote_deliveries{handler,state} gauge: retrying, waiting, dead, discarded; at least
     dovecote_blocked_aggregates{handler} gauge: aggregates that an ordered handler cannot go on with; at least
     dovecote_paused_seconds{handler} gauge: how long the handler has been paused; 0 when it is not

@@ -35,6 +35,11 @@ _LIMIT_SECONDS = 2
 # Prometheus gives a scrape up after 10 s.
 _STATEMENT_MS = 5_000
 
+_BEHIND = "Positions between the handler's low-water mark and the relay's checkpoint."
+_MARKS = """
+    select p.handler_name, greatest(0, s.checkpoint - p.mark) as positions
+    from dovecote.progress p, dovecote.relay_state s
+"""
 _POSTPONED = "How long the handler's queue has been full, or it has been catching up since; 0 when it is live."
 
 
@@ -99,12 +104,18 @@ class Survey(Collector):
                 *_of_relay(status),
                 *_of_handlers(status.handlers, count_blocked(connection, self._routes)),
                 _gauge("dovecote_postponed_seconds", _POSTPONED, self._postponed(connection), "handler"),
+                _gauge("dovecote_handler_low_water_mark_lag_events", _BEHIND, self._behind(connection), "handler"),
                 *_of_writers_and_weeks(connection),
             ]
 
     def _postponed(self, connection: Connection) -> dict[str, float]:
         since = {row.handler_name: row.seconds for row in connection.exec_driver_sql(POSTPONED)}
         return {route.handler: since.get(route.handler, 0.0) for route in self._routes}
+
+    def _behind(self, connection: Connection) -> dict[str, float]:
+        behind = {row.handler_name: row.positions for row in connection.exec_driver_sql(_MARKS)}
+        # No relay has led with a handler that has no mark: nothing can be said of it.
+        return {route.handler: behind[route.handler] for route in self._routes if route.handler in behind}
 
     def _ask_redis(self) -> float:
         client: Any = connect_redis(self._settings.redis.url.get_secret_value(), _LIMIT_SECONDS)
@@ -143,7 +154,7 @@ def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapp
         deliveries,
         _gauge(
             "dovecote_unprocessed_events",
-            "Neither acted on nor given up; at least.",
+            "Neither acted on nor given up; at least where there are 20,000.",
             {handler: status.unprocessed for handler, status in handlers.items()},
             "handler",
         ),
