@@ -4,6 +4,7 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
+from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
 from tests.mutations.queues import QUEUES
 
@@ -1331,4 +1332,5 @@ MUTANTS = (
         SERVING,
     ),
     *QUEUES,
+    *LOSSES,
 )

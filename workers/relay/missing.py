@@ -210,19 +210,13 @@ class _Search:
 
     def _of_batches(self, batches: Sequence[Published]) -> Iterator[QueuedBundle]:
         """Yield the bundles of these batches with anything in them that is missing."""
-        missing = self._missing(batches)
-        if not missing:
+        found = unsettled(self._connection, self._handlers, _ranges_of(batches))
+        if not found:
             return
+        missing = {handler: frozenset(positions) for handler, positions in found.items()}
         for run in _runs(batches):
             for bundle, _ in cut(self._reader, self._bundler, run, missing, self._set_aside, self._upto):
                 yield bundle
-
-    def _missing(self, batches: Sequence[Published]) -> Mapping[str, Set[int]]:
-        found = unsettled(self._connection, self._handlers, _ranges_of(batches))
-        return {
-            handler: {position for position in positions if position <= self._upto.get(handler, position)}
-            for handler, positions in found.items()
-        }
 
 
 def unsettled(

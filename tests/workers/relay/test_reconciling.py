@@ -1,5 +1,6 @@
 """What a queue has lost comes back by itself, is counted, and nothing else is sent twice."""
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from uuid import UUID
@@ -12,11 +13,12 @@ from sqlalchemy import text
 
 from tests.conftest import Servers, settings_for
 from tests.effects import a_route, effects_in, make_room_for_effects, write_quotes
+from tests.outbox_rows import Connection
 from tests.support import eventually
 from tests.system import System, system_for
 from tests.workers.telemetry.scraping import numbers_in
 from workers.queued import Queued
-from workers.relay.bundles import Bundler
+from workers.relay.bundles import Bundler, bundle
 from workers.relay.reconciling import Reconciler
 from workers.routes import Route
 from workers.telemetry.meters import RelayMeters
@@ -91,8 +93,15 @@ def execute(system: System, statement: str) -> None:
         connection.execute(text(statement))
 
 
-def published_long_ago(system: System) -> None:
-    execute(system, "update dovecote.published_batches set published_at = published_at - interval '1 hour'")
+def published_long_ago(system: System, age: str = "1 hour") -> None:
+    execute(system, f"update dovecote.published_batches set published_at = published_at - interval '{age}'")
+
+
+def open_events(system: System) -> int:
+    """How many positions are not known to be settled."""
+    statement = text("select max((select last_value from dovecote.outbox_position) - mark) from dovecote.progress")
+    with system.engine.connect() as connection:
+        return int(connection.scalar(statement) or 0)
 
 
 def lose(system: System, id: str) -> None:
@@ -111,27 +120,32 @@ class Looking:
 
     def __init__(self, system: System, routes: Collection[Route] | None = None) -> None:
         self.counted = Counted()
+        self.sessions = 0
         self._system = system
         with system.engine.connect() as connection:
-            epoch, self._upto = connection.execute(
+            self.epoch, self.upto = connection.execute(
                 text("select epoch, (select last_value from dovecote.outbox_position) from dovecote.relay_state")
             ).one()
         self.reconciler = Reconciler(
-            connect=lambda: psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True),
+            connect=self._connect,
             broker=system.broker,
             bundler=Bundler(list(routes or system.routes)),
             routes=list(routes or system.routes),
             settings=system.settings.relay,
-            epoch=epoch,
-            published_upto=lambda: self._upto,
+            epoch=self.epoch,
+            published_upto=lambda: self.upto,
             meters=self.counted,
         )
+
+    def _connect(self) -> Connection:
+        self.sessions += 1
+        return psycopg.connect(self._system.settings.database.url.get_secret_value(), autocommit=True)
 
     def look(self) -> int:
         """Return how many events were sent again by this look."""
         before = self.counted.events
-        with psycopg.connect(self._system.settings.database.url.get_secret_value(), autocommit=True) as connection:
-            self.reconciler.look(connection, self._upto)
+        with self._connect() as connection:
+            self.reconciler.look(connection, self.upto)
         return self.counted.events - before
 
 
@@ -164,6 +178,7 @@ def test_only_what_was_published_long_ago_is_looked_for(system_with: Callable[..
     system = system_with(time_limit_seconds=60)
     lose(system, publish(system, 4)[0])
     looking = Looking(system)
+    published_long_ago(system, "30 seconds")
 
     assert looking.look() == 0
 
@@ -186,6 +201,94 @@ def test_what_is_in_hand_or_in_another_message_is_not_lost(system_with: Callable
     assert len(taken) == 2
     assert looking.look() == 0
     assert len(messages_of(system)) == 8
+
+
+def test_what_is_in_messages_that_nobody_acts_on_for_it_is_lost(system_with: Callable[..., System]) -> None:
+    system = system_with()
+    (lost,) = publish(system, 2)
+    client: Any = system.broker.client
+    message = orjson.loads(client.hget(key_of(system, "test.msgs"), lost))
+    envelopes = [orjson.dumps(envelope) for envelope in message["args"][0]]
+    others = [
+        # What is not on record as failed is left alone by a retry, and what is not acted on by a replay. And another
+        # handler's message on the same queue is not ours.
+        bundle(system.routes[0], [1], envelopes, retry=True),
+        bundle(system.routes[0], [2], envelopes, replay=UUID(int=1)),
+        bundle(a_route("test.other"), [3], envelopes),
+    ]
+    looking = Looking(system)
+    system.broker.publish(looking.epoch, others)
+    lose(system, lost)
+    published_long_ago(system)
+
+    assert looking.look() == 2
+    assert messages_of(system) == [*(one.id for one in others), lost]
+
+
+def test_a_message_that_somebody_will_get_is_not_put_back(system_with: Callable[..., System]) -> None:
+    system = system_with()
+    queued, taken, placeless = publish(system, 6)
+    client: Any = system.broker.client
+    lose_its_place(system, taken)
+    client.rpush(key_of(system), queued)
+    client.lrem(key_of(system), 1, queued)
+    client.lpush(key_of(system), taken)
+    system.broker.do_fetch("test", 1)
+    lose_its_place(system, placeless)
+    epoch, places = Looking(system).epoch, Queued(system.broker)
+
+    def is_put_back(id: str, epoch: int = epoch) -> bool:
+        return places.requeue(epoch, "test", HANDLER, id)
+
+    assert not is_put_back(queued)
+    assert not is_put_back(taken)
+    assert not is_put_back(placeless, epoch - 1)
+    client.rpush(key_of(system, f"test.aside.{HANDLER}"), placeless)
+    assert not is_put_back(placeless)
+    client.delete(key_of(system, f"test.aside.{HANDLER}"))
+    assert is_put_back(placeless)
+    lose(system, placeless)
+    assert not is_put_back(placeless)
+    assert messages_of(system) == [queued]
+
+
+def test_what_stays_at_the_head_hides_nothing_behind_it(
+    system_with: Callable[..., System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, events in (("_READ_EVENTS", 4), ("_ASKED_EVENTS", 2)):
+        monkeypatch.setattr(f"workers.relay.reconciling.{name}", events)
+    system = system_with()
+    messages = publish(system, 20)
+    published_long_ago(system)
+    looking = Looking(system)
+    lose(system, messages[6])
+    lose_its_place(system, messages[8])
+
+    eventually(lambda: looking.look() == 2, 10, "the one message")
+    eventually(lambda: looking.look() == 2, 10, "the other message")
+
+    assert sorted(messages_of(system)) == sorted(messages)
+
+
+def test_a_quiet_system_is_not_asked_anything(
+    system_with: Callable[..., System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.relay.reconciling._SHORTEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("workers.relay.reconciling._LONGEST_PAUSE_SECONDS", 0.01)
+    system = system_with()
+    with system.running():
+        write_quotes(system, range(4))
+        system.until_quiet()
+        eventually(lambda: open_events(system) == 0, 10, "marks that have moved")
+    looking = Looking(system)
+
+    with looking.reconciler:
+        eventually(lambda: looking.sessions == 1, 5, "a look")
+        threading.Event().wait(0.3)  # a span of time: nothing is to happen in it
+
+        assert looking.sessions == 1
+        looking.upto += 1
+        eventually(lambda: looking.sessions > 1, 5, "another look")
 
 
 def test_a_message_in_the_middle_of_a_long_queue_is_not_lost(
