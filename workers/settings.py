@@ -136,6 +136,12 @@ class Relay(Section):
     retry_lease_seconds: float = Field(
         60.0, ge=1, le=86_400, description="A retry sent but not heard of again is sent once more after this."
     )
+    reconcile_after_seconds: float = Field(
+        600.0,
+        ge=1,
+        le=604_800,
+        description="An event published so long ago that its queue has lost is sent again; not before its time limit.",
+    )
 
 
 class Consumers(Section):

@@ -4,6 +4,7 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
+from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
 from tests.mutations.progress import PROGRESS, PROGRESS_SQL
 from tests.mutations.queues import QUEUES
@@ -1615,4 +1616,5 @@ MUTANTS = (
     ),
     *QUEUES,
     *PROGRESS,
+    *LOSSES,
 )

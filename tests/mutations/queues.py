@@ -8,6 +8,7 @@ FULL_NOTIFY = "tests/workers/test_full_notify_queue.py"
 
 POSTPONED = "tests/workers/relay/test_postponed.py"
 NEW_HANDLER = "tests/workers/relay/test_new_handler.py"
+MISSING = "tests/workers/relay/test_missing.py"
 
 POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
@@ -61,9 +62,9 @@ QUEUES = (
     Mutant(
         "what was published before a handler's time is missing",
         "workers/relay/missing.py",
-        "and not s.published_above @> o.position and",
-        "and",
-        NEW_HANDLER,
+        "      and not w.published_above @> found.position\n",
+        "",
+        MISSING,
     ),
     Mutant(
         "what was published before a handler's time is waited for",

@@ -19,8 +19,8 @@ from workers.relay.leases import MAX_BUNDLE_BYTES, DueDelivery
 from workers.relay.reading import Row, positions
 from workers.routes import Route, distinct
 
-# Where dovecote.envelope() puts it.
-_EVENT_ID = slice(len('{"specversion":"1.0","id":"'), len('{"specversion":"1.0","id":"') + 36)
+#: Where dovecote.envelope() puts it.
+EVENT_ID = slice(len('{"specversion":"1.0","id":"'), len('{"specversion":"1.0","id":"') + 36)
 
 Item = TypeVar("Item")
 
@@ -198,7 +198,7 @@ def bundle(
     `sent_in` is in its options: older consumers pass over what they do not know there.
     """
     digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler), salt=salt)
-    digest.update(b"".join([envelope[_EVENT_ID] for envelope in envelopes]))
+    digest.update(b"".join([envelope[EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)
     id = ("r" if retry else "b") + digest.hexdigest()

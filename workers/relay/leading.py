@@ -89,7 +89,7 @@ class Leader:
         self._reader = reader
         self._broker = broker
         self._routes = routes
-        self._bundler = Bundler(routes, history.salt, outbox_run(connection))
+        self._bundler = self.bundler = Bundler(routes, history.salt, outbox_run(connection))
         self._settings = settings
         self._sleeper = sleeper
         self._history = history

@@ -25,6 +25,7 @@ from workers.relay.leading import Leader
 from workers.relay.maintaining import Maintainer
 from workers.relay.progress import Marks
 from workers.relay.reading import Connection, Reader
+from workers.relay.reconciling import Reconciler
 from workers.relay.sleeping import Sleeper
 from workers.routes import Route
 from workers.settings import Settings
@@ -274,7 +275,17 @@ class Relay:
                 records=records,
                 meters=self._meters,
             )
-            with Marks(self._session, epoch, lambda: leader.published_upto):
+            reconciler = Reconciler(
+                connect=self._session,
+                broker=self._broker,
+                bundler=leader.bundler,
+                routes=self._routes,
+                settings=self._settings.relay,
+                epoch=epoch,
+                published_upto=lambda: leader.published_upto,
+                meters=self._meters,
+            )
+            with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
                 leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
 

@@ -29,6 +29,7 @@ Of each relay:
     dovecote_batch_events histogram: events of a batch; its count is the number of batches
     dovecote_retried_events_total counter: deliveries sent once more
     dovecote_republished_bundles_total counter: messages sent again because Redis had lost them
+    dovecote_reconciled_events_total{handler} counter: events that a queue had lost, sent again
     dovecote_reaped_messages_total counter: messages taken back from dead workers
     dovecote_bell_rings_total counter: times a writer woke the relay
 

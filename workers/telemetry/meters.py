@@ -48,7 +48,7 @@ class ConsumerMeters:
 
 
 class RelayMeters:
-    """What a relay tells; called from one thread."""
+    """What a relay tells; called from one thread, but for `reconciled`, which is called from another."""
 
     def alive(self, state: RelayState) -> None:
         """It goes round its loop: at least every few seconds, but for `sending_again`, one long search."""
@@ -64,6 +64,9 @@ class RelayMeters:
 
     def republished(self, bundles: int) -> None:
         """Messages that Redis had lost were sent again."""
+
+    def reconciled(self, handler: str, events: int) -> None:
+        """Events were lost by their queue and sent again; 0 makes the handler known."""
 
     def reaped(self, messages: int) -> None:
         """Messages were taken back from dead workers."""

@@ -74,6 +74,12 @@ class RelayMetrics(RelayMeters):
         self._republished = Counter(
             "dovecote_republished_bundles_total", "Messages sent again because Redis had lost them.", registry=registry
         )
+        self._reconciled = Counter(
+            "dovecote_reconciled_events_total",
+            "Events that a queue had lost, sent again.",
+            ["handler"],
+            registry=registry,
+        )
         self._reaped = Counter(
             "dovecote_reaped_messages_total", "Messages taken back from dead workers.", registry=registry
         )
@@ -102,6 +108,9 @@ class RelayMetrics(RelayMeters):
 
     def republished(self, bundles: int) -> None:
         self._republished.inc(bundles)
+
+    def reconciled(self, handler: str, events: int) -> None:
+        self._reconciled.labels(handler=handler).inc(events)
 
     def reaped(self, messages: int) -> None:
         self._reaped.inc(messages)
