@@ -162,6 +162,7 @@ relay_state = Table(
     _moment("owned_since", nullable=True),
     _moment("seen_at", nullable=True),
     Column("redis_run_id", Text),
+    _moment("refused_since", nullable=True),
 )
 
 replays = Table(
