@@ -26,8 +26,10 @@ from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
 from workers.relay.reading import Batch, Connection, Reader, positions
 from workers.relay.replaying import Replayer
+from workers.relay.sequence import SequenceWatch
 from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.relay.sleeping import Sleeper
+from workers.relay.standby import Standby
 from workers.relay.unrouted import Unrouted
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
@@ -106,6 +108,8 @@ class Leader:
         self._maintain = maintain
         self._meters = meters or RelayMeters()
         self._ahead = ReadAhead(reader)
+        self._sequence = SequenceWatch(connection, epoch)
+        self._standby = Standby(settings, connection, self._records, sleeper, self._meters)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -151,6 +155,7 @@ class Leader:
             # The relay before us may have ended between leasing a retry and sending it.
             leases.end_leases(self._connection)
             self._postponed.load()
+            self._standby.await_flush()  # what leaders before us have published, and we may send again
             self._through_outages(self._greet_redis)
             self._through_outages(self._check_redis)
             while not self._sleeper.stopping:
@@ -200,14 +205,12 @@ class Leader:
             self._send(lambda: self._bundler.bundles(batch.rows, upto))
             if not self._batches_in_a_row and not batch.is_full:
                 self._called = self._sleeper.sleep(_RECORD_LATER_SECONDS, self._connection)
-            recorded = self._records.execute(
-                _RECORD,
-                {
-                    "epoch": self._epoch,
-                    "positions": multirange(positions(batch.rows)),
-                    "events": len(batch.rows),
-                },
-            )
+            recording = {
+                "epoch": self._epoch,
+                "positions": multirange(positions(batch.rows)),
+                "events": len(batch.rows),
+            }
+            recorded = self._records.execute(_RECORD, recording)
         self._require_ownership(recorded.rowcount)
         self._postponed.published(batch.rows)
         self._meters.published(len(batch.rows))
@@ -235,6 +238,7 @@ class Leader:
 
         From the first: what was sent of them before it may be lost, and is not recorded yet.
         """
+        self._standby.await_flush()
         sent = 0
         queued: dict[str, int] = {}
 
@@ -344,6 +348,7 @@ class Leader:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
         self._meters.alive("leading")
+        self._sequence.look()
         self._record_checkpoint()
         self._unrouted.write(self._records)
         self._through_outages(self._check_redis)
@@ -411,14 +416,11 @@ class Leader:
                 self._meters.rang()
 
         self._connection.add_notify_handler(hear)
-        self._connection.execute("listen dovecote_outbox")
-        self._connection.execute("listen dovecote_deliveries")
-        self._connection.execute(f"listen {replays.CHANNEL}")
-        self._connection.execute(f"listen {pauses.CHANNEL}")
+        for channel in ("dovecote_outbox", "dovecote_deliveries", replays.CHANNEL, pauses.CHANNEL):
+            self._connection.execute(f"listen {channel}")
 
     def _stay_awake(self) -> None:
-        if self._holds_bell:
-            # Writers need not ring while we are up: ringing makes them commit one after the other.
+        if self._holds_bell:  # writers need not ring while we are up: ringing makes them commit one after the other
             self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")
             self._holds_bell = False
 

@@ -13,10 +13,12 @@ RelayState = Literal[
     "starting",
     "leading",
     "standing_by",
+    "refuses",
     "sending_again",
     "waiting_for_postgres",
     "waiting_for_redis",
     "waiting_for_schema",
+    "waiting_for_standby",
 ]
 
 

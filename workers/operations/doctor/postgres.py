@@ -113,7 +113,12 @@ def findings(subject: Subject) -> list[Finding]:
             schema_found = is_migrated(subject)
             found.append(schema_found)
             if schema_found.level == "ok":
-                found += [relay(connection, subject), progress.relay(connection), floors(connection)]
+                found += [
+                    sequence(connection),
+                    relay(connection, subject),
+                    progress.relay(connection),
+                    floors(connection),
+                ]
                 found.append(partitions(connection))
                 found += routes(connection, subject)
                 found.append(retention(subject))
@@ -242,6 +247,18 @@ def relay(connection: Connection, subject: Subject) -> Finding:
             "It or its machine is frozen: end it, or `select pg_terminate_backend(...)`; a standby leads then.",
         )
     return ok("relay.alive", found)
+
+
+def sequence(connection: Connection) -> Finding:
+    (fault,) = _one(connection, "select dovecote.sequence_fault()")
+    if fault is None:
+        return ok("postgres.sequence", "positions are handed out in order")
+    return error(
+        "postgres.sequence",
+        fault,
+        "Run `dovecote recover --dry-run`, which says what it would do, and then `dovecote recover`; no relay leads "
+        "before. See docs/operations/backup-and-failover.md.",
+    )
 
 
 def floors(connection: Connection) -> Finding:
