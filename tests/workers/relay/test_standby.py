@@ -29,7 +29,7 @@ class Replica(Postgres):
     """A standby that streams from another server, through a slot of its own."""
 
     def __init__(self, directory: Path, of: str) -> None:
-        super().__init__(directory, {"fsync": "off"})
+        super().__init__(directory, {"fsync": "off", "max_prepared_transactions": "10"})
         self._of = of
 
     def _make_data(self) -> None:
