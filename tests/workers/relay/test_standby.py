@@ -1,6 +1,7 @@
 """PUBLISH_AFTER=standby, with a real standby of Postgres: nothing is published that only the primary has."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,14 +83,19 @@ def test_nothing_is_published_that_no_standby_has(
     url, login, states = fresh_database_url, f"publisher_{os.getpid()}", States()
     settings = settings_for(as_login(url, login), servers.redis_url, tmp_path, DOVECOTE_RELAY__PUBLISH_AFTER="standby")
     with system_for(settings, [a_route()]) as system, psycopg.connect(url) as unfinished:
-        unfinished.execute("create table effects_of_others (n int)")
         with psycopg.connect(url, autocommit=True) as owner:
             owner.execute(f"grant create on schema public to {login}")
         make_room_for_effects(system.engine)
         with system.relay(states), system.workers():
-            # What it has written so far is flushed by nobody, unless the relay does.
             write_quotes(system, [1])
             eventually(lambda: len(effects_in(system.engine)) == 1, 3, "an event that the standby has")
+
+            # What an open transaction has just written nobody flushes, unless the relay does.
+            unfinished.execute("create table half_done as select generate_series(1, 10)")
+            began = time.monotonic()
+            with psycopg.connect(url, autocommit=True) as connection:
+                Standby(settings.relay, connection, connection, Sleeper(), RelayMeters()).await_flush()
+            assert time.monotonic() - began < 3
 
             replica.stop()
             write_quotes(system, [2])
