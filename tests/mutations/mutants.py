@@ -101,7 +101,7 @@ MUTANTS = (
         "events keep the positions that hide them",
         SEQUENCE_SQL,
         "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
-        "select o.id from dovecote.outbox o, found where o.id = found.event_id;",
+        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
         SEQUENCE,
     ),
     Mutant(
