@@ -5,7 +5,9 @@ beyond their commits. There is no time-out: publishing all the same would give b
 """
 
 import time
+from typing import Any
 
+import psycopg
 import structlog
 
 from domain.errors import DovecoteError
@@ -26,8 +28,10 @@ _FLUSH_AFTER_SECONDS = 0.01
 # Standbys are seen as sessions of walsenders, with the right to see them, or by their slots, which everybody sees: the
 # restart_lsn of a physical slot is what its standby has confirmed as flushed. A subscriber to a publication is none,
 # nor is a backup that is being made.
-_FLUSHED = """
-    select max(flushed) >= coalesce(%(upto)s::pg_lsn, pg_current_wal_insert_lsn()), pg_current_wal_insert_lsn()::text
+#: Whether a standby has flushed up to here, or up to now; null where none is seen. And what is now.
+FLUSHED = """
+    select max(flushed) >= coalesce(%(upto)s::pg_lsn, pg_current_wal_insert_lsn()) as is_flushed,
+           pg_current_wal_insert_lsn()::text as now
     from (
         select r.flush_lsn as flushed from pg_stat_replication r
         where r.state = 'streaming' and r.application_name <> 'pg_basebackup'
@@ -45,6 +49,14 @@ _CAN_SEE = """
     select pg_has_role(current_user, 'pg_read_all_stats', 'usage')
         or exists (select from pg_replication_slots where slot_type = 'physical' and not temporary), current_user::text
 """
+
+
+def blindness(connection: psycopg.Connection[Any]) -> str | None:
+    """Return what to do so that a standby can be seen by this login; None where one could be."""
+    can_see, login = connection.execute(_CAN_SEE).fetchone() or (False, "")
+    if can_see:
+        return None
+    return f"grant pg_read_all_stats to {login}, or give the standby a physical slot (primary_slot_name)"
 
 
 class NotOnStandby(DovecoteError):
@@ -65,7 +77,7 @@ class Standby:
         self._records = records
         self._sleeper = sleeper
         self._meters = meters
-        if self._is_wanted and (blind := self._blind()):
+        if self._is_wanted and (blind := blindness(records)):
             log.warning("no standby can be seen", cure=blind)
 
     def await_flush(self) -> None:
@@ -89,7 +101,7 @@ class Standby:
                 self._records.execute(_FLUSH)
             if now >= next_told:
                 next_told = now + _TELL_AGAIN_SECONDS
-                hint = {"cure": blind} if (blind := self._blind()) else {}
+                hint = {"cure": blind} if (blind := blindness(self._records)) else {}
                 log.warning(
                     "waiting for a standby to flush what was read", seconds=round(now - began), upto=upto, **hint
                 )
@@ -100,12 +112,5 @@ class Standby:
             is_flushed, _ = self._ask(upto)
 
     def _ask(self, upto: str | None) -> tuple[bool, str]:
-        is_flushed, now = self._records.execute(_FLUSHED, {"upto": upto}).fetchone() or (None, "")
+        is_flushed, now = self._records.execute(FLUSHED, {"upto": upto}).fetchone() or (None, "")
         return is_flushed is True, now
-
-    def _blind(self) -> str | None:
-        """Return what to do so that a standby can be seen; None where one could be."""
-        can_see, login = self._records.execute(_CAN_SEE).fetchone() or (False, "")
-        if can_see:
-            return None
-        return f"grant pg_read_all_stats to {login}, or give the standby a physical slot (primary_slot_name)"

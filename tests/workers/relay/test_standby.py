@@ -16,6 +16,7 @@ from tests.support import a_place_for_servers, eventually
 from tests.system import system_for
 from workers.binaries import find_postgres
 from workers.embedded import Postgres
+from workers.operations.doctor.postgres import standby as doctor_s_finding
 from workers.relay.sleeping import Sleeper
 from workers.relay.standby import NotOnStandby, Standby
 from workers.settings import Settings
@@ -97,6 +98,8 @@ def test_nothing_is_published_that_no_standby_has(
                 Standby(settings.relay, connection, connection, Sleeper(), RelayMeters()).await_flush()
             assert time.monotonic() - began < 3
 
+            with psycopg.connect(url) as connection:
+                assert doctor_s_finding(connection).level == "ok"
             replica.stop()
             write_quotes(system, [2])
             eventually(lambda: states.now == "waiting_for_standby", 5, "the relay waits")
@@ -121,4 +124,7 @@ def test_a_relay_that_cannot_see_standbys_says_what_to_grant_and_publishes_nothi
         with pytest.raises(NotOnStandby):
             standby.await_flush()
 
+        finding = doctor_s_finding(connection)
     assert [line["cure"].partition(" to ")[0] for line in logs] == ["grant pg_read_all_stats"]
+    assert finding.level == "error"
+    assert "grant pg_read_all_stats to blind" in finding.advice

@@ -17,6 +17,7 @@ from workers.attempts import longest_retry
 from workers.masking import masked
 from workers.operations.doctor import progress
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
+from workers.relay.standby import FLUSHED, blindness
 
 Connection = psycopg.Connection[Any]
 
@@ -120,6 +121,8 @@ def findings(subject: Subject) -> list[Finding]:
                     floors(connection),
                 ]
                 found.append(partitions(connection))
+                if subject.settings.relay.publish_after == "standby":
+                    found.append(standby(connection))
                 found += routes(connection, subject)
                 found.append(retention(subject))
             return found
@@ -258,6 +261,17 @@ def sequence(connection: Connection) -> Finding:
         fault,
         "Run `dovecote recover --dry-run`, which says what it would do, and then `dovecote recover`; no relay leads "
         "before. See docs/operations/backup-and-failover.md.",
+    )
+
+
+def standby(connection: Connection) -> Finding:
+    is_flushed, _ = _one(connection, FLUSHED.replace("%(upto)s", "null"))
+    if is_flushed is not None:
+        return ok("relay.standby", "a standby is seen")
+    return error(
+        "relay.standby",
+        "no standby is seen, and DOVECOTE_RELAY__PUBLISH_AFTER is standby: nothing is published",
+        f"Start a standby; if one is there, {blindness(connection) or 'see why it does not stream'}.",
     )
 
 
