@@ -165,6 +165,7 @@ relay_state = Table(
     Column("history", Text),
     Column("instance", Text),
     Column("stands_back_for", Text),
+    _moment("refused_since", nullable=True),
 )
 
 replays = Table(

@@ -45,7 +45,11 @@ ROUTES = "tests/workers/test_routes.py"
 LOOKUP = "tests/workers/test_lookup.py"
 BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
+SEQUENCE = "tests/workers/relay/test_sequence.py"
+STANDBY = "tests/workers/relay/test_standby.py"
+
 CLAIM = "workers/lua/claim.lua"
+SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 SIZES_SQL = "migrations/sql/0017_sizes.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
@@ -56,6 +60,85 @@ LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
 MUTANTS = (
+    # The sequence of positions ------------------------------------------------------------------
+    Mutant(
+        "a sequence that was set back is read on",
+        "workers/relay/reading.py",
+        "if row[0] < self._horizon[0]:",
+        "if False:",
+        SEQUENCE,
+    ),
+    Mutant(
+        "a relay leads whatever is wrong with the sequence",
+        "workers/relay/relay.py",
+        "if locked and self._may_lead(connection):",
+        "if locked:",
+        SEQUENCE,
+    ),
+    Mutant(
+        "nobody looks at the sequence while a relay leads",
+        "workers/relay/leading.py",
+        "        self._sequence.look()\n",
+        "",
+        SEQUENCE,
+    ),
+    Mutant(
+        "what was written before the sequence was mended by hand stays unread",
+        "workers/relay/sequence.py",
+        "    if was_refused:\n",
+        "    if False:\n",
+        SEQUENCE,
+    ),
+    Mutant(
+        "an idle leader does not notice that the sequence was recovered",
+        "workers/relay/sequence.py",
+        "if epoch != self._epoch:",
+        "if False:",
+        SEQUENCE,
+    ),
+    Mutant(
+        "recovering does not wait for who has written, and sessions keep their blocks",
+        SEQUENCE_SQL,
+        "    alter sequence dovecote.outbox_position cache 1;\n",
+        "",
+        SEQUENCE,
+    ),
+    Mutant(
+        "events keep the positions that hide them",
+        SEQUENCE_SQL,
+        "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
+        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
+        SEQUENCE,
+    ),
+    Mutant(
+        "an event that was read gets a new position too",
+        SEQUENCE_SQL,
+        "and coalesce(not batch.was_read, o.position",
+        "and (true or o.position",
+        SEQUENCE,
+    ),
+    Mutant(
+        "a sequence that was not called yet has handed out nothing",
+        SEQUENCE_SQL,
+        "    select case when is_called then last_value else last_value - 1 end into",
+        "    select case when is_called then last_value else 0 end into",
+        SEQUENCE,
+    ),
+    # Publishing after a standby -----------------------------------------------------------------
+    Mutant(
+        "a batch does not wait for a standby",
+        "workers/relay/leading.py",
+        "        self._standby.await_flush()\n        sent = 0\n",
+        "        sent = 0\n",
+        STANDBY,
+    ),
+    Mutant(
+        "what nobody flushes is waited for",
+        "workers/relay/standby.py",
+        "                self._records.execute(_FLUSH)\n",
+        "",
+        STANDBY,
+    ),
     # Writing ------------------------------------------------------------------------------------
     Mutant(
         "no floor is announced",

@@ -45,6 +45,7 @@ HANDLER_KEYS = {
     "at_least",
 }
 RELAY_KEYS = {
+    "fault",
     "lag_events",
     "lag_seconds",
     "leading",

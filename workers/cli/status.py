@@ -79,9 +79,10 @@ def _screen(found: Status) -> RenderableType:
         f"relay    {leader}; {_count(relay, 'lag_events')} events behind, {relay.lag_seconds:.1f} s; "
         f"{_count(relay, 'published')} published, {relay.published_per_second:g}/s"
     )
-    if not relay.leading or relay.lag_seconds > 10:
+    if not relay.leading or relay.lag_seconds > 10 or relay.fault:
         first.stylize("bold red")
-    return Group(first, *_history(relay), _handlers(found), *_pauses(found), *_unrouted(found))
+    fault = [Text(f"no relay may lead: {relay.fault}", "bold red")] if relay.fault else []
+    return Group(first, *fault, *_history(relay), _handlers(found), *_pauses(found), *_unrouted(found))
 
 
 def _history(relay: operations.RelayStatus) -> Iterator[Text]:

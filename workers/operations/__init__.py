@@ -24,6 +24,7 @@ from workers.operations.following import Followed, follow
 from workers.operations.handlers import CannotPause, Handler, Pause, handlers
 from workers.operations.handlers import pause as pause_handler
 from workers.operations.handlers import resume as resume_handler
+from workers.operations.recovering import CannotRecover, Recovery, recover
 from workers.operations.remedies import CannotChange, Change, discard, retry
 from workers.operations.retention import Archived, Maintenance, Partitions, maintain, partitions, require_present
 from workers.operations.status import HandlerStatus, RelayStatus, Status, status
@@ -38,6 +39,7 @@ __all__ = [
     "BlockedPage",
     "CannotChange",
     "CannotPause",
+    "CannotRecover",
     "Change",
     "Counted",
     "EventFilter",
@@ -58,6 +60,7 @@ __all__ = [
     "NotThere",
     "Partitions",
     "Pause",
+    "Recovery",
     "RelayStatus",
     "Status",
     "Story",
@@ -78,6 +81,7 @@ __all__ = [
     "partitions",
     "pause_handler",
     "record",
+    "recover",
     "require_present",
     "resume_handler",
     "retry",

@@ -31,6 +31,7 @@ _RATE_SECONDS = 60
 class RelayStatus:
     """What the relay has before it.
 
+    fault        why no relay may lead: positions are not handed out in order; None while they are
     lag_events   committed and not yet published
     lag_seconds  age of the oldest of them; 0 when there is none
     leading      not while the relay stands back
@@ -54,6 +55,7 @@ class RelayStatus:
     published: int
     published_per_second: float
     at_least: list[str]
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Status:
 _POSITIONS = text(
     """
     select s.checkpoint, h.last_position, s.owner, s.epoch, s.history, s.instance, leader.is_there,
+           dovecote.sequence_fault() as fault,
            case when leader.is_there then s.stands_back_for end as stands_back_for
     from dovecote.relay_state s, dovecote.horizon() h, (
         select exists (select from pg_locks
@@ -123,6 +126,15 @@ _UNPUBLISHED = text(
     select count(*) as events,
            coalesce(greatest(0, extract(epoch from clock_timestamp() - min(created_at))), 0)::float as seconds
     from found
+    """
+)
+
+# Written at positions that the relay has passed: the look above the checkpoint does not find them.
+_NEVER_READ = text(
+    """
+    select count(*) as events,
+           coalesce(greatest(0, extract(epoch from clock_timestamp() - min(created_at))), 0)::float as seconds
+    from (select created_at from dovecote.never_read() limit :most) as never_read
     """
 )
 
@@ -193,14 +205,19 @@ def _relay(connection: Connection) -> RelayStatus:
             "most": _MOST_UNPUBLISHED,
         },
     ).one()
+    lag_events, lag_seconds = lag.events, lag.seconds
+    if positions.fault is not None:
+        unread = connection.execute(_NEVER_READ, {"most": _MOST_UNPUBLISHED}).one()
+        lag_events, lag_seconds = lag_events + unread.events, max(lag_seconds, unread.seconds)
     published = connection.execute(_PUBLISHED, {"most": _MOST_BATCHES, "seconds": _RATE_SECONDS}).one()
     bounds = {
-        "lag_events": positions.last_position - positions.checkpoint > 2 * _MOST_UNPUBLISHED,
+        "lag_events": positions.fault is not None
+        or positions.last_position - positions.checkpoint > 2 * _MOST_UNPUBLISHED,
         "published": published.batches == _MOST_BATCHES,
     }
     return RelayStatus(
-        lag_events=lag.events,
-        lag_seconds=lag.seconds,
+        lag_events=lag_events,
+        lag_seconds=lag_seconds,
         leading=positions.is_there and positions.stands_back_for is None,
         owner=positions.owner,
         epoch=positions.epoch,
@@ -211,6 +228,7 @@ def _relay(connection: Connection) -> RelayStatus:
         published=published.events,
         published_per_second=round(published.per_second, 2),
         at_least=[name for name, is_bounded in bounds.items() if is_bounded],
+        fault=positions.fault,
     )
 
 

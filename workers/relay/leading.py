@@ -25,8 +25,10 @@ from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
 from workers.relay.reading import Batch, Connection, Reader, outbox_run, positions
 from workers.relay.replaying import Replayer
+from workers.relay.sequence import SequenceWatch
 from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.relay.sleeping import Sleeper
+from workers.relay.standby import Standby
 from workers.relay.unrouted import Unrouted
 from workers.relay.waking import Waking
 from workers.routes import Route
@@ -97,6 +99,8 @@ class Leader:
         self._maintain = maintain
         self._meters = meters or RelayMeters()
         self._ahead = ReadAhead(reader)
+        self._sequence = SequenceWatch(connection, epoch)
+        self._standby = Standby(settings, connection, self._records, sleeper, self._meters)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -136,6 +140,7 @@ class Leader:
             # The relay before us may have ended between leasing a retry and sending it.
             leases.end_leases(self._connection)
             self._postponed.load()
+            self._standby.await_flush()  # what leaders before us have published, and we may send again
             self._through_outages(self._greet_redis)
             self._through_outages(self._check_redis)
             while not self._sleeper.stopping:
@@ -217,6 +222,7 @@ class Leader:
 
         From the first: what was sent of them before it may be lost, and is not recorded yet.
         """
+        self._standby.await_flush()
         sent = 0
         queued: dict[str, int] = {}
 
@@ -306,6 +312,7 @@ class Leader:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
         self._meters.alive("leading")
+        self._sequence.look()
         self._record_checkpoint()
         self._unrouted.write(self._records)
         self._through_outages(self._check_redis)

@@ -20,13 +20,16 @@ from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
 from workers.outages import asks_again, passes
 from workers.redis_client import PASSING
+from workers.relay import sequence
 from workers.relay.history import History, StandsBack, await_right_of_way, take_over
 from workers.relay.leading import Leader
 from workers.relay.maintaining import Maintainer
 from workers.relay.progress import Marks
 from workers.relay.reading import Connection, Reader
 from workers.relay.reconciling import Reconciler
+from workers.relay.sequence import SequenceFault
 from workers.relay.sleeping import Sleeper
+from workers.relay.standby import NotOnStandby
 from workers.routes import Route
 from workers.settings import Settings
 from workers.telemetry.meters import RelayMeters, RelayState
@@ -135,6 +138,7 @@ class Relay:
         self._sleeper = Sleeper()
         self._maintainer = Maintainer(settings, routes)
         self._schema_is_current = False
+        self._refused: str | None = None
         schema.revisions()  # read before a leadership hangs on it
 
     def stop(self) -> None:
@@ -156,6 +160,8 @@ class Relay:
                     if self._becomes_leader(connection):
                         tries = 0
                         self._lead(connection)
+            except (SequenceFault, NotOnStandby) as error:
+                log.error("relay stops leading", error=str(error))
             except (psycopg.Error, *PASSING, NewerRelay, RedisLost) as error:
                 if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error)):
                     raise
@@ -222,8 +228,10 @@ class Relay:
         next_look = time.monotonic() + frozen_after
         while not self._sleeper.stopping:
             (locked,) = connection.execute("select pg_try_advisory_lock(dovecote.leader_key())").fetchone() or (False,)
-            if locked:
+            if locked and self._may_lead(connection):
                 return True
+            if locked:
+                continue
             self._meters.alive("standing_by")
             if not stood_by:
                 stood_by = True
@@ -233,6 +241,22 @@ class Relay:
                 self._end_frozen_leader(connection, frozen_after)
             # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
             self._sleeper.sleep(self._settings.relay.standby_seconds)
+        return False
+
+    def _may_lead(self, connection: Connection) -> bool:
+        """Let the lock go again where the sequence would hide events, and be silent for a while.
+
+        The process stays: it would be started again and again, and leads by itself once the sequence is mended.
+        """
+        if (fault := sequence.refusal(connection)) is None:
+            self._refused = None
+            return True
+        connection.execute("select pg_advisory_unlock(dovecote.leader_key())")
+        self._meters.alive("refuses")
+        if self._refused != fault:
+            self._refused = fault
+            log.error("relay refuses to lead", fault=fault)
+        self._sleeper.sleep(sequence.ASK_AGAIN_SECONDS)
         return False
 
     def _end_frozen_leader(self, connection: Connection, frozen_after_seconds: float) -> None:

@@ -22,8 +22,9 @@ Of each relay:
 
     dovecote_heartbeat_timestamp_seconds gauge: last sign of life, in Unix time
     dovecote_relay_state{state} gauge: 1 for what it does, of starting, leading, standing_by, standing_back (a relay
-        of a newer database uses our Redis), sending_again (looking for what Redis or Postgres has lost),
-        waiting_for_postgres, waiting_for_redis, waiting_for_schema
+        of a newer database uses our Redis), refuses (to lead: dovecote_sequence_fault), sending_again (looking for
+        what Redis or Postgres has lost), waiting_for_postgres, waiting_for_redis, waiting_for_schema,
+        waiting_for_standby (DOVECOTE_RELAY__PUBLISH_AFTER)
     dovecote_published_events_total counter: events recorded as published
     dovecote_published_bundles_total counter: messages of batches and retries put on queues
     dovecote_batch_events histogram: events of a batch; its count is the number of batches
@@ -39,6 +40,7 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
     dovecote_up{server} gauge: 1 when the server (postgres, redis) answers
     dovecote_clock_skew_seconds{server} gauge: how far its clock is ahead of that of the relay's machine
     dovecote_leader_present gauge: 1 when a relay leads
+    dovecote_sequence_fault gauge: 1 when positions are not handed out in order; no relay leads until `dovecote recover`
     dovecote_lag_events gauge: committed and not yet published; at least
     dovecote_lag_seconds gauge: age of the oldest of them; 0 for none
     dovecote_unprocessed_events{handler} gauge: neither acted on nor given up, published or not; exact up to 20,000, at

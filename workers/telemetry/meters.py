@@ -14,10 +14,12 @@ RelayState = Literal[
     "leading",
     "standing_by",
     "standing_back",
+    "refuses",
     "sending_again",
     "waiting_for_postgres",
     "waiting_for_redis",
     "waiting_for_schema",
+    "waiting_for_standby",
 ]
 
 

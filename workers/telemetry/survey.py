@@ -132,6 +132,11 @@ def _of_relay(status: operations.Status) -> list[Metric]:
     relay = status.relay
     return [
         _gauge("dovecote_leader_present", "Whether a relay leads.", {"": relay.leading}),
+        _gauge(
+            "dovecote_sequence_fault",
+            "Whether positions are not handed out in order; no relay leads then.",
+            {"": relay.fault is not None},
+        ),
         _gauge("dovecote_lag_events", "Committed and not yet published; at least.", {"": relay.lag_events}),
         _gauge("dovecote_lag_seconds", "Age of the oldest of them.", {"": relay.lag_seconds}),
         _gauge(

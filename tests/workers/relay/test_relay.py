@@ -508,6 +508,7 @@ def test_a_position_given_out_again_after_a_failover_is_another_message(system_w
             connection.execute(text(f"truncate dovecote.{table}"))
         connection.execute(text("alter sequence dovecote.outbox_position restart"))
         connection.execute(text("update dovecote.relay_state set checkpoint = 0"))
+        connection.execute(text("update dovecote.progress set examined = 0, open = '{}'"))
 
     with system.relay():
         write_quotes(system, [2])

@@ -17,6 +17,7 @@ from workers.attempts import longest_retry
 from workers.masking import masked
 from workers.operations.doctor import progress
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
+from workers.relay.standby import FLUSHED, blindness
 from workers.runs import Run
 
 Connection = psycopg.Connection[Any]
@@ -115,8 +116,15 @@ def findings(subject: Subject) -> list[Finding]:
             schema_found = is_migrated(subject)
             found.append(schema_found)
             if schema_found.level == "ok":
-                found += [relay(connection, subject), progress.relay(connection), floors(connection)]
+                found += [
+                    sequence(connection),
+                    relay(connection, subject),
+                    progress.relay(connection),
+                    floors(connection),
+                ]
                 found.append(partitions(connection))
+                if subject.settings.relay.publish_after == "standby":
+                    found.append(standby(connection))
                 found += routes(connection, subject)
                 found.append(retention(subject))
             return found
@@ -253,6 +261,29 @@ def relay(connection: Connection, subject: Subject) -> Finding:
             "It or its machine is frozen: end it, or `select pg_terminate_backend(...)`; a standby leads then.",
         )
     return ok("relay.alive", found)
+
+
+def sequence(connection: Connection) -> Finding:
+    (fault,) = _one(connection, "select dovecote.sequence_fault()")
+    if fault is None:
+        return ok("postgres.sequence", "positions are handed out in order")
+    return error(
+        "postgres.sequence",
+        fault,
+        "Run `dovecote recover --dry-run`, which says what it would do, and then `dovecote recover`; no relay leads "
+        "before. See docs/operations/backup-and-failover.md.",
+    )
+
+
+def standby(connection: Connection) -> Finding:
+    is_flushed, _ = _one(connection, FLUSHED.replace("%(upto)s", "null"))
+    if is_flushed is not None:
+        return ok("relay.standby", "a standby is seen")
+    return error(
+        "relay.standby",
+        "no standby is seen, and DOVECOTE_RELAY__PUBLISH_AFTER is standby: nothing is published",
+        f"Start a standby; if one is there, {blindness(connection) or 'see why it does not stream'}.",
+    )
 
 
 def floors(connection: Connection) -> Finding:
