@@ -386,8 +386,7 @@ class Leader:
                 [Unreadable(made.item.handler_name, made.item.position, made.problem) for made in part if made.problem]
             )
             self._send(partial(self._retries, part))
-        # Those of handlers that are not ours are leased and left alone.
-        self._meters.retried(sum(one.handler_name in self._cursors for one in due))
+        self._meters.retried(len(due))
         if due:
             # There may be more: after the next batch of live events, and without a rest.
             self._heard.add("dovecote_deliveries")
