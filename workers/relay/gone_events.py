@@ -34,8 +34,8 @@ _BURY = """
 """
 
 _RELEASE_NEXT = """
-    select dovecote.release_next(%(handler)s, %(event_types)s::text[], array[%(aggregate_type)s], array[%(aggregate_id)s],
-                                 array[%(position)s::bigint], %(replay)s::uuid)
+    select dovecote.release_next(%(handler)s, %(event_types)s::text[], array[%(aggregate_type)s],
+                                 array[%(aggregate_id)s], array[%(position)s::bigint], %(replay)s::uuid)
 """
 
 _ERROR = (

@@ -58,8 +58,8 @@ _LEASE_DUE = """
                                   %(max_bundle_bytes)s)
     ), lease as (
         select handler_name, event_id, first_leased_at,
-               now() + greatest(make_interval(secs => %(lease_seconds)s),
-                                least(now() - first_leased_at, make_interval(secs => %(longest_lease_seconds)s))) as until
+               now() + least(greatest(now() - first_leased_at, make_interval(secs => %(lease_seconds)s)),
+                             make_interval(secs => %(longest_lease_seconds)s)) as until
         from due
     ), leased as (
         update dovecote.deliveries d
@@ -177,18 +177,16 @@ def lease_due(
     lease_seconds: float,
     routes: Sequence[Route] = (),
     most_of_small: int = 4_000,
-    but_for: Sequence[str] = (),
 ) -> list[DueDelivery]:
     """Return retries of the routes' handlers whose time has come, at most so many; there may be more.
 
     Those leased together first come together, each group in writing order. Each is due again after the lease, should
     its message get lost with Redis. Of an ordered route an event that was released brings along what waits behind it.
-    Those of the handlers in `but_for` wait. One whose event is not in the outbox is dead from now on, with the reason.
+    One whose event is not in the outbox is dead from now on, with the reason.
     """
-    wanted = [route for route in routes if route.handler not in but_for]
     parameters = {
-        "handlers": [route.handler for route in wanted],
-        "bundle_sizes": [route.bundle_size if route.ordered else 1 for route in wanted],
+        "handlers": [route.handler for route in routes],
+        "bundle_sizes": [route.bundle_size if route.ordered else 1 for route in routes],
         "limit": limit,
         "max_bytes": MAX_LEASE_BYTES,
         "max_bundle_bytes": MAX_BUNDLE_BYTES,
@@ -200,7 +198,7 @@ def lease_due(
         leased = past_unreadable(connection, _LEASE_DUE, lambda query: cursor.execute(query, parameters).fetchall())
     there = [one for one in leased if one.envelope]
     if len(there) < len(leased):
-        bury_gone(connection, wanted, [(one.handler_name, one.event_id) for one in leased if not one.envelope])
+        bury_gone(connection, routes, [(one.handler_name, one.event_id) for one in leased if not one.envelope])
     return there
 
 
