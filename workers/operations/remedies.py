@@ -6,6 +6,7 @@ Waiting events are never touched: each follows the one it waits for.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Connection, Engine, text
 
@@ -48,6 +49,10 @@ class Change:
 # An event that was never tried may have an unfinished one before it. Discarding it would let those behind it pass
 # that one: what comes after asks only for the one before (docs/adr/0009-one-predecessor.md).
 _DISCARDABLE = "(d.state = 'dead' or (d.state = 'retrying' and d.error is not null))"
+# Of a handler that no route has all can be given up: nobody acts on what comes after.
+_ALL = "true"
+# Nobody can act on an event that the outbox does not have.
+_RETRYABLE = "exists (select from dovecote.outbox o where o.id = d.event_id)"
 
 _COUNT = f"""
     select count(*) from dovecote.deliveries d
@@ -117,12 +122,13 @@ def retry(
 ) -> Change:
     """Send dead deliveries again at once, with all of their route's attempts before them.
 
-    With a state of `retrying` in the filter: those that wait for their next attempt, at once.
+    With a state of `retrying` in the filter: those that wait for their next attempt, at once. Those whose event is not
+    in the outbox any more stay as they are.
     Errors: WrongRequest; NotThere and CannotChange for a single one.
     """
     require_who_and_why(actor, reason)
     states = _states_for(wanted, "retry", ("dead",), ("dead", "retrying"))
-    return _change(engine, wanted, "retry", _RETRY, states, "true", actor, reason, dry_run, routes)
+    return _change(engine, wanted, "retry", _RETRY, states, _RETRYABLE, actor, reason, dry_run, routes)
 
 
 def discard(
@@ -130,10 +136,14 @@ def discard(
 ) -> Change:
     """Give deliveries up for good; what waited behind them goes on in order.
 
-    Dead ones, or with that state in the filter, retrying ones that have been tried at least once.
+    Dead ones, or with that state in the filter, retrying ones that have been tried at least once. Of a handler that no
+    route has: with their state in the filter, all retrying and waiting ones.
     Errors: WrongRequest; NotThere and CannotChange for a single one.
     """
     require_who_and_why(actor, reason, why="a discard needs a reason: what is given up is not done by anybody later")
+    if routes and wanted.handler is not None and wanted.handler not in {route.handler for route in routes}:
+        states = _states_for(wanted, "discard", ("dead",), ("dead", "retrying", "waiting"))
+        return _change(engine, wanted, "discard", _DISCARD, states, _ALL, actor, reason, dry_run, routes)
     states = _states_for(wanted, "discard", ("dead",), ("dead", "retrying"))
     return _change(engine, wanted, "discard", _DISCARD, states, _DISCARDABLE, actor, reason, dry_run, routes)
 
@@ -243,4 +253,15 @@ def _explain(engine: Engine, wanted: Filter, verb: str) -> None:
         "retrying": "it has not been tried yet; wait for its first attempt",
         "dead": "somebody else changed it at this moment; look again",
     }[story.delivery.state]
+    if verb == "retry" and story.delivery.state in ("dead", "retrying") and not _is_there(engine, wanted.event_id):
+        advice = (
+            "the event is not in the outbox any more, so nobody can act on it: discard it, or put the row back there "
+            "with this id and retry"
+        )
     raise CannotChange(f"{wanted.handler} {wanted.event_id} is {story.delivery.state}: {advice}")
+
+
+def _is_there(engine: Engine, event_id: UUID) -> bool:
+    with engine.connect() as connection:
+        found = connection.execute(text("select exists (select from dovecote.outbox where id = :id)"), {"id": event_id})
+        return bool(found.scalar_one())
