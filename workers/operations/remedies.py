@@ -6,7 +6,6 @@ Waiting events are never touched: each follows the one it waits for.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-from uuid import UUID
 
 from sqlalchemy import Connection, Engine, text
 
@@ -14,6 +13,7 @@ from domain.errors import DovecoteError
 from workers.operations.asking import require_handler, require_range, require_who_and_why
 from workers.operations.audit import record
 from workers.operations.failures import MATCHES, ROW, Failure, Filter, failure, parameters_of
+from workers.relay.gone_events import EventIsGone
 from workers.routes import Route
 
 # Rows of one transaction: it holds their locks for some 200 ms.
@@ -51,8 +51,11 @@ class Change:
 _DISCARDABLE = "(d.state = 'dead' or (d.state = 'retrying' and d.error is not null))"
 # Of a handler that no route has all can be given up: nobody acts on what comes after.
 _ALL = "true"
-# Nobody can act on an event that the outbox does not have.
-_RETRYABLE = "exists (select from dovecote.outbox o where o.id = d.event_id)"
+# Nobody can act on an event that the outbox does not have; that one is gone, the relay has found out.
+_RETRYABLE = (
+    f"(d.error_type is distinct from '{EventIsGone.__qualname__}'"
+    " or exists (select from dovecote.outbox o where o.id = d.event_id))"
+)
 
 _COUNT = f"""
     select count(*) from dovecote.deliveries d
@@ -122,8 +125,8 @@ def retry(
 ) -> Change:
     """Send dead deliveries again at once, with all of their route's attempts before them.
 
-    With a state of `retrying` in the filter: those that wait for their next attempt, at once. Those whose event is not
-    in the outbox any more stay as they are.
+    With a state of `retrying` in the filter: those that wait for their next attempt, at once. Those that are dead
+    because their event is gone stay as they are, unless it is back.
     Errors: WrongRequest; NotThere and CannotChange for a single one.
     """
     require_who_and_why(actor, reason)
@@ -253,15 +256,9 @@ def _explain(engine: Engine, wanted: Filter, verb: str) -> None:
         "retrying": "it has not been tried yet; wait for its first attempt",
         "dead": "somebody else changed it at this moment; look again",
     }[story.delivery.state]
-    if verb == "retry" and story.delivery.state in ("dead", "retrying") and not _is_there(engine, wanted.event_id):
+    if verb == "retry" and story.delivery.error_type == EventIsGone.__qualname__:
         advice = (
             "the event is not in the outbox any more, so nobody can act on it: discard it, or put the row back there "
             "with this id and retry"
         )
     raise CannotChange(f"{wanted.handler} {wanted.event_id} is {story.delivery.state}: {advice}")
-
-
-def _is_there(engine: Engine, event_id: UUID) -> bool:
-    with engine.connect() as connection:
-        found = connection.execute(text("select exists (select from dovecote.outbox where id = :id)"), {"id": event_id})
-        return bool(found.scalar_one())
