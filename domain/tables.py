@@ -86,8 +86,16 @@ deliveries = Table(
     _moment("updated_at"),
     _moment("leased_until", nullable=True),
     Column("replay_id", Uuid),
+    _moment("first_leased_at", nullable=True),
     CheckConstraint("state in ('retrying', 'waiting', 'dead', 'discarded')", name="deliveries_state_is_known"),
     Index("deliveries_due_idx", "next_attempt_at", postgresql_where=text("state = 'retrying'")),
+    Index(
+        "deliveries_due_of_handler_idx",
+        "handler_name",
+        "next_attempt_at",
+        "position",
+        postgresql_where=text("state = 'retrying'"),
+    ),
     Index(
         "deliveries_aggregate_idx",
         "handler_name",

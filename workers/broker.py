@@ -202,21 +202,22 @@ class OutboxBroker(RedisBroker):
         )
         return str(server["run_id"]), usage
 
-    def reap(self) -> int:
-        """Take back the messages of workers that have been silent too long, on every declared queue; return how many.
+    def reap(self, names: Iterable[str] | None = None) -> int:
+        """Take back the messages of workers that have been silent too long; return how many.
+
+        On these queues and delay queues; without any, on all that are declared.
 
         Dramatiq leaves this to a one-in-a-thousand chance per fetch of that very queue.
         """
         # One round trip: a slow Redis is not to keep the relay from its other work.
         with self.client.pipeline(transaction=False) as pipeline:
-            for queue in self.queues:
-                for name in (queue, dq_name(queue)):
-                    self._reap(
-                        keys=[f"{self.namespace}:{name}", f"{self.namespace}:__heartbeats__"],
-                        args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name],
-                        client=pipeline,
-                    )
-                    self._look_at(name, pipeline, maintain=True)
+            for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:
+                self._reap(
+                    keys=[f"{self.namespace}:{name}", f"{self.namespace}:__heartbeats__"],
+                    args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name],
+                    client=pipeline,
+                )
+                self._look_at(name, pipeline, maintain=True)
             return sum(pipeline.execute()[::2])
 
     def holds_aside(self, handlers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

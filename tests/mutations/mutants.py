@@ -4,6 +4,7 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
+from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
 from tests.mutations.progress import PROGRESS, PROGRESS_SQL
@@ -57,6 +58,7 @@ WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
 LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
+LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
 MUTANTS = (
@@ -868,15 +870,15 @@ MUTANTS = (
     Mutant(
         "the relay waits for a worker that holds a retry",
         "workers/relay/leases.py",
-        "skip locked\n    )\n    update dovecote.deliveries d set next_attempt_at = now()\n    from leased",
-        "\n    )\n    update dovecote.deliveries d set next_attempt_at = now()\n    from leased",
+        "skip locked\n    )\n    update dovecote.deliveries d set next_attempt_at = now(), leased_until",
+        "\n    )\n    update dovecote.deliveries d set next_attempt_at = now(), leased_until",
         f"{RELAY}::test_a_relay_waits_for_no_worker_that_holds_a_delivery",
     ),
     Mutant(
         "a retry that was sent is forgotten",
         "workers/relay/leases.py",
-        " next_attempt_at = now() + make_interval(secs => %(lease_seconds)s)",
-        " next_attempt_at = now() + interval '1 year'",
+        "next_attempt_at = lease.until, leased_until = lease.until,",
+        "next_attempt_at = now() + interval '1 year', leased_until = now() + interval '1 year',",
         RELAY,
     ),
     # Consuming ----------------------------------------------------------------------------------
@@ -995,29 +997,29 @@ MUTANTS = (
     ),
     Mutant(
         "one that failed takes along what waits behind it",
-        RELEASING_SQL,
+        LEFTOVERS_SQL,
         "continue when due.attempts > 0 or due.error is not null or",
         "continue when",
         f"{RELEASING}::test_one_that_fails_again_and_again_takes_nothing_along",
     ),
     Mutant(
         "one that was released goes alone",
-        RELEASING_SQL,
-        "continue when behind is null or behind < 1;",
+        LEFTOVERS_SQL,
+        "continue when behind < 1;",
         "continue;",
         f"{RELEASING}::test_a_released_event_is_written_once_and_sent_in_full_bundles",
     ),
     Mutant(
         "a lease that was lost takes more along",
-        RELEASING_SQL,
+        LEFTOVERS_SQL,
         "or due.error is not null or due.leased_until is not null;",
         "or due.error is not null;",
         f"{RELEASING}::test_a_message_that_was_leased_and_never_sent_goes_out_again_as_it_was",
     ),
     Mutant(
         "a bundle of released events is as large as they are",
-        RELEASING_SQL,
-        "exit when coalesce(size, 0) > of_bundle;",
+        LEFTOVERS_SQL,
+        "exit when size > of_bundle;",
         "",
         f"{RELEASING}::test_a_bundle_of_released_events_is_bounded_in_bytes",
     ),
@@ -1308,8 +1310,8 @@ MUTANTS = (
     Mutant(
         "nobody reaps the dead",
         "workers/broker.py",
-        "                for name in (queue, dq_name(queue)):\n                    self._reap(",
-        "                for name in ():\n                    self._reap(",
+        "            for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:\n",
+        "            for name in ():\n",
         BROKER,
     ),
     Mutant(
@@ -1700,4 +1702,5 @@ MUTANTS = (
     *QUEUES,
     *PROGRESS,
     *LOSSES,
+    *LEFTOVERS,
 )

@@ -168,8 +168,8 @@ QUEUES = (
     Mutant(
         "retries go on to a full queue",
         "workers/relay/leading.py",
-        "but_for=sorted(self._postponed.full)",
-        "but_for=()",
+        "[route for route in self._routes if route.handler not in self._postponed.full]",
+        "self._routes",
         f"{POSTPONED}::test_retries_and_replays_wait_for_room",
     ),
     Mutant(

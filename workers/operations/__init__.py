@@ -24,6 +24,7 @@ from workers.operations.following import Followed, follow
 from workers.operations.handlers import CannotPause, Handler, Pause, handlers
 from workers.operations.handlers import pause as pause_handler
 from workers.operations.handlers import resume as resume_handler
+from workers.operations.leftovers import HandlerWithoutRoute, handlers_without_route
 from workers.operations.recovering import CannotRecover, Recovery, recover
 from workers.operations.remedies import CannotChange, Change, discard, retry
 from workers.operations.retention import Archived, Maintenance, Partitions, maintain, partitions, require_present
@@ -53,6 +54,7 @@ __all__ = [
     "Groups",
     "Handler",
     "HandlerStatus",
+    "HandlerWithoutRoute",
     "Maintenance",
     "NoActor",
     "NoReason",
@@ -77,6 +79,7 @@ __all__ = [
     "failures",
     "follow",
     "handlers",
+    "handlers_without_route",
     "maintain",
     "partitions",
     "pause_handler",

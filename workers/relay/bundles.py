@@ -89,12 +89,15 @@ class Bundler:
             )
 
     def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
-        """Yield the messages for deliveries that are due. Those of unknown handlers are left alone."""
-        wanted: dict[tuple[str, UUID | None], list[DueDelivery]] = {}
+        """Yield the messages for deliveries of our handlers that are due.
+
+        What was leased together first goes in the same messages each time, whatever else is due by now.
+        """
+        together: dict[tuple[str, UUID | None, int], list[DueDelivery]] = {}
         for delivery in due:
-            if delivery.handler_name in self._by_handler:
-                wanted.setdefault((delivery.handler_name, delivery.replay_id), []).append(delivery)
-        for (handler, replay), its_due in wanted.items():
+            key = delivery.handler_name, delivery.replay_id, delivery.first_leased_at
+            together.setdefault(key, []).append(delivery)
+        for (handler, replay, _), its_due in together.items():
             for part in _retry_parts(self._by_handler[handler], its_due):
                 yield bundle(
                     self._by_handler[handler],

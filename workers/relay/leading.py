@@ -24,6 +24,7 @@ from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
 from workers.relay.reading import Batch, Connection, Reader, outbox_run, positions
+from workers.relay.renamed_queues import RenamedQueues
 from workers.relay.replaying import Replayer
 from workers.relay.sequence import SequenceWatch
 from workers.relay.setting_aside import Unreadable, report, set_aside
@@ -122,6 +123,7 @@ class Leader:
             through_outages=self._through_outages,
             postponed=self._postponed.after,
         )
+        self._renamed_queues = RenamedQueues(broker, routes, epoch)
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
         self._waking = Waking(connection, sleeper, settings, self._meters)
@@ -143,6 +145,8 @@ class Leader:
             self._standby.await_flush()  # what leaders before us have published, and we may send again
             self._through_outages(self._greet_redis)
             self._through_outages(self._check_redis)
+            # Before the first batch: what is moved is older.
+            self._through_outages(self._renamed_queues.step)
             while not self._sleeper.stopping:
                 self._turn()
         self._record_checkpoint()
@@ -163,6 +167,7 @@ class Leader:
         if "dovecote_deliveries" in heard:
             self._send_retries()
         if pauses.CHANNEL in heard:
+            self._renamed_queues.next_look = 0.0
             self._through_outages(self._take_back)
         if heard & {replays.CHANNEL, pauses.CHANNEL}:
             self._replayer.look()
@@ -323,6 +328,7 @@ class Leader:
             self._next_reaping = now + _REAP_SECONDS
             self._through_outages(lambda: self._meters.reaped(self._broker.reap()))
             self._through_outages(self._take_back)
+        self._through_outages(self._renamed_queues.step)
         if now >= self._next_freeing:
             self._next_freeing = now + _FREE_NOTIFICATIONS_SECONDS
             self._connection.execute("select pg_notification_queue_usage()")
@@ -342,21 +348,15 @@ class Leader:
 
     def _send_retries(self) -> None:
         envelopes = self._reader.envelopes
-        due = leases.lease_due(
-            self._connection,
-            envelopes.most_rows,
-            self._settings.retry_lease_seconds,
-            self._routes,
-            envelopes.most_of_small,
-            but_for=sorted(self._postponed.full),
-        )
+        lease_seconds = self._settings.retry_lease_seconds
+        routes = [route for route in self._routes if route.handler not in self._postponed.full]
+        due = leases.lease_due(self._connection, envelopes.most_rows, lease_seconds, routes, envelopes.most_of_small)
         for part in envelopes.in_parts(due, [delivery.envelope for delivery in due]):
             self._give_up(
                 [Unreadable(made.item.handler_name, made.item.position, made.problem) for made in part if made.problem]
             )
             self._send(partial(self._retries, part))
-        # Those of handlers that are not ours are leased and left alone.
-        self._meters.retried(sum(one.handler_name in self._cursors for one in due))
+        self._meters.retried(len(due))
         if due:
             # There may be more: after the next batch of live events, and without a rest.
             self._waking.heard.add("dovecote_deliveries")

@@ -53,6 +53,8 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
     dovecote_paused_seconds{handler} gauge: how long the handler has been paused; 0 when it is not
     dovecote_postponed_seconds{handler} gauge: how long its events have been kept in the outbox because its queue is
         full, until it has caught up; 0 when they are not
+    dovecote_redis_dead_letters{queue} gauge: messages that a consumer could not read or gave up, in Redis; `dovecote
+        doctor` tells which, also on queues that no route has
     dovecote_unrouted_events gauge: events the relay met, of types that have no route
     dovecote_floors_held gauge: floors of writers at work
     dovecote_oldest_floor_seconds gauge: how long the writer at the lowest floor has been at work; 0 for none, and where

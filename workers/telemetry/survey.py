@@ -24,7 +24,7 @@ from workers.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTI
 from workers.operations.reading import snapshot
 from workers.outages import passes
 from workers.redis_client import connect_redis
-from workers.routes import Route
+from workers.routes import Route, queues
 from workers.settings import Settings
 
 log = structlog.get_logger()
@@ -41,6 +41,8 @@ _MARKS = """
     from dovecote.progress p, dovecote.relay_state s
 """
 _POSTPONED = "How long the handler's queue has been full, or it has been catching up since; 0 when it is live."
+
+_DEAD_LETTERS = "Messages of the queue that nobody could read or that were given up, in Redis."
 
 
 class Survey(Collector):
@@ -81,8 +83,9 @@ class Survey(Collector):
                 log.warning("how the system stands is not known", error=f"{type(error).__name__}: {error}")
         finally:
             self._engine.dispose()
+        dead_letters: dict[str, float] = {}
         try:
-            ahead_seconds["redis"] = self._ask_redis()
+            ahead_seconds["redis"] = self._ask_redis(dead_letters)
             up["redis"] = True
         except redis.RedisError:
             up["redis"] = False
@@ -91,6 +94,7 @@ class Survey(Collector):
             _gauge(
                 "dovecote_clock_skew_seconds", "How far its clock is ahead of this machine's.", ahead_seconds, "server"
             ),
+            _gauge("dovecote_redis_dead_letters", _DEAD_LETTERS, dead_letters, "queue"),
             *found,
         ]
 
@@ -117,13 +121,16 @@ class Survey(Collector):
         # No relay has led with a handler that has no mark: nothing can be said of it.
         return {route.handler: behind[route.handler] for route in self._routes if route.handler in behind}
 
-    def _ask_redis(self) -> float:
+    def _ask_redis(self, dead_letters: dict[str, float]) -> float:
         client: Any = connect_redis(self._settings.redis.url.get_secret_value(), _LIMIT_SECONDS)
         try:
             client.ping()  # so that the connection is there before the clock is looked at
             before = time.time()
             seconds, microseconds = client.time()
-            return float(seconds + microseconds / 1e6 - (before + time.time()) / 2)
+            ahead = float(seconds + microseconds / 1e6 - (before + time.time()) / 2)
+            for queue in queues(self._routes):
+                dead_letters[queue] = client.zcard(f"{self._settings.redis.namespace}:{queue}.XQ")
+            return ahead
         finally:
             client.close()
 

@@ -15,7 +15,7 @@ from domain.database import connect
 from workers import schema
 from workers.attempts import longest_retry
 from workers.masking import masked
-from workers.operations.doctor import progress
+from workers.operations.doctor import leftovers, progress
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
 from workers.relay.standby import FLUSHED, blindness
 from workers.runs import Run
@@ -126,6 +126,7 @@ def findings(subject: Subject) -> list[Finding]:
                 if subject.settings.relay.publish_after == "standby":
                     found.append(standby(connection))
                 found += routes(connection, subject)
+                found += [leftovers.handlers(connection, subject), leftovers.gone_events(connection)]
                 found.append(retention(subject))
             return found
     except psycopg.Error as caught:
