@@ -5,7 +5,7 @@ except on one part: a server that is down cannot be stopped again.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 _QUICKEST_START_SECONDS = 1.0
@@ -60,6 +60,10 @@ KINDS: Mapping[str, Kind] = {
     "postgres_backend_killed": Kind("postgres"),
     "postgres_backends_terminated": Kind("postgres"),
     "postgres_read_only": Kind("postgres", 1, 3),
+    # Postgres goes back in time
+    "postgres_failed_over": Kind("postgres", 2, 4),
+    "postgres_snapshot_restored": Kind("postgres", 2, 5),
+    "postgres_crashed_asynchronously": Kind("postgres", 1, 4),
     # Redis
     "redis_restarted": Kind("redis", 0, 3),
     "redis_killed": Kind("redis", 0, 3),
@@ -87,13 +91,14 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-def schedule(seed: int, seconds: float, pause_seconds: float = 1.4) -> list[Fault]:
+def schedule(seed: int, seconds: float, pause_seconds: float = 1.4, only: Collection[str] = KINDS) -> list[Fault]:
     """Return the faults of a run in the order they begin; all of them have ended after `seconds`.
 
-    `pause_seconds` is the mean time from the beginning of one fault to that of the next.
+    `pause_seconds` is the mean time from the beginning of one fault to that of the next, unless they wait for each
+    other. `only` are the kinds to choose from.
     """
     chance = random.Random(seed)
-    kinds = _bags(chance)
+    kinds = _bags(chance, [kind for kind in KINDS if kind in only])
     free_at: dict[str, float] = {}
     faults = []
     now = _QUICKEST_START_SECONDS
@@ -111,8 +116,8 @@ def schedule(seed: int, seconds: float, pause_seconds: float = 1.4) -> list[Faul
     return sorted(faults, key=lambda fault: fault.at)
 
 
-def _bags(chance: random.Random) -> Iterator[str]:
+def _bags(chance: random.Random, kinds: Sequence[str]) -> Iterator[str]:
     while True:
-        bag = list(KINDS)
+        bag = list(kinds)
         chance.shuffle(bag)
         yield from bag
