@@ -6,7 +6,7 @@ copied. A standby is such a copy that streams from the primary since, and takes 
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,8 +27,9 @@ _WITHIN_SECONDS = 60
 class Databases:
     """One primary, and at times its standby. Used from the main thread only: it starts servers."""
 
-    def __init__(self, directory: Path) -> None:
-        self.primary = Postgres(directory / "postgres", _SETTINGS)
+    def __init__(self, directory: Path, settings: Mapping[str, str] | None = None) -> None:
+        self._settings = {**_SETTINGS, **(settings or {})}
+        self.primary = Postgres(directory / "postgres", self._settings)
         self._directory = directory
         self._server: Server | None = None
         self._standby: Postgres | None = None
@@ -107,7 +108,7 @@ class Databases:
         with (directory / "data" / "postgresql.auto.conf").open("a") as file:
             file.write(f"primary_conninfo = '{self._url}'\n")
         _copy(directory / "data" / "PG_VERSION", directory / "data" / "standby.signal")  # the name is all that counts
-        self._standby = Postgres(directory, _SETTINGS)
+        self._standby = Postgres(directory, self._settings)
         self._standby_server = self._standby.start()
 
     def await_standby(self) -> None:
