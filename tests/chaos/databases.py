@@ -19,7 +19,7 @@ from workers.embedded import Postgres, Server
 from workers.home import make_ours
 
 # Checkpoints come often enough that a copy stays small, and a new standby finds what it did not get yet.
-_SETTINGS = {"max_wal_size": "128MB", "min_wal_size": "32MB", "wal_keep_size": "64MB"}
+_SETTINGS = {"max_wal_size": "64MB", "min_wal_size": "32MB", "wal_keep_size": "32MB"}
 # On a machine that is busy with everything else, and right after another fault.
 _WITHIN_SECONDS = 60
 

@@ -117,7 +117,11 @@ def run(seed: int, options: Options, say: Say) -> Report:
 def _befall_all(
     stage: Stage, faults: list[Fault], seconds: float, say: Say
 ) -> tuple[list[tuple[Fault, float]], list[Fault]]:
-    """Begin and end each fault in its time; return those that took place, with when they ended, and the others."""
+    """Begin and end each fault in its time; return those that took place, with when they ended, and the others.
+
+    The schedule's clock stands still while a fault begins or ends: on a busy machine a copy of Postgres takes seconds,
+    and the pause after it must be a pause all the same.
+    """
     waiting, moot = list(faults), []
     going: list[tuple[Fault, AbstractContextManager[None]]] = []
     done: list[tuple[Fault, float]] = []
@@ -127,18 +131,22 @@ def _befall_all(
         while (now := time.monotonic() - began) < seconds or going:
             for fault, befalling in [one for one in going if one[0].ends_at <= now]:
                 going.remove((fault, befalling))
+                ends = time.monotonic()
                 befalling.__exit__(None, None, None)
+                began += time.monotonic() - ends
                 done.append((fault, real_time()))
             if waiting and waiting[0].at <= now:
                 fault = waiting.pop(0)
                 say(str(fault))
                 befalling = befall(stage, fault)
+                begins = time.monotonic()
                 try:
                     befalling.__enter__()
                     going.append((fault, befalling))
                 except (Moot, psutil.Error, psycopg.Error, redis.RedisError) as why:
                     say(f"         it found nothing to befall: {why}".rstrip())
                     moot.append(fault)
+                began += time.monotonic() - begins
             stage.keep_writing()
             time.sleep(_TURN_SECONDS)  # a pace: faults begin and end within this of their time
     finally:

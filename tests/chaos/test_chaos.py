@@ -10,7 +10,7 @@ import pytest
 from tests.chaos.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SEED = 1
+SEED = 3
 # Without these, nothing here would show that Postgres can go back in time.
 REWINDS = {"postgres_failed_over", "postgres_snapshot_restored", "postgres_crashed_asynchronously"}
 PROMISES = ("lost", "doubled", "never_committed", "phantoms", "out_of_order", "wrong_sums", "unreported")
@@ -20,7 +20,7 @@ PROMISES = ("lost", "doubled", "never_committed", "phantoms", "out_of_order", "w
 @pytest.mark.timeout(400)
 def test_after_a_minute_of_faults_every_event_has_had_each_effect_once_and_in_order() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", "--seconds", "60", "--seed", str(SEED), "--json"],
+        [sys.executable, "-m", "tests.chaos", "--seconds", "50", "--seed", str(SEED), "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,
