@@ -1,4 +1,9 @@
-"""Real servers for every test: given ones, else containers, else embedded. A fresh database per module."""
+"""Real servers for every test: given ones, else containers, else embedded. A fresh database per module.
+
+Every test runs on the wheels' servers. On Debian's, older ones, run again those marked `servers` and not `once`: whose
+outcome hangs on our SQL or Lua or on what the servers answer. What tries Python with a database beside it, starts
+processes or servers of its own, kills, measures time or goes at random for long runs once.
+"""
 
 import base64
 import os

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
+from tests import commands
 from tests.conftest import Servers
 from workers.supervisor import parse_procfile
 
@@ -75,7 +76,6 @@ def orders_and_events(shop: psycopg.Connection[TupleRow]) -> list[TupleRow]:
 # Examples ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.servers
 def test_each_way_to_write_from_python_commits_an_order_and_its_fact(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, tmp_path: Path
 ) -> None:
@@ -138,7 +138,6 @@ def place_order_in_a_session(order_id):
 """
 
 
-@pytest.mark.servers
 def test_the_handler_of_the_example_acts_on_the_fact_of_the_example(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
@@ -205,9 +204,7 @@ def test_every_command_the_readme_names_exists() -> None:
     not_yet = set(re.findall(r"dovecote (\w+)", section("What is promised")))
     theirs = {"test", "chaos", "setup", "help"}
     for word in named - theirs - not_yet:
-        done = subprocess.run(
-            [sys.executable, "-m", "workers", word, "--help"], cwd=ROOT, capture_output=True, timeout=30, check=False
-        )
+        done = commands.run([word, "--help"], os.environ, ROOT)
         assert done.returncode == 0, word
     shown = subprocess.run([str(ROOT / "dev"), "help"], capture_output=True, text=True, timeout=30, check=True).stdout
     for word in theirs:
