@@ -25,8 +25,6 @@ from workers.relay.sleeping import Sleeper
 from workers.routes import ROUTES, queues
 from workers.settings import Settings
 
-pytestmark = pytest.mark.servers
-
 _ROOT = Path(__file__).parents[1]
 _BATCH = 100
 
@@ -85,6 +83,7 @@ def test_without_matplotlib_a_sentence_says_how_to_get_pictures(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.servers
 def test_a_batch_costs_three_statements_and_one_script(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading, publishing and recording a batch more: horizon, rows, record; and one EVALSHA."""
     # What is done by the clock would be counted with the batches on a slow machine.

@@ -13,6 +13,7 @@ from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 from typer.testing import CliRunner
 
+from tests import commands
 from tests.conftest import Servers
 from workers.binaries import find_postgres
 from workers.cli import app
@@ -79,7 +80,6 @@ def orders_and_events(shop: psycopg.Connection[TupleRow]) -> list[TupleRow]:
 # Examples ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.servers
 def test_each_way_to_write_from_python_commits_an_order_and_its_fact(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, tmp_path: Path
 ) -> None:
@@ -142,7 +142,6 @@ def place_order_in_a_session(order_id):
 """
 
 
-@pytest.mark.servers
 def test_the_handler_of_the_example_acts_on_the_fact_of_the_example(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
@@ -266,9 +265,7 @@ def test_every_command_the_readme_names_exists() -> None:
     not_yet = set(re.findall(r"dovecote (\w+)", section("What is promised")))
     theirs = {"test", "chaos", "setup", "help"}
     for word in named - theirs - not_yet:
-        done = subprocess.run(
-            [sys.executable, "-m", "workers", word, "--help"], cwd=ROOT, capture_output=True, timeout=30, check=False
-        )
+        done = commands.run([word, "--help"], os.environ, ROOT)
         assert done.returncode == 0, word
     shown = subprocess.run([str(ROOT / "dev"), "help"], capture_output=True, text=True, timeout=30, check=True).stdout
     for word in theirs:

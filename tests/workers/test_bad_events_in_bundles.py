@@ -28,8 +28,6 @@ from workers.routes import Route
 
 __all__ = ["bench"]
 
-pytestmark = pytest.mark.servers
-
 
 class Bad:
     """Fails for the bad prices, and counts how often it is called for each."""

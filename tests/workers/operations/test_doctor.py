@@ -120,6 +120,7 @@ def test_one_server_down_does_not_keep_the_other_from_being_examined(system: Sys
     assert found["postgres.schema"] == "ok"
 
 
+@pytest.mark.once
 def test_a_server_that_takes_connections_and_never_answers_hangs_nobody(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -154,6 +155,7 @@ def test_a_schema_that_is_missing_or_old_is_an_error(empty_database_url: str, se
         assert "dovecote migrate" in found["postgres.schema"].advice
 
 
+@pytest.mark.once
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed (apt-get install pgbouncer)")
 def test_a_pool_of_transactions_is_found_out(system: System, tmp_path: Path) -> None:
     with pooled_url(system.settings.database.url.get_secret_value()) as url:
@@ -167,6 +169,7 @@ def test_a_pool_of_transactions_is_found_out(system: System, tmp_path: Path) -> 
     assert found["postgres.schema"].level == "ok", "the rest is examined all the same"
 
 
+@pytest.mark.once
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed (apt-get install pgbouncer)")
 def test_a_pool_that_refuses_our_connections_is_told_apart_from_an_old_schema(system: System, tmp_path: Path) -> None:
     with pooled_url(system.settings.database.url.get_secret_value(), takes_options=False) as url:

@@ -78,6 +78,7 @@ def transactions_per_second(system: System, seconds: float) -> float:
 # Versions of rows ---------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_a_batch_leaves_no_version_of_the_relay_s_row_nor_of_an_unrouted_type(
     system_with: SystemWith, opened: Opened
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_batch_leaves_no_version_of_the_relay_s_row_nor_of_an_unrouted_type(
         assert versions(system, table) <= took + 6
 
 
+@pytest.mark.once
 def test_an_idle_relay_writes_nothing(system_with: SystemWith) -> None:
     system = system_with()
     where = "select ctid::text || ' ' || xmin::text from dovecote.relay_state"
@@ -116,6 +118,7 @@ def test_an_idle_relay_writes_nothing(system_with: SystemWith) -> None:
         assert asked(system, "select seen_at from dovecote.relay_state") == seen_at
 
 
+@pytest.mark.once
 def test_the_checkpoint_follows_within_a_second_while_the_relay_is_busy(
     system_with: SystemWith, opened: Opened
 ) -> None:
@@ -152,6 +155,7 @@ def test_a_record_that_waits_for_a_take_over_is_refused(opened: Opened, relays: 
 # A writer that is held ----------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_a_writer_that_sleeps_in_its_transaction_keeps_nobody_busy(system_with: SystemWith, opened: Opened) -> None:
     system = system_with()
     held = opened()
@@ -166,6 +170,7 @@ def test_a_writer_that_sleeps_in_its_transaction_keeps_nobody_busy(system_with: 
         assert transactions_per_second(system, 4) < 30
 
 
+@pytest.mark.once
 def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: SystemWith, opened: Opened) -> None:
     system = system_with(RELAY__POLL_SECONDS=60)
     held, other = opened(), opened()
@@ -179,6 +184,7 @@ def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: Syste
             eventually(lambda number=number: published(system) == number, 0.2, "the event, woken for")  # type: ignore[misc]  # a lambda
 
 
+@pytest.mark.once
 def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon(
     system_with: SystemWith, opened: Opened
 ) -> None:
@@ -194,6 +200,7 @@ def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_fo
         eventually(lambda: published(system) == 1, 2, "the event that nobody rang for")
 
 
+@pytest.mark.once
 def test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over(
     system_with: SystemWith, opened: Opened
 ) -> None:

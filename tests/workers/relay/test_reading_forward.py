@@ -188,6 +188,7 @@ def aftermath(database_url: str) -> Aftermath:
     return Aftermath(written, last_value, honest, naive)
 
 
+@pytest.mark.once
 def test_a_crowd_of_dawdling_writers_loses_no_event(aftermath: Aftermath) -> None:
     assert len(aftermath.written) > 500, "too little happened to say anything"
     assert len(aftermath.written) < aftermath.handed_out, "nobody rolled back"
@@ -490,6 +491,7 @@ class Reading(RuleBasedStateMachine):
             connection.close()
 
 
+@pytest.mark.once
 def test_no_order_of_begins_writes_rollbacks_commits_and_crashes_loses_an_event(url: str) -> None:
     class Machine(Reading):
         pass

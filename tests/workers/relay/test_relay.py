@@ -120,6 +120,7 @@ def terminate(system: System, application: str) -> None:
 # Waking up ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: SystemWith) -> None:
     system = system_with(RELAY__POLL_SECONDS=60)
 
@@ -172,6 +173,7 @@ def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_wit
         assert [effect.price for effect in effects_in(system.engine)] == [1, 2]
 
 
+@pytest.mark.once
 def test_a_standby_ends_the_session_of_a_leader_that_says_nothing(system_with: SystemWith) -> None:
     system = system_with(RELAY__FROZEN_AFTER_SECONDS=3)
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as frozen:
@@ -318,6 +320,7 @@ def test_stopping_ends_after_the_batch_at_hand(system_with: SystemWith) -> None:
 # What breaks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_losing_every_key_of_redis_under_load_loses_and_doubles_nothing(system_with: SystemWith) -> None:
     def take_time(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         time.sleep(0.001)
@@ -532,6 +535,7 @@ def test_the_loss_of_redis_cuts_no_backoff_short(system_with: SystemWith) -> Non
     assert one_value(system, "select next_attempt_at > now() + interval '50 minutes' from dovecote.deliveries")
 
 
+@pytest.mark.once
 def test_terminating_the_relay_s_backend_again_and_again_loses_and_doubles_nothing(system_with: SystemWith) -> None:
     system = system_with(a_route(bundle_size=20), RELAY__BATCH_SIZE=50)
 

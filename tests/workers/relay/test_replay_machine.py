@@ -38,7 +38,7 @@ from workers.relay.sleeping import Sleeper
 from workers.replays import Filter
 from workers.settings import Settings
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 SYMBOLS = ("EUR", "USD", "CHF")
 HANDLER = "test.machine"

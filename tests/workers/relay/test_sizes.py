@@ -224,6 +224,7 @@ def resident_megabytes(pid: int, which: str) -> float:
     raise AssertionError(f"no {which} of {pid}")
 
 
+@pytest.mark.once
 def test_hundreds_of_rows_of_250_kb_cost_the_relay_little_and_redis_no_pause(
     servers: Servers, url: str, connection: Connection, tmp_path: Path
 ) -> None:
