@@ -1,7 +1,7 @@
 drop trigger begin_progress on dovecote.subscriptions;
 drop trigger widen_progress on dovecote.subscriptions;
 
--- Back to the functions of 0008 and 0020.
+-- Back to the functions of 0008, 0020 and 0021.
 
 create or replace function dovecote.forget_handler(handler text, forgotten_by text) returns bigint
 language plpgsql security definer set search_path = pg_catalog, dovecote, pg_temp as $$
@@ -77,7 +77,56 @@ language sql stable as $$
     union all select * from unknown union all select * from replayed
 $$;
 
-drop function dovecote.reopen_progress, dovecote.widen_progress, dovecote.begin_progress, dovecote.open_progress,
+create or replace function dovecote.blocker(
+    handler text, event_types text[], of_aggregate_type text, of_aggregate_id text, before_position bigint
+) returns uuid
+language sql stable as $$
+    -- The event that an ordered handler must have done before this one; null when the way is free. It is enough
+    -- to ask for the one before: if that is done, so is everything before it.
+    select before.id
+    from (
+        select o.id
+        from dovecote.outbox o
+        left join dovecote.subscriptions s on s.handler_name = handler and s.event_type = o.event_type
+        where o.aggregate_type = of_aggregate_type and o.aggregate_id = of_aggregate_id
+          and o.position < before_position and o.event_type = any(event_types)
+          and o.position > coalesce(s.since_position, 0)
+          and (s.published_above is null or not s.published_above @> o.position)
+          and not exists (select from dovecote.deliveries d
+                          where d.event_id = o.id and d.handler_name = handler and d.state = 'discarded')
+        order by o.position desc limit 1
+    ) before
+    where not exists (select from dovecote.processed_events p
+                      where p.event_id = before.id and p.handler_name = handler)
+$$;
+
+create or replace function dovecote.blockers(
+    handler text, event_types text[], event_ids uuid[], aggregate_types text[], aggregate_ids text[], positions bigint[]
+) returns table (event_id uuid, blocker uuid)
+language sql stable
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+as $$
+    select event.id, before.id
+    from unnest(event_ids, aggregate_types, aggregate_ids, positions) as event (id, aggregate_type, aggregate_id, position)
+    cross join lateral (
+        select o.id
+        from dovecote.outbox o
+        left join dovecote.subscriptions s on s.handler_name = handler and s.event_type = o.event_type
+        where o.aggregate_type = event.aggregate_type and o.aggregate_id = event.aggregate_id
+          and o.position < event.position and o.event_type = any(event_types)
+          and o.position > coalesce(s.since_position, 0)
+          and (s.published_above is null or not s.published_above @> o.position)
+          -- By its key: asked for by one value, any index that begins with the handler would seem as good.
+          and (select d.state from dovecote.deliveries d
+               where d.handler_name = handler and d.event_id >= o.id and d.event_id <= o.id
+               order by d.event_id limit 1) is distinct from 'discarded'
+        order by o.position desc limit 1
+    ) before
+    where (select p.event_id from dovecote.processed_events p
+           where p.event_id = before.id and p.handler_name = handler) is null
+$$;
+
+drop function dovecote.settled_upto, dovecote.reopen_progress, dovecote.widen_progress, dovecote.begin_progress, dovecote.open_progress,
               dovecote.unprocessed, dovecote.move_marks, dovecote.look_again, dovecote.absent, dovecote.unsettled_of,
               dovecote.events_in, dovecote.coarser, dovecote.wanted_since, dovecote.progress_key;
 drop table dovecote.progress;

@@ -6,6 +6,7 @@ its place, and at least one of `tests` must fail. Tests are named as pytest want
 
 from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
+from tests.mutations.progress import PROGRESS, PROGRESS_SQL
 from tests.mutations.queues import QUEUES
 
 READING = "tests/workers/relay/test_reading_forward.py"
@@ -799,7 +800,7 @@ MUTANTS = (
     ),
     Mutant(
         "a discarded event blocks its aggregate",
-        RELEASING_SQL,
+        PROGRESS_SQL,
         "is distinct from 'discarded'",
         "is distinct from 'nothing'",
         CONSUME,
@@ -1333,4 +1334,5 @@ MUTANTS = (
     ),
     *QUEUES,
     *LOSSES,
+    *PROGRESS,
 )

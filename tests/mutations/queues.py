@@ -1,6 +1,7 @@
 """Mutants of what keeps writers, sessions and full queues from stopping each other."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.progress import PROGRESS_SQL
 
 HOSTILE = "tests/workers/test_hostile_settings.py"
 FULL_NOTIFY = "tests/workers/test_full_notify_queue.py"
@@ -67,16 +68,16 @@ QUEUES = (
     ),
     Mutant(
         "what was published before a handler's time is waited for",
-        POSTPONED_SQL,
-        "          and (s.published_above is null or not s.published_above @> o.position)\n",
-        "",
+        PROGRESS_SQL,
+        "not s.published_above @> o.position)\n          and not exists",
+        "true)\n          and not exists",
         NEW_HANDLER,
     ),
     Mutant(
         "what was published before a handler's time keeps a week",
-        POSTPONED_SQL,
-        "             and not s.published_above @> o.position\n",
-        "",
+        PROGRESS_SQL,
+        "and not s.published_above @> o.position and o.position > s.mark\n",
+        "and o.position > s.mark\n",
         NEW_HANDLER,
     ),
     Mutant(
@@ -87,9 +88,9 @@ QUEUES = (
         NEW_HANDLER,
     ),
     Mutant(
-        "what was published before a handler's time is under way",
-        "workers/operations/status.py",
-        "      and (s.published_above is null or not s.published_above @> n.position)\n",
+        "what was published before a handler's time is unprocessed",
+        PROGRESS_SQL,
+        "          and (isempty(w.published_above) or not w.published_above @> f.position)\n",
         "",
         NEW_HANDLER,
     ),
