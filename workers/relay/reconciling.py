@@ -110,7 +110,7 @@ class Reconciler:
         self._looked_upto: int | None = None
         self._goes_on = False
         # When which events were sent again: they are given the same time as all others.
-        self._sent_again: dict[UUID, float] = {}
+        self._sent_again: dict[tuple[str, UUID], float] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciling", daemon=True)
 
@@ -146,7 +146,7 @@ class Reconciler:
         Errors: psycopg.Error, RedisLost, NewerRelay, PASSING.
         """
         now, longest = time.monotonic(), max(map(self._patience, self._routes.values()))
-        self._sent_again = {event: at for event, at in self._sent_again.items() if now - at < longest}
+        self._sent_again = {sent: at for sent, at in self._sent_again.items() if now - at < longest}
         fields = {"handlers": list(self._routes), "upto": upto, "epoch": self._epoch}
         found = connection.execute(_OPEN, fields).fetchall()
         self._goes_on = False
@@ -176,7 +176,7 @@ class Reconciler:
         if not positions:
             return {}
         known = connection.execute(_SENT_LONG_AGO, {"positions": positions, "seconds": self._patience(route)})
-        asked = {position: event for position, event in known if event not in self._sent_again}
+        asked = {position: event for position, event in known if (route.handler, event) not in self._sent_again}
         asked = dict(islice(asked.items(), _ASKED_EVENTS))
         left = self._queued.not_queued(route.queue, route.handler, asked.values()) if asked else set()
         suspects = [position for position, event in asked.items() if event in left]
@@ -204,7 +204,7 @@ class Reconciler:
                 fresh = lost.keys() & set(inside) - sent
                 if fresh and self._queue(route, bundle):
                     sent |= fresh
-        self._sent_again |= dict.fromkeys((lost[position] for position in sent), time.monotonic())
+        self._sent_again |= dict.fromkeys(((route.handler, lost[position]) for position in sent), time.monotonic())
         return len(sent)
 
     def _queue(self, route: Route, bundle: QueuedBundle) -> bool:
