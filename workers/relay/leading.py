@@ -205,12 +205,8 @@ class Leader:
             self._send(lambda: self._bundler.bundles(batch.rows, upto))
             if not self._batches_in_a_row and not batch.is_full:
                 self._called = self._sleeper.sleep(_RECORD_LATER_SECONDS, self._connection)
-            recording = {
-                "epoch": self._epoch,
-                "positions": multirange(positions(batch.rows)),
-                "events": len(batch.rows),
-            }
-            recorded = self._records.execute(_RECORD, recording)
+            row = {"epoch": self._epoch, "positions": multirange(positions(batch.rows)), "events": len(batch.rows)}
+            recorded = self._records.execute(_RECORD, row)
         self._require_ownership(recorded.rowcount)
         self._postponed.published(batch.rows)
         self._meters.published(len(batch.rows))

@@ -163,8 +163,12 @@ def test_recovering_sends_what_was_passed_before_anybody_led(
 
         assert recover(system).unread == 5
 
-        system.until_quiet()  # the leader, which is idle, is told
+        system.until_quiet()
         assert sorted(of("test.note", system)) == [*range(20), *range(100, 105)]
+        eventually(states.is_("leading"), 10, "a new leadership")
+        epoch = system.status().relay.epoch
+        database.execute("select dovecote.recover_sequence()")
+        eventually(lambda: system.status().relay.epoch == epoch + 2, 10, "the leader, which is idle, begins anew")
 
 
 @pytest.mark.parametrize("change", ["cache 20", "increment 5", "cycle"])
