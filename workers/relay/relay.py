@@ -227,6 +227,9 @@ class Relay:
         frozen_after = self._settings.relay.frozen_after_seconds
         next_look = time.monotonic() + frozen_after
         while not self._sleeper.stopping:
+            if self._refused and (fault := sequence.fault(connection)):
+                self._refuse(fault)  # without the lock, or it would look now and then as if somebody led
+                continue
             (locked,) = connection.execute("select pg_try_advisory_lock(dovecote.leader_key())").fetchone() or (False,)
             if locked and self._may_lead(connection):
                 return True
@@ -252,12 +255,15 @@ class Relay:
             self._refused = None
             return True
         connection.execute("select pg_advisory_unlock(dovecote.leader_key())")
+        self._refuse(fault)
+        return False
+
+    def _refuse(self, fault: str) -> None:
         self._meters.alive("refuses")
         if self._refused != fault:
             self._refused = fault
             log.error("relay refuses to lead", fault=fault)
         self._sleeper.sleep(sequence.ASK_AGAIN_SECONDS)
-        return False
 
     def _end_frozen_leader(self, connection: Connection, frozen_after_seconds: float) -> None:
         """End the session of a leader that is stopped or cut off: its lock would live as long as the session."""

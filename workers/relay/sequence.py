@@ -20,7 +20,8 @@ ASK_AGAIN_SECONDS = 2.0
 # Who alters the sequence while somebody leads is found out after this long. One that is set back, the next read sees.
 _LOOK_SECONDS = 10.0
 
-_FAULT = "select dovecote.sequence_fault(), refused_since is not null from dovecote.relay_state"
+_FAULT = "select dovecote.sequence_fault()"
+_MAY_LEAD = "select dovecote.sequence_fault(), refused_since is not null from dovecote.relay_state"
 _REFUSED = "update dovecote.relay_state set refused_since = clock_timestamp() where refused_since is null"
 _RECOVER = "select handed_out, renumbered from dovecote.recover_sequence()"
 _LOOK = "select dovecote.sequence_fault(), epoch from dovecote.relay_state"
@@ -30,15 +31,21 @@ class SequenceFault(DovecoteError):
     """Positions are not handed out in order; the message is what `dovecote.sequence_fault()` says."""
 
 
+def fault(connection: Connection) -> str | None:
+    """Return what is wrong with the sequence; None where nothing is."""
+    (found,) = connection.execute(_FAULT).fetchone() or (None,)
+    return None if found is None else str(found)
+
+
 def refusal(connection: Connection) -> str | None:
     """Return why the holder of the leader's lock must not lead; None when it may.
 
     A sequence that somebody has mended by hand may hide events that were written before: they are made to be read.
     """
-    fault, was_refused = connection.execute(_FAULT).fetchone() or (None, False)
-    if fault is not None:
+    found, was_refused = connection.execute(_MAY_LEAD).fetchone() or (None, False)
+    if found is not None:
         connection.execute(_REFUSED)
-        return str(fault)
+        return str(found)
     if was_refused:
         try:
             handed_out, renumbered = connection.execute(_RECOVER).fetchone() or (None, None)

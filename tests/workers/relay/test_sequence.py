@@ -1,6 +1,7 @@
 """The sequence of positions is set back, or hands out blocks: nobody leads before it is mended, and nothing is lost."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -162,8 +163,12 @@ def test_recovering_sends_what_was_passed_before_anybody_led(
 
         assert recover(system).unread == 5
 
-        system.until_quiet()  # the leader, which is idle, is told
+        system.until_quiet()
         assert sorted(of("test.note", system)) == [*range(20), *range(100, 105)]
+        eventually(states.is_("leading"), 10, "a new leadership")
+        epoch = system.status().relay.epoch
+        database.execute("select dovecote.recover_sequence()")
+        eventually(lambda: system.status().relay.epoch == epoch + 2, 10, "the leader, which is idle, begins anew")
 
 
 @pytest.mark.parametrize("change", ["cache 20", "increment 5", "cycle"])
@@ -220,9 +225,21 @@ def test_recovering_waits_for_who_has_written_and_then_gives_up(settings: Settin
             recover(system)
 
         assert operations.audit(system.engine).entries == []
-        writer.commit()
-        assert recover(system).continues_after == position + 10
-        assert insert(database) == position + 12, "what was written behind the checkpoint came after it"
+        database.execute("alter function dovecote.recover_sequence set lock_timeout = '10s'")
+        with ThreadPoolExecutor(1) as pool:
+            recovering = pool.submit(recover, system)
+            waits = "select true from pg_locks where not granted and relation = 'dovecote.outbox_position'::regclass"
+            eventually(lambda: database.execute(waits).fetchone(), 10, "it waits for the writer")
+            for _ in range(10):
+                insert(writer)  # up to the checkpoint, and one more
+            insert(writer)
+            writer.commit()
+            assert recovering.result(20).changed
+        assert database.execute("select dovecote.sequence_fault()").fetchone() == (None,)
+        unread = "select count(*), count(distinct position) from dovecote.outbox"
+        assert database.execute(unread).fetchone() == (12, 12)
+        last = "select max(position) from dovecote.outbox"
+        assert database.execute(last).fetchone() == (insert(database) - 1,)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +247,7 @@ def test_recovering_waits_for_who_has_written_and_then_gives_up(settings: Settin
     [
         ("select", ""),
         ("select nextval('dovecote.outbox_position')", ""),
-        ("select setval('dovecote.outbox_position', 1, false)", ""),
+        ("select setval('dovecote.outbox_position', 7, false)", ""),
         ("insert into dovecote.subscriptions values ('h', 'a.b.v1', 7)", "has handed out 0, and position 7 is in use"),
         (
             "insert into dovecote.published_batches (positions, events, epoch) values ('{[3,6)}', 3, 1)",
@@ -250,6 +267,8 @@ def test_whatever_is_known_of_positions_has_to_be_behind_the_sequence(
 ) -> None:
     database.execute(change)
 
+    same = "select h.last_position = s.handed_out from dovecote.horizon() h, dovecote.sequence_state() s"
+    assert database.execute(same).fetchone() == (True,), "the relay reckons as the check does"
     (found,) = database.execute("select dovecote.sequence_fault()").fetchone() or (None,)
 
     assert fault in (found or "")
