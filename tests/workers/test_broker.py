@@ -162,7 +162,7 @@ def test_a_redis_that_has_forgotten_the_scripts_gets_them_again(broker_with: Bro
 
 
 def test_a_full_redis_gives_what_it_has_and_is_not_asked_without_a_pause(broker_with: Brokers) -> None:
-    broker = broker_with(idle_wait_ms=200)
+    broker = broker_with(idle_wait_ms=500)
     publish(broker, a_bundle("a"))
     consumer = a_consumer(broker, timeout=1_000)
     broker.client.config_set("maxmemory", 1)
@@ -170,12 +170,12 @@ def test_a_full_redis_gives_what_it_has_and_is_not_asked_without_a_pause(broker_
         began = time.monotonic()
         (message,) = take(consumer, 1)
         consumer.ack(message)
-        assert time.monotonic() - began < 0.15
+        assert time.monotonic() - began < 0.4, "it paused"
 
         assert next(consumer) is None
         assert next(consumer) is None
 
-        assert time.monotonic() - began > 0.4
+        assert time.monotonic() - began > 1.0
     finally:
         broker.client.config_set("maxmemory", 0)
 

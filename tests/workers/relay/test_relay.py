@@ -128,14 +128,15 @@ def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: Sy
         return len(effects_in(system.engine)) == effects
 
     with system.running():
-        eventually(lambda: is_asleep(system), 5, "a sleeping relay")
-
+        waits = []
         for price in range(5):
+            eventually(lambda: is_asleep(system), 5, "a sleeping relay")
             began = time.monotonic()
             write_quotes(system, [price])
             eventually(partial(there_are, price + 1), 5, "the effect")
+            waits.append(time.monotonic() - began)
 
-            assert time.monotonic() - began < 1.0
+    assert sorted(waits)[2] < 1.0, "a single one may meet a machine that is busy"
 
 
 def test_append_event_rings_the_bell_too(system_with: SystemWith) -> None:
