@@ -219,7 +219,7 @@ create function dovecote.move_marks(
     leading_epoch bigint, published_upto bigint, max_events integer default 5000, max_ranges integer default 100,
     out events_read integer, out unsettled bigint, out has_moved boolean, out is_behind boolean, out is_open boolean
 )
-language plpgsql volatile set search_path = pg_catalog, dovecote, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, dovecote, pg_temp set jit = off as $$
 declare
     at_checkpoint bigint;
     to_examine    bigint;
@@ -316,7 +316,7 @@ create function dovecote.unprocessed(
     handler text, bound integer, of_types text[] default null,
     out events bigint, out oldest timestamptz, out at_least boolean
 )
-language plpgsql volatile set search_path = pg_catalog, dovecote, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, dovecote, pg_temp set jit = off as $$
 declare
     step   constant integer := least(5000, bound);
     -- To read an event costs a fifth of what it costs to find out whether it is settled.

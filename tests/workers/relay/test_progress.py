@@ -20,6 +20,8 @@ from workers.settings import Settings
 
 pytestmark = pytest.mark.servers
 
+# As all sessions of ours. Where Postgres has it, compiling these queries takes longer than running them.
+NO_JIT = "-c jit=off"
 TYPES = ["s.a.v1", "s.b.v1", "s.b.v2", "s.c.v1"]
 
 # Of every event at or below `examined` and not in `open`: is it settled?
@@ -110,9 +112,9 @@ class History:
         self._queued: set[tuple[str, int]] = set()
         self._published: list[tuple[int, str]] = []
         self._low: dict[str, int] = {}
-        self.relay = psycopg.connect(url, autocommit=True)
-        self.marks = psycopg.connect(url, autocommit=True)
-        self.checks = psycopg.connect(url)
+        self.relay = psycopg.connect(url, autocommit=True, options=NO_JIT)
+        self.marks = psycopg.connect(url, autocommit=True, options=NO_JIT)
+        self.checks = psycopg.connect(url, options=NO_JIT)
         self.checks.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         self.lead()
 
@@ -137,7 +139,7 @@ class History:
         slot = self.chance.randrange(4)
         writer = self._writers[slot]
         if writer is None or writer.closed:
-            writer = self._writers[slot] = psycopg.connect(self._url)
+            writer = self._writers[slot] = psycopg.connect(self._url, options=NO_JIT)
         at_work = writer.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
         if at_work and self.chance.random() < (0.03 if slot == 0 else 0.5):
             (writer.rollback if self.chance.random() < 0.1 else writer.commit)()
@@ -219,7 +221,7 @@ class History:
             self._taken[slot] = set()
             return
         if consumer is None:
-            consumer = self._consumers[slot] = psycopg.connect(self._url)
+            consumer = self._consumers[slot] = psycopg.connect(self._url, options=NO_JIT)
         there = sorted(self._queued - self._taken[1 - slot])[:30]
         if not there:
             return
