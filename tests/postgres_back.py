@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psycopg
 
 from workers.child_server import Server
 from workers.embedded import Postgres
@@ -38,14 +40,25 @@ class PostgresThatGoesBack:
 
     def restore(self, snapshot: Path) -> None:
         """Crash, put the snapshot in place of the disk, and start again."""
-        self._postgres.kill()
+        self.crash()
         shutil.rmtree(self._postgres.data)
         _copy(snapshot, self._postgres.data)
         self.start()
 
+    def forget_from_now_on(self) -> None:
+        """Until the next crash, a commit that is not waited for reaches the disk only with one that is."""
+        with psycopg.connect(self.url) as connection:
+            found = connection.execute("select pid from pg_stat_activity where backend_type = 'walwriter'").fetchone()
+        assert found is not None
+        os.kill(found[0], signal.SIGSTOP)
+
     def crash(self) -> None:
         """Kill it: commits that were not yet on their way to the disk are forgotten."""
+        children = _family(self.server.pid)[1:]
         self._postgres.kill()
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # the one that is stopped does not see that its parent is gone
 
     def start(self) -> None:
         """Start it again at the same address."""

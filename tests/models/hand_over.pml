@@ -6,7 +6,7 @@
  * its next statement; or the lock alone is gone and it hears nothing, which Postgres does not do but a proxy
  * or an operator might. Redis is flushed, or restarts without some of what it was given last.
  *
- * In the code:  workers/relay/relay.py, workers/relay/leading.py, workers/relay/history.py, workers/lua/{claim,publish}.lua.
+ * In the code:  workers/relay/{relay,leading,history}.py, workers/lua/{claim,publish}.lua.
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
  * Not in here:  a Postgres that forgets its last records (history.pml: there everything in it goes back to an earlier
  *               state at once), positions out of order (reading.pml), bundles, retries, what a consumer does to act once.

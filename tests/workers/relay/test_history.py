@@ -387,17 +387,26 @@ def test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event(
     system = system_on(database_that_goes_back, act)
     with system.relay():
         write_quotes(system, range(10))
-        eventually(lambda: beat(system) > 1, 10, "beats")
-        value(system, "select pg_logical_emit_message(true, set_config('synchronous_commit', 'on', true), '')")
-        with system.workers():
-            eventually(lambda: len(effects_in(system.engine)) == 10, 10, "effects")
-            eventually(lambda: not queued(system), 5, "acknowledgements")
-        told = int(system.broker.client.hget(system.broker.marker_keys[1], "beat") or 0)
-        postgres.crash()
-        system.engine.dispose()
-        postgres.start()
-        assert len(effects_in(system.engine)) < 10, "this crash forgets nothing"
+        eventually(lambda: len(queued(system)) == 2, 5, "everything on the queue")
+        postgres.forget_from_now_on()
+        before = beat(system)
+        eventually(lambda: beat(system) > before + 1, 10, "beats")
+        client: Any = system.broker.client
+        told = int(client.hget(system.broker.marker_keys[1], "beat"))
+        crash(system, postgres)
         assert beat(system) >= told, "Redis was told of a beat that was not on disk"
-        with system.workers():
+        eventually(lambda: history(system), 20, "a Redis that is known")
+    postgres.forget_from_now_on()
+    with system.workers():
+        eventually(lambda: len(effects_in(system.engine)) == 10 and not queued(system), 10, "effects")
+        crash(system, postgres)
+        assert len(effects_in(system.engine)) < 10, "this crash forgets nothing"
+        with system.relay():
             system.until_quiet()
     assert sorted(effect.price for effect in effects_in(system.engine)) == list(range(10))
+
+
+def crash(system: System, postgres: PostgresThatGoesBack) -> None:
+    system.engine.dispose()
+    postgres.crash()
+    postgres.start()
