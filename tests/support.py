@@ -53,7 +53,12 @@ def _has_enough_memory() -> bool:
 @contextmanager
 def a_place_for_servers() -> Iterator[Path]:
     """A directory for `servers()` that their user can reach when we are root, unlike pytest's tmp_path."""
-    place = Path(tempfile.mkdtemp(dir=_MEMORY if _has_enough_memory() else _DISK, prefix="dovecote-test-"))
+    # What a killed run has left would hold memory until the machine starts again.
+    for left in _MEMORY.glob("dovecote-test-*-*"):
+        if not psutil.pid_exists(int(left.name.split("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    disk = _MEMORY if _has_enough_memory() else _DISK
+    place = Path(tempfile.mkdtemp(dir=disk, prefix=f"dovecote-test-{os.getpid()}-"))
     place.chmod(0o711)
     try:
         yield place
