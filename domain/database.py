@@ -56,6 +56,14 @@ NO_TIME_LIMITS: Mapping[str, object] = {
     "transaction_timeout": 0,
 }
 
+#: An SQL expression: from its statement on, the transaction at hand commits durably, where the server or the role says
+#: `off`. Any other choice of a DBA, such as remote_apply or local, is kept. For the transaction: behind a pool of
+#: transactions there is no session to set it for.
+DURABLE = (
+    "case when pg_catalog.current_setting('synchronous_commit') = 'off'"
+    " then pg_catalog.set_config('synchronous_commit', 'on', true) end"
+)
+
 # By version: settings that an older server does not know. It would refuse a connection whose options name one.
 _NEWER: Mapping[str, int] = {"transaction_timeout": 170_000}
 

@@ -5,6 +5,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Computed,
     DateTime,
     Index,
     Integer,
@@ -38,6 +39,7 @@ __all__ = [
     "postponed",
     "price_quotes",
     "processed_events",
+    "progress",
     "published_batches",
     "relay_state",
     "replays",
@@ -84,8 +86,16 @@ deliveries = Table(
     _moment("updated_at"),
     _moment("leased_until", nullable=True),
     Column("replay_id", Uuid),
+    _moment("first_leased_at", nullable=True),
     CheckConstraint("state in ('retrying', 'waiting', 'dead', 'discarded')", name="deliveries_state_is_known"),
     Index("deliveries_due_idx", "next_attempt_at", postgresql_where=text("state = 'retrying'")),
+    Index(
+        "deliveries_due_of_handler_idx",
+        "handler_name",
+        "next_attempt_at",
+        "position",
+        postgresql_where=text("state = 'retrying'"),
+    ),
     Index(
         "deliveries_aggregate_idx",
         "handler_name",
@@ -129,6 +139,19 @@ subscriptions = Table(
     Column("published_above", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
 )
 
+progress = Table(
+    "progress",
+    metadata,
+    Column("handler_name", Text, primary_key=True),
+    Column("examined", BigInteger, nullable=False),
+    Column("open", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
+    Column("mark", BigInteger, Computed("coalesce(lower(open) - 1, examined)", persisted=True)),
+    _moment("moved_at"),
+    CheckConstraint(
+        "open <@ int8multirange(int8range(null::bigint, examined, '(]'))", name="progress_open_is_examined"
+    ),
+)
+
 postponed = Table(
     "postponed",
     metadata,
@@ -147,6 +170,10 @@ relay_state = Table(
     _moment("owned_since", nullable=True),
     _moment("seen_at", nullable=True),
     Column("redis_run_id", Text),
+    Column("history", Text),
+    Column("instance", Text),
+    Column("stands_back_for", Text),
+    _moment("refused_since", nullable=True),
 )
 
 replays = Table(

@@ -18,13 +18,12 @@ from tests.support import eventually
 from workers.bootstrap import broker_for
 from workers.broker import OutboxBroker
 from workers.relay import leading, replaying
-from workers.relay.leading import Leader, known_redis
+from workers.relay.history import History, take_over
+from workers.relay.leading import Leader
 from workers.relay.reading import Connection, Reader
 from workers.relay.sleeping import Sleeper
 from workers.routes import ROUTES, queues
 from workers.settings import Settings
-
-pytestmark = pytest.mark.servers
 
 _ROOT = Path(__file__).parents[1]
 _BATCH = 100
@@ -84,6 +83,7 @@ def test_without_matplotlib_a_sentence_says_how_to_get_pictures(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.servers
 def test_a_batch_costs_three_statements_and_one_script(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading, publishing and recording a batch more: horizon, rows, record; and one EVALSHA."""
     # What is done by the clock would be counted with the batches on a slow machine.
@@ -132,19 +132,17 @@ def _lead_through(settings: Settings, batches: int) -> _Counted:
     scripts, read = _scripts(broker), _rows_read(url)
     guarded = "-c enable_seqscan=off -c enable_bitmapscan=off -c enable_sort=off"
     with psycopg.connect(url, autocommit=True, options=guarded, cursor_factory=CountingCursor) as connection:
-        row = connection.execute("update dovecote.relay_state set epoch = epoch + 1 returning epoch, checkpoint")
-        epoch, checkpoint = row.fetchone() or (0, 0)
-        run_id, _ = broker.identity()
-        broker.claim_epoch(epoch)
+        taken = take_over(connection, 0, "a test")
+        history = History(taken, connection=connection, broker=broker)
+        history.greet(lambda: None)
         Leader(
             connection=connection,
-            reader=Reader(connection, checkpoint, _BATCH),
+            reader=Reader(connection, taken.checkpoint, _BATCH),
             broker=broker,
             routes=ROUTES,
             settings=settings.relay.model_copy(update={"batch_size": _BATCH}),
             sleeper=_UntilNothingIsLeft(),
-            epoch=epoch,
-            known_redis=known_redis(run_id, epoch),
+            history=history,
         ).lead()
     counted.scripts = _scripts(broker) - scripts
     # A session tells the statistics what it did when it ends.

@@ -10,8 +10,13 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
+from sqlalchemy import make_url
+from typer.testing import CliRunner
 
+from tests import commands
 from tests.conftest import Servers
+from workers.binaries import find_postgres
+from workers.cli import app
 from workers.supervisor import parse_procfile
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +80,6 @@ def orders_and_events(shop: psycopg.Connection[TupleRow]) -> list[TupleRow]:
 # Examples ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.servers
 def test_each_way_to_write_from_python_commits_an_order_and_its_fact(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, tmp_path: Path
 ) -> None:
@@ -138,7 +142,6 @@ def place_order_in_a_session(order_id):
 """
 
 
-@pytest.mark.servers
 def test_the_handler_of_the_example_acts_on_the_fact_of_the_example(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
@@ -186,6 +189,63 @@ def test_a_login_with_the_writers_role_appends_and_does_nothing_else(
     assert written
 
 
+# Pages for operators ------------------------------------------------------------------------------
+
+OPERATIONS = sorted((ROOT / "docs" / "operations").glob("*.md"))
+BACKUP = ROOT / "docs" / "operations" / "backup-and-failover.md"
+POSTGRES = find_postgres(os.environ).path.parent
+
+
+@pytest.mark.skipif(not (POSTGRES / "pg_dump").exists(), reason="these programs of Postgres cannot dump")
+@pytest.mark.servers
+def test_each_way_to_restore_that_the_page_shows_gives_a_system_that_goes_on(
+    fresh_database_url: str, empty_database_url: str, servers: Servers, tmp_path: Path
+) -> None:
+    dump, restore, data_only, _ = re.findall(r"```sh\n(.*?)```", BACKUP.read_text(encoding="utf-8"), re.DOTALL)
+    migrated = f"{make_url(fresh_database_url).database}_migrated"
+    outbox = "select position from dovecote.outbox order by position"
+
+    def shell(script: str, url: str) -> None:
+        subprocess.run(
+            ["/bin/sh", "-e", "-c", script],
+            env={
+                "PATH": f"{POSTGRES}:{os.environ['PATH']}",
+                "DATABASE_URL": fresh_database_url,
+                "NEW_DATABASE_URL": url,
+            },
+            cwd=tmp_path,
+            check=True,
+            timeout=60,
+        )
+
+    with psycopg.connect(fresh_database_url, autocommit=True) as connection:
+        connection.execute(f"create database {migrated} template {make_url(fresh_database_url).database}")
+        for _ in range(3):
+            connection.execute("select dovecote.append_event('order', '1', 'shop.order_placed.v1', '{}')")
+        connection.execute("update dovecote.relay_state set checkpoint = 3")
+        written = connection.execute(outbox).fetchall()
+    shell(dump + restore, empty_database_url)
+    shell(data_only, servers.database(migrated))
+
+    for url in (empty_database_url, servers.database(migrated)):
+        with psycopg.connect(url, autocommit=True) as connection:
+            assert connection.execute(outbox).fetchall() == written
+            assert connection.execute("select dovecote.sequence_fault()").fetchone() == (None,)
+    with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
+        connection.execute(f"drop database {migrated}")
+
+
+@pytest.mark.parametrize("path", OPERATIONS, ids=lambda path: path.stem)
+def test_every_command_and_setting_that_a_page_names_exists(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    commands = set(re.findall(r"`dovecote ([a-z]+)", page))
+    settings = set(re.findall(r"DOVECOTE_\w+__\w+", page))
+
+    assert commands | settings
+    assert [name for name in settings if f"`{name}`" not in README] == []
+    assert [word for word in commands if CliRunner().invoke(app, [word, "--help"]).exit_code != 0] == []
+
+
 # Names and words ---------------------------------------------------------------------------------
 
 
@@ -205,9 +265,7 @@ def test_every_command_the_readme_names_exists() -> None:
     not_yet = set(re.findall(r"dovecote (\w+)", section("What is promised")))
     theirs = {"test", "chaos", "setup", "help"}
     for word in named - theirs - not_yet:
-        done = subprocess.run(
-            [sys.executable, "-m", "workers", word, "--help"], cwd=ROOT, capture_output=True, timeout=30, check=False
-        )
+        done = commands.run([word, "--help"], os.environ, ROOT)
         assert done.returncode == 0, word
     shown = subprocess.run([str(ROOT / "dev"), "help"], capture_output=True, text=True, timeout=30, check=True).stdout
     for word in theirs:

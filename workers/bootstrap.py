@@ -16,7 +16,7 @@ from uuid import UUID
 import dramatiq
 import structlog
 from dramatiq.broker import Broker
-from dramatiq.middleware import Middleware
+from dramatiq.middleware import CurrentMessage, Middleware
 from sqlalchemy import Engine
 
 from domain.database import NO_TIME_LIMITS, connect, sessions_for
@@ -31,6 +31,7 @@ from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
 from workers.handing_back import HandBackWhatFails
 from workers.home import HomeError
+from workers.lookup import history_in
 from workers.masking import never_show
 from workers.pauses import HandlerPaused
 from workers.redis_client import connect_redis
@@ -83,6 +84,10 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
     Errors: InvalidRoute when two routes have one handler name.
     """
 
+    if not any(isinstance(middleware, CurrentMessage) for middleware in broker.middleware):
+        # Actors are called with a message's arguments alone; what it says of itself is in its options.
+        broker.add_middleware(CurrentMessage())
+
     def declare(route: Route, act: Consume) -> None:
         actor = dramatiq.actor(
             actor_name=route.handler, queue_name=route.queue, broker=broker, throws=(Stopping, HandlerPaused)
@@ -96,6 +101,7 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
         declare(route, consumer.consume)
     if isinstance(broker, OutboxBroker):
         broker.stand_in = stand_in
+        consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)
 
 
 def run_relay(routes: Sequence[Route] = ROUTES) -> None:
@@ -248,9 +254,22 @@ def _actor_function(consume: Consume, consumer: Consumer, route: Route, broker: 
         if crashes and isinstance(broker, OutboxBroker):
             suspect = Suspect(broker.client, f"{broker.namespace}:{route.queue}", message_id, crashes)
         with consumer.meters.at_work(route.handler, len(bundle)):
-            consume(route, bundle, retry=retry, replay=UUID(replay) if replay else None, suspect=suspect)
+            consume(
+                route,
+                bundle,
+                retry=retry,
+                replay=UUID(replay) if replay else None,
+                suspect=suspect,
+                sent_in=_sent_in(CurrentMessage.get_current_message()),
+            )
 
     return act
+
+
+def _sent_in(message: dramatiq.Message[Any] | None) -> str | None:
+    """Return what the message says; None where that can be no run of Postgres."""
+    said = None if message is None else message.options.get("sent_in")
+    return said if isinstance(said, str) and said.isascii() and said.isprintable() else None
 
 
 def _not_here(_event: object, _uow: UnitOfWork, _gateways: Gateways) -> NoReturn:

@@ -59,12 +59,16 @@ class QueuedBundle:
 
 @dataclass(frozen=True)
 class RedisUsage:
-    """What Redis holds, in bytes: all in all, at most (0 is without end), by queue, and put aside by handler."""
+    """What Redis holds, in bytes: all in all, at most (0 is without end), by queue, and put aside by handler.
+
+    under_way   whether anything is queued, or in a worker's hands
+    """
 
     used: int
     maxmemory: int
     queued: Mapping[str, int]
     aside: Mapping[str, int]
+    under_way: bool = False
 
 
 class OutboxBroker(RedisBroker):
@@ -99,7 +103,9 @@ class OutboxBroker(RedisBroker):
         self._reap = self.client.register_script((_LUA / "reap.lua").read_bytes())
         self._put_aside = self.client.register_script((_LUA / "put_aside.lua").read_bytes())
         self._take_back = self.client.register_script((_LUA / "take_back.lua").read_bytes())
-        self._claim_epoch = self.client.register_script((_LUA / "claim_epoch.lua").read_bytes())
+        #: In which history this process publishes, and how often it has put something on a queue.
+        self.history = ""
+        self.sent = 0
         #: What this process holds of each queue, in the order it was fetched.
         self._in_hand: dict[str, dict[str, None]] = {}
         self._in_hand_lock = threading.Lock()
@@ -114,40 +120,32 @@ class OutboxBroker(RedisBroker):
     # For the relay ---------------------------------------------------------------------------
 
     @property
-    def _marker(self) -> str:
-        return f"{self.namespace}:__relay__"
-
-    def claim_epoch(self, epoch: int, expected: int | None = None) -> bool:
-        """Let only this epoch publish, until a newer one claims it.
-
-        With `expected`, only where Redis still knows that epoch: False means that it does not, and nothing is claimed.
-        Errors: NewerRelay, PASSING.
-        """
-        args = [epoch] if expected is None else [epoch, expected]
-        found = int(self._claim_epoch(keys=[self._marker], args=args))
-        if found > epoch:
-            raise NewerRelay(f"epoch {found} has taken over from {epoch}")
-        return expected is None or found == expected
+    def marker_keys(self) -> list[str]:
+        """Where Redis keeps which relay may publish: its epoch, and what goes with it (workers/relay/marker.py)."""
+        return [f"{self.namespace}:__relay__", f"{self.namespace}:__relay__.history"]
 
     def publish(self, epoch: int, bundles: Iterable[QueuedBundle]) -> int:
         """Put the bundles on their queues; return how many were not there yet.
+
+        Only in the history that was claimed last, see `history`.
 
         One call takes at most `publish_bytes` of them, or a single one that is larger: Redis serves nobody meanwhile.
         After an error some may be queued; published once more, they are queued once.
         Errors: RedisLost, NewerRelay, PASSING.
         """
         added = size = 0
-        args: list[str | int | bytes] = [epoch]
+        self.sent += 1
+        args: list[str | int | bytes] = [epoch, self.history]
         for bundle in bundles:
             if size and size + len(bundle.message) > self._publish_bytes:
                 added += self._call_publish(epoch, args)
-                args, size = [epoch], 0
+                args, size = [epoch, self.history], 0
             args += (f"{self.namespace}:{bundle.queue}", bundle.id, bundle.message)
             size += len(bundle.message)
         return added + self._call_publish(epoch, args)
 
     def _call_publish(self, epoch: int, args: Sequence[str | int | bytes]) -> int:
-        added = int(self._publish(keys=[self._marker], args=args))
+        added = int(self._publish(keys=self.marker_keys, args=args))
         if added == -1:
             raise RedisLost
         if added == -2:
@@ -166,16 +164,8 @@ class OutboxBroker(RedisBroker):
             pipeline.hexists(f"{self.namespace}:{queue}.msgs", id)
         return {id for id, found in zip(ids, pipeline.execute(), strict=True) if found}
 
-    def identity(self) -> tuple[str, int | None]:
-        """Return the run id of the Redis process and the epoch in its marker, None when there is no marker."""
-        pipeline = self.client.pipeline(transaction=False)
-        pipeline.info("server")
-        pipeline.get(self._marker)
-        info, marker = pipeline.execute()
-        return str(info["run_id"]), None if marker is None else int(marker)
-
-    def look(self, handlers: Sequence[tuple[str, str]]) -> tuple[str, int | None, RedisUsage]:
-        """Return what `identity` does and how much there is for these (queue, handler), in one round trip.
+    def look(self, handlers: Sequence[tuple[str, str]]) -> tuple[str, RedisUsage]:
+        """Return the run id of the Redis process and how much there is for these (queue, handler), in one round trip.
 
         The size of a queue is an estimate from some of its messages; what is put aside is a share of it by number.
         Where MEMORY USAGE is not allowed, it is 0.
@@ -183,23 +173,23 @@ class OutboxBroker(RedisBroker):
         names = sorted({queue for queue, _ in handlers})
         with self.client.pipeline(transaction=False) as pipeline:
             pipeline.info("server")
-            pipeline.get(self._marker)
             pipeline.info("memory")
             for queue in names:
                 pipeline.memory_usage(f"{self.namespace}:{queue}.msgs", samples=_SAMPLES)
                 pipeline.hlen(f"{self.namespace}:{queue}.msgs")
             for queue, handler in handlers:
                 pipeline.llen(self._aside(queue, handler))
-            server, marker, memory, *counts = pipeline.execute(raise_on_error=False)
-        for reply in (server, marker, memory):
+            server, memory, *counts = pipeline.execute(raise_on_error=False)
+        for reply in (server, memory):
             if isinstance(reply, Exception):
                 raise reply
         numbers = [0 if isinstance(reply, redis.ResponseError) else int(reply or 0) for reply in counts]
         sizes = dict(zip(names, numbers[: 2 * len(names) : 2], strict=True))
         messages = dict(zip(names, numbers[1 : 2 * len(names) : 2], strict=True))
+        aside_messages = numbers[2 * len(names) :]
         aside = {
             (queue, handler): sizes[queue] * min(number, messages[queue]) // max(1, messages[queue])
-            for (queue, handler), number in zip(handlers, numbers[2 * len(names) :], strict=True)
+            for (queue, handler), number in zip(handlers, aside_messages, strict=True)
         }
         for (queue, _), size in aside.items():
             sizes[queue] -= size
@@ -208,24 +198,26 @@ class OutboxBroker(RedisBroker):
             maxmemory=int(memory.get("maxmemory", 0)),
             queued=sizes,
             aside={handler: size for (_, handler), size in aside.items()},
+            under_way=sum(messages.values()) > sum(aside_messages),
         )
-        return str(server["run_id"]), None if marker is None else int(marker), usage
+        return str(server["run_id"]), usage
 
-    def reap(self) -> int:
-        """Take back the messages of workers that have been silent too long, on every declared queue; return how many.
+    def reap(self, names: Iterable[str] | None = None) -> int:
+        """Take back the messages of workers that have been silent too long; return how many.
+
+        On these queues and delay queues; without any, on all that are declared.
 
         Dramatiq leaves this to a one-in-a-thousand chance per fetch of that very queue.
         """
         # One round trip: a slow Redis is not to keep the relay from its other work.
         with self.client.pipeline(transaction=False) as pipeline:
-            for queue in self.queues:
-                for name in (queue, dq_name(queue)):
-                    self._reap(
-                        keys=[f"{self.namespace}:{name}", f"{self.namespace}:__heartbeats__"],
-                        args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name],
-                        client=pipeline,
-                    )
-                    self._look_at(name, pipeline, maintain=True)
+            for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:
+                self._reap(
+                    keys=[f"{self.namespace}:{name}", f"{self.namespace}:__heartbeats__"],
+                    args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name],
+                    client=pipeline,
+                )
+                self._look_at(name, pipeline, maintain=True)
             return sum(pipeline.execute()[::2])
 
     def holds_aside(self, handlers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -238,6 +230,7 @@ class OutboxBroker(RedisBroker):
 
     def take_back(self, queue: str, handler: str) -> None:
         """Bring what was put aside for a handler back to the head of its queue, in order."""
+        self.sent += 1
         keys = [self._aside(queue, handler), f"{self.namespace}:{queue}"]
         while self._take_back(keys=keys, args=[_MOST_TAKEN_BACK]):
             pass

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 import structlog
@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 
 from domain.database import Sessions
 from domain.unit_of_work import UnitOfWork, unit_of_work
-from workers import deliveries
+from workers import deliveries, lookup
 from workers.attempts import Attempt, SoFar, attempts_so_far, record_failures
 from workers.envelope import Envelope
 from workers.failures import KilledTheProcess, TimeLimitExceeded, UnknownHandler, describe
@@ -71,6 +71,14 @@ class Failed:
     blamed: Envelope | None
 
 
+class _Done(NamedTuple):
+    """What became of a bundle's events in a transaction that is to commit."""
+
+    acted: Sequence[Envelope] = ()
+    parked: Sequence[Envelope] = ()
+    absent: Sequence[Envelope] = ()
+
+
 class Stopping(Exception):
     """The process was told to stop while it waited for a server; the message goes back to its queue."""
 
@@ -95,6 +103,8 @@ class Consumer:
         self.meters = meters or ConsumerMeters()
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
         self.keys = gateways.keys
+        #: Returns the history in which the messages were sent that this is called with; None where nobody knows.
+        self.history_in_redis: Callable[[], str | None] = lambda: None
 
     def consume(
         self,
@@ -104,12 +114,15 @@ class Consumer:
         retry: bool = False,
         replay: UUID | None = None,
         suspect: Suspect | None = None,
+        sent_in: str | None = None,
     ) -> None:
         """Act on every event that the handler has not acted on yet; leave those that fail to their schedule.
 
         `retry` says that the message was sent for deliveries that are due: only those still due are taken.
         `replay` names the replay that has the handler act again on what it has acted on, once.
         `suspect` says that the message was in the hands of processes that died.
+        `sent_in` is the run of Postgres in which the relay has read the events, where the message says so: in another
+        run they are looked up, and what is not in the outbox is passed over.
         Errors: Stopping, HandlerPaused.
         """
         if (await_schema := self._await_schema) is not None:
@@ -117,7 +130,7 @@ class Consumer:
             if not await_schema():
                 raise Stopping("the schema is older than this code")
             self._await_schema = None
-        bundle = Bundle(route, sorted(envelopes, key=lambda envelope: envelope.position), retry, replay)
+        bundle = Bundle(route, sorted(envelopes, key=lambda envelope: envelope.position), retry, replay, sent_in)
         with consuming(route, bundle.envelopes):
             if suspect is not None:
                 self._carefully(bundle, suspect)
@@ -141,6 +154,7 @@ class Consumer:
         retry: bool = False,
         replay: UUID | None = None,
         suspect: Suspect | None = None,
+        sent_in: str | None = None,
     ) -> None:
         """Leave every event to its schedule: no route of this process has the handler.
 
@@ -149,7 +163,7 @@ class Consumer:
         error = UnknownHandler("no route of this process has the handler: newer code, or older, will come and act")
         with consuming(route, envelopes):
             errors = {envelope.event_id: error for envelope in envelopes}
-            self._record(Bundle(route, envelopes, retry, replay), errors, if_open=True)
+            self._record(Bundle(route, envelopes, retry, replay, sent_in), errors, if_open=True)
             if suspect is not None:
                 self._held(suspect.cleared)
 
@@ -197,25 +211,29 @@ class Consumer:
     def _record(self, bundle: Bundle, errors: Mapping[UUID, BaseException], *, if_open: bool = False) -> None:
         """Write down in one transaction that each event of the bundle has failed, with its error.
 
+        Not of one that is not in the outbox: Postgres may have gone back since the handler was called.
         `if_open`: it was not tried just now, and may be done, or on record already.
         Errors: HandlerPaused with `if_open`.
         """
         attempts = [_attempt(bundle.route, envelope, errors[envelope.event_id]) for envelope in bundle.envelopes]
         so_far: dict[UUID, SoFar] | None = None
 
-        def write() -> list[str]:
+        def write() -> tuple[list[Attempt], list[str], Sequence[Envelope]]:
             nonlocal so_far
             with self._sessions() as session, session.begin():
+                found = lookup.look_up(session, bundle)
+                lookup.require_same_history(session, found, self.history_in_redis)
                 if so_far is None:
                     # As it was at the first try: the reply to its commit may be what was lost.
-                    those = _still_open(session, bundle) if if_open else bundle.envelopes
+                    those = deliveries.still_open(session, bundle.of(found.to_do)) if if_open else found.to_do
                     so_far = attempts_so_far(session, bundle.route, those)
-                failed = [attempt for attempt in attempts if attempt.envelope.event_id in so_far]
-                return record_failures(session, bundle.route, failed, so_far, bundle.replay)
+                there = {envelope.event_id for envelope in found.to_do} & so_far.keys()
+                failed = [attempt for attempt in attempts if attempt.envelope.event_id in there]
+                return failed, record_failures(session, bundle.route, failed, so_far, bundle.replay), found.absent
 
-        states = self._held(write)
-        assert so_far is not None
-        for attempt, state in zip((one for one in attempts if one.envelope.event_id in so_far), states, strict=True):
+        failed, states, absent = self._held(write)
+        lookup.report(bundle.route, absent, self.meters)
+        for attempt, state in zip(failed, states, strict=True):
             now_at_work(bundle.route, (attempt.envelope,))
             self.meters.failed(bundle.route.handler, state)
             log.warning(
@@ -231,16 +249,16 @@ class Consumer:
         route = bundle.route
         now_at_work(route, bundle.envelopes)
         conflicts = answers = 0
-        parked: Sequence[Envelope] = ()
+        done = _Done()
 
         def act() -> Failed | None:
-            nonlocal conflicts, answers, parked
+            nonlocal conflicts, answers, done
             # The mark is not left standing while Postgres is waited for: whoever kills us then is not the event.
             with self._marked(suspect, bundle.envelopes):
                 try:
                     with unit_of_work(self._sessions, keys=self.keys) as uow:
-                        acted, parked = self._act(uow, bundle)
-                except HandlerPaused:
+                        done = self._act(uow, bundle)
+                except (HandlerPaused, lookup.OtherHistory):
                     raise
                 except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
                     if passes(error):
@@ -251,12 +269,13 @@ class Consumer:
                         conflicts += 1
                         raise
                     return Failed(error, event_at_work())
-            self.meters.acted(route.handler, acted, again=bundle.replay is not None)
+            self.meters.acted(route.handler, done.acted, again=bundle.replay is not None)
+            lookup.report(route, done.absent, self.meters)
             return None
 
         failure = self._held(act)
-        if failure is None and parked:
-            self._held(partial(self._release_parked, route, parked))
+        if failure is None and done.parked:
+            self._held(partial(self._release_parked, route, done.parked))
         return failure
 
     def _release_parked(self, route: Route, parked: Sequence[Envelope]) -> None:
@@ -284,22 +303,26 @@ class Consumer:
         except Exception:
             return False
 
-    def _act(self, uow: UnitOfWork, bundle: Bundle) -> tuple[Sequence[Envelope], Sequence[Envelope]]:
-        """Act on those that are to be acted on; return them, and those that were parked instead."""
+    def _act(self, uow: UnitOfWork, bundle: Bundle) -> "_Done":
+        """Act on those that are to be acted on."""
         session, route, replay = uow.session, bundle.route, bundle.replay
         parked: Sequence[Envelope] = ()
         if bundle.retry or route.ordered or replay is not None:
-            to_do = bundle.of(_to_do(session, bundle))
+            found = deliveries.to_do(session, bundle)
+            lookup.require_same_history(session, found, self.history_in_redis)
+            to_do = bundle.of(found.to_do)
             if route.ordered and to_do.envelopes:
                 to_do, parked = self._without_blocked(uow, to_do)
             if not to_do.envelopes:
-                return [], parked
+                return _Done([], parked, found.absent)
             if replay is None:
                 fresh = uow.once(route.handler, to_do.envelopes)
             else:
                 fresh = uow.again(route.handler, to_do.envelopes, replay, as_retry=bundle.retry)
         else:
-            to_do, fresh = bundle, deliveries.once_unless_failed(session, route, bundle.envelopes)
+            found = deliveries.once_unless_failed(session, bundle)
+            lookup.require_same_history(session, found, self.history_in_redis)
+            to_do, fresh = bundle, found.to_do
         if fresh:
             self._handle(uow, bundle.of(fresh))
         else:
@@ -310,7 +333,7 @@ class Consumer:
         done = to_do.envelopes if bundle.retry else fresh
         if route.ordered and done:
             deliveries.release_next(session, route, done, replay)
-        return fresh, parked
+        return _Done(fresh, parked, found.absent)
 
     def _handle(self, uow: UnitOfWork, bundle: Bundle) -> None:
         """Call the handler, for each event or with `bulk` for all, and look at its transaction after each call."""
@@ -400,35 +423,6 @@ class Consumer:
                 )
         if self._stopping.wait(pause):
             raise Stopping from error
-
-
-def _to_do(session: Session, bundle: Bundle) -> list[Envelope]:
-    """Leave out what another message or an operator has to do with by now.
-
-    Errors: HandlerPaused.
-    """
-    if bundle.retry:
-        found = deliveries.still_due(session, bundle.route, bundle.envelopes, bundle.replay)
-    else:
-        found = deliveries.not_yet_failed(session, bundle.route, bundle.envelopes)
-    if not found:
-        require_at_work(session, bundle.route.handler)
-    return found
-
-
-def _still_open(session: Session, bundle: Bundle) -> Sequence[Envelope]:
-    """Return what is neither done nor, by the same message, on record already.
-
-    Errors: HandlerPaused.
-    """
-    to_do = _to_do(session, bundle)
-    if bundle.replay is None:
-        return deliveries.not_processed(session, bundle.route, to_do)
-    # Taken back: it only asks whether the handler would still act.
-    marks = session.begin_nested()
-    would_act = UnitOfWork(session).again(bundle.route.handler, to_do, bundle.replay, as_retry=bundle.retry)
-    marks.rollback()
-    return would_act
 
 
 def _attempt(route: Route, envelope: Envelope, error: BaseException) -> Attempt:

@@ -12,28 +12,32 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from domain.database import driver_connection, uuid_array
+from domain.database import driver_connection
+from domain.unit_of_work import UnitOfWork
 from workers.envelope import Envelope
+from workers.lookup import LOOKED_UP, REST, Found, found_in, parameters
+from workers.parts import Bundle
+from workers.pauses import require_at_work
 from workers.routes import Route
 
-# A paused handler has nothing to do, so these find nothing due and everything known (workers/pauses.py).
-_due_here = text(
-    """
-    select event_id from dovecote.deliveries
-    where handler_name = :handler_name and event_id = any(:event_ids) and state = 'retrying'
-      and replay_id is not distinct from cast(:replay_id as uuid)
-      and not exists (select from dovecote.paused_handlers where handler_name = :handler_name)
-    for update
-    """
-)
+# A paused handler has nothing to do, so these keep nothing (workers/pauses.py).
+_STILL_DUE = f"""{LOOKED_UP}, due as materialized (
+        select event_id from dovecote.deliveries
+        where handler_name = %(handler_name)s and event_id = any(%(event_ids)s::uuid[]) and state = 'retrying'
+          and replay_id is not distinct from %(replay_id)s::uuid
+          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)
+        for update
+    ), kept as (
+        select event_id from due where event_id not in (select event_id from absent)
+    ) {REST}"""  # noqa: S608 - put together from constants
 
-_known = text(
-    """
-    select event_id from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)
-    union all
-    select unnest(cast(:event_ids as uuid[])) from dovecote.paused_handlers where handler_name = :handler_name
-    """
-)
+_NOT_YET_FAILED = f"""{LOOKED_UP}, kept as (
+        select event_id from bundle
+        where event_id not in (select d.event_id from dovecote.deliveries d
+                               where d.handler_name = %(handler_name)s and d.event_id = any(%(event_ids)s::uuid[]))
+          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)
+          and event_id not in (select event_id from absent)
+    ) {REST}"""  # noqa: S608 - put together from constants
 
 _is_settled = text(
     """
@@ -49,22 +53,18 @@ _processed = text(
 # Waits for its end, a few seconds at most.
 _end_backend = text("select pg_terminate_backend(:pid, 5000)")
 
-# What `not_yet_failed` and `UnitOfWork.once` do, in one statement: they are most of what a lone event waits for.
-_ONCE_UNLESS_FAILED = """
-    with bundle as (
-        select event_id from unnest(%(event_ids)s::uuid[]) as bundle (event_id)
-    ), fresh as (
+# What _NOT_YET_FAILED and `UnitOfWork.once` do, in one statement: they are most of what a lone event waits for.
+_ONCE_UNLESS_FAILED = f"""{LOOKED_UP}, kept as (
         insert into dovecote.processed_events (event_id, handler_name)
         select event_id, %(handler_name)s from bundle
         where not exists (select from dovecote.deliveries d
                           where d.handler_name = %(handler_name)s and d.event_id = bundle.event_id)
           and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)
+          and event_id not in (select event_id from absent)
         order by event_id
         on conflict do nothing
         returning event_id
-    )
-    select event_id from bundle where event_id not in (select event_id from fresh)
-"""
+    ) {REST}"""  # noqa: S608 - put together from constants
 
 _resolve = text("delete from dovecote.deliveries where handler_name = :handler_name and event_id = any(:event_ids)")
 
@@ -126,38 +126,49 @@ _release_parked = text(
 )
 
 
-def not_yet_failed(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
-    """Return those without a delivery: the others follow their own schedule, not this message's."""
-    known = set(session.execute(_known, _key(route, envelopes)).scalars())
-    return [envelope for envelope in envelopes if envelope.event_id not in known]
+def once_unless_failed(session: Session, bundle: Bundle) -> Found:
+    """Record that the handler acts on these now; leave out what it has acted on, or failed at, before."""
+    return _find(session, _ONCE_UNLESS_FAILED, bundle)
 
 
-def once_unless_failed(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
-    """Record that the handler acts on these now; return those it neither acted on nor failed at before."""
-    of_id = {envelope.event_id: envelope for envelope in envelopes}
-    parameters = {"handler_name": route.handler, "event_ids": uuid_array(of_id)}
+def to_do(session: Session, bundle: Bundle) -> Found:
+    """Leave out what another message or an operator has to do with by now.
+
+    Of a retry that is what is not `retrying` any more. The others are locked: nobody else tries, buries or discards
+    them. Otherwise it is what has a delivery, and follows that one's schedule.
+    Errors: HandlerPaused.
+    """
+    found = _find(session, _STILL_DUE if bundle.retry else _NOT_YET_FAILED, bundle)
+    if not found.to_do:
+        require_at_work(session, bundle.route.handler)
+    return found
+
+
+def still_open(session: Session, bundle: Bundle) -> Sequence[Envelope]:
+    """Return what is neither done nor, by the same message, on record already.
+
+    Errors: HandlerPaused.
+    """
+    open_ones = to_do(session, bundle).to_do
+    if bundle.replay is None:
+        processed = set(session.execute(_processed, _key(bundle.route, open_ones)).scalars())
+        return [envelope for envelope in open_ones if envelope.event_id not in processed]
+    # Taken back: it only asks whether the handler would still act.
+    marks = session.begin_nested()
+    would_act = UnitOfWork(session).again(bundle.route.handler, open_ones, bundle.replay, as_retry=bundle.retry)
+    marks.rollback()
+    return would_act
+
+
+def _find(session: Session, query: str, bundle: Bundle) -> Found:
+    names = {"handler_name": bundle.route.handler, "replay_id": bundle.replay}
     # On the driver: a lone event waits for this statement, and SQLAlchemy's part of it would be a quarter.
-    known = {event_id for (event_id,) in driver_connection(session).execute(_ONCE_UNLESS_FAILED, parameters)}
-    return [envelope for event_id, envelope in of_id.items() if event_id not in known]
-
-
-def still_due(
-    session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None
-) -> list[Envelope]:
-    """Return those still `retrying`, locked: nobody else tries, buries or discards them meanwhile."""
-    due = set(session.execute(_due_here, {**_key(route, envelopes), "replay_id": replay}).scalars())
-    return [envelope for envelope in envelopes if envelope.event_id in due]
+    return found_in(driver_connection(session).execute(query, {**parameters(bundle), **names}), bundle)
 
 
 def resolve(session: Session, route: Route, envelopes: Sequence[Envelope]) -> None:
     """Forget deliveries whose effect commits with this transaction."""
     session.execute(_resolve, _key(route, envelopes))
-
-
-def not_processed(session: Session, route: Route, envelopes: Sequence[Envelope]) -> list[Envelope]:
-    """Return those that the handler has not acted on."""
-    processed = set(session.execute(_processed, _key(route, envelopes)).scalars())
-    return [envelope for envelope in envelopes if envelope.event_id not in processed]
 
 
 def end_backend(session: Session, pid: int | None) -> None:

@@ -14,12 +14,15 @@ class Bundle:
 
     retry   the message was sent for deliveries that are due: only those still due are taken
     replay  the replay that has the handler act again on what it has acted on, once
+    sent_in the run of Postgres in which the relay has read them, by dovecote.outbox_run(); None where the message does
+            not say
     """
 
     route: Route
     envelopes: Sequence[Envelope]
     retry: bool = False
     replay: UUID | None = None
+    sent_in: str | None = None
 
     def of(self, envelopes: Sequence[Envelope]) -> "Bundle":
         """Return the same for these of its events."""

@@ -133,8 +133,18 @@ class Relay(Section):
         ge=1_000_000,
         description="Most bytes of a queue in Redis; beyond, its handlers' events stay in the outbox for now.",
     )
+    publish_after: Literal["commit", "standby"] = Field(
+        "commit",
+        description="When an event is published: once it is committed, or once a standby has flushed it.",
+    )
     retry_lease_seconds: float = Field(
         60.0, ge=1, le=86_400, description="A retry sent but not heard of again is sent once more after this."
+    )
+    reconcile_after_seconds: float = Field(
+        600.0,
+        ge=1,
+        le=604_800,
+        description="An event published so long ago that its queue has lost is sent again; not before its time limit.",
     )
 
 

@@ -8,10 +8,11 @@ from types import TracebackType
 import structlog
 
 from domain.database import Sessions
-from workers import deliveries
+from workers import deliveries, lookup
 from workers.attempts import Attempt, attempts_so_far, record_failures
 from workers.envelope import Envelope
 from workers.failures import describe
+from workers.parts import Bundle
 from workers.time_limits import Watch, backend_pid, exceeded
 
 log = structlog.get_logger()
@@ -43,6 +44,9 @@ def _record(sessions: Sessions, watch: Watch, envelope: Envelope, error: BaseExc
     with sessions() as session, session.begin():
         # Its transaction ends with its connection; a retry holds the row that is to be written.
         deliveries.end_backend(session, pid)
+        # Postgres may have gone back since the handler was called.
+        if lookup.look_up(session, Bundle(watch.route, [envelope])).absent:
+            return
         so_far = attempts_so_far(session, watch.route, [envelope])
         attempt = Attempt(envelope, error, describe(error, envelope))
         record_failures(session, watch.route, [attempt], so_far, watch.replay)

@@ -1,1 +1,1 @@
-select;
+drop function dovecote.not_in_outbox, dovecote.outbox_run;

@@ -10,7 +10,7 @@ import sys
 
 from tests.chaos import report
 from tests.chaos.run import Options, Report, run
-from tests.chaos.schedule import schedule
+from tests.chaos.schedule import KINDS, schedule
 
 
 def main(words: list[str]) -> int:
@@ -18,12 +18,16 @@ def main(words: list[str]) -> int:
     if given.seconds < 5 or given.seeds < 1 or given.pause <= 0 or given.rate <= 0:
         sys.stderr.write("dovecote: --seconds wants at least 5, --seeds at least 1, --pause and --rate more than 0\n")
         return 2
+    only = given.only.split(",") if given.only else list(KINDS)
+    if unknown := sorted(set(only) - KINDS.keys()):
+        sys.stderr.write(f"dovecote: --only: {unknown[0]} is no kind of fault; there are {', '.join(sorted(KINDS))}\n")
+        return 2
     seed = random.SystemRandom().randrange(100_000) if given.seed is None else given.seed
     if given.schedule:
-        for fault in schedule(seed, given.seconds, given.pause):
+        for fault in schedule(seed, given.seconds, given.pause, only):
             sys.stdout.write(f"{fault}\n")
         return 0
-    options = Options(given.seconds, given.pause, given.rate, keep=given.keep)
+    options = Options(given.seconds, given.pause, given.rate, given.quiet, given.keep, tuple(only))
     reports = []
     for one in range(seed, seed + given.seeds):
         _say(f"seed {one}: starting two servers, two relays, four workers, three writers")
@@ -38,7 +42,7 @@ def main(words: list[str]) -> int:
 def _in_a_line(one: Report) -> str:
     return (
         f"{sum(one.faults.values())} faults, {one.events} events, {one.lost} lost, {one.doubled} doubled,"
-        f" {one.out_of_order} out of order, longest stall {one.longest_stall_seconds} s"
+        f" {one.out_of_order} out of order, {one.phantoms} phantoms, longest stall {one.longest_stall_seconds} s"
         + ("" if one.kept_promises else f"; A PROMISE BROKE, see {one.directory}")
     )
 
@@ -50,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, help="run so many seeds, one after the other, and sum up")
     parser.add_argument("--pause", type=float, default=1.4, help="mean seconds from one fault to the next (1.4)")
     parser.add_argument("--rate", type=float, default=150, help="events a second that writers try to write (150)")
+    parser.add_argument(
+        "--only", metavar="KIND,...", help="no other kinds of faults than these (schedule.py lists them)"
+    )
+    parser.add_argument(
+        "--quiet", type=float, default=150, help="how long it may take to come to rest afterwards (150)"
+    )
     parser.add_argument("--schedule", action="store_true", help="only print the faults of the seed")
     parser.add_argument("--keep", action="store_true", help="keep logs and history even if all went well")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -16,6 +16,7 @@ class Verdict:
     lost             committed, and a handler never acted on it
     doubled          acted on more than once by the same handler
     never_committed  acted on, although no transaction with it committed
+    phantoms         acted on after Postgres had gone back in time and forgotten it
     out_of_order     took effect after a later event of its aggregate, for an ordered handler
     wrong_sums       ledger, provider or journals that do not come to what was committed
     unreported       a handler's mistake that is no failure of it in `deliveries`
@@ -24,6 +25,7 @@ class Verdict:
     lost: tuple[str, ...]
     doubled: tuple[str, ...]
     never_committed: tuple[str, ...]
+    phantoms: tuple[str, ...]
     out_of_order: tuple[str, ...]
     wrong_sums: tuple[str, ...]
     unreported: tuple[str, ...]
@@ -34,6 +36,7 @@ class Verdict:
             *self.lost,
             *self.doubled,
             *self.never_committed,
+            *self.phantoms,
             *self.out_of_order,
             *self.wrong_sums,
             *self.unreported,
@@ -45,7 +48,12 @@ class Verdict:
 
 
 def judge(history: History) -> Verdict:
-    """Hold the history against the promises P1, P2, P4 and P10 of the design."""
+    """Hold the history against the promises P1, P2, P4 and P10 of the design.
+
+    What Postgres remembers at the end counts. An effect of an event that it forgot went with it; one that is there was
+    left afterwards. The provider forgets nothing: it may have been asked by a handler that was at work when Postgres
+    went back, and by none that began later.
+    """
     counts = Counter((effect.handler, effect.event_id) for effect in history.effects)
     return Verdict(
         lost=tuple(
@@ -60,7 +68,18 @@ def judge(history: History) -> Verdict:
         never_committed=tuple(
             f"{handler} acted on {event_id}, which was rolled back"
             for handler, event_id in counts
-            if event_id not in history.committed
+            if event_id not in history.committed and event_id not in history.forgotten
+        ),
+        phantoms=(
+            *(
+                f"{handler} acted on {event_id}, which Postgres had forgotten"
+                for handler, event_id in counts
+                if event_id in history.forgotten
+            ),
+            *(
+                f"the provider was asked for {event_id}, which Postgres had forgotten"
+                for event_id in _asked_late(history)
+            ),
         ),
         out_of_order=tuple(_out_of_order(history)),
         wrong_sums=tuple(_wrong_sums(history)),
@@ -71,10 +90,21 @@ def judge(history: History) -> Verdict:
     )
 
 
+def _asked_late(history: History) -> list[str]:
+    return sorted(
+        {
+            charge.event_id
+            for charge in history.charges
+            if charge.event_id in history.forgotten and charge.began_at > history.forgotten[charge.event_id].at
+        }
+    )
+
+
 def _out_of_order(history: History) -> Iterable[str]:
     streams: dict[tuple[str, str], list[Effect]] = defaultdict(list)
     for effect in history.effects:
-        if effect.handler in history.ordered:
+        # The numbers of what was forgotten were given again.
+        if effect.handler in history.ordered and effect.event_id not in history.forgotten:
             streams[effect.handler, effect.account].append(effect)
     for (handler, account), effects in streams.items():
         highest = 0
@@ -93,10 +123,11 @@ def _wrong_sums(history: History) -> Iterable[str]:
     for account in sorted(wanted.keys() | history.ledger.keys()):
         if history.ledger.get(account) != wanted.get(account):
             yield f"{account}: the ledger has {history.ledger.get(account)} steps and cents, not {wanted.get(account)}"
-    yield from (f"the provider was never asked for {id}" for id in sorted(history.committed.keys() - history.charged))
+    charged = {charge.event_id for charge in history.charges}
+    yield from (f"the provider was never asked for {id}" for id in sorted(history.committed.keys() - charged))
     yield from (
         f"the provider was asked for {id}, which was rolled back"
-        for id in sorted(history.charged - history.committed.keys())
+        for id in sorted(charged - history.committed.keys() - history.forgotten.keys())
     )
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import psutil
 
-from tests.chaos import clocks
+from tests.chaos import clocks, rewinds
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.schedule import Fault
 from tests.chaos.stage import Moot, Stage, one_of
@@ -245,6 +245,9 @@ FAULTS: dict[str, Befall] = {
     "postgres_backend_killed": _backend_killed,
     "postgres_backends_terminated": _backends_terminated,
     "postgres_read_only": _read_only,
+    "postgres_failed_over": rewinds.failed_over,
+    "postgres_snapshot_restored": rewinds.snapshot_restored,
+    "postgres_crashed_asynchronously": rewinds.crashed_asynchronously,
     "redis_restarted": partial(_down, "redis", signal.SIGTERM),
     "redis_killed": partial(_down, "redis", signal.SIGKILL),
     "redis_back_empty": _redis_empty,

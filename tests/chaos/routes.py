@@ -116,14 +116,19 @@ def act_with_luck(event: AmountMoved, uow: UnitOfWork, _gateways: Gateways) -> N
 
 def pay(event: AmountMoved, uow: UnitOfWork, _gateways: Gateways) -> None:
     """Calls the outside world. A crash between the call and the commit calls again, with the same key."""
-    charge(Path(os.environ["CHAOS_DIRECTORY"]), str(event.event_id), event.cents)
     _note_effect("chaos.pay", event, uow)
+    began_at = uow.session.scalar(_began_at)
+    charge(Path(os.environ["CHAOS_DIRECTORY"]), str(event.event_id), event.cents, began_at)
 
 
-def charge(directory: Path, idempotency_key: str, cents: int) -> None:
+#: When the transaction began: by the clock of Postgres, which is right, and in the run of Postgres that it is in.
+_began_at = text("select extract(epoch from transaction_timestamp())::float8")
+
+
+def charge(directory: Path, idempotency_key: str, cents: int, began_at: float) -> None:
     """A provider that is away at times, and at times does it and does not say so. A second charge is no charge."""
     _fail_at(0.005, GatewayUnavailable("the provider is away"))
-    line = json.dumps({"key": idempotency_key, "cents": cents, "at": real_time()}) + "\n"
+    line = json.dumps({"key": idempotency_key, "cents": cents, "began_at": began_at, "at": real_time()}) + "\n"
     with (directory / "provider.jsonl").open("ab", buffering=0) as file:
         file.write(line.encode())  # one write, appended whole
     _fail_at(0.003, GatewayUnavailable("the provider's answer was lost"))

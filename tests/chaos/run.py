@@ -19,7 +19,7 @@ from tests.chaos import checker, routes
 from tests.chaos.clocks import real_time
 from tests.chaos.faults import befall
 from tests.chaos.history import History, collect
-from tests.chaos.schedule import Fault, schedule
+from tests.chaos.schedule import KINDS, Fault, schedule
 from tests.chaos.stage import Moot, Stage
 
 _PLACE = Path("/var/tmp")  # noqa: S108  # the servers' own user must be able to reach it
@@ -33,6 +33,7 @@ class Options:
     """What a run is told.
 
     pause_seconds      mean time between the beginnings of two faults
+    only               the kinds of faults to choose from
     events_per_second  what the writers try to write together
     quiet_seconds      how long the system is given, after the last fault, to come to rest
     """
@@ -42,6 +43,7 @@ class Options:
     events_per_second: float = 150.0
     quiet_seconds: float = 150.0
     keep: bool = False
+    only: tuple[str, ...] = tuple(KINDS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Report:
     """What a run found; the counts of broken promises are those of checker.Verdict.
 
     faults                 those that took place, by kind; `moot` had nothing to befall
+    events                 those that Postgres remembers at the end
+    forgotten              those whose commit it had answered, and which it forgot; no broken promise
     longest_stall_seconds  longest time without any effect while an event was due
     recovery_seconds       worst time, by kind, from a fault's end until all that was committed by then was done
     quiet_seconds          from the end of all faults until nothing was due or queued; None: it never was
@@ -63,9 +67,11 @@ class Report:
     events: int
     effects: int
     rolled_back: int
+    forgotten: int
     lost: int
     doubled: int
     never_committed: int
+    phantoms: int
     out_of_order: int
     wrong_sums: int
     mistakes: int
@@ -83,7 +89,7 @@ def run(seed: int, options: Options, say: Say) -> Report:
     """Run once. The directory is kept when a promise broke, or when this raises."""
     directory = Path(tempfile.mkdtemp(dir=_PLACE, prefix=f"dovecote-chaos-{seed}-"))
     directory.chmod(0o711)
-    faults = schedule(seed, options.seconds, options.pause_seconds)
+    faults = schedule(seed, options.seconds, options.pause_seconds, options.only)
     (directory / "schedule.json").write_text(json.dumps([fault.as_json() for fault in faults], indent=1))
     try:
         with Stage(directory, options.events_per_second).standing() as stage:
@@ -91,7 +97,7 @@ def run(seed: int, options: Options, say: Say) -> Report:
             stage.stop_writing()
             quiet_seconds = stage.wait_until_quiet(options.quiet_seconds)
             with stage.connection() as connection:
-                history = collect(directory, connection, routes.HANDLERS, routes.ORDERED)
+                history = collect(directory, connection, routes.HANDLERS, routes.ORDERED, stage.rewinds)
     except BaseException:
         say(f"everything of this run is kept in {directory}")
         raise
@@ -111,7 +117,11 @@ def run(seed: int, options: Options, say: Say) -> Report:
 def _befall_all(
     stage: Stage, faults: list[Fault], seconds: float, say: Say
 ) -> tuple[list[tuple[Fault, float]], list[Fault]]:
-    """Begin and end each fault in its time; return those that took place, with when they ended, and the others."""
+    """Begin and end each fault in its time; return those that took place, with when they ended, and the others.
+
+    The schedule's clock stands still while a fault begins or ends: on a busy machine a copy of Postgres takes seconds,
+    and the pause after it must be a pause all the same.
+    """
     waiting, moot = list(faults), []
     going: list[tuple[Fault, AbstractContextManager[None]]] = []
     done: list[tuple[Fault, float]] = []
@@ -121,18 +131,22 @@ def _befall_all(
         while (now := time.monotonic() - began) < seconds or going:
             for fault, befalling in [one for one in going if one[0].ends_at <= now]:
                 going.remove((fault, befalling))
+                ends = time.monotonic()
                 befalling.__exit__(None, None, None)
+                began += time.monotonic() - ends
                 done.append((fault, real_time()))
             if waiting and waiting[0].at <= now:
                 fault = waiting.pop(0)
                 say(str(fault))
                 befalling = befall(stage, fault)
+                begins = time.monotonic()
                 try:
                     befalling.__enter__()
                     going.append((fault, befalling))
                 except (Moot, psutil.Error, psycopg.Error, redis.RedisError) as why:
                     say(f"         it found nothing to befall: {why}".rstrip())
                     moot.append(fault)
+                began += time.monotonic() - begins
             stage.keep_writing()
             time.sleep(_TURN_SECONDS)  # a pace: faults begin and end within this of their time
     finally:
@@ -161,9 +175,11 @@ def _report(
         events=len(history.committed),
         effects=len(history.effects),
         rolled_back=history.rolled_back,
+        forgotten=sum(event.answered for event in history.forgotten.values()),
         lost=len(verdict.lost),
         doubled=len(verdict.doubled),
         never_committed=len(verdict.never_committed),
+        phantoms=len(verdict.phantoms),
         out_of_order=len(verdict.out_of_order),
         wrong_sums=len(verdict.wrong_sums),
         mistakes=len(history.mistakes),
@@ -185,6 +201,8 @@ def _keep(
     with (directory / "history.jsonl").open("w") as file:
         for event in history.committed.values():
             file.write(json.dumps({"committed": asdict(event)}) + "\n")
+        for one in history.forgotten.values():
+            file.write(json.dumps({"forgotten": asdict(one)}) + "\n")
         for effect in history.effects:
             file.write(json.dumps({"effect": asdict(effect)}) + "\n")
         for fault, ended_at in done:

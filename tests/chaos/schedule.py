@@ -5,7 +5,7 @@ except on one part: a server that is down cannot be stopped again.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 _QUICKEST_START_SECONDS = 1.0
@@ -13,11 +13,16 @@ _QUICKEST_START_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Kind:
-    """What a fault befalls, and how long it may last. Faults of one part never overlap."""
+    """What a fault befalls, and how long it may last. Faults of one part never overlap.
+
+    rest_seconds   how long its part is left alone afterwards
+    """
 
     part: str
     shortest_seconds: float = 0.0
     longest_seconds: float = 0.0
+    # Two of them at the same moment would be one.
+    rest_seconds: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ KINDS: Mapping[str, Kind] = {
     "postgres_backend_killed": Kind("postgres"),
     "postgres_backends_terminated": Kind("postgres"),
     "postgres_read_only": Kind("postgres", 1, 3),
+    # Postgres goes back in time, and then some time passes that the next one leaves as it was
+    "postgres_failed_over": Kind("postgres", 1.5, 3, 3),
+    "postgres_snapshot_restored": Kind("postgres", 1.5, 3, 3),
+    "postgres_crashed_asynchronously": Kind("postgres", 1, 3, 3),
     # Redis
     "redis_restarted": Kind("redis", 0, 3),
     "redis_killed": Kind("redis", 0, 3),
@@ -87,13 +96,14 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-def schedule(seed: int, seconds: float, pause_seconds: float = 1.4) -> list[Fault]:
+def schedule(seed: int, seconds: float, pause_seconds: float = 1.4, only: Collection[str] = KINDS) -> list[Fault]:
     """Return the faults of a run in the order they begin; all of them have ended after `seconds`.
 
-    `pause_seconds` is the mean time from the beginning of one fault to that of the next.
+    `pause_seconds` is the mean time from the beginning of one fault to that of the next, unless they wait for each
+    other. `only` are the kinds to choose from.
     """
     chance = random.Random(seed)
-    kinds = _bags(chance)
+    kinds = _bags(chance, [kind for kind in KINDS if kind in only])
     free_at: dict[str, float] = {}
     faults = []
     now = _QUICKEST_START_SECONDS
@@ -105,14 +115,13 @@ def schedule(seed: int, seconds: float, pause_seconds: float = 1.4) -> list[Faul
         fault = Fault(round(at, 3), name, round(lasts, 3), round(chance.random(), 3))
         if fault.ends_at <= seconds:
             faults.append(fault)
-            # Two of them at the same moment would be one.
-            free_at[kind.part] = fault.ends_at + 0.5
+            free_at[kind.part] = fault.ends_at + kind.rest_seconds
         now += pause_seconds * chance.uniform(0.2, 1.8)
     return sorted(faults, key=lambda fault: fault.at)
 
 
-def _bags(chance: random.Random) -> Iterator[str]:
+def _bags(chance: random.Random, kinds: Sequence[str]) -> Iterator[str]:
     while True:
-        bag = list(KINDS)
+        bag = list(kinds)
         chance.shuffle(bag)
         yield from bag

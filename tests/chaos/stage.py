@@ -25,6 +25,8 @@ from sqlalchemy import make_url
 from domain.database import connect
 from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
+from tests.chaos.databases import Databases
+from tests.chaos.history import Rewind
 from tests.proxy import Proxy
 from tests.support import eventually
 from workers import operations, schema
@@ -46,7 +48,7 @@ class Stage:
 
     def __init__(self, directory: Path, events_per_second: float) -> None:
         self.directory = directory
-        self.postgres = Postgres(directory / "servers" / "postgres", {"max_wal_size": "512MB"})
+        self.databases = Databases(directory / "servers")
         self.redis = Redis(directory / "servers" / "redis")
         # About two events a transaction.
         self._per_writer = events_per_second / WRITERS / 2
@@ -54,6 +56,8 @@ class Stage:
         self._writers: dict[str, subprocess.Popen[bytes]] = {}
         self._leader: int | None = None
         self.proxies: dict[str, Proxy] = {}
+        #: How often Postgres went back in time, and how far.
+        self.rewinds: list[Rewind] = []
 
     @contextmanager
     def standing(self) -> Iterator["Stage"]:
@@ -62,8 +66,10 @@ class Stage:
             (self.directory / name).mkdir()
         (self.directory / "servers").chmod(0o711)
         with ExitStack() as stack:
-            self.postgres_url = stack.enter_context(_running(self.postgres))
-            self.redis_url = stack.enter_context(_running(self.redis))
+            stack.callback(self.databases.stop)
+            self.postgres_url = self.databases.start()
+            stack.callback(self.redis.stop)
+            self.redis_url = self.redis.start().url
             schema.upgrade(self.postgres_url)
             with self.connection() as connection:
                 connection.execute(routes.TABLES)
@@ -191,8 +197,18 @@ class Stage:
     def client(self) -> redis.Redis:
         return redis.Redis.from_url(self.redis_url, socket_timeout=5)
 
+    @property
+    def postgres(self) -> Postgres:
+        """The primary."""
+        return self.databases.primary
+
+    def promote_standby(self) -> None:
+        """Let the standby take the place of a primary that is gone."""
+        self.postgres_url = self.databases.promote_standby()
+        self._lead_proxies_to("postgres", self.postgres_url)
+
     def start_postgres(self) -> None:
-        self.postgres_url = self.postgres.start().url
+        self.postgres_url = self.databases.start()
         self._lead_proxies_to("postgres", self.postgres_url)
 
     def start_redis(self) -> None:
@@ -250,14 +266,6 @@ class Stage:
             except subprocess.TimeoutExpired:
                 self._up.kill()
                 self._up.wait()
-
-
-@contextmanager
-def _running(server: Postgres | Redis) -> Iterator[str]:
-    try:
-        yield server.start().url
-    finally:
-        server.stop()
 
 
 def one_of(processes: list[psutil.Process], dice: float, otherwise: str) -> psutil.Process:

@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 
 from tests.chaos.checker import judge, longest_stall_seconds, recovery_seconds
-from tests.chaos.history import Committed, Effect, History, read_journals
+from tests.chaos.history import Charge, Committed, Effect, Forgotten, History, Rewind, read_journals
 from tests.chaos.schedule import Fault
 
 LEDGER, BULK = "chaos.ledger", "chaos.bulk"
+
+
+def charges(*event_ids: str, began_at: float = 1_000.0) -> tuple[Charge, ...]:
+    return tuple(Charge(event_id, began_at) for event_id in event_ids)
 
 
 def a_history() -> History:
@@ -25,7 +29,7 @@ def a_history() -> History:
         committed={one.id: one for one in committed},
         effects=tuple(effects),
         ledger={"a": (3, 600)},
-        charged=frozenset({"e1", "e2", "e3"}),
+        charges=charges("e1", "e2", "e3"),
     )
 
 
@@ -103,12 +107,59 @@ def test_a_ledger_that_does_not_add_up_is_found(ledger: dict[str, tuple[int, int
 
 
 def test_a_provider_that_was_not_asked_or_asked_for_a_ghost_is_found() -> None:
-    verdict = judge(replace(a_history(), charged=frozenset({"e1", "e2", "e9"})))
+    verdict = judge(replace(a_history(), charges=charges("e1", "e2", "e9")))
 
     assert verdict.wrong_sums == (
         "the provider was never asked for e3",
         "the provider was asked for e9, which was rolled back",
     )
+
+
+# Postgres went back at 1,002.9 and forgot e4, the third fact of the account at that time. The third fact is now e3.
+FORGOTTEN = {"e4": Forgotten("e4", at=1_002.9, answered=True)}
+
+
+def test_what_postgres_forgot_is_not_due() -> None:
+    assert judge(replace(a_history(), forgotten=FORGOTTEN)).kept
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_an_effect_of_what_postgres_forgot_is_a_phantom_and_no_more_than_that(answered: bool) -> None:
+    history = replace(a_history(), forgotten={"e4": Forgotten("e4", at=1_002.9, answered=answered)})
+    phantom = Effect(LEDGER, "e4", "a", 3, 2, 1_003.0)
+    effects = tuple(replace(one, step=one.step + 1) if one.step and one.step > 1 else one for one in history.effects)
+
+    verdict = judge(replace(history, effects=(*effects, phantom)))
+
+    assert verdict.sentences == ("chaos.ledger acted on e4, which Postgres had forgotten",)
+    assert verdict.phantoms == verdict.sentences
+
+
+def test_the_provider_may_be_asked_for_what_is_forgotten_later_by_a_handler_that_had_begun() -> None:
+    history = a_history()
+
+    verdict = judge(replace(history, forgotten=FORGOTTEN, charges=(*history.charges, *charges("e4", began_at=1_002.8))))
+
+    assert verdict.kept
+
+
+def test_the_provider_may_not_be_asked_for_what_is_forgotten_by_a_handler_that_began_since() -> None:
+    history = a_history()
+
+    verdict = judge(
+        replace(history, forgotten=FORGOTTEN, charges=(*history.charges, *charges("e4", "e4", began_at=1_003.0)))
+    )
+
+    assert verdict.sentences == ("the provider was asked for e4, which Postgres had forgotten",)
+    assert verdict.phantoms == verdict.sentences
+
+
+def test_what_postgres_remembers_is_lost_without_an_effect_also_where_other_things_are_forgotten() -> None:
+    history = replace(a_history(), forgotten=FORGOTTEN)
+
+    verdict = judge(replace(history, effects=history.effects[:-1]))
+
+    assert verdict.sentences == ("chaos.bulk never acted on e3, event 3 of a",)
 
 
 def test_where_writers_and_postgres_disagree_the_run_fails() -> None:
@@ -128,31 +179,85 @@ def heard(transaction: str) -> dict[str, object]:
 
 
 def test_a_commit_that_nobody_heard_of_is_told_by_its_row() -> None:
-    committed, rolled_back, contradictions = read_journals([asked("t1"), asked("t2")], {"t1"})
+    told = read_journals([asked("t1"), asked("t2")], {"t1"})
 
-    assert list(committed) == ["e-t1"]
-    assert committed["e-t1"].at == 5.0
-    assert rolled_back == 1
-    assert contradictions == []
+    assert list(told.committed) == ["e-t1"]
+    assert told.committed["e-t1"].at == 5.0
+    assert told.rolled_back == 1
+    assert told.contradictions == []
 
 
 def test_a_commit_that_was_heard_of_counts_from_then() -> None:
-    committed, rolled_back, contradictions = read_journals([asked("t1"), heard("t1"), {"rolled_back": 1}], {"t1"})
+    told = read_journals([asked("t1"), heard("t1"), {"rolled_back": 1}], {"t1"})
 
-    assert committed["e-t1"].at == 6.0
-    assert rolled_back == 1
-    assert contradictions == []
+    assert told.committed["e-t1"].at == 6.0
+    assert told.rolled_back == 1
+    assert told.contradictions == []
 
 
 def test_a_commit_that_was_heard_of_and_left_no_row_is_a_contradiction_and_still_due() -> None:
-    committed, _, contradictions = read_journals([asked("t1"), heard("t1")], set())
+    told = read_journals([asked("t1"), heard("t1")], set())
 
-    assert list(committed) == ["e-t1"]
-    assert len(contradictions) == 1
+    assert list(told.committed) == ["e-t1"]
+    assert len(told.contradictions) == 1
 
 
 def test_a_row_that_no_writer_asked_for_is_a_contradiction() -> None:
-    assert len(read_journals([], {"t1"})[2]) == 1
+    assert len(read_journals([], {"t1"}).contradictions) == 1
+
+
+@pytest.mark.parametrize(
+    "rewind",
+    [
+        pytest.param(Rewind(remembered_until=5.9, at=7), id="the answer came after what is remembered"),
+        pytest.param(Rewind(remembered_until=4, at=5.1), id="it went back before the answer arrived"),
+        pytest.param(Rewind(remembered_until=4, at=9), id="it went back some time later"),
+    ],
+)
+def test_an_answered_commit_without_a_row_is_forgotten_when_postgres_went_back(rewind: Rewind) -> None:
+    told = read_journals([asked("t1"), heard("t1")], set(), [rewind, Rewind(20, 21)])
+
+    assert told.committed == {}
+    assert told.forgotten == {"e-t1": Forgotten("e-t1", at=rewind.at, answered=True)}
+    assert told.contradictions == []
+    assert told.rolled_back == 0
+
+
+@pytest.mark.parametrize(
+    "rewind",
+    [
+        pytest.param(Rewind(remembered_until=6.1, at=7), id="answered before: it is remembered"),
+        pytest.param(Rewind(remembered_until=3, at=4.9), id="it had gone back before the question"),
+    ],
+)
+def test_an_answered_commit_without_a_row_is_lost_when_postgres_did_not_go_back_behind_it(rewind: Rewind) -> None:
+    told = read_journals([asked("t1"), heard("t1")], set(), [rewind])
+
+    assert list(told.committed) == ["e-t1"]
+    assert told.forgotten == {}
+    assert told.contradictions == ["transaction t1: the writer heard of a commit that Postgres lost"]
+
+
+def test_what_is_remembered_the_first_time_must_be_remembered_the_second_time() -> None:
+    told = read_journals([asked("t1"), heard("t1")], set(), [Rewind(6.5, 7), Rewind(4, 9)])
+
+    assert list(told.committed) == ["e-t1"]
+    assert len(told.contradictions) == 1
+
+
+def test_a_commit_with_a_row_is_due_whether_postgres_went_back_or_not() -> None:
+    told = read_journals([asked("t1"), heard("t1"), asked("t2")], {"t1", "t2"}, [Rewind(4, 9)])
+
+    assert list(told.committed) == ["e-t1", "e-t2"]
+    assert told.forgotten == {}
+
+
+def test_an_unanswered_commit_without_a_row_may_be_forgotten_and_may_be_rolled_back() -> None:
+    told = read_journals([asked("t1")], set(), [Rewind(4, 9)])
+
+    assert told.forgotten == {"e-t1": Forgotten("e-t1", at=9, answered=False)}
+    assert told.rolled_back == 1
+    assert told.contradictions == []
 
 
 # Times -------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ from sqlalchemy import make_url
 
 from tests.chaos.commits import PostgresProxy, Replies
 
-pytestmark = pytest.mark.servers
-
 
 @pytest.fixture
 def proxy(fresh_database_url: str) -> Iterator[PostgresProxy]:

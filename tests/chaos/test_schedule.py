@@ -1,5 +1,7 @@
 """The schedule of faults is a pure function of the seed."""
 
+from itertools import pairwise
+
 import pytest
 
 from tests.chaos.faults import FAULTS
@@ -14,13 +16,24 @@ def test_the_same_seed_gives_the_same_schedule() -> None:
 def test_a_schedule_does_not_depend_on_python_s_own_chance() -> None:
     # Written down: a change of the kinds or of the drawing makes old seeds worthless, and should be meant.
     assert [str(fault) for fault in schedule(1, 8)] == [
-        "  1.00 s  relay_leader_terminated          for 0.00 s  dice 0.76",
-        "  3.41 s  writer_killed                    for 0.00 s  dice 0.42",
+        "  1.00 s  relay_leader_terminated          for 0.00 s  dice 0.92",
+        "  3.35 s  postgres_backends_terminated     for 0.00 s  dice 0.63",
+        "  7.53 s  writer_killed                    for 0.00 s  dice 0.50",
     ]
 
 
 def test_every_kind_happens_in_a_long_run_and_has_something_that_does_it() -> None:
     assert {fault.kind for fault in schedule(1, 300)} == set(KINDS) == set(FAULTS)
+
+
+def test_only_the_chosen_kinds_happen_and_leave_their_part_alone_for_a_while() -> None:
+    chosen = {"postgres_failed_over", "postgres_snapshot_restored"}
+
+    faults = schedule(1, 120, only=chosen)
+
+    assert {fault.kind for fault in faults} == chosen
+    # Something must be committed in between that the next one remembers.
+    assert all(later.at - sooner.ends_at >= 2.9 for sooner, later in pairwise(faults))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -24,8 +24,6 @@ from workers import operations
 from workers.home import Home
 from workers.routes import ROUTES
 
-pytestmark = pytest.mark.servers
-
 _ROWS = 6_000
 _SYMBOLS = 30
 

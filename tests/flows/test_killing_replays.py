@@ -19,8 +19,6 @@ from tests.support import eventually
 from tests.system import System, system_for
 from workers.operations import replays
 
-pytestmark = pytest.mark.servers
-
 ROOT = Path(__file__).parents[2]
 _SYMBOLS = [f"S{number}" for number in range(30)]
 _EVENTS = 50  # of each symbol

@@ -23,7 +23,7 @@ from tests.support import eventually
 from tests.system import System, system_for
 from workers.settings import Settings
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture

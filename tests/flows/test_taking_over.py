@@ -18,8 +18,6 @@ from tests.flows.replay_process import HELD, ROUTE
 from tests.support import eventually
 from tests.system import System, system_for
 
-pytestmark = pytest.mark.servers
-
 ROOT = Path(__file__).parents[2]
 
 Start = Callable[[str], "subprocess.Popen[bytes]"]

@@ -301,7 +301,6 @@ def test_each_line_of_a_file_is_taken_or_refused_with_its_number(file: Path, dat
             assert numbers == filled
 
 
-@pytest.mark.servers
 @given(data=FILES, format=st.sampled_from(["csv", "jsonl"]), per_transaction=st.integers(1, 5))
 @settings(max_examples=examples(30, 2_000))
 def test_the_totals_of_a_file_add_up(

@@ -204,7 +204,6 @@ class Counted:
         return self("select count(*) from dovecote.outbox, dovecote.relay_state where position > checkpoint")
 
 
-@pytest.mark.servers
 def test_old_code_works_on_the_new_schema_and_hands_over_to_new_code(
     old_code: Path, start: Start, fresh_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
@@ -231,7 +230,6 @@ def test_old_code_works_on_the_new_schema_and_hands_over_to_new_code(
     assert count("select count(*) from dovecote.processed_events") == 9 * MEMBERSHIPS
 
 
-@pytest.mark.servers
 def test_new_code_on_the_old_schema_writes_at_once_and_works_once_it_is_migrated(
     old_code: Path, start: Start, empty_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:

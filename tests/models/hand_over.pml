@@ -6,9 +6,10 @@
  * its next statement; or the lock alone is gone and it hears nothing, which Postgres does not do but a proxy
  * or an operator might. Redis is flushed, or restarts without some of what it was given last.
  *
- * In the code:  workers/relay/relay.py, workers/relay/leading.py, workers/lua/{claim_epoch,publish}.lua.
+ * In the code:  workers/relay/{relay,leading,history}.py, workers/lua/{claim,publish}.lua.
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
- * Not in here:  positions out of order (reading.pml), bundles, retries, what a consumer does to act once.
+ * Not in here:  a Postgres that forgets its last records (history.pml: there everything in it goes back to an earlier
+ *               state at once), positions out of order (reading.pml), bundles, retries, what a consumer does to act once.
  */
 
 #define EVENTS  2
@@ -57,7 +58,7 @@ bool killed[3], session[3];
 
 #define STATEMENT  if :: !session[me] -> goto again :: else fi    /* the session may have ended */
 
-/* claim_epoch.lua, for a Redis that lost what it knew: the marker becomes ours, unless a newer relay was here. */
+/* claim.lua, for a Redis that lost what it knew: the marker becomes ours, unless a newer relay was here. */
 inline claim() {
     atomic {
         if
@@ -114,11 +115,11 @@ end_standby:
         atomic { holder == NOBODY -> holder = me; session[me] = true }
         atomic {                                         /* one UPDATE */
             STATEMENT;
-            epoch++; mine = epoch; from = checkpoint; upto = from; known = known_id; expected = known_marker
+            epoch = (epoch > marker -> epoch : marker) + 1; mine = epoch; from = checkpoint; upto = from; known = known_id; expected = known_marker
         }
 greet: true;
         found_id = run_id;
-        atomic {                                         /* one call of claim_epoch.lua */
+        atomic {                                         /* one call of claim.lua */
             if
             :: marker > mine -> goto again
             :: AS_KNOWN -> marker = mine; claimed = (claimed > mine -> claimed : mine); trusted = true

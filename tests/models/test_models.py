@@ -21,15 +21,16 @@ thorough = pytest.mark.skipif(
 )
 
 
-def check(place: Path, model: str, defined: str, fairly: bool = False) -> str:
+def check(place: Path, model: str, defined: str, fairly: bool = False, broken: bool = False) -> str:
     """Return what Spin found out about the model: nothing, or its first error.
 
-    With `fairly`, check that what is promised comes at last, where no process is left out for ever.
+    With `fairly`, check that what is promised comes at last, where no process is left out for ever. A `broken` one has
+    its error among the first thousands of states: to optimise takes longer than to look.
     """
     defines = [f"-D{word}" for word in defined.split()]
     run(place, "spin", *defines, "-a", str(MODELS / model))
     kind = ["-DNFAIR=4"] if fairly else ["-DSAFETY", "-DNOCLAIM"]
-    run(place, "gcc", "-O2", "-w", *kind, "-o", "pan", "pan.c")
+    run(place, "gcc", "-O0" if broken else "-O2", "-w", *kind, "-o", "pan", "pan.c")
     told = run(place, "./pan", "-m20000", "-w24", *(["-a", "-f"] if fairly else []))
     assert "max search depth too small" not in told, told
     errors = [line for line in told.splitlines() if line.startswith("pan:1: ")]
@@ -80,7 +81,7 @@ def test_everything_committed_is_sent_at_last(tmp_path: Path) -> None:
     }.items(),
 )
 def test_a_reading_that_is_broken_is_found_out(tmp_path: Path, broken: str, found: str) -> None:
-    assert "assertion violated" in (error := check(tmp_path, "reading.pml", broken))
+    assert "assertion violated" in (error := check(tmp_path, "reading.pml", broken, broken=True))
     assert found in error
 
 
@@ -116,5 +117,39 @@ def test_relays_that_take_turns_lose_nothing(tmp_path: Path, trouble: str) -> No
     ],
 )
 def test_a_hand_over_that_is_broken_is_found_out(tmp_path: Path, broken: str, trouble: str, found: str) -> None:
-    assert "assertion violated" in (error := check(tmp_path, "hand_over.pml", f"{broken} {trouble}"))
+    assert "assertion violated" in (error := check(tmp_path, "hand_over.pml", f"{broken} {trouble}", broken=True))
+    assert found in error
+
+
+def goes_back(events: int = 1, backs: int = 1, deaths: int = 0, flushes: int = 0) -> str:
+    return f"EVENTS={events} BACKS={backs} DEATHS={deaths} FLUSHES={flushes}"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        pytest.param(goes_back(), id="Postgres goes back"),
+        pytest.param(f"SAME_RUN BEAT_BETWEEN {goes_back()}", id="with its memory, past a beat"),
+        pytest.param(goes_back(events=2), id="two events", marks=thorough),
+        pytest.param(goes_back(deaths=1), id="and a death", marks=thorough),
+        pytest.param(goes_back(flushes=1), id="and Redis is flushed", marks=thorough),
+    ],
+)
+def test_what_a_postgres_that_went_back_remembers_is_done_and_nothing_else(tmp_path: Path, trouble: str) -> None:
+    assert check(tmp_path, "history.pml", trouble) == ""
+
+
+@pytest.mark.parametrize(
+    ("broken", "trouble", "found"),
+    [
+        ("NO_RUN", goes_back(), "done"),
+        ("NO_SALT", goes_back(), "done"),
+        ("ACTS_ON_ANY", goes_back(), "hand&events"),
+        ("SAME_RUN NO_BEAT", goes_back(), "done"),
+        ("DROP_UNFENCED", goes_back(flushes=1), "done"),
+        ("KNOWN_BEFORE_SENT_AGAIN", goes_back(backs=0, deaths=1, flushes=1), "done"),
+    ],
+)
+def test_a_history_that_is_broken_is_found_out(tmp_path: Path, broken: str, trouble: str, found: str) -> None:
+    assert "assertion violated" in (error := check(tmp_path, "history.pml", f"{broken} {trouble}"))
     assert found in error

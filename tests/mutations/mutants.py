@@ -4,13 +4,17 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
+from tests.mutations.leftovers import LEFTOVERS
+from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
+from tests.mutations.progress import PROGRESS, PROGRESS_SQL
 from tests.mutations.queues import QUEUES
 
 READING = "tests/workers/relay/test_reading_forward.py"
 GAPS = "tests/workers/relay/test_gaps.py"
 HELD = "tests/workers/relay/test_held_writers.py"
 RELAY = "tests/workers/relay/test_relay.py"
+HISTORY = "tests/workers/relay/test_history.py"
 SIZES = "tests/workers/relay/test_sizes.py"
 UNREADABLE = "tests/workers/relay/test_unreadable_rows.py"
 BROKER = "tests/workers/test_broker.py"
@@ -39,17 +43,104 @@ TAKING_OVER = "tests/flows/test_taking_over.py"
 PAUSING = "tests/workers/test_pausing.py"
 CARELESS = "tests/workers/test_careless_handlers.py"
 ROUTES = "tests/workers/test_routes.py"
+LOOKUP = "tests/workers/test_lookup.py"
 BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
+SEQUENCE = "tests/workers/relay/test_sequence.py"
+STANDBY = "tests/workers/relay/test_standby.py"
+
+CLAIM = "workers/lua/claim.lua"
+SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 SIZES_SQL = "migrations/sql/0017_sizes.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
+LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
+LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
 MUTANTS = (
+    # The sequence of positions ------------------------------------------------------------------
+    Mutant(
+        "a sequence that was set back is read on",
+        "workers/relay/reading.py",
+        "if row[0] < self._horizon[0]:",
+        "if False:",
+        SEQUENCE,
+    ),
+    Mutant(
+        "a relay leads whatever is wrong with the sequence",
+        "workers/relay/relay.py",
+        "if locked and self._may_lead(connection):",
+        "if locked:",
+        SEQUENCE,
+    ),
+    Mutant(
+        "nobody looks at the sequence while a relay leads",
+        "workers/relay/leading.py",
+        "        self._sequence.look()\n",
+        "",
+        SEQUENCE,
+    ),
+    Mutant(
+        "what was written before the sequence was mended by hand stays unread",
+        "workers/relay/sequence.py",
+        "    if was_refused:\n",
+        "    if False:\n",
+        SEQUENCE,
+    ),
+    Mutant(
+        "an idle leader does not notice that the sequence was recovered",
+        "workers/relay/sequence.py",
+        "if epoch != self._epoch:",
+        "if False:",
+        SEQUENCE,
+    ),
+    Mutant(
+        "recovering does not wait for who has written, and sessions keep their blocks",
+        SEQUENCE_SQL,
+        "    alter sequence dovecote.outbox_position cache 1;\n",
+        "",
+        SEQUENCE,
+    ),
+    Mutant(
+        "events keep the positions that hide them",
+        SEQUENCE_SQL,
+        "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
+        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
+        SEQUENCE,
+    ),
+    Mutant(
+        "an event that was read gets a new position too",
+        SEQUENCE_SQL,
+        "and coalesce(not batch.was_read, o.position",
+        "and (true or o.position",
+        SEQUENCE,
+    ),
+    Mutant(
+        "a sequence that was not called yet has handed out nothing",
+        SEQUENCE_SQL,
+        "    select case when is_called then last_value else last_value - 1 end into",
+        "    select case when is_called then last_value else 0 end into",
+        SEQUENCE,
+    ),
+    # Publishing after a standby -----------------------------------------------------------------
+    Mutant(
+        "a batch does not wait for a standby",
+        "workers/relay/leading.py",
+        "        self._standby.await_flush()\n        sent = 0\n",
+        "        sent = 0\n",
+        STANDBY,
+    ),
+    Mutant(
+        "what nobody flushes is waited for",
+        "workers/relay/standby.py",
+        "                self._records.execute(_FLUSH)\n",
+        "",
+        STANDBY,
+    ),
     # Writing ------------------------------------------------------------------------------------
     Mutant(
         "no floor is announced",
@@ -506,18 +597,165 @@ MUTANTS = (
         f"{BROKER} {RELAY}",
     ),
     Mutant(
+        "a relay of another history may publish",
+        "workers/lua/publish.lua",
+        "if redis.call('hget', KEYS[2], 'history') ~= ARGV[2] then",
+        "if false then",
+        f"{BROKER}::test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same",
+    ),
+    Mutant(
         "an older relay takes the marker back",
-        "workers/lua/claim_epoch.lua",
-        "if found <= tonumber(ARGV[1]) and",
+        CLAIM,
+        "if found > tonumber(ARGV[1]) or",
         "if",
-        f"{BROKER} {RELAY}",
+        f"{BROKER}::test_only_the_newest_epoch_publishes",
+    ),
+    Mutant(
+        "a relay that came in between is not noticed by who claims",
+        CLAIM,
+        "or (known[1] or '') ~= ARGV[5] then",
+        "then",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
     ),
     Mutant(
         "the marker is not compared where it is claimed",
-        "workers/lua/claim_epoch.lua",
-        "and (not ARGV[2] or found == tonumber(ARGV[2])) then",
+        CLAIM,
+        "if found ~= tonumber(ARGV[6]) or",
+        "if",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
+    ),
+    Mutant(
+        "the run of Postgres that Redis knows is not compared",
+        CLAIM,
+        "or known[2] ~= ARGV[3]\n",
+        "\n",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
+    ),
+    Mutant(
+        "a Redis that went back with its memory is taken for known",
+        CLAIM,
+        "or beat < tonumber(ARGV[7]) or",
+        "or",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
+    ),
+    Mutant(
+        "a Postgres that went back with its memory is taken for known",
+        CLAIM,
+        "or beat > tonumber(ARGV[4]) then",
         "then",
-        f"{BROKER} {RELAY}",
+        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
+    ),
+    Mutant(
+        "a leader does not notice that Redis went back by a beat",
+        "workers/lua/beat.lua",
+        "or beat < tonumber(ARGV[4]) or",
+        "or",
+        f"{HISTORY}::test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it",
+    ),
+    Mutant(
+        "a relay that was left behind drops what its follower has sent",
+        "workers/lua/drop.lua",
+        "or redis.call('hget', KEYS[4], 'history') ~= ARGV[2] then",
+        "then",
+        f"{BROKER}::test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same",
+    ),
+    Mutant(
+        "others' messages are dropped with ours",
+        "workers/lua/drop.lua",
+        "if #id == 33 and string.find(id, '^[br][0-9a-f]+$') then",
+        "if true then",
+        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
+    ),
+    Mutant(
+        "marks of messages that were dropped stay",
+        "workers/lua/drop.lua",
+        "    redis.call('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
+        "",
+        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
+    ),
+    Mutant(
+        "what is put aside is not dropped",
+        "workers/relay/marker.py",
+        "[*((queue, queue) for queue in queues), *aside]",
+        "[(queue, queue) for queue in queues]",
+        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
+    ),
+    Mutant(
+        "a system whose namespace begins as ours loses its messages",
+        "workers/relay/marker.py",
+        '            if ":" not in queue\n',
+        "",
+        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
+    ),
+    Mutant(
+        "another run of Postgres is taken for the one that knew Redis",
+        "workers/relay/history.py",
+        "taken.known_redis if taken.instance == taken.run else None",
+        "taken.known_redis",
+        f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
+    ),
+    Mutant(
+        "a message that is sent again has the id of the one that was dropped",
+        "workers/relay/leading.py",
+        "        self._bundler.salt = self._history.salt\n",
+        "",
+        f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
+    ),
+    Mutant(
+        "Redis is told of a beat that is not on disk",
+        "workers/relay/history.py",
+        "    select setval('dovecote.relay_beat', %s), {_DURABLY}\n",
+        "    select setval('dovecote.relay_beat', %s)\n",
+        f"{HISTORY}::test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event",
+    ),
+    Mutant(
+        "the beat moves while nothing is under way",
+        "workers/relay/history.py",
+        "or not (self._under_way or self._broker.sent != self._sent):",
+        "or False:",
+        f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
+    ),
+    Mutant(
+        "the beat stands still while messages wait",
+        "workers/relay/history.py",
+        "self._under_way or usage.under_way",
+        "False",
+        f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
+    ),
+    Mutant(
+        "the epoch goes up one by one",
+        "workers/relay/history.py",
+        "set epoch = greatest(epoch, %(past)s) + 1",
+        "set epoch = epoch + 1 + 0 * %(past)s",
+        f"{HISTORY}::test_the_epoch_jumps_past_everything_that_redis_has_heard_of",
+    ),
+    Mutant(
+        "a relay of an older Postgres leads",
+        "workers/relay/history.py",
+        "if lives and ours and theirs and theirs.is_newer_than(ours):",
+        "if False:",
+        f"{HISTORY}::test_a_relay_stands_back_while_one_of_a_newer_postgres_lives",
+    ),
+    Mutant(
+        "a leader that sends again for long is taken for dead",
+        "workers/relay/history.py",
+        "            with self._seen_to_live():\n                send_again()\n",
+        "            send_again()\n",
+        f"{HISTORY}::test_a_leader_that_sends_again_for_long_is_not_taken_for_dead",
+    ),
+    Mutant(
+        "two sessions of one leadership may lead to two servers",
+        "workers/relay/history.py",
+        "        if (found := run_of(self._records)) != self._claim.instance:\n",
+        "        if (found := run_of(self._records)) is None:\n",
+        f"{HISTORY}::test_both_sessions_of_a_leader_are_of_one_run",
+    ),
+    Mutant(
+        "a leader takes Redis back from a newer Postgres",
+        "workers/relay/history.py",
+        "        require_right_of_way(self._claim.instance, seen)\n",
+        "",
+        f"{HISTORY}::test_a_leader_whose_redis_a_newer_postgres_has_taken_drops_nothing_there",
     ),
     Mutant(
         "a message is queued again while it is queued",
@@ -531,7 +769,7 @@ MUTANTS = (
         "workers/relay/leading.py",
         "        self._unrouted.write(self._records)\n        self._through_outages(self._check_redis)\n",
         "        self._unrouted.write(self._records)\n",
-        RELAY,
+        f"{RELAY} {HISTORY}",
     ),
     Mutant(
         "what Redis lost is not sent again",
@@ -542,9 +780,11 @@ MUTANTS = (
     ),
     Mutant(
         "a Redis is known before what it lost is sent again",
-        "workers/relay/leading.py",
-        "            self._know_redis(None)\n",
-        "            self._know_redis(known_redis(run_id, self._epoch))\n",
+        "workers/relay/history.py",
+        "        self._confirmed_beat = self._claim.beat\n        if self._sends_again:\n",
+        "        self._confirmed_beat = self._claim.beat\n"
+        "        self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))\n"
+        "        if self._sends_again:\n",
         RELAY,
     ),
     Mutant(
@@ -630,15 +870,15 @@ MUTANTS = (
     Mutant(
         "the relay waits for a worker that holds a retry",
         "workers/relay/leases.py",
-        "skip locked\n    )\n    update dovecote.deliveries d set next_attempt_at = now()\n    from leased",
-        "\n    )\n    update dovecote.deliveries d set next_attempt_at = now()\n    from leased",
+        "skip locked\n    )\n    update dovecote.deliveries d set next_attempt_at = now(), leased_until",
+        "\n    )\n    update dovecote.deliveries d set next_attempt_at = now(), leased_until",
         f"{RELAY}::test_a_relay_waits_for_no_worker_that_holds_a_delivery",
     ),
     Mutant(
         "a retry that was sent is forgotten",
         "workers/relay/leases.py",
-        " next_attempt_at = now() + make_interval(secs => %(lease_seconds)s)",
-        " next_attempt_at = now() + interval '1 year'",
+        "next_attempt_at = lease.until, leased_until = lease.until,",
+        "next_attempt_at = now() + interval '1 year', leased_until = now() + interval '1 year',",
         RELAY,
     ),
     # Consuming ----------------------------------------------------------------------------------
@@ -673,8 +913,9 @@ MUTANTS = (
     Mutant(
         "a failure that cannot be recorded is acknowledged",
         "workers/consume.py",
-        "        states = self._held(write)\n",
-        "        try:\n            states = write()\n        except Exception:\n            states, so_far = [], {}\n",
+        "        failed, states, absent = self._held(write)\n",
+        "        try:\n            failed, states, absent = write()\n"
+        "        except Exception:\n            failed, states, absent = [], [], []\n",
         CONSUME,
     ),
     Mutant(
@@ -686,23 +927,23 @@ MUTANTS = (
     ),
     Mutant(
         "a redelivered bundle takes up what failed, before its time",
-        "workers/consume.py",
-        "found = deliveries.not_yet_failed(session, bundle.route, bundle.envelopes)",
-        "found = list(bundle.envelopes)",
+        "workers/deliveries.py",
+        "        where event_id not in (select d.event_id from dovecote.deliveries d\n",
+        "        where true or event_id not in (select d.event_id from dovecote.deliveries d\n",
         CONSUME,
     ),
     Mutant(
         "a retry takes up what is no longer due",
-        "workers/consume.py",
-        "found = deliveries.still_due(session, bundle.route, bundle.envelopes, bundle.replay)",
-        "found = list(bundle.envelopes)",
+        "workers/deliveries.py",
+        "select event_id from due where event_id not in (select event_id from absent)",
+        "select event_id from bundle where event_id not in (select event_id from absent)",
         CONSUME,
     ),
     Mutant(
         "two workers with one retry do not wait for each other",
         "workers/deliveries.py",
-        "where handler_name = :handler_name)\n    for update\n",
-        "where handler_name = :handler_name)\n",
+        "where handler_name = %(handler_name)s)\n        for update\n",
+        "where handler_name = %(handler_name)s)\n",
         CONSUME,
     ),
     Mutant(
@@ -743,7 +984,7 @@ MUTANTS = (
     Mutant(
         "an event parked while the one before it commits is left to the relay",
         "workers/consume.py",
-        "            self._held(partial(self._release_parked, route, parked))\n",
+        "            self._held(partial(self._release_parked, route, done.parked))\n",
         "            pass\n",
         f"{RELEASING}::test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once",
     ),
@@ -756,29 +997,29 @@ MUTANTS = (
     ),
     Mutant(
         "one that failed takes along what waits behind it",
-        RELEASING_SQL,
+        LEFTOVERS_SQL,
         "continue when due.attempts > 0 or due.error is not null or",
         "continue when",
         f"{RELEASING}::test_one_that_fails_again_and_again_takes_nothing_along",
     ),
     Mutant(
         "one that was released goes alone",
-        RELEASING_SQL,
-        "continue when behind is null or behind < 1;",
+        LEFTOVERS_SQL,
+        "continue when behind < 1;",
         "continue;",
         f"{RELEASING}::test_a_released_event_is_written_once_and_sent_in_full_bundles",
     ),
     Mutant(
         "a lease that was lost takes more along",
-        RELEASING_SQL,
+        LEFTOVERS_SQL,
         "or due.error is not null or due.leased_until is not null;",
         "or due.error is not null;",
         f"{RELEASING}::test_a_message_that_was_leased_and_never_sent_goes_out_again_as_it_was",
     ),
     Mutant(
         "a bundle of released events is as large as they are",
-        RELEASING_SQL,
-        "exit when coalesce(size, 0) > of_bundle;",
+        LEFTOVERS_SQL,
+        "exit when size > of_bundle;",
         "",
         f"{RELEASING}::test_a_bundle_of_released_events_is_bounded_in_bytes",
     ),
@@ -798,7 +1039,7 @@ MUTANTS = (
     ),
     Mutant(
         "a discarded event blocks its aggregate",
-        RELEASING_SQL,
+        PROGRESS_SQL,
         "is distinct from 'discarded'",
         "is distinct from 'nothing'",
         CONSUME,
@@ -1047,8 +1288,8 @@ MUTANTS = (
     Mutant(
         "what is done is recorded as unreadable",
         "workers/consume.py",
-        "those = _still_open(session, bundle) if if_open else bundle.envelopes",
-        "those = bundle.envelopes",
+        "those = deliveries.still_open(session, bundle.of(found.to_do)) if if_open else found.to_do",
+        "those = found.to_do",
         BAD_EVENTS,
     ),
     Mutant(
@@ -1069,8 +1310,8 @@ MUTANTS = (
     Mutant(
         "nobody reaps the dead",
         "workers/broker.py",
-        "                for name in (queue, dq_name(queue)):\n                    self._reap(",
-        "                for name in ():\n                    self._reap(",
+        "            for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:\n",
+        "            for name in ():\n",
         BROKER,
     ),
     Mutant(
@@ -1194,20 +1435,148 @@ MUTANTS = (
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
     ),
+    # What is not in the outbox ------------------------------------------------------------------
+    Mutant(
+        "an event of any order that is not in the outbox is acted on",
+        "workers/deliveries.py",
+        "          and event_id not in (select event_id from absent)\n        order by event_id\n",
+        "        order by event_id\n",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "an event in order that is not in the outbox is acted on",
+        "workers/deliveries.py",
+        "          and event_id not in (select event_id from absent)\n    ) {REST}",
+        "    ) {REST}",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "a retry that is not in the outbox is acted on",
+        "workers/deliveries.py",
+        "select event_id from due where event_id not in (select event_id from absent)",
+        "select event_id from due",
+        f"{LOOKUP}::test_a_retry_of_what_is_not_in_the_outbox_is_passed_over",
+    ),
+    Mutant(
+        "any event of that id is the event",
+        LOOKUP_SQL,
+        """where (select o."position" = event."position" and o.event_type = event.type""",
+        """where (select o."position" = event."position" """,
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "an event at another position is the event",
+        LOOKUP_SQL,
+        """where (select o."position" = event."position" and o.event_type = event.type""",
+        """where (select o.event_type = event.type""",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "what does not say its run is of this one",
+        "workers/lookup.py",
+        "where (select is_other from run) is not false\n",
+        "where (select is_other from run)\n",
+        f"{LOOKUP}::test_a_retry_of_what_is_not_in_the_outbox_is_passed_over",
+    ),
+    Mutant(
+        "every bundle is looked up",
+        "workers/lookup.py",
+        "where (select is_other from run) is not false\n",
+        "where true\n",
+        f"{LOOKUP}::test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres",
+    ),
+    Mutant(
+        "a copy of the database is the same run",
+        LOOKUP_SQL,
+        "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
+        "''",
+        f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",
+    ),
+    Mutant(
+        "what a hand has written into a message is asked as it is",
+        "workers/lookup.py",
+        'envelope.type.replace("\\0", "\\ufffd")',
+        "envelope.type",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "a failure of what is not in the outbox is recorded",
+        "workers/consume.py",
+        "there = {envelope.event_id for envelope in found.to_do} & so_far.keys()",
+        "so_far |= {envelope.event_id: SoFar() for envelope in found.absent}\n                there = so_far.keys()",
+        f"{LOOKUP}::test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery",
+    ),
+    Mutant(
+        "the last words of a stuck process are of what is not in the outbox",
+        "workers/stuck.py",
+        "        if lookup.look_up(session, Bundle(watch.route, [envelope])).absent:\n            return\n",
+        "",
+        f"{LOOKUP}::test_an_event_that_is_forgotten_while_its_handler_is_stuck_gets_no_delivery",
+    ),
+    Mutant(
+        "what is acted on in another history is acknowledged",
+        "workers/lookup.py",
+        "    if not found.absent and not found.of_other_run:\n",
+        "    if not found.absent:\n",
+        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
+    ),
+    Mutant(
+        "what is absent in another history is acknowledged",
+        "workers/lookup.py",
+        "    if not found.absent and not found.of_other_run:\n",
+        "    if True:\n",
+        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
+    ),
+    Mutant(
+        "another history is a failure of the event",
+        "workers/consume.py",
+        "                except (HandlerPaused, lookup.OtherHistory):\n",
+        "                except HandlerPaused:\n",
+        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
+    ),
+    Mutant(
+        "a consumer does not ask Redis for the history",
+        "workers/bootstrap.py",
+        "        consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)\n",
+        "",
+        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
+    ),
+    Mutant(
+        "an effect is lost in a crash that its acknowledgement survives",
+        "workers/lookup.py",
+        "select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}",
+        "select dovecote.outbox_run() <> %(sent_in)s::text, null",
+        f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
+    ),
+    Mutant(
+        "a DBA's choice of synchronous_commit is lowered",
+        "domain/database.py",
+        "pg_catalog.current_setting('synchronous_commit') = 'off'",
+        "true",
+        f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
+    ),
+    Mutant(
+        "an operator's change is lost in a crash",
+        "workers/operations/audit.py",
+        "(select {DURABLE})",
+        "(select 1)",
+        f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
+    ),
     # Pausing ------------------------------------------------------------------------------------
     Mutant(
         "a paused handler acts on new events",
         "workers/deliveries.py",
+        "d.event_id = bundle.event_id)\n"
         "          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)\n",
-        "",
+        "d.event_id = bundle.event_id)\n",
         PAUSING,
     ),
     Mutant(
         "a paused ordered handler acts on new events",
         "workers/deliveries.py",
-        "    union all\n    select unnest(cast(:event_ids as uuid[])) from dovecote.paused_handlers"
-        " where handler_name = :handler_name\n",
-        "",
+        "any(%(event_ids)s::uuid[]))\n"
+        "          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)\n",
+        "any(%(event_ids)s::uuid[]))\n",
         PAUSING,
     ),
     Mutant(
@@ -1270,7 +1639,7 @@ MUTANTS = (
     Mutant(
         "effects are not counted",
         "workers/consume.py",
-        "            self.meters.acted(route.handler, acted, again=bundle.replay is not None)\n",
+        "            self.meters.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
         "",
         TOLD,
     ),
@@ -1331,4 +1700,7 @@ MUTANTS = (
         SERVING,
     ),
     *QUEUES,
+    *PROGRESS,
+    *LOSSES,
+    *LEFTOVERS,
 )

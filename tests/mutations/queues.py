@@ -1,12 +1,14 @@
 """Mutants of what keeps writers, sessions and full queues from stopping each other."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.progress import PROGRESS_SQL
 
 HOSTILE = "tests/workers/test_hostile_settings.py"
 FULL_NOTIFY = "tests/workers/test_full_notify_queue.py"
 
 POSTPONED = "tests/workers/relay/test_postponed.py"
 NEW_HANDLER = "tests/workers/relay/test_new_handler.py"
+MISSING = "tests/workers/relay/test_missing.py"
 
 POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
@@ -60,22 +62,22 @@ QUEUES = (
     Mutant(
         "what was published before a handler's time is missing",
         "workers/relay/missing.py",
-        "and not s.published_above @> o.position and",
-        "and",
-        NEW_HANDLER,
+        "      and not w.published_above @> found.position\n",
+        "",
+        MISSING,
     ),
     Mutant(
         "what was published before a handler's time is waited for",
-        POSTPONED_SQL,
-        "          and (s.published_above is null or not s.published_above @> o.position)\n",
-        "",
+        PROGRESS_SQL,
+        "not s.published_above @> o.position)\n          and not exists",
+        "true)\n          and not exists",
         NEW_HANDLER,
     ),
     Mutant(
         "what was published before a handler's time keeps a week",
-        POSTPONED_SQL,
-        "             and not s.published_above @> o.position\n",
-        "",
+        PROGRESS_SQL,
+        "and not s.published_above @> o.position and o.position > s.mark\n",
+        "and o.position > s.mark\n",
         NEW_HANDLER,
     ),
     Mutant(
@@ -86,9 +88,9 @@ QUEUES = (
         NEW_HANDLER,
     ),
     Mutant(
-        "what was published before a handler's time is under way",
-        "workers/operations/status.py",
-        "      and (s.published_above is null or not s.published_above @> n.position)\n",
+        "what was published before a handler's time is unprocessed",
+        PROGRESS_SQL,
+        "          and (isempty(w.published_above) or not w.published_above @> f.position)\n",
         "",
         NEW_HANDLER,
     ),
@@ -166,8 +168,8 @@ QUEUES = (
     Mutant(
         "retries go on to a full queue",
         "workers/relay/leading.py",
-        "but_for=sorted(self._postponed.full)",
-        "but_for=()",
+        "[route for route in self._routes if route.handler not in self._postponed.full]",
+        "self._routes",
         f"{POSTPONED}::test_retries_and_replays_wait_for_room",
     ),
     Mutant(

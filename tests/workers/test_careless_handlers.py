@@ -334,6 +334,7 @@ def test_what_a_handler_does_to_its_transaction_is_its_failure_and_its_mates_go_
     assert all(envelope.aggregate_id != "told" for envelope in bench.envelopes())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("ordered", [False, True], ids=["in any order", "in order"])
 @pytest.mark.parametrize("what", ["session.rollback()", "swallowed error", "session.commit()", "SQL commit; begin"])
 def test_it_is_tried_again_on_its_schedule_and_then_dead(bench: Bench, what: str, ordered: bool) -> None:
@@ -349,6 +350,7 @@ def test_it_is_tried_again_on_its_schedule_and_then_dead(bench: Bench, what: str
     assert (state, attempts) == ("dead", 3)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("bulk", [False, True], ids=["single", "bulk"])
 @pytest.mark.parametrize("what", ["session.rollback()", "swallowed error", "session.commit()", "SQL commit; begin"])
 def test_in_a_replay_it_fails_for_that_replay(bench: Bench, what: str, bulk: bool) -> None:
@@ -368,6 +370,7 @@ def test_in_a_replay_it_fails_for_that_replay(bench: Bench, what: str, bulk: boo
     assert failures_of(bench, "test.note") == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("bulk", [False, True], ids=["single", "bulk"])
 @pytest.mark.parametrize("what", REFUSED_BY_OTHERS)
 def test_what_the_driver_or_sqlalchemy_refuses_is_a_failure_and_leaves_nothing(
@@ -493,6 +496,7 @@ def generated() -> Any:
     yield 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("returned", "words"),
     [

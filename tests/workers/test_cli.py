@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from domain import billing
 from domain.database import connect, sessions_for
 from domain.unit_of_work import unit_of_work
+from tests import commands
 from tests.conftest import Servers
 from tests.support import a_place_for_servers, are_there
 from tests.system import system_for
@@ -45,11 +46,15 @@ HANDLER_KEYS = {
     "at_least",
 }
 RELAY_KEYS = {
+    "fault",
     "lag_events",
     "lag_seconds",
     "leading",
     "owner",
     "epoch",
+    "history",
+    "instance",
+    "stands_back_for",
     "checkpoint",
     "published",
     "published_per_second",
@@ -58,16 +63,7 @@ RELAY_KEYS = {
 
 
 def dovecote(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "workers", *arguments],
-        env=environment(home, variables),
-        cwd=home,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return commands.run_text([*arguments], environment(home, variables), home)
 
 
 def environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
@@ -87,7 +83,6 @@ def write_a_membership(url: str) -> None:
 # Looking -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.servers
 def test_status_of_a_system_that_nobody_leads_shows_what_waits(tmp_path: Path, fresh_database_url: str) -> None:
     write_a_membership(fresh_database_url)
 
@@ -107,7 +102,6 @@ def test_status_of_a_system_that_nobody_leads_shows_what_waits(tmp_path: Path, f
     assert billing_handler["oldest_unprocessed_seconds"] > 0
 
 
-@pytest.mark.servers
 def test_status_of_a_system_at_work_shows_its_leader_and_what_is_done(tmp_path: Path, settings: Settings) -> None:
     url = settings.database.url.get_secret_value()
 
@@ -247,7 +241,6 @@ def test_a_database_that_was_never_migrated_is_named_as_such(
     assert_one_sentence(done, 1, "the database has no Dovecote schema", "run `dovecote migrate`")
 
 
-@pytest.mark.servers
 def test_a_wrong_password_is_one_sentence_without_it(tmp_path: Path, servers: Servers) -> None:
     url = make_url(servers.postgres_url).set(password="hunter2secret").render_as_string(hide_password=False)
 
@@ -256,7 +249,6 @@ def test_a_wrong_password_is_one_sentence_without_it(tmp_path: Path, servers: Se
     assert_one_sentence(done, 1, "password authentication failed")
 
 
-@pytest.mark.servers
 def test_a_revision_that_does_not_exist_is_one_sentence(tmp_path: Path, fresh_database_url: str) -> None:
     done = dovecote(tmp_path, "migrate", "--to", "9999", DATABASE_URL=fresh_database_url)
 

@@ -18,8 +18,6 @@ from tests.workers.test_cli import assert_one_sentence, dovecote, environment
 from workers import operations
 from workers.operations import Filter
 
-pytestmark = pytest.mark.servers
-
 HANDLER = "pricing.apply_quotes"
 
 

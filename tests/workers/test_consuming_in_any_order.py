@@ -31,8 +31,6 @@ from workers.gateways.errors import GatewayUnavailable
 from workers.relay import leases
 from workers.settings import Settings
 
-pytestmark = pytest.mark.servers
-
 WELL, FAILS, AWAY, REFUSED = "well", "fails", "away", "refused"
 EFFECT, DEAD, DISCARDED, WAITING = "effect", "dead", "discarded", "waiting"
 

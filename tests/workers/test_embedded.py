@@ -28,8 +28,6 @@ from workers.children import ServerUser, started_at
 from workers.embedded import NoBinary, Postgres, Redis, Server, ServerError, WrongVersion, servers
 from workers.home import Home, HomeBusy, HomeError
 
-pytestmark = pytest.mark.servers
-
 FAST = {"fsync": "off"}
 CHECKOUT = Path(__file__).parents[2]
 
@@ -105,6 +103,7 @@ def setting(postgres: Server, name: str) -> str:
     return str(row[0])
 
 
+@pytest.mark.servers
 def test_what_was_written_is_there_at_the_next_start(place: Path, user: int) -> None:
     with a_parent(place, user) as (parent, *both):
         write_to_both(*both)
@@ -141,6 +140,7 @@ def test_a_start_right_after_a_kill_waits_for_the_servers_to_finish(place: Path,
             assert read_from_both(*again) == (7, b"7")
 
 
+@pytest.mark.servers
 def test_both_want_a_password_and_redis_neither_forgets_nor_evicts(place: Path) -> None:
     with servers(place, postgres_settings=FAST) as (postgres, cache):
         for stranger in ("wrong", ""):
@@ -185,6 +185,7 @@ def test_postgres_is_durable_unless_told_otherwise(place: Path) -> None:
         assert setting(postgres, "fsync") == "off"
 
 
+@pytest.mark.servers
 def test_a_server_that_crashed_starts_again_on_its_port(place: Path) -> None:
     for server in (Postgres(place / "postgres", FAST), Redis(place / "redis")):
         first = server.start()

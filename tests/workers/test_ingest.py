@@ -21,14 +21,13 @@ from hypothesis import strategies as st
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.pricing import Quote
+from tests import commands
 from tests.conftest import Servers
 from tests.support import eventually
 from tests.system import system_for
 from workers.ingest import Columns, NotReadable, Refusal, csv_lines, ingest, json_lines
 from workers.routes import ROUTES
 from workers.settings import Settings
-
-pytestmark = pytest.mark.servers
 
 ROOT = Path(__file__).parents[2]
 RATES = ROOT.parent / "shared" / "data" / "fx_monthly.csv"
@@ -384,15 +383,7 @@ def test_whatever_a_file_holds_what_was_read_was_written_or_refused(
 def ingest_prices(
     home: Path, database_url: str, *arguments: str, stdin: bytes = b""
 ) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "workers", "ingest", "prices", *arguments],
-        env=environment(home, database_url),
-        cwd=home,
-        input=stdin,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    return commands.run(["ingest", "prices", *arguments], environment(home, database_url), home, stdin)
 
 
 def environment(home: Path, database_url: str) -> Mapping[str, str]:

@@ -17,8 +17,6 @@ from tests.system import system_for
 from workers.cli import app
 from workers.operations import WrongRequest
 
-pytestmark = pytest.mark.servers
-
 Run = Callable[..., Result]
 
 

@@ -187,3 +187,31 @@ def test_the_command_line_pauses_lists_and_resumes(
     assert paused[handler]["by"] == "anna"
     assert CliRunner().invoke(cli.app, ["status"]).stdout.count(f"paused: {handler}, by anna") == 1
     assert run("resume", handler)["paused"] is None
+
+
+def test_handlers_that_no_route_has_are_listed_with_what_is_left_of_them(
+    system_with: SystemWith, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    system = system_with(a_route("gone.handler"))
+    pause(system, "gone.handler")
+    with system.relay():
+        eventually(lambda: system.status().relay.leading, 10, "it has subscribed")
+    write_quotes(system, [1, 2, 3])
+    change(
+        system,
+        "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id, event_type,"
+        " state) select 'older.handler', id, position, aggregate_type, aggregate_id, event_type, 'dead'"
+        " from dovecote.outbox",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", system.settings.database.url.get_secret_value())
+
+    left = json.loads(CliRunner().invoke(cli.app, ["handlers", "list", "--json"]).stdout)["without_route"]
+    told = CliRunner().invoke(cli.app, ["handlers", "list"]).stdout
+
+    assert [(one["name"], one["dead"], one["event_types"], one["is_paused"]) for one in left] == [
+        ("gone.handler", 0, ["pricing.price_quoted.v1"], True),
+        ("older.handler", 3, [], False),
+    ]
+    assert "no route has these any more" in told
+    assert "older.handler" in told

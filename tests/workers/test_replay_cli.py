@@ -15,8 +15,6 @@ from domain.database import connect, sessions_for
 from domain.unit_of_work import unit_of_work
 from tests.workers.test_cli import assert_one_sentence, dovecote
 
-pytestmark = pytest.mark.servers
-
 HANDLER = "billing.write_history"
 
 

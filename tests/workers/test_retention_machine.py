@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -17,8 +16,6 @@ from tests.past import an_old_id, fail, process, publish_all, subscribe, suffix,
 from tests.profiles import examples
 from workers import archive
 from workers.operations import retention
-
-pytestmark = pytest.mark.servers
 
 WANTED, NEWER, UNWANTED = "test.noted.v1", "test.noted.v2", "test.of_nobody.v1"
 KEEP_WEEKS = 2

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from tests import commands
 from workers import telemetry
 from workers.home import Home
 from workers.settings import Settings, SettingsError, load_settings, options, shown
@@ -30,15 +31,8 @@ def load(tmp_path: Path, variables: Mapping[str, str] = WELL) -> Settings:
 
 
 def dovecote(tmp_path: Path, *arguments: str, variables: Mapping[str, str] = WELL) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "workers", *arguments],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(tmp_path), **variables},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(tmp_path), **variables}
+    return commands.run_text([*arguments], environment, tmp_path)
 
 
 # Where a value comes from ------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`dovecote handlers`: which there are, and pausing them."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from workers import operations
 from workers.bootstrap import engine_during
 from workers.cli.options import Actor, DryRun, Reason, complete_handler
 from workers.cli.output import AsJson, add_row, print_json, print_table, say
-from workers.operations import Handler
+from workers.operations import Handler, HandlerWithoutRoute
 from workers.routes import ROUTES
 from workers.settings import load_settings
 
@@ -30,17 +31,34 @@ def register(app: typer.Typer) -> None:
 def list_(as_json: AsJson = False) -> None:
     """List the handlers, what each wants and which are paused. How far each is, `dovecote status` tells.
 
+    And those that no route has any more, with what is left of them in Postgres.
+
     Example: dovecote handlers list
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
         found = operations.handlers(engine, ROUTES)
+        left = operations.handlers_without_route(engine, ROUTES)
     if as_json:
-        print_json({"handlers": [handler.as_json() for handler in found]})
+        print_json({"handlers": [one.as_json() for one in found], "without_route": [one.as_json() for one in left]})
         return
     table = Table("handler", "queue", "events", "kind", "paused", box=None, pad_edge=False)
     for one in found:
         add_row(table, one.name, one.queue, "\n".join(one.event_types), _kind(one), _paused(one))
     print_table(table, "there are no handlers")
+    if left:
+        say("\nno route has these any more (what to do: dovecote doctor)")
+        print_table(_without_route(left), "none")
+
+
+def _without_route(left: Sequence[HandlerWithoutRoute]) -> Table:
+    states = ("retrying", "waiting", "dead", "discarded")
+    table = Table("handler", *states, "subscriptions", "", box=None, pad_edge=False)
+    for one in left:
+        counts = [f"{getattr(one, state)}{'+' if state in one.at_least else ''}" for state in states]
+        flags = {"paused": one.is_paused, "queue was full": one.is_postponed}
+        words = ", ".join(word for word, holds in flags.items() if holds)
+        add_row(table, one.name, *counts, "\n".join(one.event_types), words)
+    return table
 
 
 def pause(

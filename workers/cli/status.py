@@ -15,6 +15,7 @@ from workers.bootstrap import engine_during
 from workers.cli.output import AsJson, out, print_json, until_ctrl_c
 from workers.operations import HandlerStatus, Status
 from workers.routes import ROUTES
+from workers.runs import Run
 from workers.settings import load_settings
 
 
@@ -72,13 +73,21 @@ def _looks(look: Callable[[], Status], every_seconds: float) -> Iterator[Status]
 def _screen(found: Status) -> RenderableType:
     relay = found.relay
     leader = f"led by {relay.owner}" if relay.leading else "nobody leads"
+    if relay.stands_back_for:
+        leader = f"stands back for a relay of {Run.read(relay.stands_back_for)}"
     first = Text(
         f"relay    {leader}; {_count(relay, 'lag_events')} events behind, {relay.lag_seconds:.1f} s; "
         f"{_count(relay, 'published')} published, {relay.published_per_second:g}/s"
     )
-    if not relay.leading or relay.lag_seconds > 10:
+    if not relay.leading or relay.lag_seconds > 10 or relay.fault:
         first.stylize("bold red")
-    return Group(first, _handlers(found), *_pauses(found), *_unrouted(found))
+    fault = [Text(f"no relay may lead: {relay.fault}", "bold red")] if relay.fault else []
+    return Group(first, *fault, *_history(relay), _handlers(found), *_pauses(found), *_unrouted(found))
+
+
+def _history(relay: operations.RelayStatus) -> Iterator[Text]:
+    if relay.history:
+        yield Text(f"history  {relay.history}, epoch {relay.epoch}, of {Run.read(relay.instance)}")
 
 
 def _unrouted(found: Status) -> Iterator[Text]:

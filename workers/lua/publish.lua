@@ -1,11 +1,13 @@
 -- Put a batch of messages on their queues, in order, once each.
 --
 -- KEYS[1]  the relay's marker: the epoch of the relay that may publish
+-- KEYS[2]  what goes with it: see claim.lua
 -- ARGV[1]  the epoch of the caller
+-- ARGV[2]  its history
 -- ARGV     then for each message: full queue name, message id, message
 --
 -- Returns how many messages were new; -1 when the marker is gone or an older one is back (Redis lost what it was
--- given); -2 when a newer relay has taken over.
+-- given), or is of another history; -2 when a newer relay has taken over.
 local epoch = tonumber(redis.call('get', KEYS[1]) or '-1')
 if epoch > tonumber(ARGV[1]) then
     return -2
@@ -13,8 +15,12 @@ end
 if epoch < tonumber(ARGV[1]) then
     return -1
 end
+-- Two databases that were one may both have come to this epoch.
+if redis.call('hget', KEYS[2], 'history') ~= ARGV[2] then
+    return -1
+end
 local added = 0
-for i = 2, #ARGV, 3 do
+for i = 3, #ARGV, 3 do
     -- A message that is still queued or in somebody's hands keeps its place.
     if redis.call('hsetnx', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2]) == 1 then
         redis.call('rpush', ARGV[i], ARGV[i + 1])

@@ -24,6 +24,8 @@ from workers.operations.following import Followed, follow
 from workers.operations.handlers import CannotPause, Handler, Pause, handlers
 from workers.operations.handlers import pause as pause_handler
 from workers.operations.handlers import resume as resume_handler
+from workers.operations.leftovers import HandlerWithoutRoute, handlers_without_route
+from workers.operations.recovering import CannotRecover, Recovery, recover
 from workers.operations.remedies import CannotChange, Change, discard, retry
 from workers.operations.retention import Archived, Maintenance, Partitions, maintain, partitions, require_present
 from workers.operations.status import HandlerStatus, RelayStatus, Status, status
@@ -38,6 +40,7 @@ __all__ = [
     "BlockedPage",
     "CannotChange",
     "CannotPause",
+    "CannotRecover",
     "Change",
     "Counted",
     "EventFilter",
@@ -51,6 +54,7 @@ __all__ = [
     "Groups",
     "Handler",
     "HandlerStatus",
+    "HandlerWithoutRoute",
     "Maintenance",
     "NoActor",
     "NoReason",
@@ -58,6 +62,7 @@ __all__ = [
     "NotThere",
     "Partitions",
     "Pause",
+    "Recovery",
     "RelayStatus",
     "Status",
     "Story",
@@ -74,10 +79,12 @@ __all__ = [
     "failures",
     "follow",
     "handlers",
+    "handlers_without_route",
     "maintain",
     "partitions",
     "pause_handler",
     "record",
+    "recover",
     "require_present",
     "resume_handler",
     "retry",

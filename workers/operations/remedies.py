@@ -13,6 +13,7 @@ from domain.errors import DovecoteError
 from workers.operations.asking import require_handler, require_range, require_who_and_why
 from workers.operations.audit import record
 from workers.operations.failures import MATCHES, ROW, Failure, Filter, failure, parameters_of
+from workers.relay.gone_events import EventIsGone
 from workers.routes import Route
 
 # Rows of one transaction: it holds their locks for some 200 ms.
@@ -48,6 +49,13 @@ class Change:
 # An event that was never tried may have an unfinished one before it. Discarding it would let those behind it pass
 # that one: what comes after asks only for the one before (docs/adr/0009-one-predecessor.md).
 _DISCARDABLE = "(d.state = 'dead' or (d.state = 'retrying' and d.error is not null))"
+# Of a handler that no route has all can be given up: nobody acts on what comes after.
+_ALL = "true"
+# Nobody can act on an event that the outbox does not have; that one is gone, the relay has found out.
+_RETRYABLE = (
+    f"(d.error_type is distinct from '{EventIsGone.__qualname__}'"
+    " or exists (select from dovecote.outbox o where o.id = d.event_id))"
+)
 
 _COUNT = f"""
     select count(*) from dovecote.deliveries d
@@ -117,12 +125,13 @@ def retry(
 ) -> Change:
     """Send dead deliveries again at once, with all of their route's attempts before them.
 
-    With a state of `retrying` in the filter: those that wait for their next attempt, at once.
+    With a state of `retrying` in the filter: those that wait for their next attempt, at once. Those that are dead
+    because their event is gone stay as they are, unless it is back.
     Errors: WrongRequest; NotThere and CannotChange for a single one.
     """
     require_who_and_why(actor, reason)
     states = _states_for(wanted, "retry", ("dead",), ("dead", "retrying"))
-    return _change(engine, wanted, "retry", _RETRY, states, "true", actor, reason, dry_run, routes)
+    return _change(engine, wanted, "retry", _RETRY, states, _RETRYABLE, actor, reason, dry_run, routes)
 
 
 def discard(
@@ -130,10 +139,14 @@ def discard(
 ) -> Change:
     """Give deliveries up for good; what waited behind them goes on in order.
 
-    Dead ones, or with that state in the filter, retrying ones that have been tried at least once.
+    Dead ones, or with that state in the filter, retrying ones that have been tried at least once. Of a handler that no
+    route has: with their state in the filter, all retrying and waiting ones.
     Errors: WrongRequest; NotThere and CannotChange for a single one.
     """
     require_who_and_why(actor, reason, why="a discard needs a reason: what is given up is not done by anybody later")
+    if routes and wanted.handler is not None and wanted.handler not in {route.handler for route in routes}:
+        states = _states_for(wanted, "discard", ("dead",), ("dead", "retrying", "waiting"))
+        return _change(engine, wanted, "discard", _DISCARD, states, _ALL, actor, reason, dry_run, routes)
     states = _states_for(wanted, "discard", ("dead",), ("dead", "retrying"))
     return _change(engine, wanted, "discard", _DISCARD, states, _DISCARDABLE, actor, reason, dry_run, routes)
 
@@ -243,4 +256,9 @@ def _explain(engine: Engine, wanted: Filter, verb: str) -> None:
         "retrying": "it has not been tried yet; wait for its first attempt",
         "dead": "somebody else changed it at this moment; look again",
     }[story.delivery.state]
+    if verb == "retry" and story.delivery.error_type == EventIsGone.__qualname__:
+        advice = (
+            "the event is not in the outbox any more, so nobody can act on it: discard it, or put the row back there "
+            "with this id and retry"
+        )
     raise CannotChange(f"{wanted.handler} {wanted.event_id} is {story.delivery.state}: {advice}")

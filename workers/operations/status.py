@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, text
 
 from workers.operations.handlers import Pause, paused
 from workers.operations.reading import snapshot
+from workers.operations.unprocessed import unprocessed
 from workers.operations.unrouted import UnroutedType, unrouted
 from workers.routes import Route
 
@@ -20,7 +21,6 @@ _MOST_UNPUBLISHED = 20_000
 _MOST_BATCHES = 5_000
 _MOST_PROCESSED = 50_000
 _MOST_DELIVERIES = 10_000
-_NEWEST_EVENTS = 2_000
 # Of each week of processed_events, some hundred rows each.
 _NEWEST_PAGES = 32
 
@@ -31,8 +31,13 @@ _RATE_SECONDS = 60
 class RelayStatus:
     """What the relay has before it.
 
+    fault        why no relay may lead: positions are not handed out in order; None while they are
     lag_events   committed and not yet published
     lag_seconds  age of the oldest of them; 0 when there is none
+    leading      not while the relay stands back
+    history      in which Redis was told what it holds, None before the first greeting
+    instance     the run of Postgres of that history
+    stands_back_for  run of the newer Postgres whose relay uses our Redis; None for none
     published    events published so far
     published_per_second  over the last minute
     at_least     which of these numbers may be larger: more was there than is looked at
@@ -43,10 +48,14 @@ class RelayStatus:
     leading: bool
     owner: str | None
     epoch: int
+    history: str | None
+    instance: str | None
+    stands_back_for: str | None
     checkpoint: int
     published: int
     published_per_second: float
     at_least: list[str]
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,12 +92,15 @@ class Status:
 
 _POSITIONS = text(
     """
-    select s.checkpoint, h.last_position, s.owner, s.epoch,
-           exists (select from pg_locks
-                   where locktype = 'advisory' and objsubid = 1 and granted
-                     and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
-                     and database = (select oid from pg_database where datname = current_database())) as leading
-    from dovecote.relay_state s, dovecote.horizon() h
+    select s.checkpoint, h.last_position, s.owner, s.epoch, s.history, s.instance, leader.is_there,
+           dovecote.sequence_fault() as fault,
+           case when leader.is_there then s.stands_back_for end as stands_back_for
+    from dovecote.relay_state s, dovecote.horizon() h, (
+        select exists (select from pg_locks
+                       where locktype = 'advisory' and objsubid = 1 and granted
+                         and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
+                         and database = (select oid from pg_database where datname = current_database())) as is_there
+    ) leader
     """
 )
 
@@ -114,6 +126,15 @@ _UNPUBLISHED = text(
     select count(*) as events,
            coalesce(greatest(0, extract(epoch from clock_timestamp() - min(created_at))), 0)::float as seconds
     from found
+    """
+)
+
+# Written at positions that the relay has passed: the look above the checkpoint does not find them.
+_NEVER_READ = text(
+    """
+    select count(*) as events,
+           coalesce(greatest(0, extract(epoch from clock_timestamp() - min(created_at))), 0)::float as seconds
+    from (select created_at from dovecote.never_read() limit :most) as never_read
     """
 )
 
@@ -160,35 +181,10 @@ _DELIVERIES = text(
     """
 )
 
-# Queues are first in, first out: what is still under way is among the newest, unless a handler is far behind.
-_UNDER_WAY = text(
-    """
-    with newest as materialized (
-        select id, position, event_type, created_at from dovecote.outbox order by position desc limit :most
-    ), reach as (
-        select count(*) = :most as is_bounded, min(position) + (max(position) - min(position)) / 10 as oldest_tenth
-        from newest
-    )
-    select w.handler_name, count(*) as events, min(n.created_at) as oldest,
-           bool_or(reach.is_bounded and n.position <= reach.oldest_tenth) as may_be_more
-    from newest n
-    join unnest(cast(:handlers as text[]), cast(:event_types as text[])) as w (handler_name, event_type)
-        on w.event_type = n.event_type
-    left join dovecote.subscriptions s on s.handler_name = w.handler_name and s.event_type = w.event_type
-    cross join reach
-    where n.position > coalesce(s.since_position, 0)
-      and (s.published_above is null or not s.published_above @> n.position)
-      and not exists (select from dovecote.processed_events p
-                      where p.event_id = n.id and p.handler_name = w.handler_name)
-      and not exists (select from dovecote.deliveries d where d.event_id = n.id and d.handler_name = w.handler_name)
-    group by w.handler_name
-    """
-)
-
 _AGE = text(
     """
     select coalesce(greatest(0, extract(epoch from clock_timestamp() - least(
-        cast(:under_way as timestamptz), dovecote.uuid_v7_time(:retrying), dovecote.uuid_v7_time(:waiting)))), 0)::float
+        cast(:unsettled as timestamptz), dovecote.uuid_v7_time(:retrying), dovecote.uuid_v7_time(:waiting)))), 0)::float
     """
 )
 
@@ -209,27 +205,35 @@ def _relay(connection: Connection) -> RelayStatus:
             "most": _MOST_UNPUBLISHED,
         },
     ).one()
+    lag_events, lag_seconds = lag.events, lag.seconds
+    if positions.fault is not None:
+        unread = connection.execute(_NEVER_READ, {"most": _MOST_UNPUBLISHED}).one()
+        lag_events, lag_seconds = lag_events + unread.events, max(lag_seconds, unread.seconds)
     published = connection.execute(_PUBLISHED, {"most": _MOST_BATCHES, "seconds": _RATE_SECONDS}).one()
     bounds = {
-        "lag_events": positions.last_position - positions.checkpoint > 2 * _MOST_UNPUBLISHED,
+        "lag_events": positions.fault is not None
+        or positions.last_position - positions.checkpoint > 2 * _MOST_UNPUBLISHED,
         "published": published.batches == _MOST_BATCHES,
     }
     return RelayStatus(
-        lag_events=lag.events,
-        lag_seconds=lag.seconds,
-        leading=positions.leading,
+        lag_events=lag_events,
+        lag_seconds=lag_seconds,
+        leading=positions.is_there and positions.stands_back_for is None,
         owner=positions.owner,
         epoch=positions.epoch,
+        history=positions.history,
+        instance=positions.instance,
+        stands_back_for=positions.stands_back_for,
         checkpoint=positions.checkpoint,
         published=published.events,
         published_per_second=round(published.per_second, 2),
         at_least=[name for name, is_bounded in bounds.items() if is_bounded],
+        fault=positions.fault,
     )
 
 
 def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, HandlerStatus]:
     handlers = [route.handler for route in routes]
-    wanted = [(route.handler, event_type) for route in routes for event_type in route.event_types]
     processed = {row.handler_name: row for row in connection.execute(_PROCESSED, {"most": _MOST_PROCESSED})}
     rates = {
         row.handler_name: row.rate
@@ -239,35 +243,25 @@ def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, Hand
         (row.handler_name, row.state): row
         for row in connection.execute(_DELIVERIES, {"handlers": handlers, "most": _MOST_DELIVERIES})
     }
-    under_way = {
-        row.handler_name: row
-        for row in connection.execute(
-            _UNDER_WAY,
-            {
-                "handlers": [handler for handler, _ in wanted],
-                "event_types": [event_type for _, event_type in wanted],
-                "most": _NEWEST_EVENTS,
-            },
-        )
-    }
+    unsettled = unprocessed(connection, routes)
     pauses = paused(connection)
     found = {}
     for handler in handlers:
         states = {state: deliveries[handler, state] for state in ("retrying", "waiting", "dead", "discarded")}
         counts = {state: row.events for state, row in states.items()}
         at_least = [state for state, count in counts.items() if count == _MOST_DELIVERIES]
-        done, open_ = processed.get(handler), under_way.get(handler)
+        done, open_ = processed.get(handler), unsettled[handler]
         if any(row.is_bounded for row in processed.values()):
             at_least.append("processed")
-        if (open_ and open_.may_be_more) or not {"retrying", "waiting"}.isdisjoint(at_least):
+        if open_.at_least or not {"retrying", "waiting"}.isdisjoint(at_least):
             at_least.append("unprocessed")
         found[handler] = HandlerStatus(
             processed=done.processed if done else 0,
-            unprocessed=(open_.events if open_ else 0) + counts["retrying"] + counts["waiting"],
+            unprocessed=open_.events + counts["retrying"] + counts["waiting"],
             oldest_unprocessed_seconds=connection.execute(
                 _AGE,
                 {
-                    "under_way": open_.oldest if open_ else None,
+                    "unsettled": open_.oldest,
                     "retrying": states["retrying"].oldest,
                     "waiting": states["waiting"].oldest,
                 },

@@ -1,8 +1,9 @@
 """From rows to Dramatiq messages: one bundle for each handler, in order, up to the route's size.
 
-A bundle's id is a digest of its handler, positions and events. The same batch always gives the same bundles, so
-a batch that is published again adds only what is no longer queued. Positions alone would not do: Postgres gives
-them out again after a failover that lost the transactions they were for, while messages of those are still queued.
+A bundle's id is a digest of its handler, positions and events, salted with the history. Within a history the same
+batch always gives the same bundles, so a batch that is published again adds only what is no longer queued. Positions
+alone would not do: Postgres gives them out again after a failover that lost the transactions they were for, while
+messages of those are still queued.
 """
 
 import time
@@ -18,16 +19,20 @@ from workers.relay.leases import MAX_BUNDLE_BYTES, DueDelivery
 from workers.relay.reading import Row, positions
 from workers.routes import Route, distinct
 
-# Where dovecote.envelope() puts it.
-_EVENT_ID = slice(len('{"specversion":"1.0","id":"'), len('{"specversion":"1.0","id":"') + 36)
+#: Where dovecote.envelope() puts it.
+EVENT_ID = slice(len('{"specversion":"1.0","id":"'), len('{"specversion":"1.0","id":"') + 36)
 
 Item = TypeVar("Item")
 
 
 class Bundler:
-    """Knows the routes."""
+    """Knows the routes, what goes into the ids of this history's messages, and what these say of themselves."""
 
-    def __init__(self, routes: Sequence[Route]) -> None:
+    def __init__(self, routes: Sequence[Route], salt: bytes = b"", sent_in: str | None = None) -> None:
+        #: The run of Postgres in which the rows are read (workers/lookup.py).
+        self.sent_in = sent_in
+        #: Of workers/relay/history.py. A late acknowledgement of a message that was dropped takes away that one only.
+        self.salt = salt
         routes = distinct(routes)
         self._by_handler = {route.handler: route for route in routes}
         self._by_type: dict[str, list[Route]] = {}
@@ -66,28 +71,33 @@ class Bundler:
                 if part is None:
                     part = parts[route.handler] = _Part(route)
                 elif part.counted == route.bundle_size:
-                    yield part.message()
+                    yield part.message(self.salt, self.sent_in)
                     part.counted = 0
                 elif part.size + size > MAX_BUNDLE_BYTES:
-                    yield part.message()
+                    yield part.message(self.salt, self.sent_in)
                 part.rows.append(row)
                 part.counted += 1
                 part.size += size
         for part in parts.values():
-            yield part.message()
+            yield part.message(self.salt, self.sent_in)
 
     def bundles_of(self, route: Route, rows: Sequence[Row]) -> Iterator[QueuedBundle]:
         """Yield the messages for one handler, which wants all of these rows."""
         for part in _parts([row for row in rows if row[2]], route.bundle_size, lambda row: len(row[2])):
-            yield bundle(route, positions(part), [envelope for _, _, envelope in part])
+            yield bundle(
+                route, positions(part), [envelope for _, _, envelope in part], salt=self.salt, sent_in=self.sent_in
+            )
 
     def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
-        """Yield the messages for deliveries that are due. Those of unknown handlers are left alone."""
-        wanted: dict[tuple[str, UUID | None], list[DueDelivery]] = {}
+        """Yield the messages for deliveries of our handlers that are due.
+
+        What was leased together first goes in the same messages each time, whatever else is due by now.
+        """
+        together: dict[tuple[str, UUID | None, int], list[DueDelivery]] = {}
         for delivery in due:
-            if delivery.handler_name in self._by_handler:
-                wanted.setdefault((delivery.handler_name, delivery.replay_id), []).append(delivery)
-        for (handler, replay), its_due in wanted.items():
+            key = delivery.handler_name, delivery.replay_id, delivery.first_leased_at
+            together.setdefault(key, []).append(delivery)
+        for (handler, replay, _), its_due in together.items():
             for part in _retry_parts(self._by_handler[handler], its_due):
                 yield bundle(
                     self._by_handler[handler],
@@ -97,6 +107,8 @@ class Bundler:
                     [one.envelope for one in part],
                     retry=True,
                     replay=replay,
+                    salt=self.salt,
+                    sent_in=self.sent_in,
                 )
 
 
@@ -113,9 +125,9 @@ class _Part:
         self.rows: list[Row] = []
         self.counted = self.size = 0
 
-    def message(self) -> tuple[QueuedBundle, list[int]]:
+    def message(self, salt: bytes, sent_in: str | None) -> tuple[QueuedBundle, list[int]]:
         inside = positions(self.rows)
-        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows])
+        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows], salt=salt, sent_in=sent_in)
         self.rows, self.size = [], 0
         return made, inside
 
@@ -181,21 +193,27 @@ def bundle(
     *,
     retry: bool = False,
     replay: UUID | None = None,
+    salt: bytes = b"",
+    sent_in: str | None = None,
 ) -> QueuedBundle:
-    """Return a message; the handler, these numbers, the events and the replay are what its id follows from."""
-    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler))
-    digest.update(b"".join([envelope[_EVENT_ID] for envelope in envelopes]))
+    """Return a message; the handler, these numbers, events, replay and salt are what its id follows from.
+
+    `sent_in` is in its options: older consumers pass over what they do not know there.
+    """
+    digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler), salt=salt)
+    digest.update(b"".join([envelope[EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)
     id = ("r" if retry else "b") + digest.hexdigest()
     replay_word = "" if replay is None else f',"replay":"{replay}"'
+    run_word = "" if sent_in is None else f',"sent_in":"{sent_in}"'
     # The envelopes are JSON already; everything else in here is words of our own.
     message = b"".join(
         (
             f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[[\n'.encode(),
             # An envelope a line: a message that cannot be read as a whole is read line by line.
             b",\n".join(envelopes),
-            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"options":{{"redis_message_id":"{id}"}},'
+            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"options":{{"redis_message_id":"{id}"{run_word}}},'
             f'"message_id":"{id}","message_timestamp":{time.time_ns() // 1_000_000}}}'.encode(),
         )
     )

@@ -19,13 +19,17 @@ from workers.relay import leases, missing
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.envelopes import Made
+from workers.relay.history import History
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
-from workers.relay.reading import Batch, Connection, Reader, positions
+from workers.relay.reading import Batch, Connection, Reader, outbox_run, positions
+from workers.relay.renamed_queues import RenamedQueues
 from workers.relay.replaying import Replayer
+from workers.relay.sequence import SequenceWatch
 from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.relay.sleeping import Sleeper
+from workers.relay.standby import Standby
 from workers.relay.unrouted import Unrouted
 from workers.relay.waking import Waking
 from workers.routes import Route
@@ -60,12 +64,6 @@ _RECORD_CHECKPOINT = """
     update dovecote.relay_state set checkpoint = greatest(checkpoint, %s), seen_at = clock_timestamp()
     where epoch = %s
 """
-_RECORD_REDIS = "update dovecote.relay_state set redis_run_id = %s where epoch = %s"
-
-
-def known_redis(run_id: str, epoch: int) -> str:
-    """Return what `relay_state` keeps of the Redis that holds what was published: its run id, and the epoch in it."""
-    return f"{run_id}@{epoch}"
 
 
 class Leader:
@@ -84,8 +82,7 @@ class Leader:
         routes: Sequence[Route],
         settings: RelaySettings,
         sleeper: Sleeper,
-        epoch: int,
-        known_redis: str | None,
+        history: History,
         maintain: Callable[[], None] | None = None,
         meters: RelayMeters | None = None,
         records: Connection | None = None,
@@ -95,14 +92,16 @@ class Leader:
         self._reader = reader
         self._broker = broker
         self._routes = routes
-        self._bundler = Bundler(routes)
+        self._bundler = self.bundler = Bundler(routes, history.salt, outbox_run(connection))
         self._settings = settings
         self._sleeper = sleeper
-        self._epoch = epoch
-        self._known_redis = known_redis
+        self._history = history
+        self._epoch = epoch = history.epoch
         self._maintain = maintain
         self._meters = meters or RelayMeters()
         self._ahead = ReadAhead(reader)
+        self._sequence = SequenceWatch(connection, epoch)
+        self._standby = Standby(settings, connection, self._records, sleeper, self._meters)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -124,6 +123,7 @@ class Leader:
             through_outages=self._through_outages,
             postponed=self._postponed.after,
         )
+        self._renamed_queues = RenamedQueues(broker, routes, epoch)
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
         self._waking = Waking(connection, sleeper, settings, self._meters)
@@ -142,12 +142,20 @@ class Leader:
             # The relay before us may have ended between leasing a retry and sending it.
             leases.end_leases(self._connection)
             self._postponed.load()
+            self._standby.await_flush()  # what leaders before us have published, and we may send again
             self._through_outages(self._greet_redis)
             self._through_outages(self._check_redis)
+            # Before the first batch: what is moved is older.
+            self._through_outages(self._renamed_queues.step)
             while not self._sleeper.stopping:
                 self._turn()
         self._record_checkpoint()
         self._unrouted.write(self._records)
+
+    @property
+    def published_upto(self) -> int:
+        """The highest position that is published, in order or not."""
+        return max(self.checkpoint, self._postponed.published_upto)
 
     def _turn(self) -> None:
         self._meters.alive("leading")
@@ -159,6 +167,7 @@ class Leader:
         if "dovecote_deliveries" in heard:
             self._send_retries()
         if pauses.CHANNEL in heard:
+            self._renamed_queues.next_look = 0.0
             self._through_outages(self._take_back)
         if heard & {replays.CHANNEL, pauses.CHANNEL}:
             self._replayer.look()
@@ -188,14 +197,9 @@ class Leader:
             self._send(lambda: self._bundler.bundles(batch.rows, upto))
             if not self._batches_in_a_row and not batch.is_full:
                 self._waking.sleep(_RECORD_LATER_SECONDS)
-            recorded = self._records.execute(
-                _RECORD,
-                {
-                    "epoch": self._epoch,
-                    "positions": multirange(positions(batch.rows)),
-                    "events": len(batch.rows),
-                },
-            )
+            where = multirange(positions(batch.rows))
+            record = {"epoch": self._epoch, "positions": where, "events": len(batch.rows)}
+            recorded = self._records.execute(_RECORD, record)
         self._require_ownership(recorded.rowcount)
         self._postponed.published(batch.rows)
         self._meters.published(len(batch.rows))
@@ -223,6 +227,7 @@ class Leader:
 
         From the first: what was sent of them before it may be lost, and is not recorded yet.
         """
+        self._standby.await_flush()
         sent = 0
         queued: dict[str, int] = {}
 
@@ -287,44 +292,24 @@ class Leader:
             self._next_reaping = max(self._next_reaping, time.monotonic() + timeout_seconds / 2)
 
     def _greet_redis(self) -> None:
-        """Put our epoch into Redis; if it is not the Redis we knew, send again what it may have lost."""
+        """Put our epoch into Redis; if it or Postgres is not as it was left, send again what may be lost."""
         self._ahead.settle()
-        run_id, _ = self._broker.identity()
-        if not self._claims_as_known(run_id):
-            # Until the last message is sent again no Redis is known: a crash in between starts this over.
-            self._meters.alive("sending_again")
-            self._know_redis(None)
-            self._broker.claim_epoch(self._epoch)
-            leases.end_leases(self._connection)
-            self._replayer.forget_waves()
-            found = missing.bundles(
-                self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
-            )
-            sent = self._broker.publish(self._epoch, found)
-            self._meters.republished(sent)
-            if sent:
-                log.warning("redis had lost messages; they were sent again", messages=sent)
-        self._know_redis(known_redis(run_id, self._epoch))
+        self._history.greet(self._send_again)
 
-    def _claims_as_known(self, run_id: str) -> bool:
-        """Claim the epoch where this is the Redis that was recorded, with the marker that was recorded.
-
-        The marker is compared where it is set: a flush in between, or the claim of a relay that woke up
-        late, must not make an empty Redis look known (tests/models/hand_over.pml).
-        """
-        known_run_id, _, marker = (self._known_redis or "").rpartition("@")
-        return run_id == known_run_id and self._broker.claim_epoch(self._epoch, expected=int(marker))
-
-    def _know_redis(self, known: str | None) -> None:
-        recorded = self._connection.execute(_RECORD_REDIS, (known, self._epoch))
-        self._require_ownership(recorded.rowcount)
-        self._known_redis = known
+    def _send_again(self) -> None:
+        self._bundler.salt = self._history.salt
+        leases.end_leases(self._connection)
+        self._replayer.forget_waves()
+        found = missing.bundles(
+            self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
+        )
+        sent = self._broker.publish(self._epoch, found)
+        self._meters.republished(sent)
+        if sent:
+            log.warning("messages that were lost or dropped were sent again", messages=sent)
 
     def _check_redis(self) -> None:
-        run_id, marker, usage = self._broker.look([(route.queue, route.handler) for route in self._routes])
-        self._postponed.measured(usage)
-        if marker is None or known_redis(run_id, marker) != self._known_redis:
-            raise RedisLost
+        self._postponed.measured(self._history.check([(route.queue, route.handler) for route in self._routes]))
 
     # Once in a while -------------------------------------------------------------------------
 
@@ -332,6 +317,7 @@ class Leader:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
         self._meters.alive("leading")
+        self._sequence.look()
         self._record_checkpoint()
         self._unrouted.write(self._records)
         self._through_outages(self._check_redis)
@@ -342,6 +328,7 @@ class Leader:
             self._next_reaping = now + _REAP_SECONDS
             self._through_outages(lambda: self._meters.reaped(self._broker.reap()))
             self._through_outages(self._take_back)
+        self._through_outages(self._renamed_queues.step)
         if now >= self._next_freeing:
             self._next_freeing = now + _FREE_NOTIFICATIONS_SECONDS
             self._connection.execute("select pg_notification_queue_usage()")
@@ -361,21 +348,15 @@ class Leader:
 
     def _send_retries(self) -> None:
         envelopes = self._reader.envelopes
-        due = leases.lease_due(
-            self._connection,
-            envelopes.most_rows,
-            self._settings.retry_lease_seconds,
-            self._routes,
-            envelopes.most_of_small,
-            but_for=sorted(self._postponed.full),
-        )
+        lease_seconds = self._settings.retry_lease_seconds
+        routes = [route for route in self._routes if route.handler not in self._postponed.full]
+        due = leases.lease_due(self._connection, envelopes.most_rows, lease_seconds, routes, envelopes.most_of_small)
         for part in envelopes.in_parts(due, [delivery.envelope for delivery in due]):
             self._give_up(
                 [Unreadable(made.item.handler_name, made.item.position, made.problem) for made in part if made.problem]
             )
             self._send(partial(self._retries, part))
-        # Those of handlers that are not ours are leased and left alone.
-        self._meters.retried(sum(one.handler_name in self._cursors for one in due))
+        self._meters.retried(len(due))
         if due:
             # There may be more: after the next batch of live events, and without a rest.
             self._waking.heard.add("dovecote_deliveries")

@@ -13,10 +13,14 @@ import psycopg
 from psycopg.rows import TupleRow, class_row
 
 from workers.relay.envelopes import past_unreadable
+from workers.relay.gone_events import bury_gone
 from workers.routes import Route
 
 #: Most bytes of envelopes that one lease returns, unless it is a single event.
 MAX_LEASE_BYTES = 8_000_000
+# A message that was lost without anybody noticing is sent again after twice the time that it has been on its way, and
+# after this at the latest.
+_LONGEST_LEASE_SECONDS = 3_600.0
 #: Redis and the worker hold a whole message in memory; large payloads make smaller bundles.
 MAX_BUNDLE_BYTES = 1_000_000
 
@@ -26,6 +30,8 @@ class DueDelivery:
     """A retry whose time has come, leased to the caller.
 
     `changed_at` is Unix microseconds: when it failed last, or was let go on. A lease changes nothing of it.
+    `first_leased_at`, the same, is when this attempt was leased first; what was leased together then goes in the
+    messages it went in then, however often it is sent again.
     `envelope` of one that is large is the event's id in 16 bytes: it is to be fetched (workers/relay/envelopes.py).
     """
 
@@ -35,43 +41,54 @@ class DueDelivery:
     aggregate_type: str
     aggregate_id: str
     changed_at: int
+    first_leased_at: int
     replay_id: UUID | None
     envelope: bytes
 
 
 # An event that was released brings those along that wait behind it, as many as make a bundle: each of them is written
-# once on its way. One that has failed goes alone (migrations/sql/0021_releasing.up.sql).
+# once on its way. One that has failed goes alone (migrations/sql/0026_leftovers.up.sql). Nothing was heard of one whose
+# lease is over, so its message may be lost; mostly it is still queued, because nobody serves its queue. It is leased
+# for as long as nothing has been heard of it, or a queue without consumers would be written about for ever.
 _LEASE_DUE = """
     with due as materialized (
-        select handler_name, event_id
-        from dovecote.due_deliveries(%(handlers)s::text[], %(bundle_sizes)s::integer[], %(but_for)s::text[], %(limit)s,
-                                     %(max_bytes)s, %(max_bundle_bytes)s)
+        select handler_name, event_id,
+               coalesce(case when next_attempt_at = leased_until then first_leased_at end, now()) as first_leased_at
+        from dovecote.due_retries(%(handlers)s::text[], %(bundle_sizes)s::integer[], %(limit)s, %(max_bytes)s,
+                                  %(max_bundle_bytes)s)
+    ), lease as (
+        select handler_name, event_id, first_leased_at,
+               now() + least(greatest(now() - first_leased_at, make_interval(secs => %(lease_seconds)s)),
+                             make_interval(secs => %(longest_lease_seconds)s)) as until
+        from due
     ), leased as (
         update dovecote.deliveries d
-        set state = 'retrying',
-            next_attempt_at = now() + make_interval(secs => %(lease_seconds)s),
-            leased_until = now() + make_interval(secs => %(lease_seconds)s),
+        set state = 'retrying', next_attempt_at = lease.until, leased_until = lease.until,
+            first_leased_at = lease.first_leased_at,
             updated_at = case when d.state = 'waiting' then clock_timestamp() else d.updated_at end
-        from due where d.handler_name = due.handler_name and d.event_id = due.event_id
+        from lease where d.handler_name = lease.handler_name and d.event_id = lease.event_id
         returning d.handler_name, d.event_id, d.position, d.aggregate_type, d.aggregate_id,
-                  (extract(epoch from d.updated_at) * 1000000)::bigint as changed_at, d.replay_id
+                  (extract(epoch from d.updated_at) * 1000000)::bigint as changed_at,
+                  (extract(epoch from d.first_leased_at) * 1000000)::bigint as first_leased_at, d.replay_id
     )
-    select leased.*, case when octet_length(small) <= %(most_of_small)s then convert_to(small, 'UTF8')
+    select leased.*, case when o.id is null then ''::bytea
+                          when octet_length(small) <= %(most_of_small)s then convert_to(small, 'UTF8')
                           else uuid_send(leased.event_id) end as envelope
-    from leased join dovecote.outbox o on o.id = leased.event_id
-    cross join lateral (select dovecote.small_envelope(o) offset 0) as made (small)
-    order by leased.position
+    from leased left join dovecote.outbox o on o.id = leased.event_id
+    left join lateral (select dovecote.small_envelope(o) where o.id is not null offset 0) as made (small) on true
+    order by leased.first_leased_at, leased.position
 """
 
 # A retry that has failed since has another time than its lease: its backoff is left alone. One that a worker is at
-# work on is locked for as long as its handler takes, and is left to it: the relay waits for no handler.
+# work on is locked for as long as its handler takes, and is left to it: the relay waits for no handler. It stays a
+# lease, which is over: its message may be there still, and is to be the same.
 _END_LEASES = """
     with leased as (
         select handler_name, event_id from dovecote.deliveries
         where state = 'retrying' and next_attempt_at = leased_until and next_attempt_at > now()
         for update skip locked
     )
-    update dovecote.deliveries d set next_attempt_at = now()
+    update dovecote.deliveries d set next_attempt_at = now(), leased_until = now()
     from leased where d.handler_name = leased.handler_name and d.event_id = leased.event_id
 """
 
@@ -160,26 +177,29 @@ def lease_due(
     lease_seconds: float,
     routes: Sequence[Route] = (),
     most_of_small: int = 4_000,
-    but_for: Sequence[str] = (),
 ) -> list[DueDelivery]:
-    """Return retries whose time has come, in writing order, at most so many; there may be more.
+    """Return retries of the routes' handlers whose time has come, at most so many; there may be more.
 
-    Each is due again after the lease, should its message get lost with Redis. `routes` are those of which an event
-    that was released brings along what waits behind it. Those of the handlers in `but_for` wait.
+    Those leased together first come together, each group in writing order. Each is due again after the lease, should
+    its message get lost with Redis. Of an ordered route an event that was released brings along what waits behind it.
+    One whose event is not in the outbox is dead from now on, with the reason.
     """
-    ordered = [route for route in routes if route.ordered]
     parameters = {
-        "handlers": [route.handler for route in ordered],
-        "bundle_sizes": [route.bundle_size for route in ordered],
-        "but_for": list(but_for),
+        "handlers": [route.handler for route in routes],
+        "bundle_sizes": [route.bundle_size if route.ordered else 1 for route in routes],
         "limit": limit,
         "max_bytes": MAX_LEASE_BYTES,
         "max_bundle_bytes": MAX_BUNDLE_BYTES,
         "lease_seconds": lease_seconds,
+        "longest_lease_seconds": max(lease_seconds, _LONGEST_LEASE_SECONDS),
         "most_of_small": most_of_small,
     }
     with connection.cursor(row_factory=class_row(DueDelivery), binary=True) as cursor:
-        return past_unreadable(connection, _LEASE_DUE, lambda query: cursor.execute(query, parameters).fetchall())
+        leased = past_unreadable(connection, _LEASE_DUE, lambda query: cursor.execute(query, parameters).fetchall())
+    there = [one for one in leased if one.envelope]
+    if len(there) < len(leased):
+        bury_gone(connection, routes, [(one.handler_name, one.event_id) for one in leased if not one.envelope])
+    return there
 
 
 def end_leases(connection: psycopg.Connection[TupleRow]) -> int:

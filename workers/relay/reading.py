@@ -21,6 +21,7 @@ from workers.relay.envelopes import Connection as Connection
 from workers.relay.envelopes import Envelopes, Read, bounded
 from workers.relay.envelopes import Row as Row
 from workers.relay.positions import above, holes, multirange_of, together, without
+from workers.relay.sequence import SequenceFault
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class Reader:
     def _ask_horizon(self) -> tuple[int, int]:
         row = self._connection.execute("select last_position, settled from dovecote.horizon()").fetchone()
         assert row is not None
+        if row[0] < self._horizon[0]:
+            raise SequenceFault(f"dovecote.outbox_position was set back from {self._horizon[0]} to {row[0]}")
         return row[0], row[1]
 
     def _next_frontier(self, beyond: Read) -> int:
@@ -195,3 +198,9 @@ class Reader:
 def positions(rows: Sequence[Row]) -> list[int]:
     """Return the position of each row."""
     return [position for position, _, _ in rows]
+
+
+def outbox_run(connection: Connection) -> str:
+    """Return in which run of Postgres, and of which outbox, this session reads."""
+    (run,) = connection.execute("select dovecote.outbox_run()").fetchone() or ("",)
+    return str(run)

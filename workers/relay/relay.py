@@ -20,21 +20,22 @@ from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
 from workers.outages import asks_again, passes
 from workers.redis_client import PASSING
+from workers.relay import sequence
+from workers.relay.history import History, StandsBack, await_right_of_way, take_over
 from workers.relay.leading import Leader
 from workers.relay.maintaining import Maintainer
+from workers.relay.progress import Marks
 from workers.relay.reading import Connection, Reader
+from workers.relay.reconciling import Reconciler
+from workers.relay.sequence import SequenceFault
 from workers.relay.sleeping import Sleeper
+from workers.relay.standby import NotOnStandby
 from workers.routes import Route
 from workers.settings import Settings
-from workers.telemetry.meters import RelayMeters
+from workers.telemetry.meters import RelayMeters, RelayState
 
 log = structlog.get_logger()
 
-_TAKE_OVER = """
-    update dovecote.relay_state
-    set epoch = epoch + 1, owner = %s, owned_since = clock_timestamp(), seen_at = clock_timestamp()
-    returning epoch, checkpoint, redis_run_id
-"""
 # Of a new handler is what is not published yet: all above the checkpoint but for exactly what is in a batch. A
 # version of a fact that the handler wants already is wanted since then: it may have been written before we knew it.
 _SUBSCRIBE = """
@@ -99,6 +100,12 @@ _SESSION_SETTINGS = {
 _HEARD_WITHIN_SECONDS = 5.0
 
 
+def _state_after(error: Exception) -> RelayState:
+    if isinstance(error, StandsBack):
+        return "standing_back"
+    return "waiting_for_postgres" if isinstance(error, psycopg.Error) else "waiting_for_redis"
+
+
 class NoSession(DovecoteError):
     """Something between the relay and Postgres gives each statement to whichever session is free."""
 
@@ -131,6 +138,7 @@ class Relay:
         self._sleeper = Sleeper()
         self._maintainer = Maintainer(settings, routes)
         self._schema_is_current = False
+        self._refused: str | None = None
         schema.revisions()  # read before a leadership hangs on it
 
     def stop(self) -> None:
@@ -152,11 +160,13 @@ class Relay:
                     if self._becomes_leader(connection):
                         tries = 0
                         self._lead(connection)
+            except (SequenceFault, NotOnStandby) as error:
+                log.error("relay stops leading", error=str(error))
             except (psycopg.Error, *PASSING, NewerRelay, RedisLost) as error:
                 if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error)):
                     raise
                 tries += 1
-                self._meters.alive("waiting_for_postgres" if isinstance(error, psycopg.Error) else "waiting_for_redis")
+                self._meters.alive(_state_after(error))
                 if tries in (1, 10) or tries % 100 == 0:
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
@@ -217,9 +227,14 @@ class Relay:
         frozen_after = self._settings.relay.frozen_after_seconds
         next_look = time.monotonic() + frozen_after
         while not self._sleeper.stopping:
+            if self._refused and (fault := sequence.fault(connection)):
+                self._refuse(fault)  # without the lock, or it would look now and then as if somebody led
+                continue
             (locked,) = connection.execute("select pg_try_advisory_lock(dovecote.leader_key())").fetchone() or (False,)
-            if locked:
+            if locked and self._may_lead(connection):
                 return True
+            if locked:
+                continue
             self._meters.alive("standing_by")
             if not stood_by:
                 stood_by = True
@@ -230,6 +245,25 @@ class Relay:
             # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
             self._sleeper.sleep(self._settings.relay.standby_seconds)
         return False
+
+    def _may_lead(self, connection: Connection) -> bool:
+        """Let the lock go again where the sequence would hide events, and be silent for a while.
+
+        The process stays: it would be started again and again, and leads by itself once the sequence is mended.
+        """
+        if (fault := sequence.refusal(connection)) is None:
+            self._refused = None
+            return True
+        connection.execute("select pg_advisory_unlock(dovecote.leader_key())")
+        self._refuse(fault)
+        return False
+
+    def _refuse(self, fault: str) -> None:
+        self._meters.alive("refuses")
+        if self._refused != fault:
+            self._refused = fault
+            log.error("relay refuses to lead", fault=fault)
+        self._sleeper.sleep(sequence.ASK_AGAIN_SECONDS)
 
     def _end_frozen_leader(self, connection: Connection, frozen_after_seconds: float) -> None:
         """End the session of a leader that is stopped or cut off: its lock would live as long as the session."""
@@ -242,15 +276,23 @@ class Relay:
             log.warning("ended the session of a frozen leader", pid=pid, silent_for_seconds=frozen_after_seconds)
 
     def _lead(self, connection: Connection) -> None:
-        row = connection.execute(_TAKE_OVER, (f"{socket.gethostname()}:{os.getpid()}",)).fetchone()
-        assert row is not None, "relay_state has one row"
-        epoch, checkpoint, known_redis = row
+        past = await_right_of_way(connection, self._broker, self._sleeper, self._meters)
+        taken = take_over(connection, past, f"{socket.gethostname()}:{os.getpid()}")
+        epoch = taken.epoch
         limits = self._settings.relay
-        reader = Reader(connection, checkpoint, limits.batch_size, limits.batch_bytes)
-        if self._subscribe(connection, epoch, checkpoint):
-            known_redis = None  # as if Redis had lost it: what is published and not done is sent again
-        log.info("relay leads", epoch=epoch, checkpoint=checkpoint)
+        reader = Reader(connection, taken.checkpoint, limits.batch_size, limits.batch_bytes)
+        passed_over = self._subscribe(connection, epoch, taken.checkpoint)
+        log.info("relay leads", epoch=epoch, checkpoint=taken.checkpoint)
         with self._session() as records:
+            history = History(
+                taken,
+                connection=connection,
+                records=records,
+                broker=self._broker,
+                meters=self._meters,
+                passed_over=passed_over,
+            )
+            history.require_one_run()
             leader = Leader(
                 connection=connection,
                 reader=reader,
@@ -258,13 +300,23 @@ class Relay:
                 routes=self._routes,
                 settings=self._settings.relay,
                 sleeper=self._sleeper,
-                epoch=epoch,
-                known_redis=known_redis,
+                history=history,
                 maintain=self._maintainer.start,
                 records=records,
                 meters=self._meters,
             )
-            leader.lead()
+            reconciler = Reconciler(
+                connect=self._session,
+                broker=self._broker,
+                bundler=leader.bundler,
+                routes=self._routes,
+                settings=self._settings.relay,
+                epoch=epoch,
+                published_upto=lambda: leader.published_upto,
+                meters=self._meters,
+            )
+            with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
+                leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
 
     def _subscribe(self, connection: Connection, epoch: int, checkpoint: int) -> bool:

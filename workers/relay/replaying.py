@@ -306,6 +306,8 @@ class Replayer:
                 [*(event.position for event in part), -1],
                 [event.envelope for event in part if event.envelope is not None],
                 replay=again,
+                salt=self._bundler.salt,
+                sent_in=self._bundler.sent_in,
             )
             for part in parts
         ]

@@ -21,13 +21,16 @@ Metrics  at /metrics, beside /health/live and /health/ready, when DOVECOTE_TELEM
 Of each relay:
 
     dovecote_heartbeat_timestamp_seconds gauge: last sign of life, in Unix time
-    dovecote_relay_state{state} gauge: 1 for what it does, of starting, leading, standing_by, sending_again (looking for
-        what Redis has lost), waiting_for_postgres, waiting_for_redis, waiting_for_schema
+    dovecote_relay_state{state} gauge: 1 for what it does, of starting, leading, standing_by, standing_back (a relay
+        of a newer database uses our Redis), refuses (to lead: dovecote_sequence_fault), sending_again (looking for
+        what Redis or Postgres has lost), waiting_for_postgres, waiting_for_redis, waiting_for_schema,
+        waiting_for_standby (DOVECOTE_RELAY__PUBLISH_AFTER)
     dovecote_published_events_total counter: events recorded as published
     dovecote_published_bundles_total counter: messages of batches and retries put on queues
     dovecote_batch_events histogram: events of a batch; its count is the number of batches
     dovecote_retried_events_total counter: deliveries sent once more
     dovecote_republished_bundles_total counter: messages sent again because Redis had lost them
+    dovecote_reconciled_events_total{handler} counter: events that a queue had lost, sent again
     dovecote_reaped_messages_total counter: messages taken back from dead workers
     dovecote_bell_rings_total counter: times a writer woke the relay
 
@@ -37,15 +40,21 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
     dovecote_up{server} gauge: 1 when the server (postgres, redis) answers
     dovecote_clock_skew_seconds{server} gauge: how far its clock is ahead of that of the relay's machine
     dovecote_leader_present gauge: 1 when a relay leads
+    dovecote_sequence_fault gauge: 1 when positions are not handed out in order; no relay leads until `dovecote recover`
     dovecote_lag_events gauge: committed and not yet published; at least
     dovecote_lag_seconds gauge: age of the oldest of them; 0 for none
-    dovecote_unprocessed_events{handler} gauge: neither acted on nor given up; at least
+    dovecote_unprocessed_events{handler} gauge: neither acted on nor given up, published or not; exact up to 20,000, at
+        least beyond, and while the relay examines a history for the first time
     dovecote_oldest_unprocessed_seconds{handler} gauge: age of the oldest of them; 0 for none
+    dovecote_handler_low_water_mark_lag_events{handler} gauge: positions from the handler's low-water mark, up to which
+        all is acted on or has failed, to the relay's checkpoint. No sample before a relay has led with the handler
     dovecote_deliveries{handler,state} gauge: retrying, waiting, dead, discarded; at least
     dovecote_blocked_aggregates{handler} gauge: aggregates that an ordered handler cannot go on with; at least
     dovecote_paused_seconds{handler} gauge: how long the handler has been paused; 0 when it is not
     dovecote_postponed_seconds{handler} gauge: how long its events have been kept in the outbox because its queue is
         full, until it has caught up; 0 when they are not
+    dovecote_redis_dead_letters{queue} gauge: messages that a consumer could not read or gave up, in Redis; `dovecote
+        doctor` tells which, also on queues that no route has
     dovecote_unrouted_events gauge: events the relay met, of types that have no route
     dovecote_floors_held gauge: floors of writers at work
     dovecote_oldest_floor_seconds gauge: how long the writer at the lowest floor has been at work; 0 for none, and where
@@ -63,6 +72,8 @@ Of consumers; one port tells for all worker processes of a Dramatiq master:
     dovecote_processed_events_total{handler} counter: events whose effect is committed
     dovecote_failed_events_total{handler,state} counter: failures; the event is retrying or dead then
     dovecote_parked_events_total{handler} counter: events put behind an earlier one of their aggregate
+    dovecote_phantom_events_total{handler} counter: events passed over, because they are not in the outbox: Postgres has
+        forgotten them, after a restore or a failover
     dovecote_bundle_events{handler} histogram: events of a bundle
     dovecote_handler_duration_seconds{handler} histogram: one call of the handler: an event, or with `bulk` a bundle
     dovecote_commit_to_effect_seconds{handler} histogram: from the event's row to the commit of its effect; no replays

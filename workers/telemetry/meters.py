@@ -13,10 +13,13 @@ RelayState = Literal[
     "starting",
     "leading",
     "standing_by",
+    "standing_back",
+    "refuses",
     "sending_again",
     "waiting_for_postgres",
     "waiting_for_redis",
     "waiting_for_schema",
+    "waiting_for_standby",
 ]
 
 
@@ -42,9 +45,12 @@ class ConsumerMeters:
     def parked(self, handler: str, events: int) -> None:
         """Events wait behind an earlier one of their aggregate."""
 
+    def phantoms(self, handler: str, events: int) -> None:
+        """Events were passed over, because they are not in the outbox."""
+
 
 class RelayMeters:
-    """What a relay tells; called from one thread."""
+    """What a relay tells; called from one thread, but for `reconciled`, which is called from another."""
 
     def alive(self, state: RelayState) -> None:
         """It goes round its loop: at least every few seconds, but for `sending_again`, one long search."""
@@ -60,6 +66,9 @@ class RelayMeters:
 
     def republished(self, bundles: int) -> None:
         """Messages that Redis had lost were sent again."""
+
+    def reconciled(self, handler: str, events: int) -> None:
+        """Events were lost by their queue and sent again; 0 makes the handler known."""
 
     def reaped(self, messages: int) -> None:
         """Messages were taken back from dead workers."""

@@ -74,6 +74,12 @@ class RelayMetrics(RelayMeters):
         self._republished = Counter(
             "dovecote_republished_bundles_total", "Messages sent again because Redis had lost them.", registry=registry
         )
+        self._reconciled = Counter(
+            "dovecote_reconciled_events_total",
+            "Events that a queue had lost, sent again.",
+            ["handler"],
+            registry=registry,
+        )
         self._reaped = Counter(
             "dovecote_reaped_messages_total", "Messages taken back from dead workers.", registry=registry
         )
@@ -102,6 +108,9 @@ class RelayMetrics(RelayMeters):
 
     def republished(self, bundles: int) -> None:
         self._republished.inc(bundles)
+
+    def reconciled(self, handler: str, events: int) -> None:
+        self._reconciled.labels(handler=handler).inc(events)
 
     def reaped(self, messages: int) -> None:
         self._reaped.inc(messages)
@@ -134,6 +143,9 @@ class ConsumerMetrics(ConsumerMeters):
             "dovecote_failed_events_total", "Failures, by what became of the event.", "handler", "state"
         )
         self._parked = _counter("dovecote_parked_events_total", "Events put behind an earlier one.", "handler")
+        self._phantoms = _counter(
+            "dovecote_phantom_events_total", "Events passed over, because they are not in the outbox.", "handler"
+        )
         self._bundle = _histogram("dovecote_bundle_events", "Events of a bundle.", _EVENTS)
         self._duration = _histogram(
             "dovecote_handler_duration_seconds", "One call of the handler: an event, or a bundle with bulk.", _SECONDS
@@ -145,6 +157,7 @@ class ConsumerMetrics(ConsumerMeters):
         for handler in handlers:
             self._processed.labels(handler=handler)
             self._parked.labels(handler=handler)
+            self._phantoms.labels(handler=handler)
             for state in ("retrying", "dead"):
                 self._failed.labels(handler=handler, state=state)
 
@@ -181,6 +194,9 @@ class ConsumerMetrics(ConsumerMeters):
 
     def parked(self, handler: str, events: int) -> None:
         self._parked.labels(handler=handler).inc(events)
+
+    def phantoms(self, handler: str, events: int) -> None:
+        self._phantoms.labels(handler=handler).inc(events)
 
 
 def ages(envelopes: Iterable[Envelope], now: datetime) -> list[float]:

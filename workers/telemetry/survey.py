@@ -24,7 +24,7 @@ from workers.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTI
 from workers.operations.reading import snapshot
 from workers.outages import passes
 from workers.redis_client import connect_redis
-from workers.routes import Route
+from workers.routes import Route, queues
 from workers.settings import Settings
 
 log = structlog.get_logger()
@@ -35,7 +35,14 @@ _LIMIT_SECONDS = 2
 # Prometheus gives a scrape up after 10 s.
 _STATEMENT_MS = 5_000
 
+_BEHIND = "Positions between the handler's low-water mark and the relay's checkpoint."
+_MARKS = """
+    select p.handler_name, greatest(0, s.checkpoint - p.mark) as positions
+    from dovecote.progress p, dovecote.relay_state s
+"""
 _POSTPONED = "How long the handler's queue has been full, or it has been catching up since; 0 when it is live."
+
+_DEAD_LETTERS = "Messages of the queue that nobody could read or that were given up, in Redis."
 
 
 class Survey(Collector):
@@ -76,8 +83,9 @@ class Survey(Collector):
                 log.warning("how the system stands is not known", error=f"{type(error).__name__}: {error}")
         finally:
             self._engine.dispose()
+        dead_letters: dict[str, float] = {}
         try:
-            ahead_seconds["redis"] = self._ask_redis()
+            ahead_seconds["redis"] = self._ask_redis(dead_letters)
             up["redis"] = True
         except redis.RedisError:
             up["redis"] = False
@@ -86,6 +94,7 @@ class Survey(Collector):
             _gauge(
                 "dovecote_clock_skew_seconds", "How far its clock is ahead of this machine's.", ahead_seconds, "server"
             ),
+            _gauge("dovecote_redis_dead_letters", _DEAD_LETTERS, dead_letters, "queue"),
             *found,
         ]
 
@@ -99,6 +108,7 @@ class Survey(Collector):
                 *_of_relay(status),
                 *_of_handlers(status.handlers, count_blocked(connection, self._routes)),
                 _gauge("dovecote_postponed_seconds", _POSTPONED, self._postponed(connection), "handler"),
+                _gauge("dovecote_handler_low_water_mark_lag_events", _BEHIND, self._behind(connection), "handler"),
                 *_of_writers_and_weeks(connection),
             ]
 
@@ -106,13 +116,21 @@ class Survey(Collector):
         since = {row.handler_name: row.seconds for row in connection.exec_driver_sql(POSTPONED)}
         return {route.handler: since.get(route.handler, 0.0) for route in self._routes}
 
-    def _ask_redis(self) -> float:
+    def _behind(self, connection: Connection) -> dict[str, float]:
+        behind = {row.handler_name: row.positions for row in connection.exec_driver_sql(_MARKS)}
+        # No relay has led with a handler that has no mark: nothing can be said of it.
+        return {route.handler: behind[route.handler] for route in self._routes if route.handler in behind}
+
+    def _ask_redis(self, dead_letters: dict[str, float]) -> float:
         client: Any = connect_redis(self._settings.redis.url.get_secret_value(), _LIMIT_SECONDS)
         try:
             client.ping()  # so that the connection is there before the clock is looked at
             before = time.time()
             seconds, microseconds = client.time()
-            return float(seconds + microseconds / 1e6 - (before + time.time()) / 2)
+            ahead = float(seconds + microseconds / 1e6 - (before + time.time()) / 2)
+            for queue in queues(self._routes):
+                dead_letters[queue] = client.zcard(f"{self._settings.redis.namespace}:{queue}.XQ")
+            return ahead
         finally:
             client.close()
 
@@ -121,6 +139,11 @@ def _of_relay(status: operations.Status) -> list[Metric]:
     relay = status.relay
     return [
         _gauge("dovecote_leader_present", "Whether a relay leads.", {"": relay.leading}),
+        _gauge(
+            "dovecote_sequence_fault",
+            "Whether positions are not handed out in order; no relay leads then.",
+            {"": relay.fault is not None},
+        ),
         _gauge("dovecote_lag_events", "Committed and not yet published; at least.", {"": relay.lag_events}),
         _gauge("dovecote_lag_seconds", "Age of the oldest of them.", {"": relay.lag_seconds}),
         _gauge(
@@ -143,7 +166,7 @@ def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapp
         deliveries,
         _gauge(
             "dovecote_unprocessed_events",
-            "Neither acted on nor given up; at least.",
+            "Neither acted on nor given up; at least where there are 20,000.",
             {handler: status.unprocessed for handler, status in handlers.items()},
             "handler",
         ),

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psycopg
 import pytest
 from dramatiq.common import current_millis
+from sqlalchemy import text
 from typer.testing import CliRunner
 
 from tests.conftest import Servers, settings_for
@@ -18,12 +20,13 @@ from tests.effects import a_route, make_room_for_effects, write_quotes
 from tests.pooling import PGBOUNCER, pooled_url
 from tests.support import eventually
 from tests.system import System, system_for
-from workers import schema
+from workers import operations, schema
 from workers.cli import app
 from workers.operations import doctor
 from workers.operations.doctor import flow, postgres
 from workers.operations.doctor import redis as redis_checks
 from workers.operations.doctor.finding import Finding
+from workers.operations.failures import Filter
 from workers.settings import Settings
 
 pytestmark = pytest.mark.servers
@@ -117,6 +120,7 @@ def test_one_server_down_does_not_keep_the_other_from_being_examined(system: Sys
     assert found["postgres.schema"] == "ok"
 
 
+@pytest.mark.once
 def test_a_server_that_takes_connections_and_never_answers_hangs_nobody(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -151,6 +155,7 @@ def test_a_schema_that_is_missing_or_old_is_an_error(empty_database_url: str, se
         assert "dovecote migrate" in found["postgres.schema"].advice
 
 
+@pytest.mark.once
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed (apt-get install pgbouncer)")
 def test_a_pool_of_transactions_is_found_out(system: System, tmp_path: Path) -> None:
     with pooled_url(system.settings.database.url.get_secret_value()) as url:
@@ -164,6 +169,7 @@ def test_a_pool_of_transactions_is_found_out(system: System, tmp_path: Path) -> 
     assert found["postgres.schema"].level == "ok", "the rest is examined all the same"
 
 
+@pytest.mark.once
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed (apt-get install pgbouncer)")
 def test_a_pool_that_refuses_our_connections_is_told_apart_from_an_old_schema(system: System, tmp_path: Path) -> None:
     with pooled_url(system.settings.database.url.get_secret_value(), takes_options=False) as url:
@@ -275,10 +281,73 @@ def test_what_a_dead_worker_left_is_found(system: System) -> None:
     assert f"1 of test by {system.broker.broker_id}" in finding.found
 
 
-def test_a_queue_of_no_route_is_found(system: System) -> None:
-    redis_of(system).hset(f"{system.settings.redis.namespace}:renamed.msgs", "1", "a message")
+def test_queues_of_no_route_are_found_with_whose_messages_lie_there(system: System) -> None:
+    prefix = f"{system.settings.redis.namespace}:"
+    for id, handler in enumerate(["test.note", "test.note", "gone.handler"]):
+        message = orjson.dumps({"queue_name": "renamed", "actor_name": handler})
+        redis_of(system).hset(f"{prefix}renamed.msgs", str(id), message)
+    redis_of(system).hset(f"{prefix}foreign.msgs", "1", "a message")
+    redis_of(system).rpush(f"{prefix}test.aside.gone.handler", "1", "2")
 
-    assert "renamed (1)" in examined(system)["queues.known"].found
+    finding = examined(system)["queues.known"]
+
+    assert "renamed (3: 2 of test.note, whose queue is test today, 1 of gone.handler)" in finding.found
+    assert "foreign (1: 1 of somebody else)" in finding.found
+    assert "test (2 that were put aside for gone.handler, which no route has)" in finding.found
+    assert "The relay that leads moves" in finding.advice
+    assert "replay start --strength missing" in finding.advice
+
+
+def test_queues_of_our_own_handlers_are_never_to_be_deleted(system: System) -> None:
+    message = '{"queue_name":"renamed","actor_name":"test.note",'
+    redis_of(system).hset(f"{system.settings.redis.namespace}:renamed.msgs", "1", message)
+
+    assert "delete" not in examined(system)["queues.known"].advice
+
+
+def test_dead_messages_are_found_with_their_events(system: System) -> None:
+    with system.relay():
+        write_quotes(system, [1])
+        eventually(lambda: redis_of(system).llen(f"{system.settings.redis.namespace}:test"), 10, "a message")
+    (message,) = system.broker.do_fetch("test", 1)
+    system.broker.do_nack("test", orjson.loads(message)["message_id"])
+    with system.engine.connect() as connection:
+        event_id = connection.execute(text("select id from dovecote.outbox")).scalar_one()
+
+    finding = examined(system)["queues.dead_letters"]
+
+    assert finding.level == "warning"
+    assert f"test (1, of test.note, with events such as {event_id})" in finding.found
+    assert "replay start --handler HANDLER --strength missing" in finding.advice
+
+
+def test_what_is_left_of_handlers_and_of_events_that_are_gone_is_found(system: System) -> None:
+    found = examined(system)
+    assert (found["handlers.known"].level, found["deliveries.events"].level) == ("ok", "ok")
+    write_quotes(system, [1, 2])
+    for handler in ("gone.handler", "test.note"):
+        run(
+            system,
+            "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id,"
+            f" event_type, state, next_attempt_at) select '{handler}', id, position, aggregate_type, aggregate_id,"
+            " event_type, 'retrying', now() from dovecote.outbox",
+        )
+    run(system, "delete from dovecote.outbox where position = 2")
+    with system.relay():
+        dead = "select count(*) from dovecote.deliveries where state = 'dead'"
+        with system.engine.connect() as connection:
+            eventually(lambda: connection.execute(text(dead)).scalar_one(), 10, "the relay has seen it")
+
+    found = examined(system)
+    assert "gone.handler (2 waiting, 0 dead, 0 subscriptions)" in found["handlers.known"].found
+    assert "1 deliveries whose event is not in the outbox: test.note" in found["deliveries.events"].found
+    (left,) = operations.handlers_without_route(system.engine, system.routes)
+    assert (left.name, left.retrying, left.at_least) == ("gone.handler", 2, [])
+
+    # As the advice says.
+    given_up = Filter(handler="gone.handler", state="retrying")
+    change = operations.discard(system.engine, given_up, actor="ada", reason="gone", routes=system.routes)
+    assert change.affected == 2
 
 
 def test_events_without_routes_and_routes_without_events_are_found(system: System) -> None:

@@ -157,6 +157,7 @@ def test_no_listing_reads_the_outbox_from_end_to_end(own_engine: Engine) -> None
         operations.failure_groups(own_engine, operations.Filter())
 
 
+@pytest.mark.once
 def test_tail_shows_what_commits_even_out_of_order_and_ends_well_on_ctrl_c(
     tmp_path: Path, own_engine: Engine, fresh_database_url: str
 ) -> None:

@@ -20,6 +20,7 @@ HANDLER = "pricing.apply_quotes"
 
 # `operations.status` is the verb; this is the module it lives in.
 module = import_module("workers.operations.status")
+counting = import_module("workers.operations.unprocessed")
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_unprocessed_is_what_no_handler_has_acted_on_or_given_up(own_engine: Eng
 def test_a_handler_that_is_far_behind_is_not_counted_to_its_end(
     own_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_NEWEST_EVENTS", 20)
+    monkeypatch.setattr(counting, "_NEWEST_EVENTS", 20)
     write(sessions_for(own_engine), 50)
     processed(own_engine, 10)
     behind = operations.status(own_engine, ROUTES).handlers[HANDLER]
@@ -136,19 +137,100 @@ def test_status_reads_no_table_from_end_to_end(own_engine: Engine) -> None:
         operations.status(own_engine, ROUTES)
 
 
-def test_exact_counts_see_an_event_that_status_does_not_look_at(
+def subscribe(engine: Engine, since: int = 0) -> None:
+    """Subscribe all handlers, as a relay does when it first leads with them."""
+    wanted = [(route.handler, kind) for route in ROUTES for kind in route.event_types]
+    run(
+        engine,
+        "insert into dovecote.subscriptions (handler_name, event_type, since_position)"
+        " select h, t, :since from unnest(cast(:handlers as text[]), cast(:types as text[])) as w (h, t)",
+        since=since,
+        handlers=[handler for handler, _ in wanted],
+        types=[kind for _, kind in wanted],
+    )
+
+
+def move_marks(engine: Engine, upto: int) -> None:
+    run(engine, "update dovecote.relay_state set checkpoint = :upto", upto=upto)
+    run(engine, "select dovecote.move_marks(epoch, :upto) from dovecote.relay_state", upto=upto)
+
+
+def behind_many_prices(engine: Engine) -> None:
+    """300 codes that nobody sends, and after them 4,000 prices that are acted on."""
+    run(
+        engine,
+        "insert into dovecote.outbox (aggregate_type, aggregate_id, event_type, payload, created_at)"
+        " select 'challenge', n::text, 'verification.code_requested.v1', '{}', now() - interval '20 minutes'"
+        " from generate_series(1, 300) n",
+    )
+    run(
+        engine,
+        "insert into dovecote.outbox (aggregate_type, aggregate_id, event_type, payload)"
+        " select 'price', 'EUR', 'pricing.price_quoted.v1', '{}' from generate_series(1, 4000)",
+    )
+    run(
+        engine,
+        "insert into dovecote.processed_events (event_id, handler_name)"
+        " select id, :handler from dovecote.outbox where position > 300",
+        handler=HANDLER,
+    )
+
+
+@pytest.mark.parametrize("are_examined", [False, True], ids=["not examined yet", "examined"])
+def test_codes_that_nobody_sends_are_seen_behind_thousands_of_prices(own_engine: Engine, are_examined: bool) -> None:
+    subscribe(own_engine)
+    behind_many_prices(own_engine)
+    if are_examined:
+        move_marks(own_engine, 4_300)
+
+    told = operations.status(own_engine, ROUTES).handlers
+
+    codes, prices = told["verification.send_code"], told[HANDLER]
+    assert (codes.unprocessed, codes.at_least) == (300, [])
+    assert codes.oldest_unprocessed_seconds >= 1_200
+    assert (prices.unprocessed, prices.at_least) == (0, [])
+
+
+def test_a_paused_handler_s_backlog_is_counted(own_engine: Engine) -> None:
+    subscribe(own_engine)
+    behind_many_prices(own_engine)
+    move_marks(own_engine, 4_300)
+    operations.pause_handler(own_engine, ROUTES, HANDLER, actor="me", reason="a test")
+    write(sessions_for(own_engine), 2_500)
+    move_marks(own_engine, 6_800)
+
+    paused = operations.status(own_engine, ROUTES).handlers[HANDLER]
+
+    assert (paused.unprocessed, paused.at_least) == (2_500, [])
+
+
+def test_a_history_that_nobody_has_examined_yet_is_never_said_to_be_done(
     own_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_NEWEST_EVENTS", 5)
+    monkeypatch.setattr(counting, "_BOUND", 500)
+    subscribe(own_engine)
+    behind_many_prices(own_engine)
+    write(sessions_for(own_engine), 10)
+    run(own_engine, "delete from dovecote.outbox where position = 4305")  # a gap, as a rollback leaves one
+
+    fresh = operations.status(own_engine, ROUTES).handlers[HANDLER]
+    move_marks(own_engine, 4_310)
+    examined = operations.status(own_engine, ROUTES).handlers[HANDLER]
+
+    assert (fresh.unprocessed, fresh.at_least) == (9, ["unprocessed"])
+    assert (examined.unprocessed, examined.at_least) == (9, [])
+
+
+def test_status_counts_what_a_count_of_everything_finds(own_engine: Engine) -> None:
+    subscribe(own_engine)
     write(sessions_for(own_engine), 20)
     processed(own_engine, 20)
     publish(own_engine, "{[1,21)}", 20)
-    run(
-        own_engine,
-        "delete from dovecote.processed_events p using dovecote.outbox o where o.id = event_id and position = 2",
-    )
+    move_marks(own_engine, 20)
+    write(sessions_for(own_engine), 5)
 
-    assert operations.status(own_engine, ROUTES).handlers[HANDLER].unprocessed == 0
     counted = operations.count_everything(own_engine, ROUTES)
 
-    assert (counted.unprocessed[HANDLER], counted.processed[HANDLER], counted.is_quiet) == (1, 19, False)
+    assert (counted.unprocessed[HANDLER], counted.processed[HANDLER], counted.is_quiet) == (5, 20, False)
+    told = operations.status(own_engine, ROUTES).handlers
+    assert {handler: one.unprocessed for handler, one in told.items()} == counted.unprocessed

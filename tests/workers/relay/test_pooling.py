@@ -11,10 +11,7 @@ from workers.bootstrap import relay_for
 from workers.relay.relay import NoSession
 from workers.settings import Settings
 
-pytestmark = [
-    pytest.mark.servers,
-    pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed (apt-get install pgbouncer)"),
-]
+pytestmark = pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed (apt-get install pgbouncer)")
 
 
 @pytest.fixture

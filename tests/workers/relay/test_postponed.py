@@ -161,6 +161,7 @@ def test_no_queue_takes_more_than_its_share_of_what_redis_has_room_for(system_wi
 # Nothing is lost ----------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_redis_and_relay_may_forget_while_a_handler_is_postponed(system_with: SystemWith) -> None:
     system = system_with()
     with system.relay():
@@ -176,6 +177,7 @@ def test_redis_and_relay_may_forget_while_a_handler_is_postponed(system_with: Sy
         assert is_in_order(system, "test.down")
 
 
+@pytest.mark.once
 def test_a_writer_that_dawdles_while_a_handler_is_postponed_is_heard(system_with: SystemWith) -> None:
     system = system_with()
     write = "select dovecote.append_event('price', %s, 'pricing.price_quoted.v1', %s)"
@@ -201,6 +203,7 @@ def test_a_writer_that_dawdles_while_a_handler_is_postponed_is_heard(system_with
     assert each_once(effects_in(system.engine))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_happens_nothing_is_lost_doubled_or_out_of_order(system_with: SystemWith, seed: int) -> None:
     chance = random.Random(seed)
@@ -242,6 +245,7 @@ def test_whatever_happens_nothing_is_lost_doubled_or_out_of_order(system_with: S
 # What waits with it -------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_what_is_put_aside_for_a_paused_handler_is_no_burden_to_others_on_its_queue(system_with: SystemWith) -> None:
     paused, other = a_route("test.paused", queue="both"), a_route("test.other", queue="both")
     system = system_with(paused, other)
@@ -262,6 +266,7 @@ def test_what_is_put_aside_for_a_paused_handler_is_no_burden_to_others_on_its_qu
     assert sorted(prices_of(system, "test.other")) == list(range(2 * MANY))
 
 
+@pytest.mark.once
 def test_retries_and_replays_wait_for_room(system_with: SystemWith) -> None:
     fails = {"times": 2}  # with its bundle, and alone
 
@@ -322,6 +327,7 @@ def a_postponer(connection: psycopg.Connection[Any], routes: Sequence[Route], ep
 # What people see ----------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_doctor_says_which_handler_is_postponed(system_with: SystemWith) -> None:
     system = system_with()
     with system.relay():

@@ -188,6 +188,7 @@ def aftermath(database_url: str) -> Aftermath:
     return Aftermath(written, last_value, honest, naive)
 
 
+@pytest.mark.once
 def test_a_crowd_of_dawdling_writers_loses_no_event(aftermath: Aftermath) -> None:
     assert len(aftermath.written) > 500, "too little happened to say anything"
     assert len(aftermath.written) < aftermath.handed_out, "nobody rolled back"
@@ -412,7 +413,7 @@ class Reading(RuleBasedStateMachine):
     def start(self) -> None:
         self.writers = [psycopg.connect(self.url) for _ in range(3)]
         self.relay = psycopg.connect(self.url, autocommit=True)
-        (self.base,) = self.relay.execute("select last_value from dovecote.outbox_position").fetchone() or (0,)
+        (self.base,) = self.relay.execute("select last_position from dovecote.horizon()").fetchone() or (0,)
         self.relay.execute("update dovecote.relay_state set checkpoint = %s", (self.base,))
         self.reader = Reader(self.relay, self.base, batch_size=3)
         self.owner: dict[int, int] = {}
@@ -483,13 +484,14 @@ class Reading(RuleBasedStateMachine):
         found = self.relay.execute("select position from dovecote.outbox where position > %s", (self.base,))
         committed = {position for (position,) in found}
         assert self.recorded == committed, "committed and recorded differ"
-        (last,) = self.relay.execute("select last_value from dovecote.outbox_position").fetchone() or (0,)
+        (last,) = self.relay.execute("select last_position from dovecote.horizon()").fetchone() or (0,)
         assert self.reader.checkpoint == last
         assert self.reader._holes == []
         for connection in (*self.writers, self.relay):
             connection.close()
 
 
+@pytest.mark.once
 def test_no_order_of_begins_writes_rollbacks_commits_and_crashes_loses_an_event(url: str) -> None:
     class Machine(Reading):
         pass

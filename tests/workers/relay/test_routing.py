@@ -18,8 +18,6 @@ from workers import operations
 from workers.gateways import Gateways
 from workers.routes import Route
 
-pytestmark = pytest.mark.servers
-
 
 @dataclass(frozen=True, kw_only=True)
 class NotedBefore(Event, type="routing.noted.v1", aggregate="note", key="of"):

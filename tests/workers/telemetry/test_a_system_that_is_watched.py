@@ -27,7 +27,7 @@ from tests.workers.telemetry.scraping import Numbers, get, scrape, scrape_until,
 from workers import operations
 from workers.routes import ROUTES
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 HANDLER = "pricing.apply_quotes"
 

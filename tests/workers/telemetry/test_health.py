@@ -16,8 +16,6 @@ from workers.embedded import Redis
 from workers.settings import Settings
 from workers.telemetry.health import FRESH_SECONDS, Missing, health, require_fresh, servers
 
-pytestmark = pytest.mark.servers
-
 
 @pytest.fixture
 def redis() -> Iterator[Redis]:

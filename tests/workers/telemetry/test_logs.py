@@ -62,7 +62,6 @@ def write(system: System, *events: PriceQuoted) -> list[Envelope]:
         return [read_envelope(fields) for fields in found.scalars()]
 
 
-@pytest.mark.servers
 def test_lines_logged_by_a_handler_name_its_event(settings: Settings, lines: Lines) -> None:
     def act(event: PriceQuoted, uow: UnitOfWork, _: object) -> None:
         log.info("acting", price=str(event.price))
@@ -89,7 +88,6 @@ def test_lines_logged_by_a_handler_name_its_event(settings: Settings, lines: Lin
             assert line[name] == expected
 
 
-@pytest.mark.servers
 def test_lines_logged_by_a_bulk_handler_name_its_bundle_or_its_only_event(settings: Settings, lines: Lines) -> None:
     def act(envelopes: Sequence[Envelope], *_: object) -> None:
         log.info("acting")
@@ -108,7 +106,6 @@ def test_lines_logged_by_a_bulk_handler_name_its_bundle_or_its_only_event(settin
     assert not any("events" in line for line in alone)
 
 
-@pytest.mark.servers
 def test_a_bundle_of_which_one_event_is_new_names_that_one(settings: Settings, lines: Lines) -> None:
     route = a_route(act=lambda *_: log.info("acting"), bulk=True)
     lines.configure()
@@ -121,7 +118,6 @@ def test_a_bundle_of_which_one_event_is_new_names_that_one(settings: Settings, l
     assert [line["aggregate"] for line in lines.read("acting")] == ["price EUR", "price USD"]
 
 
-@pytest.mark.servers
 def test_what_is_logged_after_an_event_does_not_name_it(settings: Settings, lines: Lines) -> None:
     route = a_route(act=lambda *_: log.info("acting"))
     lines.configure()

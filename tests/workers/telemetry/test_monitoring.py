@@ -1,15 +1,16 @@
 """What monitoring/ ships is valid, tested, and asks for nothing that is not there."""
 
 import json
+import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import commands
 from tests.workers.telemetry.catalogue import catalogue, sample_names
 from tests.workers.telemetry.promtool import PROMTOOL, needs_promtool
 from workers.supervisor import parse_procfile
@@ -47,8 +48,7 @@ def test_every_alert_has_a_summary_and_ends_with_a_command_that_exists() -> None
         assert re.search(r'^ +summary: "[^"]+"$', rule, re.MULTILINE), rule
         assert re.search(r'^ +description: "[^"]+: dovecote [a-z -]+"$', rule, re.MULTILINE), rule
     for command in sorted(set(re.findall(r': dovecote ([a-z -]+)"', ALERTS))):
-        words = [sys.executable, "-m", "workers", *command.split(), "--help"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, timeout=30, check=False)
+        done = commands.run([*command.split(), "--help"], os.environ, ROOT)
         assert done.returncode == 0, command
 
 

@@ -22,8 +22,6 @@ from workers import operations
 from workers.routes import ROUTES
 from workers.settings import Settings
 
-pytestmark = pytest.mark.servers
-
 RELAY = ["-m", "workers", "relay"]
 CONSUMERS = [
     *["-m", "dramatiq", "workers.bootstrap:consumers", "--queues", "pricing"],

@@ -14,6 +14,7 @@ from tests.conftest import settings_for
 from tests.effects import a_route
 from tests.quotes import a_quote
 from tests.workers.telemetry.scraping import Numbers, numbers_in
+from workers.redis_client import connect_redis
 from workers.settings import Settings
 from workers.telemetry import survey
 
@@ -126,6 +127,17 @@ def test_a_pause_a_stray_row_and_a_type_without_a_route_are_told(settings: Setti
     assert told("dovecote_paused_seconds", handler="ordered") == 0
     assert told("dovecote_unrouted_events") == 7
     assert told("dovecote_default_partition_in_use") == 1
+
+
+def test_dead_messages_in_redis_are_counted(settings: Settings) -> None:
+    client = connect_redis(settings.redis.url.get_secret_value(), 5)
+    key = f"{settings.redis.namespace}:test.XQ"
+    client.zadd(key, {"a": 1, "b": 2})
+    try:
+        assert found(settings)("dovecote_redis_dead_letters", queue="test") == 2
+    finally:
+        client.delete(key)
+        client.close()
 
 
 def test_headroom_ends_at_the_first_week_that_is_missing(settings: Settings, engine: Engine) -> None:

@@ -20,8 +20,6 @@ from workers.routes import Route
 from workers.settings import Settings
 from workers.telemetry import traces
 
-pytestmark = pytest.mark.servers
-
 KEPT = TracerProvider(sampler=ALWAYS_ON).get_tracer("a service")
 NOT_KEPT = TracerProvider(sampler=ALWAYS_OFF).get_tracer("a service")
 

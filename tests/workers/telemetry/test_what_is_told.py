@@ -23,8 +23,6 @@ from workers.routes import Route
 from workers.settings import Settings
 from workers.telemetry.metrics import ConsumerMetrics, RelayMetrics
 
-pytestmark = pytest.mark.servers
-
 HANDLER = "test.note"
 
 

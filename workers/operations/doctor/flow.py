@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import psycopg
 import redis
-from dramatiq.common import dq_name
 
+from workers.operations.doctor import leftovers
 from workers.operations.doctor.finding import Finding, Subject, error, ok, warning
 from workers.operations.doctor.postgres import POSTPONED, session
 from workers.redis_client import connect_redis
@@ -31,8 +31,9 @@ def findings(subject: Subject) -> list[Finding]:
         held = list(_held(client, subject))
         return [
             unserved(client, subject, held),
-            leftovers(held, subject),
-            unknown_queues(client, subject),
+            dead_workers(held, subject),
+            leftovers.unknown_queues(client, subject),
+            leftovers.dead_letters(client, subject),
             *postponed(client, subject),
         ]
     except redis.RedisError:
@@ -64,8 +65,8 @@ def unserved(client: Any, subject: Subject, held: list[_Held]) -> Finding:
     return ok("queues.served", "no queue has messages that nobody takes")
 
 
-def leftovers(held: list[_Held], subject: Subject) -> Finding:
-    """The relay reaps within seconds; what stays belongs to a queue it does not know, or there is no relay."""
+def dead_workers(held: list[_Held], subject: Subject) -> Finding:
+    """The relay reaps within seconds, a queue that no route has within a minute; what stays, stays without a relay."""
     dead = [one for one in held if not one.is_alive]
     if not dead:
         return ok("queues.dead_workers", "no dead worker holds messages")
@@ -74,23 +75,8 @@ def leftovers(held: list[_Held], subject: Subject) -> Finding:
     return warning(
         "queues.dead_workers",
         f"dead workers hold messages: {names}",
-        f"A relay takes them back within {seconds:g} s; where they stay, no relay runs or no route has that queue.",
+        f"A relay takes them back within {seconds:g} s; where they stay, no relay leads.",
     )
-
-
-def unknown_queues(client: Any, subject: Subject) -> Finding:
-    known = {name for queue in queues(subject.routes) for name in (queue, dq_name(queue))}
-    prefix = f"{subject.settings.redis.namespace}:"
-    names = (key.decode().removeprefix(prefix).removesuffix(".msgs") for key in _keys(client, f"{prefix}*.msgs"))
-    strangers = sorted(name for name in names if name not in known and not name.endswith(".XQ"))
-    if strangers:
-        counts = ", ".join(f"{name} ({client.hlen(f'{prefix}{name}.msgs')})" for name in strangers)
-        return warning(
-            "queues.known",
-            f"queues with messages that no route has: {counts}",
-            "A route was renamed or taken away. Serve the queue once more, or delete it: Postgres has every event.",
-        )
-    return ok("queues.known", "each queue belongs to a route")
 
 
 def postponed(client: Any, subject: Subject) -> list[Finding]:

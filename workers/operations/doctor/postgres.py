@@ -15,8 +15,10 @@ from domain.database import connect
 from workers import schema
 from workers.attempts import longest_retry
 from workers.masking import masked
-from workers.operations.doctor import progress
+from workers.operations.doctor import leftovers, progress
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
+from workers.relay.standby import FLUSHED, blindness
+from workers.runs import Run
 
 Connection = psycopg.Connection[Any]
 
@@ -33,7 +35,8 @@ _MUCH_OF_NOTIFY_QUEUE, _NO_WAKEUPS_FROM = 0.25, 0.5
 # A moment as text: psycopg reads one DateStyle only, and behind a pool of transactions we set none.
 # A frozen relay keeps its lock and asks nothing any more. Who may not see others' statements gets null.
 _RELAY = """
-    select s.owner, s.epoch, to_char(s.owned_since at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS') as owned_since,
+    select s.owner, s.epoch, s.history, s.instance, s.stands_back_for,
+           to_char(s.owned_since at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS') as owned_since,
            leader.pid, leader.silent_seconds
     from dovecote.relay_state s
     left join lateral (
@@ -113,9 +116,17 @@ def findings(subject: Subject) -> list[Finding]:
             schema_found = is_migrated(subject)
             found.append(schema_found)
             if schema_found.level == "ok":
-                found += [relay(connection, subject), progress.relay(connection), floors(connection)]
+                found += [
+                    sequence(connection),
+                    relay(connection, subject),
+                    progress.relay(connection),
+                    floors(connection),
+                ]
                 found.append(partitions(connection))
+                if subject.settings.relay.publish_after == "standby":
+                    found.append(standby(connection))
                 found += routes(connection, subject)
+                found += [leftovers.handlers(connection, subject), leftovers.gone_events(connection)]
                 found.append(retention(subject))
             return found
     except psycopg.Error as caught:
@@ -231,8 +242,17 @@ def relay(connection: Connection, subject: Subject) -> Finding:
         return error(
             "relay.alive", f"no relay leads{last}", "Start one: `dovecote relay`; nothing is published meanwhile."
         )
+    if row.stands_back_for:
+        return error(
+            "relay.alive",
+            f"the relay stands back: one of {Run.read(row.stands_back_for)} publishes to this Redis",
+            "That database is newer. If it is the one to go on with, point DATABASE_URL to it everywhere. If not, stop "
+            "its relays: ours leads 10 s later. If both are wanted, give each a Redis or a DOVECOTE_REDIS__NAMESPACE.",
+        )
     since = f"{row.owned_since} UTC" if row.owned_since else "this moment"
     found = f"{row.owner or 'somebody'} leads since {since}, backend {row.pid}, epoch {row.epoch}"
+    if row.history:
+        found += f", history {row.history} of {Run.read(row.instance)}"
     # It asks something each second, or once in its poll.
     longest = _SILENT_SECONDS + 2 * subject.settings.relay.poll_seconds
     if row.silent_seconds is not None and row.silent_seconds > longest:
@@ -242,6 +262,29 @@ def relay(connection: Connection, subject: Subject) -> Finding:
             "It or its machine is frozen: end it, or `select pg_terminate_backend(...)`; a standby leads then.",
         )
     return ok("relay.alive", found)
+
+
+def sequence(connection: Connection) -> Finding:
+    (fault,) = _one(connection, "select dovecote.sequence_fault()")
+    if fault is None:
+        return ok("postgres.sequence", "positions are handed out in order")
+    return error(
+        "postgres.sequence",
+        fault,
+        "Run `dovecote recover --dry-run`, which says what it would do, and then `dovecote recover`; no relay leads "
+        "before. See docs/operations/backup-and-failover.md.",
+    )
+
+
+def standby(connection: Connection) -> Finding:
+    is_flushed, _ = _one(connection, FLUSHED.replace("%(upto)s", "null"))
+    if is_flushed is not None:
+        return ok("relay.standby", "a standby is seen")
+    return error(
+        "relay.standby",
+        "no standby is seen, and DOVECOTE_RELAY__PUBLISH_AFTER is standby: nothing is published",
+        f"Start a standby; if one is there, {blindness(connection) or 'see why it does not stream'}.",
+    )
 
 
 def floors(connection: Connection) -> Finding:

@@ -1,0 +1,140 @@
+"""Mutants of the low-water marks and of what is counted from them."""
+
+from tests.mutations.mutant import Mutant
+
+MARKS = "tests/workers/relay/test_progress.py"
+STATUS = "tests/workers/operations/test_status.py"
+
+PROGRESS_SQL = "migrations/sql/0022_progress.up.sql"
+PROGRESS_PY = "workers/relay/progress.py"
+
+HISTORIES = f"{MARKS}::test_a_mark_is_true_at_every_step_of_a_random_history_and_exact_at_its_end"
+WITH_A_RELAY = f"{MARKS}::test_a_relay_moves_the_marks_says_nothing_when_idle_and_begins_anew_when_cut_off"
+BEGINS_TO_WANT = f"{MARKS}::test_what_a_handler_begins_to_want_below_its_mark_is_open"
+FORGOTTEN = f"{MARKS}::test_a_forgotten_handler_has_no_mark_and_what_is_reopened_is_looked_at_again"
+IN_THE_WAY = f"{MARKS}::test_what_is_in_the_way_is_not_looked_for_below_the_mark_unless_it_failed_there"
+
+PROGRESS = (
+    Mutant(
+        "a position that may be committed late is passed",
+        PROGRESS_SQL,
+        "p.open - looked + not_there + coalesce(u.ranges",
+        "p.open - looked + coalesce(u.ranges",
+        HISTORIES,
+    ),
+    Mutant(
+        "a version that nobody knows yet is passed",
+        PROGRESS_SQL,
+        "s.handler_name = any(handlers) and dovecote.fact_of(s.event_type) = dovecote.fact_of(t.name)",
+        "s.handler_name = any(handlers) and s.event_type = t.name",
+        MARKS,
+    ),
+    Mutant("a replaced relay moves marks", PROGRESS_SQL, " where s.epoch = leading_epoch;", ";", HISTORIES),
+    Mutant(
+        "a handler subscribes while a step is under way",
+        PROGRESS_SQL,
+        "    perform pg_advisory_xact_lock(dovecote.progress_key());\n    insert into",
+        "    insert into",
+        f"{MARKS}::test_nobody_subscribes_while_a_step_is_under_way",
+    ),
+    Mutant(
+        "of two versions at once neither is open",
+        PROGRESS_SQL,
+        "and (s.handler_name, s.event_type) not in (select b.handler_name, b.event_type from added b)",
+        "and s.event_type <> a.event_type",
+        BEGINS_TO_WANT,
+    ),
+    Mutant(
+        "what a handler begins to want is not open",
+        PROGRESS_SQL,
+        "    where before.since_position is null\n       or ",
+        "    where ",
+        BEGINS_TO_WANT,
+    ),
+    Mutant(
+        "an earlier begin opens nothing",
+        PROGRESS_SQL,
+        "    when (new.since_position < old.since_position or",
+        "    when (false or",
+        BEGINS_TO_WANT,
+    ),
+    Mutant(
+        "a forgotten handler keeps its mark",
+        PROGRESS_SQL,
+        "    delete from dovecote.progress p where p.handler_name = handler;\n",
+        "",
+        FORGOTTEN,
+    ),
+    Mutant(
+        "nothing is opened again",
+        PROGRESS_SQL,
+        "set open = int8multirange(int8range(wanted.since, greatest(",
+        "set open = int8multirange(int8range(p.examined, greatest(",
+        FORGOTTEN,
+    ),
+    Mutant(
+        "ranges are dropped when there are too many",
+        PROGRESS_SQL,
+        "int8range((select min(low) from part)",
+        "int8range((select max(low) from part)",
+        HISTORIES,
+    ),
+    Mutant(
+        "every look begins at the lowest mark",
+        PROGRESS_SQL,
+        "case when q.examined - q.mark <= max_events / 2 then q.mark else q.examined end",
+        "q.mark",
+        f"{MARKS}::test_every_event_is_looked_at_once_and_a_backlog_costs_a_look_at_its_head",
+    ),
+    Mutant("what is dead below the mark blocks nothing", PROGRESS_SQL, "d.state = 'dead' and", "false and", IN_THE_WAY),
+    Mutant(
+        "the way is looked for in all that an aggregate has",
+        PROGRESS_SQL,
+        "          and o.position > (select dovecote.settled_upto(handler))\n          and (s.published_above is null"
+        " or not s.published_above @> o.position)\n          and not exists",
+        "          and (s.published_above is null or not s.published_above @> o.position)\n          and not exists",
+        IN_THE_WAY,
+    ),
+    Mutant(
+        "a week goes up to what was examined",
+        PROGRESS_SQL,
+        "coalesce(p.mark, 0) as mark",
+        "coalesce(p.examined, 0) as mark",
+        HISTORIES,
+    ),
+    Mutant(
+        "what nobody has examined is not counted",
+        PROGRESS_SQL,
+        "select p.open + int8multirange(int8range(p.examined, null, '()')) into ranges",
+        "select p.open into ranges",
+        STATUS,
+    ),
+    Mutant(
+        "an unfinished count looks exact",
+        PROGRESS_SQL,
+        "            at_least := true;\n            return;",
+        "            return;",
+        STATUS,
+    ),
+    Mutant(
+        "an unfinished count is told as exact",
+        "workers/operations/unprocessed.py",
+        "_is_cut(row) or bool(",
+        "bool(",
+        STATUS,
+    ),
+    Mutant(
+        "the marks are asked for in an idle system",
+        PROGRESS_PY,
+        "if upto == self._moved_upto and (not self._is_open or now < self._next_look):",
+        "if upto < 0:",
+        WITH_A_RELAY,
+    ),
+    Mutant(
+        "an error ends the marks",
+        PROGRESS_PY,
+        "            except Exception as error:",
+        "            except ZeroDivisionError as error:",
+        WITH_A_RELAY,
+    ),
+)

@@ -1,0 +1,79 @@
+#!lua flags=allow-oom
+-- Move messages to the queues that their handlers' routes name today, in order. The ids stay: a message that is there
+-- already is there once. Others keep their places.
+--
+-- KEYS[1]  the relay's marker: the epoch of the relay that may do this
+-- KEYS[2]  the list of ids: a queue, or what is put aside on it
+-- KEYS[3]  the queue's full name
+-- ARGV[1]  the epoch of the caller
+-- ARGV[2]  prefix of full names
+-- ARGV[3]  what follows a queue's name: ".DQ" for a delay queue
+-- ARGV[4]  what follows the name of a list: ".aside.<handler>"
+-- ARGV[5]  1: begin at the end, and put what is found at the head of its queue: what is older than all that is there.
+--          0: begin at the head, and put it at the end
+-- ARGV[6]  how many keep their places where to begin: those of calls before
+-- ARGV[7]  most messages of one call
+-- ARGV[8]  most bytes: nobody else is served meanwhile
+-- ARGV     then handlers and their queues, by turns
+--
+-- Returns how many were moved, how many keep their places, and how many are not looked at yet; -1 and -2 as publish.lua.
+local epoch = tonumber(redis.call('get', KEYS[1]) or '-1')
+if epoch > tonumber(ARGV[1]) then
+    return {-2, 0, 0}
+end
+if epoch < tonumber(ARGV[1]) then
+    return {-1, 0, 0}
+end
+local queue_of = {}
+for i = 9, #ARGV, 2 do
+    queue_of[ARGV[i]] = ARGV[i + 1] .. ARGV[3]
+end
+local list, from = KEYS[2], KEYS[3]
+local from_end, passed = ARGV[5] == '1', tonumber(ARGV[6])
+local length = redis.call('llen', list)
+local first = from_end and math.max(0, length - passed - ARGV[7]) or passed
+local last = from_end and length - passed - 1 or passed + ARGV[7] - 1
+local ids = last >= first and redis.call('lrange', list, first, last) or {}
+
+local moved, gone, kept, bytes = 0, 0, 0, 0
+for n = 1, #ids do
+    if bytes >= tonumber(ARGV[8]) then
+        break
+    end
+    local i = from_end and #ids + 1 - n or n
+    local id = ids[i]
+    local message = redis.call('hget', from .. '.msgs', id)
+    bytes = bytes + (message and #message or 0)
+    local name, behind, handler
+    if message then
+        name, behind, handler = string.match(
+            message, '^%s*{%s*"queue_name"%s*:%s*"()[^"\\]*()"%s*,%s*"actor_name"%s*:%s*"([^"\\]*)"')
+    end
+    local queue = handler and queue_of[handler]
+    local to = queue and ARGV[2] .. queue
+    if message and (not to or to == from) then
+        kept = kept + 1
+    else
+        -- Without a message: it was acknowledged by a worker that had been taken for dead.
+        if to then
+            local renamed = string.sub(message, 1, name - 1) .. queue .. string.sub(message, behind)
+            if redis.call('hsetnx', to .. '.msgs', id, renamed) == 1 then
+                redis.call(from_end and 'lpush' or 'rpush', to .. ARGV[4], id)
+            end
+            redis.call('hdel', from .. '.msgs', id)
+            local mark = redis.call('hget', from .. '.at_work', id)
+            if mark then
+                redis.call('hset', to .. '.at_work', id, mark)
+                redis.call('expire', to .. '.at_work', math.max(1, redis.call('ttl', from .. '.at_work')))
+                redis.call('hdel', from .. '.at_work', id)
+            end
+            moved = moved + 1
+        end
+        redis.call('lset', list, first + i - 1, '')
+        gone = gone + 1
+    end
+end
+if gone > 0 then
+    redis.call('lrem', list, from_end and -gone or gone, '')
+end
+return {moved, kept, math.max(0, length - gone - passed - kept)}

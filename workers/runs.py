@@ -1,0 +1,36 @@
+"""One run of one Postgres, as dovecote.server_run() tells it. Another run may have forgotten what this one told."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+
+@dataclass(frozen=True)
+class Run:
+    """`started_us` is Unix time; `database` is its number within the server, 0 for a run told without one."""
+
+    system: int
+    timeline: int
+    started_us: int
+    database: int = 0
+
+    @classmethod
+    def read(cls, told: str | None) -> "Run | None":
+        """Return None for what is no run."""
+        words = (told or "").split()
+        if len(words) < 3 or not all(word.isdecimal() for word in words[:4]):
+            return None
+        return cls(*(int(word) for word in words[:4]))
+
+    def is_newer_than(self, other: "Run") -> bool:
+        """Tell which of two databases that may have been one goes on; neither for one and the same.
+
+        A promoted standby may have been started before its primary was: its timeline is higher.
+        """
+        if self.system != other.system:
+            return self.started_us > other.started_us
+        ours = (self.timeline, self.started_us, self.database)
+        return ours > (other.timeline, other.started_us, other.database)
+
+    def __str__(self) -> str:
+        started = datetime.fromtimestamp(self.started_us / 1e6, UTC)
+        return f"Postgres {self.system}, timeline {self.timeline}, started {started:%F %T} UTC"
