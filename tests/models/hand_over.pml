@@ -1,39 +1,66 @@
-/* How relays take turns: the end of DESIGN section 4, and section 7 where the relay or Redis breaks.
+/* How relays take turns, where they, Redis and Postgres break: the end of DESIGN section 4, and section 7.
  *
  * Two relays want one session lock. Whoever has it raises the epoch, greets Redis, and then reads, sends and
  * records in turn. Anything may happen to it between any two of its steps: it is killed and started again; it
  * is frozen as long as you like (nothing makes a process go on); its session ends, and it hears of that with
  * its next statement; or the lock alone is gone and it hears nothing, which Postgres does not do but a proxy
- * or an operator might. Redis is flushed, or restarts without some of what it was given last.
+ * or an operator might. Redis is flushed, or restarts without some of what it was given last. Postgres forgets
+ * its last records, any number of them: a restored backup, a failover to a standby that lagged, a crash with
+ * asynchronous commits. All sessions end with that, and the server is another run; with SAME_RUN it seems to be
+ * the same one, as when a machine goes back with its memory, and then only the beat tells.
  *
- * In the code:  workers/relay/{relay,leading,history}.py, workers/lua/{claim,publish}.lua.
+ * In the code:  workers/relay/{relay,leading,history}.py, workers/lua/{claim,drop,beat,publish}.lua,
+ *               workers/consume.py.
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
- * Not in here:  a Postgres that forgets its last records (history.pml: there everything in it goes back to an earlier
- *               state at once), positions out of order (reading.pml), bundles, retries, what a consumer does to act once.
+ * Not in here:  positions out of order (reading.pml), bundles, retries, how a consumer acts once, two databases on
+ *               one Redis, and a Redis that goes back to the history before: it comes back with the last or none.
  */
 
-#define EVENTS  2
+#ifndef EVENTS
+#define EVENTS  2                        /* as many positions; no more than 2 */
+#endif
 #ifndef THEFTS
 #define DEATHS   1                       /* how often each kind of trouble comes */
 #define CUTS     1
 #define THEFTS   1
 #define FLUSHES  1
 #define RESTARTS 1
+#define REWINDS  0
 #endif
+#define WRITTEN  (EVENTS + REWINDS)      /* what is forgotten leaves its position to another event */
 
 #define NOBODY  0
-#define UPTO(position)  ((1 << ((position) + 1)) - 2)    /* the set of events 1 to this */
+#define UPTO(position)  ((1 << ((position) + 1)) - 2)    /* the set of positions 1 to this */
+/* A set of events, each with a bit of its own for ever, from a set of positions */
+#define AT(positions)  ((((positions) & 2) -> 1 << event[1] : 0) | (((positions) & 4) -> 1 << event[2] : 0))
 
-/* Postgres */
-byte committed;                          /* events 1 to this are there to be read */
-byte epoch, checkpoint, recorded;        /* relay_state, published_batches */
+/* Postgres: all of this may go back to what it was, at once */
+byte committed;                          /* events at the positions 1 to this are there to be read */
+byte event[3];                           /* which event that is */
+byte epoch, checkpoint, recorded;        /* relay_state, published_batches: positions */
 byte known_id, known_marker;             /* the Redis that holds what was recorded: its run id, the epoch in it */
-byte done;                               /* processed_events */
+byte history, known_run;                 /* in which history it holds it, and which run of Postgres told it so */
+byte done;                               /* processed_events: events */
+byte beat;
+/* What it was once */
+bool has_copy;
+byte old_committed, old_event[3], old_epoch, old_checkpoint, old_recorded, old_known_id, old_known_marker;
+byte old_history, old_known_run, old_done, old_beat;
+
+/* Around Postgres */
+byte server = 1;                            /* which run of it this is */
+byte written;                            /* events that were ever committed */
+byte histories;                          /* that were ever begun: each has a name of its own */
 byte holder = NOBODY;                    /* of the leader's lock */
 
-/* Redis */
-byte run_id = 1, marker, queued;
+/* Redis. Messages are events; of the history it is in, or of an older one, which have other ids. */
+byte run_id = 1, marker, queued, outdated;
+byte redis_history, redis_run, redis_beat;
+byte in_this_run;                        /* events of which a message names this run of Postgres as that of its relay */
 byte claimed;                            /* the newest epoch that it was told of, unless it forgot */
+
+byte hand;                               /* what a consumer has in hand, and which the id of it is */
+bool hand_outdated;
 
 /* The two relays, 1 and 2 */
 bool killed[3], session[3];
@@ -49,21 +76,68 @@ bool killed[3], session[3];
 #define FENCED  (epoch == mine)
 #endif
 
-/* Is this the Redis that holds what was recorded? */
+/* Is this the Redis that holds what was recorded, and Postgres the one that recorded it? */
 #ifdef MARKER_NOT_COMPARED
-#define AS_KNOWN  (found_id == known)
+#define SAME_MARKER  true
 #else
-#define AS_KNOWN  (found_id == known && marker == expected)
+#define SAME_MARKER  (marker == expected && redis_history == my_history && redis_run == my_run)
+#endif
+#ifdef RUN_NOT_COMPARED
+#undef SAME_MARKER
+#define SAME_MARKER  (marker == expected && redis_history == my_history)
+#define SAME_SERVER  true
+#else
+#define SAME_SERVER  same_run
+#endif
+#ifdef BEAT_NOT_COMPARED
+#define SAME_BEAT  true
+#else
+#define SAME_BEAT  (redis_beat <= my_beat && redis_beat + 1 >= my_beat)
+#endif
+#define AS_KNOWN  (found_id == known && SAME_MARKER && SAME_SERVER && SAME_BEAT)
+
+#ifdef SAME_RUN
+#define BY_A_BEAT  && redis_beat > old_beat              /* it goes back to before a beat that Redis has heard of */
+#else
+#define BY_A_BEAT
 #endif
 
 #define STATEMENT  if :: !session[me] -> goto again :: else fi    /* the session may have ended */
 
-/* claim.lua, for a Redis that lost what it knew: the marker becomes ours, unless a newer relay was here. */
+inline set_marker() {
+    marker = mine; claimed = (claimed > mine -> claimed : mine);
+    redis_history = my_history; redis_run = my_run; redis_beat = my_beat
+}
+
+/* claim.lua, where something was lost: marker and history become ours, unless another relay was here. */
 inline claim() {
     atomic {
         if
-        :: marker > mine -> goto again
-        :: else -> marker = mine; claimed = (claimed > mine -> claimed : mine)
+        :: marker > mine || redis_history != seen -> goto greet
+        :: else ->
+            set_marker();
+#ifndef IDS_NOT_SALTED
+            outdated = outdated | queued; queued = 0; hand_outdated = (hand != 0);
+#endif
+            seen = 0
+        fi
+    }
+}
+
+/* drop.lua: what is in somebody's hands stays there. */
+inline drop() {
+    atomic {
+        if
+        :: marker != mine -> goto greet
+#ifndef DROP_UNFENCED
+        :: marker == mine && redis_history != my_history -> goto greet
+#endif
+        :: else ->
+#ifdef IDS_NOT_SALTED
+            queued = queued & hand
+#else
+            queued = (hand_outdated -> 0 : queued & hand); outdated = 0
+#endif
         fi
     }
 }
@@ -73,14 +147,15 @@ inline publish(events) {
     atomic {
         if
 #ifndef MARKER_UNSEEN
-        :: marker < mine -> goto greet                   /* Redis lost */
+        :: marker < mine || redis_history != my_history -> goto greet     /* Redis lost */
 #endif
 #ifndef PUBLISH_UNFENCED
         :: marker > mine -> goto again
 #endif
         :: else ->
             PROMISE(mine >= claimed);                    /* an older epoch never publishes */
-            queued = queued | (events)
+            queued = queued | (events);
+            in_this_run = (my_run == server -> in_this_run | (events) : in_this_run)
         fi
     }
 }
@@ -99,9 +174,10 @@ inline record() {
 }
 
 active [2] proctype relay() {
-    byte me, mine, from, upto, lost;
+    byte me, mine, from, upto, batch, lost;
     byte known, expected, found_id;                      /* the Redis it takes for the one that knows */
-    bool trusted;
+    byte my_history, my_run, my_beat, seen;
+    bool same_run, trusted;
 
     me = _pid + 1;
 again: true;
@@ -109,32 +185,43 @@ again: true;
         d_step {
             holder = (holder == me -> NOBODY : holder);  /* its old session ends, if it has not */
             session[me] = false;
-            mine = 0; from = 0; upto = 0; known = 0; expected = 0; found_id = 0; lost = 0; trusted = false
+            mine = 0; from = 0; upto = 0; batch = 0; known = 0; expected = 0; found_id = 0; lost = 0; trusted = false;
+            my_history = 0; my_run = 0; my_beat = 0; seen = 0; same_run = false
         }
 end_standby:
-        atomic { holder == NOBODY -> holder = me; session[me] = true }
+        atomic { holder == NOBODY -> holder = me; session[me] = true; my_run = server }
+        seen = marker;
         atomic {                                         /* one UPDATE */
             STATEMENT;
-            epoch = (epoch > marker -> epoch : marker) + 1; mine = epoch; from = checkpoint; upto = from; known = known_id; expected = known_marker
+            epoch = (epoch > seen -> epoch : seen) + 1; mine = epoch; seen = 0;
+            from = checkpoint; upto = from; known = known_id; expected = known_marker;
+            my_history = history; same_run = (known_run == my_run); my_beat = beat
         }
 greet: true;
-        found_id = run_id;
+        d_step { found_id = run_id; seen = redis_history; lost = 0 }
         atomic {                                         /* one call of claim.lua */
             if
             :: marker > mine -> goto again
-            :: AS_KNOWN -> marker = mine; claimed = (claimed > mine -> claimed : mine); trusted = true
+            :: AS_KNOWN -> set_marker(); trusted = true
             :: else -> trusted = false
             fi
         }
         if
         :: trusted
         :: else ->
-            atomic { STATEMENT; if :: FENCED -> known_id = 0; known = 0 :: else -> goto again fi }
+            atomic {
+                STATEMENT;
+                if
+                :: FENCED -> known_id = 0; known = 0; histories++; my_history = histories; history = my_history; known_run = my_run; same_run = true
+                :: else -> goto again
+                fi
+            }
             claim();
+            drop();
 #ifdef KNOWN_BEFORE_SENT_AGAIN
             atomic { STATEMENT; if :: FENCED -> known_id = found_id; known_marker = mine :: else -> goto again fi }
 #endif
-            atomic { STATEMENT; lost = recorded & ~done & UPTO(upto) }
+            atomic { STATEMENT; lost = AT(recorded & UPTO(upto)) & ~done }
             if
             :: lost != 0 -> publish(lost); lost = 0
             :: else
@@ -146,20 +233,25 @@ greet: true;
             :: FENCED -> known_id = found_id; known_marker = mine
             :: else -> goto again
             fi;
-            known = found_id; expected = mine; found_id = 0; trusted = false
+            known = found_id; expected = mine; found_id = 0; trusted = false; seen = 0
         }
 end_lead:
         do
-        :: from == upto && committed > from -> atomic { STATEMENT; upto = committed }
+        :: from == upto && committed > from -> atomic { STATEMENT; upto = committed; batch = AT(UPTO(upto) & ~UPTO(from)) }
 #ifdef RECORDED_BEFORE_SENT
-        :: from < upto -> record(); publish(UPTO(upto) & ~UPTO(from)); from = upto
+        :: from < upto -> record(); publish(batch); from = upto; batch = 0
 #else
-        :: from < upto -> publish(UPTO(upto) & ~UPTO(from)); record(); from = upto
+        :: from < upto -> publish(batch); record(); from = upto; batch = 0
 #endif
 #ifdef MARKER_UNSEEN
         :: run_id != known -> goto greet
 #else
-        :: run_id != known || marker < mine -> goto greet     /* once a second it looks */
+        :: run_id != known || marker < mine || redis_history != my_history -> goto greet     /* once a second it looks */
+#endif
+        :: marker > mine || !session[me] -> goto again
+#ifdef SAME_RUN
+        :: my_beat < 2 && queued != 0 -> atomic { STATEMENT; if :: FENCED -> my_beat++; beat = my_beat :: else -> goto again fi };
+            atomic { if :: marker == mine && redis_history == my_history && redis_beat <= my_beat -> redis_beat = my_beat :: else -> goto greet fi }
 #endif
         od
     } unless { killed[me] };
@@ -168,27 +260,43 @@ end_lead:
 }
 
 active proctype writer() {
-    do
-    :: committed < EVENTS -> committed++
-    :: else -> break
+end: do
+    :: atomic { committed < EVENTS && written < WRITTEN -> committed++; event[committed] = written; written++ }
     od
 }
 
 active proctype consumer() {
-    byte taken;
 end: do
-    :: atomic { queued != 0 -> taken = queued & -queued };           /* the first of them */
-       atomic { done = done | taken; queued = queued & ~taken; taken = 0 }
+    :: atomic { hand == 0 && queued != 0 -> hand = queued & -queued; hand_outdated = false }        /* the first of them */
+#ifndef IDS_NOT_SALTED
+    :: atomic { hand == 0 && outdated != 0 -> hand = outdated & -outdated; hand_outdated = true }
+#endif
+    :: atomic { hand != 0 ->                             /* its transaction; a message that names this run needs no look */
+           if
+#ifndef NOT_LOOKED_UP
+           :: (hand & (in_this_run | AT(UPTO(committed)))) == 0
+#endif
+           :: else -> PROMISE((hand & AT(UPTO(committed))) != 0); done = done | hand
+           fi
+       };
+       /* as late as you like */
+       atomic {
+           if
+           :: hand_outdated -> outdated = outdated & ~hand
+           :: else -> queued = queued & ~hand
+           fi;
+           hand = 0; hand_outdated = false
+       }
     od
 }
 
 active proctype trouble() {
-    byte deaths = DEATHS, cuts = CUTS, thefts = THEFTS, flushes = FLUSHES, restarts = RESTARTS;
+    byte deaths = DEATHS, cuts = CUTS, thefts = THEFTS, flushes = FLUSHES, restarts = RESTARTS, rewinds = REWINDS;
     do
     :: deaths > 0 -> deaths--; if :: killed[1] = true :: killed[2] = true fi
     :: atomic { cuts > 0 && holder != NOBODY -> cuts--; session[holder] = false; holder = NOBODY }
     :: atomic { thefts > 0 && holder != NOBODY -> thefts--; holder = NOBODY }
-    :: atomic { flushes > 0 -> flushes--; marker = 0; claimed = 0; queued = 0 }
+    :: atomic { flushes > 0 -> flushes--; marker = 0; claimed = 0; queued = 0; outdated = 0; redis_history = 0; redis_run = 0; redis_beat = 0 }
     :: atomic { restarts > 0 -> restarts--; run_id++;
            if
            :: queued = 0
@@ -196,14 +304,31 @@ active proctype trouble() {
            fi;
            if
            :: true
-           :: marker = (marker > 0 -> marker - 1 : 0); claimed = marker
+           :: marker = (marker > 0 -> marker - 1 : 0); claimed = marker; redis_history = 0
            fi
+       }
+    :: d_step { rewinds > 0 && !has_copy -> has_copy = true;
+           old_committed = committed; old_event[1] = event[1]; old_event[2] = event[2]; old_done = done; old_beat = beat;
+           old_epoch = epoch; old_checkpoint = checkpoint; old_recorded = recorded;
+           old_known_id = known_id; old_known_marker = known_marker; old_history = history; old_known_run = known_run
+       }
+    :: d_step { has_copy BY_A_BEAT -> has_copy = false; rewinds--;
+           committed = old_committed; event[1] = old_event[1]; event[2] = old_event[2]; done = old_done; beat = old_beat;
+           epoch = old_epoch; checkpoint = old_checkpoint; recorded = old_recorded;
+           known_id = old_known_id; known_marker = old_known_marker; history = old_history; known_run = old_known_run;
+           old_committed = 0; old_event[1] = 0; old_event[2] = 0; old_done = 0; old_beat = 0;
+           old_epoch = 0; old_checkpoint = 0; old_recorded = 0;
+           old_known_id = 0; old_known_marker = 0; old_history = 0; old_known_run = 0;
+           session[1] = false; session[2] = false; holder = NOBODY
+#ifndef SAME_RUN
+           ; server++; in_this_run = 0
+#endif
        }
     :: break
     od
 }
 
-/* When nothing can go on, everything is done. */
+/* When nothing can go on, everything that Postgres knows is done. */
 active proctype judge() {
-    timeout -> assert(done == UPTO(committed) && committed == EVENTS)
+    timeout -> assert((AT(UPTO(committed)) & ~done) == 0 && (committed == EVENTS || written == WRITTEN))
 }

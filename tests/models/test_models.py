@@ -85,18 +85,32 @@ def test_a_reading_that_is_broken_is_found_out(tmp_path: Path, broken: str, foun
     assert found in error
 
 
-def troubles(deaths: int = 0, cuts: int = 0, thefts: int = 0, flushes: int = 0, restarts: int = 0) -> str:
-    return f"DEATHS={deaths} CUTS={cuts} THEFTS={thefts} FLUSHES={flushes} RESTARTS={restarts}"
+def troubles(
+    deaths: int = 0,
+    cuts: int = 0,
+    thefts: int = 0,
+    flushes: int = 0,
+    restarts: int = 0,
+    rewinds: int = 0,
+    events: int = 2,
+) -> str:
+    return (
+        f"DEATHS={deaths} CUTS={cuts} THEFTS={thefts} FLUSHES={flushes} RESTARTS={restarts} REWINDS={rewinds}"
+        f" EVENTS={events}"
+    )
 
 
 @pytest.mark.parametrize(
     "trouble",
     [
-        pytest.param(troubles(deaths=1, flushes=1, restarts=1), id="a death, Redis flushed, Redis restarted"),
-        pytest.param(troubles(cuts=1, flushes=2), id="a session cut, Redis flushed twice"),
-        pytest.param(troubles(thefts=1, flushes=1), id="two leaders, Redis flushed"),
+        pytest.param(troubles(deaths=1, flushes=1, restarts=1, events=1), id="a death, Redis flushed, Redis restarted"),
+        pytest.param(troubles(cuts=1, flushes=2, events=1), id="a session cut, Redis flushed twice"),
+        pytest.param(troubles(thefts=1, flushes=1, events=1), id="two leaders, Redis flushed"),
+        pytest.param(troubles(deaths=1, flushes=1, restarts=1), id="the same, two events", marks=thorough),
+        pytest.param(troubles(cuts=1, flushes=2), id="a cut, two flushes, two events", marks=thorough),
+        pytest.param(troubles(thefts=1, flushes=1), id="two leaders, a flush, two events", marks=thorough),
         pytest.param(troubles(deaths=1, cuts=1, flushes=1), id="a death, a cut, a flush", marks=thorough),
-        pytest.param(troubles(thefts=1, flushes=2), id="two leaders, Redis flushed twice", marks=thorough),
+        pytest.param(troubles(thefts=1, flushes=2, events=1), id="two leaders, Redis flushed twice", marks=thorough),
         pytest.param(troubles(thefts=1, restarts=1), id="two leaders, Redis restarted", marks=thorough),
     ],
 )
@@ -105,51 +119,39 @@ def test_relays_that_take_turns_lose_nothing(tmp_path: Path, trouble: str) -> No
 
 
 @pytest.mark.parametrize(
+    "trouble",
+    [
+        pytest.param(troubles(rewinds=1), id="Postgres goes back"),
+        # A phantom is possible then: a message names the run of Postgres, and this seems to be the same.
+        pytest.param(f"SAME_RUN LOSS_ONLY {troubles(rewinds=1, events=1)}", id="with its memory, past a beat"),
+        pytest.param(troubles(rewinds=1, deaths=1, events=1), id="and a death", marks=thorough),
+        pytest.param(troubles(rewinds=1, flushes=1, events=1), id="and Redis flushed", marks=thorough),
+        pytest.param(troubles(rewinds=1, restarts=1, events=1), id="and Redis restarted", marks=thorough),
+        pytest.param(troubles(rewinds=1, thefts=1, events=1), id="and two leaders", marks=thorough),
+        pytest.param(troubles(rewinds=2, events=1), id="Postgres goes back twice", marks=thorough),
+    ],
+)
+def test_what_postgres_remembers_is_done_and_what_it_has_forgotten_is_not(tmp_path: Path, trouble: str) -> None:
+    assert check(tmp_path, "hand_over.pml", trouble) == ""
+
+
+@pytest.mark.parametrize(
     ("broken", "trouble", "found"),
     [
-        ("RECORDED_BEFORE_SENT", troubles(deaths=1), "done=="),
-        ("MARKER_UNSEEN", troubles(flushes=1), "done=="),
-        ("MARKER_NOT_COMPARED", troubles(deaths=1, flushes=1), "done=="),
-        ("KNOWN_BEFORE_SENT_AGAIN", troubles(deaths=1, flushes=1), "done=="),
+        ("RECORDED_BEFORE_SENT", troubles(deaths=1), "done"),
+        ("MARKER_UNSEEN", troubles(flushes=1), "done"),
+        ("MARKER_NOT_COMPARED", troubles(deaths=1, flushes=1), "done"),
+        ("KNOWN_BEFORE_SENT_AGAIN", troubles(deaths=1, flushes=1), "done"),
         ("PUBLISH_UNFENCED", troubles(thefts=1), "mine>=claimed"),
         ("RECORD_UNFENCED", troubles(thefts=1, flushes=1), "epoch==mine"),
-        ("RECORD_UNFENCED LOSS_ONLY", troubles(thefts=1, flushes=1), "done=="),
+        ("RECORD_UNFENCED LOSS_ONLY", troubles(thefts=1, flushes=1), "done"),
+        ("RUN_NOT_COMPARED", troubles(rewinds=1, events=1), "done"),
+        ("SAME_RUN LOSS_ONLY BEAT_NOT_COMPARED", troubles(rewinds=1, events=1), "done"),
+        ("IDS_NOT_SALTED", troubles(rewinds=1, events=1), "done"),
+        ("DROP_UNFENCED", troubles(rewinds=1, deaths=1, events=1), "done"),
+        ("NOT_LOOKED_UP", troubles(rewinds=1, events=1), "hand&"),
     ],
 )
 def test_a_hand_over_that_is_broken_is_found_out(tmp_path: Path, broken: str, trouble: str, found: str) -> None:
     assert "assertion violated" in (error := check(tmp_path, "hand_over.pml", f"{broken} {trouble}", broken=True))
-    assert found in error
-
-
-def goes_back(events: int = 1, backs: int = 1, deaths: int = 0, flushes: int = 0) -> str:
-    return f"EVENTS={events} BACKS={backs} DEATHS={deaths} FLUSHES={flushes}"
-
-
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        pytest.param(goes_back(), id="Postgres goes back"),
-        pytest.param(f"SAME_RUN BEAT_BETWEEN {goes_back()}", id="with its memory, past a beat"),
-        pytest.param(goes_back(events=2), id="two events", marks=thorough),
-        pytest.param(goes_back(deaths=1), id="and a death", marks=thorough),
-        pytest.param(goes_back(flushes=1), id="and Redis is flushed", marks=thorough),
-    ],
-)
-def test_what_a_postgres_that_went_back_remembers_is_done_and_nothing_else(tmp_path: Path, trouble: str) -> None:
-    assert check(tmp_path, "history.pml", trouble) == ""
-
-
-@pytest.mark.parametrize(
-    ("broken", "trouble", "found"),
-    [
-        ("NO_RUN", goes_back(), "done"),
-        ("NO_SALT", goes_back(), "done"),
-        ("ACTS_ON_ANY", goes_back(), "hand&events"),
-        ("SAME_RUN NO_BEAT", goes_back(), "done"),
-        ("DROP_UNFENCED", goes_back(flushes=1), "done"),
-        ("KNOWN_BEFORE_SENT_AGAIN", goes_back(backs=0, deaths=1, flushes=1), "done"),
-    ],
-)
-def test_a_history_that_is_broken_is_found_out(tmp_path: Path, broken: str, trouble: str, found: str) -> None:
-    assert "assertion violated" in (error := check(tmp_path, "history.pml", f"{broken} {trouble}"))
     assert found in error

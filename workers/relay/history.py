@@ -8,7 +8,7 @@ net below it, for machines that go back with their memory.
 
 Whatever is not as it was left, there is one cure. A new history begins, what is queued is dropped, and all that is
 published and not processed is sent again, with other message ids than before: a consumer may acknowledge a message of
-the old history at any time (tests/models/history.pml).
+the old history at any time (tests/models/hand_over.pml).
 """
 
 import threading
