@@ -20,6 +20,7 @@ from domain.database import connect, sessions_for
 from tests.conftest import Servers, settings_for
 from tests.effects import a_route
 from tests.support import eventually
+from tests.system import claim
 from workers.bootstrap import _StopsWaiting, broker_for, declare_handlers, gateways_for
 from workers.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.consume import Consumer
@@ -77,10 +78,6 @@ def a_bundle(id: str, actor: str = "nobody", args: Sequence[object] = ()) -> Que
 def publish(broker: OutboxBroker, *bundles: QueuedBundle) -> int:
     claim(broker, 1)
     return broker.publish(1, bundles)
-
-
-def claim(broker: OutboxBroker, epoch: int, over: str = "", history: str = "", **known: int) -> bool:
-    return RelayMarker(broker).claim(Claim(epoch, history, "1 1 1", beat=5), over=over, **known)
 
 
 def queued(broker: OutboxBroker) -> list[str]:

@@ -19,6 +19,7 @@ from tests.system import System, system_for
 from tests.workers.telemetry.scraping import numbers_in
 from workers.queued import Queued
 from workers.relay.bundles import Bundler, bundle
+from workers.relay.history import salt
 from workers.relay.reconciling import Reconciler
 from workers.routes import Route
 from workers.telemetry.meters import RelayMeters
@@ -123,13 +124,16 @@ class Looking:
         self.sessions = 0
         self._system = system
         with system.engine.connect() as connection:
-            self.epoch, self.upto = connection.execute(
-                text("select epoch, (select last_value from dovecote.outbox_position) from dovecote.relay_state")
+            self.epoch, history, self.upto = connection.execute(
+                text(
+                    "select epoch, history, (select last_value from dovecote.outbox_position) from dovecote.relay_state"
+                )
             ).one()
+        system.broker.history = history
         self.reconciler = Reconciler(
             connect=self._connect,
             broker=system.broker,
-            bundler=Bundler(list(routes or system.routes)),
+            bundler=Bundler(list(routes or system.routes), salt(history)),
             routes=list(routes or system.routes),
             settings=system.settings.relay,
             epoch=self.epoch,

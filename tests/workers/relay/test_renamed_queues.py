@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import Servers, settings_for
 from tests.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support import eventually
-from tests.system import System, system_for
+from tests.system import System, claim, system_for
 from workers.bootstrap import broker_for
 from workers.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
 from workers.operations.handlers import pause, resume
@@ -30,7 +30,7 @@ OLD, NEW = a_route("test.note", queue="old"), a_route("test.note", queue="new")
 def broker(servers: Servers, tmp_path: Any) -> Iterator[OutboxBroker]:
     settings = settings_for("postgresql://nobody@127.0.0.1:1/none", servers.redis_url, tmp_path)
     broker = broker_for(settings, [])
-    broker.claim_epoch(1)
+    assert claim(broker, 1)
     yield broker
     for key in broker.client.scan_iter(f"{broker.namespace}:*"):
         broker.client.delete(key)
@@ -179,7 +179,7 @@ def test_what_a_dead_worker_held_of_the_old_queue_is_taken_back_and_remembers_th
 
 def test_only_the_newest_relay_moves_anything(broker: OutboxBroker) -> None:
     broker.publish(1, messages(OLD, [1]))
-    broker.claim_epoch(2)
+    assert claim(broker, 2)
 
     with pytest.raises(NewerRelay):
         move(broker, NEW, epoch=1)
