@@ -1497,7 +1497,7 @@ MUTANTS = (
         "workers/lookup.py",
         'envelope.type.replace("\\0", "\\ufffd")',
         "envelope.type",
-        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+        f"{LOOKUP}::test_code_that_has_no_route_for_what_is_not_in_the_outbox_keeps_nothing_of_it",
     ),
     Mutant(
         "a failure of what is not in the outbox is recorded",

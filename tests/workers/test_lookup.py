@@ -142,13 +142,14 @@ def test_a_replay_of_what_is_not_in_the_outbox_is_passed_over(looking: Looking) 
 
 
 def test_code_that_has_no_route_for_what_is_not_in_the_outbox_keeps_nothing_of_it(looking: Looking) -> None:
-    there, phantom = looking.bench.write(1, 2)
+    phantom, made_by_hand, there = looking.bench.write(1, 2, 3)
     looking.forget(phantom)
+    bundle = [phantom, replace(made_by_hand, type="no\0type"), there]
 
-    looking.consumer.keep_for_other_code(a_route(), [there, phantom], sent_in=ANOTHER_RUN)
+    looking.consumer.keep_for_other_code(a_route(), bundle, sent_in=ANOTHER_RUN)
 
     assert [delivery.position for delivery in looking.bench.deliveries()] == [there.position]
-    assert looking.meters.passed_over == 1
+    assert looking.meters.passed_over == 2
 
 
 def test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery(looking: Looking) -> None:
