@@ -16,7 +16,13 @@ from workers.relay.bundles import EVENT_ID
 
 # Ids of one call, sizes of one call, and bytes of messages of one call, or a single one that is larger.
 _IDS, _SIZES, _BYTES = 5_000, 500, 4_000_000
+# Bytes of one question. In a longer queue an event that was not found may be further on.
+_MAX_READ_BYTES = 64_000_000
 _REQUEUE = (Path(__file__).parent / "lua" / "requeue.lua").read_bytes()
+
+
+class _TooMuch(Exception):
+    """The queue is longer than one question reads."""
 
 
 class Queued:
@@ -29,21 +35,27 @@ class Queued:
         self._client: Any = broker.client
         self._namespace = broker.namespace
         self._requeue = broker.client.register_script(_REQUEUE)
+        self._room = 0
 
     def not_queued(self, queue: str, handler: str, events: Collection[UUID]) -> set[UUID]:
         """Return those of the events that are in no message for this handler that anybody will get.
 
-        None are while messages are put aside for the handler: they are about to come back.
+        None are while messages are put aside for the handler, which are about to come back, nor in a queue that is
+        longer than one question reads: what is lost there is found when it has become shorter.
         """
         left = {str(event).encode() for event in events}
-        if self._is_near(queue, handler, left):
-            # Towards the head, where workers take: what is taken meanwhile moves nothing that is still to be read.
-            stop = -1
-            while left and (ids := self._client.lrange(self._key(queue), stop - _IDS + 1, stop)):
-                left -= self._events_in(queue, handler, reversed(ids), left)
-                stop -= _IDS
-            # Taken, or taken and given back, since the first look.
-            self._is_near(queue, handler, left)
+        self._room = _MAX_READ_BYTES
+        try:
+            if self._is_near(queue, handler, left):
+                # Towards the head, where workers take: what is taken meanwhile moves nothing that is still to be read.
+                stop = -1
+                while left and (ids := self._client.lrange(self._key(queue), stop - _IDS + 1, stop)):
+                    left -= self._events_in(queue, handler, reversed(ids), left)
+                    stop -= _IDS
+                # Taken, or taken and given back, since the first look.
+                self._is_near(queue, handler, left)
+        except _TooMuch:
+            return set()
         return {UUID(event.decode()) for event in left}
 
     def requeue(self, epoch: int, queue: str, handler: str, id: str) -> bool:
@@ -91,6 +103,9 @@ class Queued:
                 sizes = pipeline.execute()
             fetched: list[bytes] = []
             room = _BYTES
+            self._room -= sum(sizes)
+            if self._room < 0:
+                raise _TooMuch
             for id, size in zip(part, sizes, strict=True):
                 if fetched and size > room:
                     yield from filter(None, self._client.hmget(key, fetched))

@@ -308,6 +308,9 @@ def test_a_message_in_the_middle_of_a_long_queue_is_not_lost(
 
     lose_its_place(system, messages[10])
     lose(system, messages[15])
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.queued._MAX_READ_BYTES", 5_000)
+        assert looking.look() == 0, "it was read whole, however long it is"
 
     assert looking.look() == 4
     assert sorted(messages_of(system)) == sorted(messages)
