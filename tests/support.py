@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 # Where servers keep their data. A database is 400 files, for each of which ext4 takes up to a millisecond: in memory
 # one is copied in 15 ms instead of 400. No test cuts the power, and memory outlives a killed server as a disk does.
-_MEMORY, _DISK = Path("/dev/shm"), Path("/var/tmp")  # noqa: S108
+_MEMORY, _DISK = Path("/dev/shm"), Path("/var/tmp")  # noqa: S108 - each place below has a random name and is its owner's
 # The servers of a run have not held a fifth of it yet.
 _ENOUGH_MEMORY_BYTES = 4_000_000_000
 _MEMORY_OF_THIS_CONTAINER = Path("/sys/fs/cgroup/memory.max")

@@ -36,6 +36,8 @@ class Queued:
         self._namespace = broker.namespace
         self._requeue = broker.client.register_script(_REQUEUE)
         self._room = 0
+        #: Whether the last question gave up, because the queue is longer than one question reads.
+        self.gave_up = False
 
     def not_queued(self, queue: str, handler: str, events: Collection[UUID]) -> set[UUID]:
         """Return those of the events that are in no message for this handler that anybody will get.
@@ -44,7 +46,7 @@ class Queued:
         longer than one question reads: what is lost there is found when it has become shorter.
         """
         left = {str(event).encode() for event in events}
-        self._room = _MAX_READ_BYTES
+        self._room, self.gave_up = _MAX_READ_BYTES, False
         try:
             if self._is_near(queue, handler, left):
                 # Towards the head, where workers take: what is taken meanwhile moves nothing that is still to be read.
@@ -55,6 +57,7 @@ class Queued:
                 # Taken, or taken and given back, since the first look.
                 self._is_near(queue, handler, left)
         except _TooMuch:
+            self.gave_up = True
             return set()
         return {UUID(event.decode()) for event in left}
 

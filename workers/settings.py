@@ -144,7 +144,7 @@ class Relay(Section):
         600.0,
         ge=1,
         le=604_800,
-        description="An event published so long ago that its queue has lost is sent again; not before its time limit.",
+        description="After this an event that its queue has lost is sent again; not before its time limit.",
     )
 
 

@@ -13,7 +13,9 @@ comment on function dovecote.outbox_run is
     'In which run of Postgres, and since which restore, the outbox is read: what was seen committed in this one is there.';
 
 create function dovecote.not_in_outbox(event_ids uuid[], positions bigint[], event_types text[]) returns setof uuid
-language plpgsql stable
+-- Volatile: its statement takes its snapshot after its locks. A row that dovecote.place_strays moves would be seen in
+-- neither place by a snapshot from before.
+language plpgsql volatile
 -- Mostly all of them are there.
 rows 1
 -- One plan, made once: Postgres would go on making a new one for each call, over all weeks. In that one plan the range of

@@ -87,7 +87,10 @@ begin atomic
     -- The time in an id is that of its row, or somewhat older: an hour covers what is made by the default.
     where o.id >= (select dovecote.uuid_v7_floor(greatest(moment, timestamptz '1971-01-01') - interval '1 hour') from since)
       and o.created_at >= (select moment from since)
-      and coalesce(not batch.was_read, o.position <= (select checkpoint from since));
+      and coalesce(not batch.was_read, o.position <= (select checkpoint from since))
+      -- A clock that was set back makes an event look younger than its batch: what was acted on or failed was read.
+      and not exists (select from dovecote.processed_events p where p.event_id = o.id)
+      and not exists (select from dovecote.deliveries d where d.event_id = o.id);
 end;
 
 comment on function dovecote.never_read is
@@ -124,7 +127,7 @@ begin
 end $$;
 
 comment on function dovecote.recover_sequence is
-    'Mend the sequence of positions, whatever is wrong with it, and have the relay send what it did not see.';
+    'Repair the sequence of positions, whatever is wrong with it, and have the relay send what it did not see.';
 
 revoke all on function dovecote.recover_sequence from public;
 grant execute on function dovecote.recover_sequence to dovecote_worker, dovecote_operator;

@@ -739,7 +739,7 @@ MUTANTS = (
     Mutant(
         "a leader that sends again for long is taken for dead",
         "workers/relay/history.py",
-        "            with self._seen_to_live():\n                send_again()\n",
+        "            with self._alive():\n                send_again()\n",
         "            send_again()\n",
         f"{HISTORY}::test_a_leader_that_sends_again_for_long_is_not_taken_for_dead",
     ),

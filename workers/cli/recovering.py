@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def recover(actor: Actor, reason: Reason = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
-    """Mend the sequence of positions, and have the relay send what it has not seen. Harmless where all is well.
+    """Repair the sequence of positions, and have the relay send what it has not seen. Harmless where all is well.
 
     Needed where the relay refuses to lead: after a restore or a copy without the sequence, or when it was altered.
 

@@ -1,4 +1,4 @@
-"""Mend the sequence of positions after Postgres was restored, replicated or altered, and send what was not seen."""
+"""Repair the sequence of positions after Postgres was restored, replicated or altered, and send what was not seen."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

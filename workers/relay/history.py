@@ -50,8 +50,9 @@ _TAKE_OVER = """
 # A statement after the take-over: from then on no earlier epoch moves it.
 _LAST_BEAT = "select last_value from dovecote.relay_beat"
 _STAND_BACK = "update dovecote.relay_state set stands_back_for = %s where stands_back_for is distinct from %s"
-# What Redis is told next must not be forgotten; batches may be, with what the same crash forgets.
-_DURABLY = "set_config('synchronous_commit', 'on', true)"
+# What Redis is told next must not be forgotten; batches may be, with what the same crash forgets. It is flushed here only:
+# a failover to a standby that has less is another run, and a standby that is away must not hold the leader up.
+_DURABLY = "set_config('synchronous_commit', 'local', true)"
 _BEGIN = f"""
     update dovecote.relay_state set history = %s, instance = %s, redis_run_id = null where epoch = %s
     returning {_DURABLY}
@@ -222,7 +223,7 @@ class History:
         self._confirmed_beat = self._claim.beat
         if self._sends_again:
             self._meters.alive("sending_again")
-            with self._seen_to_live():
+            with self._alive():
                 send_again()
         self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))
         self._sends_again = False
@@ -248,25 +249,26 @@ class History:
         self._execute(self._connection, _BEGIN, (self._claim.history, self._claim.instance, self.epoch))
         if not self._marker.claim(self._claim, over=seen.history):
             raise RedisLost
-        with self._seen_to_live():
+        with self._alive():
             dropped = self._say_something_during(self._marker.drop(self._claim))
         tell = log.warning if seen.history else log.info
         tell("a new history begins", history=self._claim.history, dropped=dropped, epoch=self.epoch)
 
-    @contextmanager
-    def _seen_to_live(self) -> Iterator[None]:
-        """Tell Redis once a second that we live, or a relay of an older Postgres would not stand back any longer.
+    def tell_alive(self) -> None:
+        """Tell Redis that this leader is alive, or a relay of an older Postgres would no longer stand back."""
+        with suppress(*PASSING):
+            self._marker.beat(self._claim, self._confirmed_beat)
 
-        From a thread: the search for what is lost may be silent for as long as the history is.
-        """
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Tell it once a second, from a thread: the search for what is lost is silent for longer."""
         done = threading.Event()
 
         def tell() -> None:
             while not done.wait(_BEAT_SECONDS):
-                with suppress(*PASSING):
-                    self._marker.beat(self._claim, self._confirmed_beat)
+                self.tell_alive()
 
-        thread = threading.Thread(target=tell, name="seen-to-live", daemon=True)
+        thread = threading.Thread(target=tell, name="alive", daemon=True)
         thread.start()
         try:
             yield

@@ -92,7 +92,8 @@ class Leader:
         self._reader = reader
         self._broker = broker
         self._routes = routes
-        self._bundler = self.bundler = Bundler(routes, history.salt, outbox_run(connection))
+        run = outbox_run(connection)
+        self._bundler = self.bundler = Bundler(routes, history.salt, run)
         self._settings = settings
         self._sleeper = sleeper
         self._history = history
@@ -100,8 +101,8 @@ class Leader:
         self._maintain = maintain
         self._meters = meters or RelayMeters()
         self._ahead = ReadAhead(reader)
-        self._sequence = SequenceWatch(connection, epoch)
-        self._standby = Standby(settings, connection, self._records, sleeper, self._meters)
+        self._sequence = SequenceWatch(connection, epoch, run)
+        self._standby = Standby(settings, connection, self._records, sleeper, self._meters, history.tell_alive)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -142,10 +143,9 @@ class Leader:
             # The relay before us may have ended between leasing a retry and sending it.
             leases.end_leases(self._connection)
             self._postponed.load()
-            self._standby.await_flush()  # what leaders before us have published, and we may send again
             self._through_outages(self._greet_redis)
             self._through_outages(self._check_redis)
-            # Before the first batch: what is moved is older.
+            # What is moved is older than the first batch; what takes longer than a step follows.
             self._through_outages(self._renamed_queues.step)
             while not self._sleeper.stopping:
                 self._turn()
@@ -298,6 +298,7 @@ class Leader:
 
     def _send_again(self) -> None:
         self._bundler.salt = self._history.salt
+        self._standby.await_flush()  # for what leaders before us have published
         leases.end_leases(self._connection)
         self._replayer.forget_waves()
         found = missing.bundles(

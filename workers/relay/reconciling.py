@@ -37,6 +37,10 @@ log = structlog.get_logger()
 # that are cut again.
 _READ_EVENTS, _ASKED_EVENTS, _CUT_EVENTS = 5_000, 2_000, 20_000
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
+# Of a queue that is too long to be read: how often that is said, and how long it is left alone.
+_TOO_LONG_SECONDS = 600.0
+# Events that were sent again and may still be on their way; beyond, the next are looked for when these are done.
+_MAX_SENT_AGAIN = 100_000
 
 # Who has anything open, and where. Not to be looked at is one whose messages are aside or left for later, and one whose
 # events a replay sends. Nobody is while the leader sends again what Redis has lost.
@@ -111,6 +115,8 @@ class Reconciler:
         self._goes_on = False
         # When which events were sent again: they are given the same time as all others.
         self._sent_again: dict[tuple[str, UUID], float] = {}
+        # Whose queue was too long, and until when it is left alone.
+        self._too_long: dict[str, float] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciling", daemon=True)
 
@@ -151,7 +157,8 @@ class Reconciler:
         found = connection.execute(_OPEN, fields).fetchall()
         self._goes_on = False
         for handler, ranges, low, is_due in found:
-            if is_due and not self._stopping.is_set():
+            waits = now < self._too_long.get(handler, now) or len(self._sent_again) >= _MAX_SENT_AGAIN
+            if is_due and not waits and not self._stopping.is_set():
                 route = self._routes[handler]
                 # At the head: queues are first in, first out, and what is lost further back becomes the head. And
                 # somewhere behind it, in case that what is at the head stays there.
@@ -179,6 +186,9 @@ class Reconciler:
         asked = {position: event for position, event in known if (route.handler, event) not in self._sent_again}
         asked = dict(islice(asked.items(), _ASKED_EVENTS))
         left = self._queued.not_queued(route.queue, route.handler, asked.values()) if asked else set()
+        if asked and self._queued.gave_up:
+            self._too_long[route.handler] = time.monotonic() + _TOO_LONG_SECONDS
+            log.warning("queue is too long to look for lost events", handler=route.handler, queue=route.queue)
         suspects = [position for position, event in asked.items() if event in left]
         if not suspects:
             return {}

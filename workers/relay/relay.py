@@ -249,7 +249,7 @@ class Relay:
     def _may_lead(self, connection: Connection) -> bool:
         """Let the lock go again where the sequence would hide events, and be silent for a while.
 
-        The process stays: it would be started again and again, and leads by itself once the sequence is mended.
+        The process stays: it would be started again and again, and leads by itself once the sequence is repaired.
         """
         if (fault := sequence.refusal(connection)) is None:
             self._refused = None

@@ -5,6 +5,7 @@ beyond their commits. There is no time-out: publishing all the same would give b
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -19,7 +20,7 @@ from workers.telemetry.meters import RelayMeters
 log = structlog.get_logger()
 
 _LONGEST_PAUSE_SECONDS = 0.1
-# So long nobody is told: a standby that is merely slow is no news.
+# A standby that is merely slow is not worth a word.
 _TELL_AFTER_SECONDS = 1.0
 _TELL_AGAIN_SECONDS = 60.0
 # A transaction that is open has written something that nobody flushes before it ends. So we do.
@@ -27,14 +28,14 @@ _FLUSH_AFTER_SECONDS = 0.01
 
 # Standbys are seen as sessions of walsenders, with the right to see them, or by their slots, which everybody sees: the
 # restart_lsn of a physical slot is what its standby has confirmed as flushed. A subscriber to a publication is none,
-# nor is a backup that is being made.
+# nor is a backup that is being made, nor an archive: nobody can promote them. Their slots would be taken for standbys.
 #: Whether a standby has flushed up to here, or up to now; null where none is seen. And what is now.
 FLUSHED = """
     select max(flushed) >= coalesce(%(upto)s::pg_lsn, pg_current_wal_insert_lsn()) as is_flushed,
            pg_current_wal_insert_lsn()::text as now
     from (
         select r.flush_lsn as flushed from pg_stat_replication r
-        where r.state = 'streaming' and r.application_name <> 'pg_basebackup'
+        where r.state = 'streaming' and r.application_name not in ('pg_basebackup', 'pg_receivewal')
           and not exists (select from pg_replication_slots s where s.active_pid = r.pid and s.slot_type = 'logical')
         union all
         select s.restart_lsn from pg_replication_slots s
@@ -67,16 +68,26 @@ class NotOnStandby(DovecoteError):
 
 
 class Standby:
-    """Holds a relay up until a standby has what was read; not at all, unless the settings ask for it."""
+    """Holds a relay up until a standby has what was read; not at all, unless the settings ask for it.
+
+    tell_alive  called about once a second while it waits
+    """
 
     def __init__(
-        self, settings: RelaySettings, leads: Connection, records: Connection, sleeper: Sleeper, meters: RelayMeters
+        self,
+        settings: RelaySettings,
+        leads: Connection,
+        records: Connection,
+        sleeper: Sleeper,
+        meters: RelayMeters,
+        tell_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._is_wanted = settings.publish_after == "standby"
         self._leads = leads
         self._records = records
         self._sleeper = sleeper
         self._meters = meters
+        self._tell_alive = tell_alive
         if self._is_wanted and (blind := blindness(records)):
             log.warning("no standby can be seen", cure=blind)
 
@@ -89,7 +100,7 @@ class Standby:
             return
         began = time.monotonic()
         is_flushed, upto = self._ask(None)
-        pause, next_told, flushes = 0.0005, began + _TELL_AFTER_SECONDS, True
+        pause, next_told, next_alive, flushes = 0.0005, began + _TELL_AFTER_SECONDS, began + _TELL_AFTER_SECONDS, True
         while not is_flushed:
             if self._sleeper.stopping:
                 raise NotOnStandby
@@ -105,8 +116,10 @@ class Standby:
                 log.warning(
                     "waiting for a standby to flush what was read", seconds=round(now - began), upto=upto, **hint
                 )
-            if now - began > _TELL_AFTER_SECONDS:
+            if now >= next_alive:
+                next_alive = now + _TELL_AFTER_SECONDS
                 self._meters.alive("waiting_for_standby")
+                self._tell_alive()
                 # The lock that makes us leader lives in this session: its end must not go unnoticed here.
                 self._leads.execute("select")
             is_flushed, _ = self._ask(upto)

@@ -161,12 +161,12 @@ def test_what_was_lost_by_hand_comes_back_by_itself_and_is_counted(system_with: 
         eventually(lambda: len(messages_of(system)) == 5, 10, "the messages")
         told = numbers_in(registry)
         assert told("dovecote_reconciled_events_total", handler=HANDLER) == 0
-        gone, placeless, of_a_ghost, *_ = messages = messages_of(system)
+        gone, placeless, of_a_stranger, *_ = messages = messages_of(system)
         lose(system, gone)
         lose_its_place(system, placeless)
         # In the hands of a worker that nobody has ever heard of, so nobody takes it back.
-        lose_its_place(system, of_a_ghost)
-        client.sadd(f"{key_of(system, '__acks__')}.ghost.test", of_a_ghost)
+        lose_its_place(system, of_a_stranger)
+        client.sadd(f"{key_of(system, '__acks__')}.stranger.test", of_a_stranger)
 
         eventually(lambda: len(messages_of(system)) == 5, 10, "all messages again")
 
@@ -311,8 +311,9 @@ def test_a_message_in_the_middle_of_a_long_queue_is_not_lost(
     with monkeypatch.context() as patch:
         patch.setattr("workers.queued._MAX_READ_BYTES", 5_000)
         assert looking.look() == 0, "it was read whole, however long it is"
+    assert looking.look() == 0, "it is read again at once, however long it was"
 
-    assert looking.look() == 4
+    assert Looking(system).look() == 4
     assert sorted(messages_of(system)) == sorted(messages)
 
 

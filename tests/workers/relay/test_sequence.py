@@ -1,4 +1,4 @@
-"""The sequence of positions is set back, or hands out blocks: nobody leads before it is mended, and nothing is lost."""
+"""The sequence of positions is set back, or hands out blocks: nobody leads until it is repaired; nothing is lost."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +15,13 @@ from tests.outbox_rows import insert
 from tests.support import eventually
 from tests.system import System, system_for
 from workers import operations
+from workers.broker import NewerRelay
 from workers.cli import app
 from workers.operations import CannotRecover, Recovery
 from workers.operations.doctor.postgres import sequence as doctor_s_finding
 from workers.relay import sequence
+from workers.relay.reading import outbox_run
+from workers.relay.sequence import SequenceWatch
 from workers.routes import Route
 from workers.settings import Settings
 from workers.telemetry.meters import RelayMeters, RelayState
@@ -131,7 +134,7 @@ def test_a_relay_refuses_a_sequence_that_is_behind_and_leads_once_it_is_recovere
     "cure",
     ["select setval('dovecote.outbox_position', 21, false)", "alter sequence dovecote.outbox_position restart 21"],
 )
-def test_a_sequence_that_is_mended_by_hand_hides_nothing_that_was_written_before(
+def test_a_sequence_that_is_repaired_by_hand_hides_nothing_that_was_written_before(
     settings: Settings, database: Connection, states: States, cure: str
 ) -> None:
     with at_work(settings, states, [a_route()]) as system:
@@ -146,6 +149,21 @@ def test_a_sequence_that_is_mended_by_hand_hides_nothing_that_was_written_before
         eventually(states.is_("leading"), 10, "it leads by itself")
         system.until_quiet()
         assert sorted(of("test.note", system)) == [*range(20), *range(100, 105)]
+        audited = database.execute("select actor, affected from dovecote.audit_log where action = 'sequence.recover'")
+        assert audited.fetchall() == [("relay", 5)]
+
+
+def test_a_leader_ends_where_its_messages_would_all_be_looked_up(
+    database: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequence, "_LOOK_SECONDS", 0.0)
+    watch = SequenceWatch(database, 0, outbox_run(database))
+    watch.look()
+
+    database.execute("vacuum full dovecote.relay_state")
+
+    with pytest.raises(NewerRelay, match="is now"):
+        watch.look()
 
 
 def test_recovering_sends_what_was_passed_before_anybody_led(
