@@ -50,8 +50,8 @@ _TAKE_OVER = """
 # A statement after the take-over: from then on no earlier epoch moves it.
 _LAST_BEAT = "select last_value from dovecote.relay_beat"
 _STAND_BACK = "update dovecote.relay_state set stands_back_for = %s where stands_back_for is distinct from %s"
-# What Redis is told next must not be forgotten; batches may be, with what the same crash forgets. It is flushed here only:
-# a failover to a standby that has less is another run, and a standby that is away must not hold the leader up.
+# What Redis is told next must not be forgotten; batches may be, with what the same crash forgets. It is flushed here
+# only: a failover to a standby that has less is another run, and a standby that is away must not hold the leader up.
 _DURABLY = "set_config('synchronous_commit', 'local', true)"
 _BEGIN = f"""
     update dovecote.relay_state set history = %s, instance = %s, redis_run_id = null where epoch = %s
