@@ -185,7 +185,7 @@ def test_a_payload_that_cannot_be_read_takes_no_other_event_along(payload: str, 
 # These start something that goes on; asked for what they cannot do, they must say so at once.
 GOES_ON = [["up"], ["relay"], ["demo"], ["bench"], ["events", "tail"]]
 ENDS = [[], ["status"], ["migrate"], ["settings"], ["maintain"], ["partitions"], ["ingest"], ["ingest", "prices"]]
-ENDS += [["audit"], ["doctor"], ["aggregates", "blocked"], ["events", "list"], ["events", "show"]]
+ENDS += [["audit"], ["doctor"], ["recover"], ["aggregates", "blocked"], ["events", "list"], ["events", "show"]]
 ENDS += [["deliveries", verb] for verb in ("list", "show", "retry", "discard")]
 ENDS += [["handlers", verb] for verb in ("list", "pause", "resume")]
 ENDS += [["replay", verb] for verb in ("start", "pause", "resume", "cancel", "show", "list")]

@@ -226,4 +226,8 @@ def test_a_collector_that_never_answers_neither_floods_the_log_nor_holds_a_proce
             # The exporter itself would wait ten seconds for an answer, and its processor thirty.
             assert relay.end(within_seconds=8) == 0
 
-    assert [line["event"] for line in relay.lines()] == ["relay leads", "relay stopped"]
+    assert [line["event"] for line in relay.lines()] == [
+        "relay leads",
+        "a new history begins",
+        "relay stopped",
+    ]
