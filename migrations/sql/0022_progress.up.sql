@@ -233,7 +233,7 @@ declare
     moved         bigint;
 begin
     events_read := 0; unsettled := 0; has_moved := false; is_behind := false; is_open := true;
-    -- A relay that was replaced moves nothing: whoever subscribes to more takes the lock too, and has raised the epoch.
+    -- A relay that was replaced moves nothing: a later leader that subscribes to more takes the lock too, and has raised the epoch.
     if not pg_try_advisory_xact_lock(dovecote.progress_key()) then
         return;
     end if;
@@ -350,7 +350,7 @@ begin
     end loop;
 end $$;
 
--- What handlers begin to want below `examined` is open: whoever writes the subscription, an older relay included.
+-- What handlers begin to want below `examined` is open, also where an older relay writes the subscription.
 create function dovecote.open_progress(handler text, since_position bigint, published_above int8multirange) returns void
 language sql volatile
 begin atomic

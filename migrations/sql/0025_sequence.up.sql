@@ -121,7 +121,7 @@ begin
     update dovecote.outbox o set position = found.position from found where o.id = found.event_id;
     get diagnostics renumbered = row_count;
     handed_out := highest_known + renumbered;
-    -- Whoever leads has read otherwise: its epoch is over. The next one asks what else is missing, from the beginning.
+    -- The relay that leads has read past them: its epoch is over. The next one asks what else is missing, from the beginning.
     update dovecote.relay_state set epoch = epoch + 1, redis_run_id = null, refused_since = null;
     perform dovecote.reopen_progress();
 end $$;

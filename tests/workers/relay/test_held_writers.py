@@ -68,13 +68,13 @@ def is_asleep(system: System) -> bool:
     return held
 
 
-class Bell(RelayMeters):
+class WakeUps(RelayMeters):
     """How often the relay was woken."""
 
-    rings = 0
+    count = 0
 
     def rang(self) -> None:
-        self.rings += 1
+        self.count += 1
 
 
 def transactions_per_second(system: System, seconds: float) -> float:
@@ -183,9 +183,9 @@ def test_a_writer_that_sleeps_in_its_transaction_keeps_nobody_busy(system_with: 
 @pytest.mark.once
 def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: SystemWith, opened: Opened) -> None:
     system = system_with(RELAY__POLL_SECONDS=60)
-    held, other, bell = opened(), opened(), Bell()
+    held, other, wake_ups = opened(), opened(), WakeUps()
     insert(held)
-    with system.relay(bell):
+    with system.relay(wake_ups):
         for number in range(1, 6):
             eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
             insert(other)
@@ -193,7 +193,7 @@ def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: Syste
             eventually(lambda number=number: published(system) == number, 10, "the event")  # type: ignore[misc]  # a lambda
 
     # Beside the writer it also looks by itself, and may be awake in the very moment.
-    assert bell.rings >= 3
+    assert wake_ups.count >= 3
 
 
 @pytest.mark.once
