@@ -4,6 +4,7 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
+from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
@@ -46,101 +47,17 @@ ROUTES = "tests/workers/test_routes.py"
 LOOKUP = "tests/workers/test_lookup.py"
 BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
-SEQUENCE = "tests/workers/relay/test_sequence.py"
-STANDBY = "tests/workers/relay/test_standby.py"
 
-CLAIM = "workers/lua/claim.lua"
-SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 SIZES_SQL = "migrations/sql/0017_sizes.up.sql"
 READING_SQL = "migrations/sql/0019_reading.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
-LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
 LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
 MUTANTS = (
-    # The sequence of positions ------------------------------------------------------------------
-    Mutant(
-        "a sequence that was set back is read on",
-        "workers/relay/reading.py",
-        "if row[0] < self._horizon[0]:",
-        "if False:",
-        SEQUENCE,
-    ),
-    Mutant(
-        "a relay leads whatever is wrong with the sequence",
-        "workers/relay/relay.py",
-        "if locked and self._may_lead(connection):",
-        "if locked:",
-        SEQUENCE,
-    ),
-    Mutant(
-        "nobody looks at the sequence while a relay leads",
-        "workers/relay/leading.py",
-        "        self._sequence.look()\n",
-        "",
-        SEQUENCE,
-    ),
-    Mutant(
-        "what was written before the sequence was mended by hand stays unread",
-        "workers/relay/sequence.py",
-        "    if was_refused:\n",
-        "    if False:\n",
-        SEQUENCE,
-    ),
-    Mutant(
-        "an idle leader does not notice that the sequence was recovered",
-        "workers/relay/sequence.py",
-        "if epoch != self._epoch:",
-        "if False:",
-        SEQUENCE,
-    ),
-    Mutant(
-        "recovering does not wait for who has written, and sessions keep their blocks",
-        SEQUENCE_SQL,
-        "    alter sequence dovecote.outbox_position cache 1;\n",
-        "",
-        SEQUENCE,
-    ),
-    Mutant(
-        "events keep the positions that hide them",
-        SEQUENCE_SQL,
-        "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
-        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
-        SEQUENCE,
-    ),
-    Mutant(
-        "an event that was read gets a new position too",
-        SEQUENCE_SQL,
-        "and coalesce(not batch.was_read, o.position",
-        "and (true or o.position",
-        SEQUENCE,
-    ),
-    Mutant(
-        "a sequence that was not called yet has handed out nothing",
-        SEQUENCE_SQL,
-        "    select case when is_called then last_value else last_value - 1 end into",
-        "    select case when is_called then last_value else 0 end into",
-        SEQUENCE,
-    ),
-    # Publishing after a standby -----------------------------------------------------------------
-    Mutant(
-        "a batch does not wait for a standby",
-        "workers/relay/leading.py",
-        "        self._standby.await_flush()\n        sent = 0\n",
-        "        sent = 0\n",
-        STANDBY,
-    ),
-    Mutant(
-        "what nobody flushes is waited for",
-        "workers/relay/standby.py",
-        "                self._records.execute(_FLUSH)\n",
-        "",
-        STANDBY,
-    ),
     # Writing ------------------------------------------------------------------------------------
     Mutant(
         "no floor is announced",
@@ -604,158 +521,11 @@ MUTANTS = (
         f"{BROKER}::test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same",
     ),
     Mutant(
-        "an older relay takes the marker back",
-        CLAIM,
-        "if found > tonumber(ARGV[1]) or",
-        "if",
-        f"{BROKER}::test_only_the_newest_epoch_publishes",
-    ),
-    Mutant(
-        "a relay that came in between is not noticed by who claims",
-        CLAIM,
-        "or (known[1] or '') ~= ARGV[5] then",
-        "then",
-        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
-    ),
-    Mutant(
-        "the marker is not compared where it is claimed",
-        CLAIM,
-        "if found ~= tonumber(ARGV[6]) or",
-        "if",
-        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
-    ),
-    Mutant(
-        "the run of Postgres that Redis knows is not compared",
-        CLAIM,
-        "or known[2] ~= ARGV[3]\n",
-        "\n",
-        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
-    ),
-    Mutant(
-        "a Redis that went back with its memory is taken for known",
-        CLAIM,
-        "or beat < tonumber(ARGV[7]) or",
-        "or",
-        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
-    ),
-    Mutant(
-        "a Postgres that went back with its memory is taken for known",
-        CLAIM,
-        "or beat > tonumber(ARGV[4]) then",
-        "then",
-        f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
-    ),
-    Mutant(
-        "a leader does not notice that Redis went back by a beat",
-        "workers/lua/beat.lua",
-        "or beat < tonumber(ARGV[4]) or",
-        "or",
-        f"{HISTORY}::test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it",
-    ),
-    Mutant(
-        "a relay that was left behind drops what its follower has sent",
-        "workers/lua/drop.lua",
-        "or redis.call('hget', KEYS[4], 'history') ~= ARGV[2] then",
-        "then",
-        f"{BROKER}::test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same",
-    ),
-    Mutant(
-        "others' messages are dropped with ours",
-        "workers/lua/drop.lua",
-        "if #id == 33 and string.find(id, '^[br][0-9a-f]+$') then",
-        "if true then",
-        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
-    ),
-    Mutant(
-        "marks of messages that were dropped stay",
-        "workers/lua/drop.lua",
-        "    redis.call('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
-        "",
-        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
-    ),
-    Mutant(
-        "what is put aside is not dropped",
-        "workers/relay/marker.py",
-        "[*((queue, queue) for queue in queues), *aside]",
-        "[(queue, queue) for queue in queues]",
-        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
-    ),
-    Mutant(
-        "a system whose namespace begins as ours loses its messages",
-        "workers/relay/marker.py",
-        '            if ":" not in queue\n',
-        "",
-        f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
-    ),
-    Mutant(
-        "another run of Postgres is taken for the one that knew Redis",
-        "workers/relay/history.py",
-        "taken.known_redis if taken.instance == taken.run else None",
-        "taken.known_redis",
-        f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
-    ),
-    Mutant(
         "a message that is sent again has the id of the one that was dropped",
         "workers/relay/leading.py",
         "        self._bundler.salt = self._history.salt\n",
         "",
         f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
-    ),
-    Mutant(
-        "Redis is told of a beat that is not on disk",
-        "workers/relay/history.py",
-        "    select setval('dovecote.relay_beat', %s), {_DURABLY}\n",
-        "    select setval('dovecote.relay_beat', %s)\n",
-        f"{HISTORY}::test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event",
-    ),
-    Mutant(
-        "the beat moves while nothing is under way",
-        "workers/relay/history.py",
-        "or not (self._under_way or self._broker.sent != self._sent):",
-        "or False:",
-        f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
-    ),
-    Mutant(
-        "the beat stands still while messages wait",
-        "workers/relay/history.py",
-        "self._under_way or usage.under_way",
-        "False",
-        f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
-    ),
-    Mutant(
-        "the epoch goes up one by one",
-        "workers/relay/history.py",
-        "set epoch = greatest(epoch, %(past)s) + 1",
-        "set epoch = epoch + 1 + 0 * %(past)s",
-        f"{HISTORY}::test_the_epoch_jumps_past_everything_that_redis_has_heard_of",
-    ),
-    Mutant(
-        "a relay of an older Postgres leads",
-        "workers/relay/history.py",
-        "if lives and ours and theirs and theirs.is_newer_than(ours):",
-        "if False:",
-        f"{HISTORY}::test_a_relay_stands_back_while_one_of_a_newer_postgres_lives",
-    ),
-    Mutant(
-        "a leader that sends again for long is taken for dead",
-        "workers/relay/history.py",
-        "            with self._alive():\n                send_again()\n",
-        "            send_again()\n",
-        f"{HISTORY}::test_a_leader_that_sends_again_for_long_is_not_taken_for_dead",
-    ),
-    Mutant(
-        "two sessions of one leadership may lead to two servers",
-        "workers/relay/history.py",
-        "        if (found := run_of(self._records)) != self._claim.instance:\n",
-        "        if (found := run_of(self._records)) is None:\n",
-        f"{HISTORY}::test_both_sessions_of_a_leader_are_of_one_run",
-    ),
-    Mutant(
-        "a leader takes Redis back from a newer Postgres",
-        "workers/relay/history.py",
-        "        require_right_of_way(self._claim.instance, seen)\n",
-        "",
-        f"{HISTORY}::test_a_leader_whose_redis_a_newer_postgres_has_taken_drops_nothing_there",
     ),
     Mutant(
         "a message is queued again while it is queued",
@@ -776,15 +546,6 @@ MUTANTS = (
         "workers/relay/leading.py",
         "sent = self._broker.publish(self._epoch, found)",
         "sent = sum(0 for _ in found)",
-        RELAY,
-    ),
-    Mutant(
-        "a Redis is known before what it lost is sent again",
-        "workers/relay/history.py",
-        "        self._confirmed_beat = self._claim.beat\n        if self._sends_again:\n",
-        "        self._confirmed_beat = self._claim.beat\n"
-        "        self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))\n"
-        "        if self._sends_again:\n",
         RELAY,
     ),
     Mutant(
@@ -1458,48 +1219,6 @@ MUTANTS = (
         f"{LOOKUP}::test_a_retry_of_what_is_not_in_the_outbox_is_passed_over",
     ),
     Mutant(
-        "any event of that id is the event",
-        LOOKUP_SQL,
-        """where (select o."position" = event."position" and o.event_type = event.type""",
-        """where (select o."position" = event."position" """,
-        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
-    ),
-    Mutant(
-        "an event at another position is the event",
-        LOOKUP_SQL,
-        """where (select o."position" = event."position" and o.event_type = event.type""",
-        """where (select o.event_type = event.type""",
-        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
-    ),
-    Mutant(
-        "what does not say its run is of this one",
-        "workers/lookup.py",
-        "where (select is_other from run) is not false\n",
-        "where (select is_other from run)\n",
-        f"{LOOKUP}::test_a_retry_of_what_is_not_in_the_outbox_is_passed_over",
-    ),
-    Mutant(
-        "every bundle is looked up",
-        "workers/lookup.py",
-        "where (select is_other from run) is not false\n",
-        "where true\n",
-        f"{LOOKUP}::test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres",
-    ),
-    Mutant(
-        "a copy of the database is the same run",
-        LOOKUP_SQL,
-        "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
-        "''",
-        f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",
-    ),
-    Mutant(
-        "what a hand has written into a message is asked as it is",
-        "workers/lookup.py",
-        'envelope.type.replace("\\0", "\\ufffd")',
-        "envelope.type",
-        f"{LOOKUP}::test_code_that_has_no_route_for_what_is_not_in_the_outbox_keeps_nothing_of_it",
-    ),
-    Mutant(
         "a failure of what is not in the outbox is recorded",
         "workers/consume.py",
         "there = {envelope.event_id for envelope in found.to_do} & so_far.keys()",
@@ -1514,20 +1233,6 @@ MUTANTS = (
         f"{LOOKUP}::test_an_event_that_is_forgotten_while_its_handler_is_stuck_gets_no_delivery",
     ),
     Mutant(
-        "what is acted on in another history is acknowledged",
-        "workers/lookup.py",
-        "    if not found.absent and not found.of_other_run:\n",
-        "    if not found.absent:\n",
-        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
-    ),
-    Mutant(
-        "what is absent in another history is acknowledged",
-        "workers/lookup.py",
-        "    if not found.absent and not found.of_other_run:\n",
-        "    if True:\n",
-        f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
-    ),
-    Mutant(
         "another history is a failure of the event",
         "workers/consume.py",
         "                except (HandlerPaused, lookup.OtherHistory):\n",
@@ -1540,13 +1245,6 @@ MUTANTS = (
         "        consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)\n",
         "",
         f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
-    ),
-    Mutant(
-        "an effect is lost in a crash that its acknowledgement survives",
-        "workers/lookup.py",
-        "select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}",
-        "select dovecote.outbox_run() <> %(sent_in)s::text, null",
-        f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
     ),
     Mutant(
         "a DBA's choice of synchronous_commit is lowered",
@@ -1700,6 +1398,7 @@ MUTANTS = (
         SERVING,
     ),
     *QUEUES,
+    *GOING_BACK,
     *PROGRESS,
     *LOSSES,
     *LEFTOVERS,
