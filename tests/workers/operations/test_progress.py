@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from psycopg.rows import namedtuple_row
 
+from tests.effects import a_route
 from workers.operations.doctor import progress
 
 pytestmark = pytest.mark.servers
@@ -74,3 +75,31 @@ def test_a_look_past_twenty_thousand_gaps_is_quick(connection: psycopg.Connectio
     write(connection, 400)
 
     assert progress.relay(connection).level == "error"
+
+
+def test_a_handler_that_stands_still_is_named_behind_any_number_of_younger_events(
+    connection: psycopg.Connection[Any],
+) -> None:
+    connection.execute(
+        "insert into dovecote.subscriptions (handler_name, event_type, since_position)"
+        " values ('test.note', 'pricing.price_quoted.v1', 0)"
+    )
+    assert progress.handlers(connection, [a_route()]).found == "no handler has an event before it"
+    for seconds_ago in (2_000, 1_000, 1):
+        write(connection, seconds_ago)
+    connection.execute(
+        """
+        insert into dovecote.outbox (aggregate_type, aggregate_id, event_type, payload)
+        select 'price', 'EUR', 'nobody.wants_it.v1', '{}' from generate_series(1, 4000)
+        """
+    )
+
+    found = progress.handlers(connection, [a_route()])
+
+    assert found.level == "warning"
+    assert found.found.startswith("test.note has 3 events before it, the oldest 2,00")
+    connection.execute(
+        "insert into dovecote.paused_handlers (handler_name, paused_by, reason) values ('test.note', 'me', 'a test')"
+    )
+    paused = progress.handlers(connection, [a_route()])
+    assert (paused.level, "(paused)" in paused.found) == ("ok", True)

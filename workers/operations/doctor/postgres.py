@@ -120,6 +120,7 @@ def findings(subject: Subject) -> list[Finding]:
                     sequence(connection),
                     relay(connection, subject),
                     progress.relay(connection),
+                    progress.handlers(connection, subject.routes),
                     floors(connection),
                 ]
                 found.append(partitions(connection))

@@ -1,11 +1,13 @@
-"""Does the relay get on? A checkpoint may stand still for an open transaction; an event may not."""
+"""Does the relay get on, and each handler? A checkpoint may stand still for an open transaction; an event may not."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg
 
-from workers.operations.doctor.finding import Finding, error, ok
+from workers.operations.doctor.finding import Finding, error, ok, warning
+from workers.routes import Route
 
 Connection = psycopg.Connection[Any]
 
@@ -34,6 +36,40 @@ _OLDEST_UNPUBLISHED = """
     order by o.created_at limit 1
 """
 _MOST_GAPS = 25_000
+
+# As the alert DovecoteHandlerBehind.
+_BEHIND_SECONDS = 900.0
+# Exact up to here, as in `status`.
+_MAX_EVENTS = 20_000
+
+# What is in `deliveries` has checks of its own.
+_BEFORE_HANDLERS = """
+    select p.handler_name, u.events, u.at_least, extract(epoch from clock_timestamp() - u.oldest)::float8 as seconds,
+           exists (select from dovecote.paused_handlers h where h.handler_name = p.handler_name) as is_paused
+    from dovecote.progress p
+    cross join lateral dovecote.unprocessed(p.handler_name, %(most)s) u
+    where p.handler_name = any(%(handlers)s) and u.events > 0
+    order by seconds desc
+"""
+
+
+def handlers(connection: Connection, routes: Sequence[Route]) -> Finding:
+    """Look for a handler that stands still, however many events others have behind it."""
+    names = [route.handler for route in routes]
+    rows = connection.execute(_BEFORE_HANDLERS, {"handlers": names, "most": _MAX_EVENTS}).fetchall()
+    told = ", ".join(
+        f"{row.handler_name} has {'at least ' if row.at_least else ''}{row.events:,} events before it, the oldest "
+        f"{row.seconds:,.0f} s old{' (paused)' if row.is_paused else ''}"
+        for row in rows
+    )
+    if any(row.seconds > _BEHIND_SECONDS and not row.is_paused for row in rows):
+        return warning(
+            "handlers.progress",
+            told,
+            "It is too slow, has too few workers, or none: `dovecote status --watch` shows whether it gets on, and "
+            "queues.served whether anybody serves its queue.",
+        )
+    return ok("handlers.progress", told or "no handler has an event before it")
 
 
 def relay(connection: Connection) -> Finding:
