@@ -229,7 +229,9 @@ def test_what_is_in_messages_that_nobody_acts_on_for_it_is_lost(system_with: Cal
     assert messages_of(system) == [*(one.id for one in others), lost]
 
 
-def test_a_message_that_somebody_will_get_is_not_put_back(system_with: Callable[..., System]) -> None:
+def test_a_message_that_somebody_will_get_is_not_put_back(
+    system_with: Callable[..., System], monkeypatch: pytest.MonkeyPatch
+) -> None:
     system = system_with()
     queued, taken, placeless = publish(system, 6)
     client: Any = system.broker.client
@@ -254,6 +256,9 @@ def test_a_message_that_somebody_will_get_is_not_put_back(system_with: Callable[
     lose(system, placeless)
     assert not is_put_back(placeless)
     assert messages_of(system) == [queued]
+    monkeypatch.setattr("workers.queued._IDS", 1)
+    client.rpush(key_of(system), "behind")
+    assert not is_put_back(queued), "it is at the head"
 
 
 def test_what_stays_at_the_head_hides_nothing_behind_it(
