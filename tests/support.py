@@ -33,7 +33,7 @@ def eventually(condition: Callable[[], T], within_seconds: float, what: str) -> 
             return answer
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {within_seconds:g} s: {what}")
-        time.sleep(0.01)
+        time.sleep(0.01)  # between two questions: this is how all others await a condition
 
 
 def are_there(pids: Iterable[int]) -> bool:

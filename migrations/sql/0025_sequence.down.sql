@@ -3,7 +3,7 @@ drop function dovecote.recover_sequence, dovecote.never_read, dovecote.sequence_
 create or replace function dovecote.horizon(out last_position bigint, out settled bigint)
 language plpgsql volatile as $$
 -- `last_position`: the highest position handed out. `settled`: everything at or below it is committed
--- or gone for ever. The order is the proof: first the sequence, then the floors, and rows only after both.
+-- or gone for ever. The order is the proof: first the sequence, then what writers announce, and rows only after both.
 declare
     lowest_floor bigint;
 begin

@@ -11,7 +11,7 @@ comment on column dovecote.relay_state.refused_since is
 create or replace function dovecote.horizon(out last_position bigint, out settled bigint)
 language plpgsql volatile as $$
 -- `last_position`: the highest position handed out. `settled`: everything at or below it is committed
--- or gone for ever. The order is the proof: first the sequence, then the floors, and rows only after both.
+-- or gone for ever. The order is the proof: first the sequence, then what writers announce, and rows only after both.
 declare
     lowest_floor bigint;
 begin
@@ -112,7 +112,7 @@ begin
     end if;
     execute format('alter sequence dovecote.outbox_position as bigint increment 1 minvalue 1 no maxvalue start 1 '
                    'restart %s cache 1 no cycle', highest_known + 1);
-    -- As if it had been called, or the next writer's floor would be 0 (dovecote.announce).
+    -- As if it had been called, or the next writer would announce 0 (dovecote.announce).
     perform setval('dovecote.outbox_position', greatest(highest_known, 1), highest_known > 0);
     with found as materialized (
         select event_id, nextval('dovecote.outbox_position') as position

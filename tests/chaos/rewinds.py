@@ -80,5 +80,5 @@ def crashed_asynchronously(stage: Stage, _fault: Fault) -> Iterator[None]:
 
 
 def _wait_since(began: float) -> None:
-    """Give the writers a span of time in which they commit what will be forgotten: its length is the fault."""
-    time.sleep(max(0.0, began + _SHORTEST_LOSS_SECONDS - time.monotonic()))
+    """Give the writers a span of time in which they commit what will be forgotten."""
+    time.sleep(max(0.0, began + _SHORTEST_LOSS_SECONDS - time.monotonic()))  # the span is the fault: nothing to await

@@ -161,7 +161,7 @@ GOING_BACK = (
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
     Mutant(
-        "what is put aside is not dropped",
+        "messages held for a paused handler are not dropped",
         "workers/relay/marker.py",
         "[*((queue, queue) for queue in queues), *aside]",
         "[(queue, queue) for queue in queues]",

@@ -179,7 +179,7 @@ LOSSES = (
         f"{RECONCILING}::test_what_is_in_hand_or_in_another_message_is_not_lost",
     ),
     Mutant(
-        "what is put aside is lost",
+        "messages held for a paused handler are lost",
         QUEUED_PY,
         "        if is_aside:\n",
         "        if False:\n",
@@ -207,7 +207,7 @@ LOSSES = (
         f"{RECONCILING}::test_a_message_that_somebody_will_get_is_not_put_back",
     ),
     Mutant(
-        "a message that is put aside is put back",
+        "a message held for a paused handler is put back",
         REQUEUE_LUA,
         " or redis.call('exists', KEYS[4]) == 1 then",
         " then",

@@ -293,7 +293,7 @@ def test_queues_of_no_route_are_found_with_whose_messages_lie_there(system: Syst
 
     assert "renamed (3: 2 of test.note, whose queue is test today, 1 of gone.handler)" in finding.found
     assert "foreign (1: 1 of somebody else)" in finding.found
-    assert "test (2 that were put aside for gone.handler, which no route has)" in finding.found
+    assert "test (2 held for gone.handler, which no route has)" in finding.found
     assert "The relay that leads moves" in finding.advice
     assert "replay start --strength missing" in finding.advice
 

@@ -20,6 +20,7 @@ from tests.support import a_place_for_servers, eventually
 from tests.system import System, system_for
 from workers import schema
 from workers.operations.doctor import postgres as doctor
+from workers.operations.doctor.finding import Subject
 from workers.relay import history as history_module
 from workers.relay.history import History, OtherRun, TakenOver, run_of, take_over
 from workers.relay.marker import Claim, Marker, RelayMarker
@@ -263,7 +264,7 @@ def test_a_relay_stands_back_while_one_of_a_newer_postgres_lives(system_on: Syst
         with psycopg.connect(
             system.settings.database.url.get_secret_value(), row_factory=psycopg.rows.namedtuple_row
         ) as connection:
-            said = doctor.relay(connection, None)  # type: ignore[arg-type]  # it looks at the subject of a leader only
+            said = doctor.relay(connection, Subject(system.settings, system.routes, time.time))
         assert "stands back" in said.found
         assert said.level == "error"
         assert set(states.told) <= {"standing_back"}

@@ -78,7 +78,7 @@ class Outbox:
 
     def marks(self) -> dict[str, int]:
         found = self.connection.execute("select handler_name, mark from dovecote.progress")
-        return {handler: mark for handler, mark in found}  # noqa: C416 - mypy wants the pairs
+        return {row[0]: row[1] for row in found}
 
 
 @pytest.fixture
@@ -261,8 +261,7 @@ def test_a_relay_moves_the_marks_says_nothing_when_idle_and_begins_anew_when_cut
             write_quotes(system, range(1, 6))
             eventually(lambda: are_at(5), 20, "marks behind all five events")
             at_rest = session()
-            # Longer than two of its steps: nothing must come, and there is no condition to wait for.
-            time.sleep(2.5)
+            time.sleep(2.5)  # two of its steps and more, in which it must say nothing: there is no condition to await
             assert session() == at_rest
 
             with system.engine.connect() as connection:

@@ -83,7 +83,7 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
         told.append(f"{queue} ({client.hlen(key)}: {of})")
     for name in left_aside[:_MAX_NAMED]:
         number = client.llen(f"{_prefix(subject)}{name}")
-        told.append(f"{name.partition(_ASIDE)[0]} ({number} that were put aside for {aside[name]}, which no route has)")
+        told.append(f"{name.partition(_ASIDE)[0]} ({number} held for {aside[name]}, which no route has)")
     advice = []
     if has_ours:
         advice.append(
