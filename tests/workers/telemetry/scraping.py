@@ -1,5 +1,6 @@
 """A look at the pages of a process, as Prometheus and an orchestrator take it."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -25,13 +26,13 @@ class Answer(NamedTuple):
 
 
 def get(port: int, path: str) -> Answer | None:
-    """Return what is answered; None while nobody is there."""
+    """Return what is answered; None while nobody is there, or if they end within the answer."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
             return Answer(answer.status, answer.read().decode())
     except urllib.error.HTTPError as error:
         return Answer(error.code, error.read().decode())
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
 
 
