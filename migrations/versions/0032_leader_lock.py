@@ -1,0 +1,14 @@
+"""Leadership needs a privilege."""
+
+from workers.schema import run_as_owner
+
+revision = "0032"
+down_revision = "0031"
+
+
+def upgrade() -> None:
+    run_as_owner("0032_leader_lock.up.sql")
+
+
+def downgrade() -> None:
+    run_as_owner("0032_leader_lock.down.sql")
