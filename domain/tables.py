@@ -137,6 +137,8 @@ subscriptions = Table(
     _moment("created_at"),
     Column("routed_epoch", BigInteger),
     Column("published_above", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
+    Column("replayable", Boolean),
+    Column("ordered", Boolean),
 )
 
 progress = Table(
