@@ -21,7 +21,6 @@ from tests.system import system_for
 from tests.workers.test_consume import FOR_EVER, Bench, Failing, bench
 from workers.consume import Consumer, Stopping
 from workers.envelope import Envelope
-from workers.operations.audit import record
 from workers.relay.bundles import Bundler
 from workers.settings import Settings
 from workers.stuck import _record as record_of_stuck
@@ -353,7 +352,7 @@ def test_what_a_message_is_acknowledged_for_is_committed_durably(looking: Lookin
     assert seen == [expected] * 5
     with looking.bench.engine.begin() as begun:
         assert begun.scalars(text("select setting from recorded")).all() == [expected] * 2
-        record(begun, actor="tester", action="test.asked")
+        begun.execute(text("select dovecote.pause_handler('tester', 'asked', 'test.unknown')"))
         assert begun.scalar(text("show synchronous_commit")) == expected
     with looking.bench.engine.connect() as another:
         assert another.scalar(text("show synchronous_commit")) == chosen, "for its own transactions only"

@@ -4,8 +4,8 @@ One module a subject; a verb takes an engine, returns a dataclass with `as_json`
 """
 
 from workers.operations.aggregates import Blocked, BlockedPage, blocked_aggregates
-from workers.operations.asking import BadCursor, NoActor, NoReason, WrongRequest
-from workers.operations.audit import AuditEntry, AuditPage, audit, record, whoever
+from workers.operations.asking import BadCursor, NoActor, NoReason, NotPermitted, WrongRequest
+from workers.operations.audit import AuditEntry, AuditPage, audit, whoever
 from workers.operations.counting import Counted, count_everything
 from workers.operations.events import EventFilter, EventLife, EventPage, NoSuchEvent, event, events
 from workers.operations.failures import (
@@ -59,6 +59,7 @@ __all__ = [
     "NoActor",
     "NoReason",
     "NoSuchEvent",
+    "NotPermitted",
     "NotThere",
     "Partitions",
     "Pause",
@@ -83,7 +84,6 @@ __all__ = [
     "maintain",
     "partitions",
     "pause_handler",
-    "record",
     "recover",
     "require_present",
     "resume_handler",

@@ -1,7 +1,13 @@
 """What an operator may ask for, whichever way it is asked. Every verb refuses nonsense in words before it looks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+
+import psycopg
+from psycopg import errors
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from domain.errors import DovecoteError
 from workers.routes import Route
@@ -24,6 +30,38 @@ class NoActor(WrongRequest):
 
 class BadCursor(WrongRequest):
     """What was given to go on from is not what a page gave."""
+
+
+class NotPermitted(DovecoteError):
+    """The login lacks a role; the message names both."""
+
+
+@contextmanager
+def changing(engine: Engine, refused: type[DovecoteError]) -> Iterator[Connection]:
+    """Give a transaction that calls a verb's function; the database's answer, if it is no, in words.
+
+    Errors: WrongRequest, NotPermitted; `refused` where things are not so that it can be done.
+    """
+    with engine.connect() as connection:
+        try:
+            with connection.begin():
+                yield connection
+        except DBAPIError as error:
+            cause = error.orig
+            if not isinstance(cause, psycopg.Error):
+                raise
+            if isinstance(cause, errors.InvalidParameterValue):
+                raise WrongRequest(cause.diag.message_primary or str(cause)) from error
+            if isinstance(cause, errors.ObjectNotInPrerequisiteState):
+                raise refused(cause.diag.message_primary or str(cause)) from error
+            if isinstance(cause, errors.LockNotAvailable):
+                raise refused("somebody else is changing the same and has not finished; try again") from error
+            if isinstance(cause, errors.InsufficientPrivilege):
+                login = engine.url.username
+                raise NotPermitted(
+                    f"login {login} may not do this: grant dovecote_operator to it ({cause.diag.message_primary})"
+                ) from error
+            raise
 
 
 def require_range(since: datetime | None, until: datetime | None) -> None:

@@ -1,27 +1,24 @@
-"""The audit log: who did what, why, to how much. A verb writes its line in the transaction of its change.
+"""The audit log: who did what, why, to how much. A verb's function writes its line with its change (migration 0029).
 
 The database adds the moment and the login itself, and lets nobody but the owner change a line.
 """
 
 import getpass
-import json
 import socket
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine, text
 
-from domain.database import DURABLE
 from workers.operations.asking import require_range
 from workers.operations.reading import snapshot
 
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """One line. `actor` is the name that was given, `login` the database login that was authenticated."""
+    """One line. `actor` is the name that was given; only `login`, the database login of the session, is proof."""
 
     id: UUID
     at: datetime
@@ -44,14 +41,6 @@ class AuditPage:
         return asdict(self)
 
 
-# Every verb writes its line: what an operator was told is done, is not lost in a crash.
-_RECORD = text(
-    f"""
-    insert into dovecote.audit_log (actor, action, reason, affected, details)
-    select :actor, :action, :reason, :affected, cast(:details as jsonb) from (select {DURABLE}) as durable
-    """  # noqa: S608 - put together from constants
-)
-
 _LIST = text(
     """
     select id, at, actor, login, action, reason, affected, details from dovecote.audit_log
@@ -67,28 +56,6 @@ _LIST = text(
 def whoever() -> str:
     """Return who sits here, as the operating system knows it: user@host."""
     return f"{getpass.getuser()}@{socket.gethostname()}"
-
-
-def record(
-    connection: Connection,
-    *,
-    actor: str,
-    action: str,
-    reason: str | None = None,
-    affected: int | None = None,
-    details: Mapping[str, object] | None = None,
-) -> None:
-    """Write a line in the transaction at hand. `action` is <subject>.<verb>, `details` the filter and the like."""
-    connection.execute(
-        _RECORD,
-        {
-            "actor": actor,
-            "action": action,
-            "reason": reason,
-            "affected": affected,
-            "details": json.dumps(dict(details or {}), default=str),
-        },
-    )
 
 
 def audit(

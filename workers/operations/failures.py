@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -36,7 +36,11 @@ class Filter:
     event_id: UUID | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Return what is asked, as the verbs take it: moments as ISO 8601 with their zone, UTC where there is none."""
+        asked = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.since is not None:
+            asked["since"] = (self.since if self.since.tzinfo else self.since.replace(tzinfo=UTC)).isoformat()
+        return {**asked, "event_id": str(self.event_id)} if self.event_id is not None else asked
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 
 from domain.errors import DovecoteError
-from workers import pauses
-from workers.operations.asking import require_handler, require_who_and_why
-from workers.operations.audit import record
+from workers.operations.asking import changing, require_handler, require_who_and_why
 from workers.routes import Route
 
 
@@ -46,14 +44,7 @@ class Handler:
 
 
 _PAUSED = text("select handler_name, paused_by, reason, paused_at from dovecote.paused_handlers")
-_PAUSE = text(
-    """
-    insert into dovecote.paused_handlers (handler_name, paused_by, reason) values (:handler, :actor, :reason)
-    on conflict do nothing
-    """
-)
-_RESUME = text("delete from dovecote.paused_handlers where handler_name = :handler")
-_TELL_RELAY = text(f"select dovecote.wake('{pauses.CHANNEL}'), dovecote.wake('dovecote_deliveries')")
+_CHANGE = {verb: text(f"select dovecote.{verb}_handler(:actor, :reason, :handler)") for verb in ("pause", "resume")}
 
 
 def paused(connection: Connection) -> dict[str, Pause]:
@@ -125,14 +116,8 @@ def _change(
         raise CannotPause(_nothing_to_do(before))
     if dry_run:
         return before
-    with engine.begin() as connection:
-        statement = _PAUSE if verb == "pause" else _RESUME
-        changed = connection.execute(statement, {"handler": name, "actor": actor, "reason": reason}).rowcount
-        if not changed:
-            raise CannotPause(f"somebody else did it at this moment: {verb} {name}; look at `dovecote handlers list`")
-        details = {"handler": name, **({"paused_by": before.paused.by} if before.paused else {})}
-        record(connection, actor=actor, action=f"handlers.{verb}", reason=reason, details=details)
-        connection.execute(_TELL_RELAY)
+    with changing(engine, CannotPause) as connection:
+        connection.execute(_CHANGE[verb], {"handler": name, "actor": actor, "reason": reason})
     return next(one for one in handlers(engine, routes) if one.name == name)
 
 

@@ -9,8 +9,7 @@ import sqlalchemy.exc
 from sqlalchemy import Connection, Engine, text
 
 from domain.errors import DovecoteError
-from workers.operations.asking import require_who_and_why
-from workers.operations.audit import record
+from workers.operations.asking import changing, require_who_and_why
 from workers.routes import Route
 
 # Of these more are counted as "at least".
@@ -57,7 +56,7 @@ _UNREAD = text(
 )
 # A database may say otherwise for its sessions; what others commit while we wait for the lock has to be seen.
 _READ_COMMITTED = text("set transaction isolation level read committed")
-_RECOVER = text("select handed_out, renumbered from dovecote.recover_sequence()")
+_RECOVER = text("select renumbered from dovecote.recover(:actor, :reason)")
 
 
 def recover(
@@ -70,13 +69,13 @@ def recover(
     Errors: WrongRequest; CannotRecover while a transaction that has written stays open.
     """
     require_who_and_why(actor, reason)
-    with engine.begin() as connection:
+    with changing(engine, CannotRecover) as connection:
         connection.execute(_READ_COMMITTED)
         found = _look(connection, routes, dry_run)
         if dry_run or (found.fault is None and not found.unread):
             return found
         try:
-            done = connection.execute(_RECOVER).one()
+            renumbered = connection.execute(_RECOVER, {"actor": actor, "reason": reason}).scalar_one()
         except sqlalchemy.exc.OperationalError as error:
             if isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise CannotRecover(
@@ -84,16 +83,7 @@ def recover(
                     "(`dovecote doctor` shows who it is at relay.floors), then run this again; nothing was changed"
                 ) from error
             raise
-        recovered = replace(found, changed=True, unread=max(found.unread, done.renumbered))
-        record(
-            connection,
-            actor=actor,
-            action="sequence.recover",
-            reason=reason,
-            affected=done.renumbered,
-            details={**recovered.as_json(), "handed_out_now": done.handed_out},
-        )
-    return recovered
+    return found if renumbered is None else replace(found, changed=True, unread=max(found.unread, renumbered))
 
 
 def _look(connection: Connection, routes: Sequence[Route], dry_run: bool) -> Recovery:

@@ -1,9 +1,10 @@
-"""What an operator asks to replay, and what that would do: checked and counted, before anything is started."""
+"""What an operator asks to replay: checked as far as only code knows, then counted and started by the database."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, CursorResult
@@ -12,13 +13,11 @@ from domain.errors import DovecoteError
 from domain.ids import made_at
 from workers.operations import retention
 from workers.operations.asking import WrongRequest, require_aggregate_type, require_handler, require_range
-from workers.relay.positions import multirange
-from workers.replays import KNOWN, Filter, Strength, is_matched
+from workers.replays import Filter, Strength
 from workers.routes import Route
 
 #: The dry run counts exactly, however many there are; a table of 10 million events takes some seconds.
 _COUNT_TIMEOUT_MS = 600_000
-_SAMPLE = 5
 MOST_SINGLE_EVENTS = 100_000
 
 
@@ -71,29 +70,26 @@ class Plan:
         return asdict(self)
 
 
-_COUNT = """
-    select count(*) as events, min(o.position) as first_position, max(o.position) as last_position
-    from dovecote.outbox o {known} where {conditions} and {matched}
+_REQUEST = """
+    %(handler)s, %(strength)s, %(filter)s::jsonb, %(event_types)s::text[], %(event_ids)s::uuid[]
 """
-
-_LEFT_ALONE = """
-    select count(*) from dovecote.deliveries left_alone join dovecote.outbox o on o.id = left_alone.event_id
-    where left_alone.handler_name = %(handler)s and {conditions}
-"""
-
+_PLAN = f"""
+    select null::uuid as id, asked_at, events, left_alone, first_position, last_position, event_types
+    from dovecote.plan_replay({_REQUEST}, %(keeps_order)s)
+"""  # noqa: S608 - put together from constants
+_START = f"""
+    select id, asked_at, events, left_alone, first_position, last_position, counted_types as event_types
+    from dovecote.start_replay(%(actor)s, %(reason)s, {_REQUEST}, %(rate)s::integer, %(keeps_order)s)
+"""  # noqa: S608 - put together from constants
+# The same events that the functions count.
 _FIRST = """
     select o.id as event_id, o.position, o.event_type, o.aggregate_type, o.aggregate_id, o.created_at
-    from dovecote.outbox o {known} where {conditions} and {matched} order by o.position limit %(limit)s
-"""
-
-# The handler began here: what lies at or below, but for gaps, was published before it wanted to know.
-_BEFORE_ITS_TIME = """
-    select greatest(s.since_position, upper(s.published_above) - 1) from dovecote.subscriptions s
-    where s.handler_name = %(handler)s and s.event_type = any(%(event_types)s)
-      and exists (select from dovecote.outbox o {known}
-                  where {conditions} and {matched} and o.event_type = s.event_type
-                    and (o.position <= s.since_position or s.published_above @> o.position))
-    order by 1 desc limit 1
+    from dovecote.outbox o
+    left join dovecote.processed_events p on p.event_id = o.id and p.handler_name = %(handler)s
+    left join dovecote.deliveries d on d.event_id = o.id and d.handler_name = %(handler)s
+    where dovecote.is_asked(o, %(filter)s::jsonb, %(event_types)s::text[], %(event_ids)s::uuid[])
+      and dovecote.is_replayed(%(strength)s::text, p, d, %(asked_at)s::timestamptz)
+    order by o.position limit 5
 """
 
 _ABSENT = """
@@ -102,61 +98,37 @@ _ABSENT = """
 """
 
 
-class Counted(NamedTuple):
-    """The plan, when it was counted, and the positions of single events as a multirange, or None."""
+def planned(connection: Connection, routes: Sequence[Route], request: Request, *, start: bool) -> Plan:
+    """Count exactly what the replay would do; with `start` have the relay do it, in the connection's transaction.
 
-    plan: Plan
-    asked_at: datetime
-    positions: str | None
-
-
-def counted(connection: Connection, routes: Sequence[Route], request: Request) -> Counted:
-    """Count exactly what the replay would do.
-
-    Errors: WrongRequest, ReplayRefused.
+    Errors: WrongRequest, ReplayRefused; DBAPIError with what the database refuses.
     """
     route = _route(routes, request)
     _require_present(connection, request)
     run(connection, f"set local statement_timeout = {_COUNT_TIMEOUT_MS}")
-    asked_at: datetime = run(connection, "select clock_timestamp()").scalar_one()
     fields = {
-        **request.filter.parameters(route.handler, route.event_types),
-        "asked_at": asked_at,
-        "replay": None,
-        "event_ids": list(request.event_ids or ()),
-        "limit": _SAMPLE,
+        "actor": request.requested_by,
+        "reason": request.reason,
+        "handler": route.handler,
+        "strength": request.strength,
+        "filter": json.dumps(request.filter.as_json()),
+        "event_types": route.event_types,
+        "event_ids": list(request.event_ids) if request.event_ids else None,
+        "rate": request.rate,
+        "keeps_order": route.ordered,
     }
-    words = {
-        "known": KNOWN,
-        "conditions": request.filter.conditions() + (" and o.id = any(%(event_ids)s)" if request.event_ids else ""),
-        "matched": is_matched(request.strength),
-    }
-    found = run(connection, _COUNT.format(**words), fields).one()
-    left_alone = run(connection, _LEFT_ALONE.format(**words), fields).scalar_one()
-    if not found.events:
-        raise ReplayRefused(_nothing(request, left_alone))
-    if route.ordered and request.strength == "missing":
-        since = run(connection, _BEFORE_ITS_TIME.format(**words), fields).scalar()
-        if since is not None:
-            raise ReplayRefused(
-                f"{route.handler} keeps the order of each aggregate and has its events from position {since + 1} on: "
-                f"what is before cannot be told in order any more; ask with --from-position {since + 1}"
-            )
-    positions = None
-    if request.event_ids:
-        query = "select o.position from dovecote.outbox o {known} where {conditions} and {matched} order by 1"
-        positions = multirange(list(run(connection, query.format(**words), fields).scalars()))
-    sample = [SampleEvent(**row) for row in run(connection, _FIRST.format(**words), fields).mappings()]
-    plan = Plan(
+    found = run(connection, _START if start else _PLAN, fields).one()
+    fields |= {"event_types": found.event_types, "asked_at": found.asked_at}
+    return Plan(
         handler=route.handler,
         strength=request.strength,
         events=found.events,
-        left_alone=left_alone,
+        left_alone=found.left_alone,
         first_position=found.first_position,
         last_position=found.last_position,
-        sample=sample,
+        sample=[SampleEvent(**row) for row in run(connection, _FIRST, fields).mappings()],
+        replay_id=found.id,
     )
-    return Counted(plan, asked_at, positions)
 
 
 def _require_present(connection: Connection, request: Request) -> None:
@@ -199,15 +171,6 @@ def _route(routes: Sequence[Route], request: Request) -> Route:
     if request.strength == "again" and not route.replayable:
         raise ReplayRefused(f"{route.handler} may not act again: {route.replay_note}; --strength missing is possible")
     return route
-
-
-def _nothing(request: Request, left_alone: int) -> str:
-    known = {
-        "missing": f"{request.handler} has acted on all that match",
-        "again": f"{request.handler} has acted on none that match",
-    }[request.strength]
-    there = f"; {left_alone} are in deliveries: see `dovecote deliveries`" if left_alone else ""
-    return f"there is nothing to replay: no event matches, or {known}{there}"
 
 
 def run(connection: Connection, query: str, fields: Mapping[str, Any] | None = None) -> CursorResult[Any]:

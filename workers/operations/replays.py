@@ -1,21 +1,16 @@
 """Start, look at, pause, resume and cancel replays. The relay does the work (workers/relay/replaying.py)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-import psycopg
 from sqlalchemy import Connection, Engine, RowMapping
-from sqlalchemy.exc import IntegrityError
 
-from workers import replays
-from workers.operations.asking import require_handler, require_who_and_why
-from workers.operations.audit import record
+from workers.operations.asking import changing, require_handler, require_who_and_why
 from workers.operations.reading import snapshot
-from workers.operations.replay_plans import Plan, ReplayRefused, Request, counted, run
+from workers.operations.replay_plans import Plan, ReplayRefused, Request, planned, run
 from workers.replays import Strength
 from workers.routes import Route
 
@@ -93,19 +88,6 @@ class ReplayPage:
         return {"replays": [replay.as_json() for replay in self.replays], "before": self.before}
 
 
-_START = """
-    insert into dovecote.replays (requested_by, reason, strength, handler_name, filter, total, cursor_position,
-                                  upto_position, positions, rate, created_at, updated_at)
-    values (%(requested_by)s, %(reason)s, %(strength)s, %(handler)s, %(filter)s::jsonb, %(total)s, %(cursor)s,
-            %(upto)s, %(positions)s::int8multirange, %(rate)s, %(asked_at)s, %(asked_at)s)
-    returning id
-"""
-
-_ACTIVE = """
-    select id, state from dovecote.replays
-    where handler_name = %(handler)s and state in ('pending', 'running', 'paused')
-"""
-
 _LIST = """
     select r.id, r.handler_name as handler, r.strength, r.filter, r.state, coalesce(r.total, 0) as total, r.done,
            r.rate, r.requested_by, r.reason, r.created_at, r.updated_at, r.finished_at, f.*,
@@ -127,15 +109,9 @@ _LIST = """
     order by r.id desc limit %(limit)s
 """
 
-_CHANGE = """
-    update dovecote.replays
-    set state = %(to)s, updated_at = clock_timestamp(),
-        finished_at = case when %(to)s = 'cancelled' then clock_timestamp() end
-    where id = %(id)s and state = any(%(from)s)
-    returning done, total
-"""
-
-_FORGET_RETRIES = "delete from dovecote.deliveries where replay_id = %(id)s and state in ('retrying', 'waiting')"
+_CHANGE = {
+    verb: f"select dovecote.{verb}_replay(%(actor)s, %(reason)s, %(id)s)" for verb in ("pause", "resume", "cancel")
+}
 
 
 def plan(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
@@ -143,8 +119,8 @@ def plan(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
 
     Errors: WrongRequest, ReplayRefused.
     """
-    with engine.connect() as connection:
-        return counted(connection, routes, request).plan
+    with changing(engine, ReplayRefused) as connection:
+        return planned(connection, routes, request, start=False)
 
 
 def start(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
@@ -154,48 +130,8 @@ def start(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
     """
     why = "a replay needs a reason: it is written into the audit log"
     require_who_and_why(request.requested_by, request.reason, why=why)
-    try:
-        with engine.begin() as connection:
-            found = counted(connection, routes, request)
-            asked = {**request.filter.as_json(), **_told(request)}
-            started = run(
-                connection,
-                _START,
-                {
-                    "requested_by": request.requested_by,
-                    "reason": request.reason,
-                    "strength": request.strength,
-                    "handler": request.handler,
-                    "filter": json.dumps(request.filter.as_json()),
-                    "total": found.plan.events,
-                    "cursor": found.plan.first_position - 1,
-                    "upto": found.plan.last_position,
-                    "positions": found.positions,
-                    "rate": request.rate,
-                    "asked_at": found.asked_at,
-                },
-            ).one()
-            details = {
-                "replay": str(started.id),
-                "handler": request.handler,
-                "strength": request.strength,
-                "filter": asked,
-                "rate": request.rate,
-            }
-            record(
-                connection,
-                actor=request.requested_by,
-                action="replay.start",
-                reason=request.reason,
-                affected=found.plan.events,
-                details=details,
-            )
-            _tell_relay(connection)
-    except IntegrityError as error:
-        if isinstance(error.orig, psycopg.errors.UniqueViolation):
-            raise _is_busy(engine, request.handler) from None
-        raise
-    return Plan(**{**vars(found.plan), "replay_id": started.id})
+    with changing(engine, ReplayRefused) as connection:
+        return planned(connection, routes, request, start=True)
 
 
 def listed(
@@ -231,7 +167,7 @@ def pause(engine: Engine, id: UUID, *, by: str, reason: str | None = None, dry_r
 
     Errors: ReplayRefused when it does not run.
     """
-    return _change(engine, id, "pause", ("pending", "running"), "paused", by, reason, dry_run)
+    return _change(engine, id, "pause", ("pending", "running"), by, reason, dry_run)
 
 
 def resume(engine: Engine, id: UUID, *, by: str, reason: str | None = None, dry_run: bool = False) -> Replay:
@@ -239,7 +175,7 @@ def resume(engine: Engine, id: UUID, *, by: str, reason: str | None = None, dry_
 
     Errors: ReplayRefused when it is not paused.
     """
-    return _change(engine, id, "resume", ("paused",), "running", by, reason, dry_run)
+    return _change(engine, id, "resume", ("paused",), by, reason, dry_run)
 
 
 def cancel(engine: Engine, id: UUID, *, by: str, reason: str | None = None, dry_run: bool = False) -> Replay:
@@ -247,19 +183,7 @@ def cancel(engine: Engine, id: UUID, *, by: str, reason: str | None = None, dry_
 
     Errors: ReplayRefused when it is over.
     """
-    return _change(engine, id, "cancel", ("pending", "running", "paused"), "cancelled", by, reason, dry_run)
-
-
-def _told(request: Request) -> dict[str, Any]:
-    return {"event_ids": len(request.event_ids)} if request.event_ids else {}
-
-
-def _is_busy(engine: Engine, handler: str) -> ReplayRefused:
-    with engine.connect() as connection:
-        other = run(connection, _ACTIVE, {"handler": handler}).one_or_none()
-    if other is None:
-        return ReplayRefused(f"another replay of {handler} began at the same moment; try again")
-    return ReplayRefused(f"{handler} has a replay already: {other.id} ({other.state}); wait for it, or cancel it")
+    return _change(engine, id, "cancel", ("pending", "running", "paused"), by, reason, dry_run)
 
 
 # Looking and changing ------------------------------------------------------------------------------
@@ -293,29 +217,16 @@ def _change(
     id: UUID,
     verb: str,
     from_states: Sequence[str],
-    to: str,
     by: str,
     reason: str | None,
     dry_run: bool,
 ) -> Replay:
     require_who_and_why(by, reason)
-    with engine.begin() as connection:
+    with changing(engine, ReplayRefused) as connection:
         before = _replay(connection, id)
-        changed = before.state in from_states
-        if changed and not dry_run:
-            row = run(connection, _CHANGE, {"id": id, "to": to, "from": list(from_states)}).one_or_none()
-            changed = row is not None
-        if not changed:
+        if before.state not in from_states:
             raise ReplayRefused(f"replay {id} is {before.state}: there is nothing to {verb}")
         if dry_run:
             return before
-        details = {"replay": str(id), "handler": before.handler, "done": before.done, "total": before.total}
-        if to == "cancelled":
-            details["retries_forgotten"] = run(connection, _FORGET_RETRIES, {"id": id}).rowcount
-        record(connection, actor=by, action=f"replay.{verb}", reason=reason, affected=before.done, details=details)
-        _tell_relay(connection)
+        run(connection, _CHANGE[verb], {"actor": by, "reason": reason, "id": id})
         return _replay(connection, id)
-
-
-def _tell_relay(connection: Connection) -> None:
-    run(connection, "select dovecote.wake(%(channel)s)", {"channel": replays.CHANNEL})

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, TextClause, text
 
 from domain.errors import DovecoteError
 from workers import archive
-from workers.operations.asking import WrongRequest, require_who_and_why
+from workers.operations.asking import WrongRequest, changing, require_who_and_why
 from workers.operations.failures import HANDLERS
 from workers.operations.reading import snapshot
 from workers.routes import Route
@@ -316,7 +316,7 @@ def forget_handler(
     require_who_and_why(by, None)
     if handler in {route.handler for route in routes}:
         raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before it is forgotten")
-    with engine.begin() as connection:
+    with changing(engine, WrongRequest) as connection:
         subscribed: int = connection.execute(_SUBSCRIBED, {"handler": handler}).scalar_one()
         if not subscribed:
             raise WrongRequest(f"no handler {handler!r} has subscriptions")

@@ -44,10 +44,12 @@ _SUBSCRIBE = """
         from dovecote.published_batches
         where positions && int8multirange(int8range(%(checkpoint)s, null, '()'))
     )
-    insert into dovecote.subscriptions (handler_name, event_type, since_position, published_above, routed_epoch)
+    insert into dovecote.subscriptions (handler_name, event_type, since_position, published_above, routed_epoch,
+                                        replayable, ordered)
     select wanted.handler_name, wanted.event_type, coalesce(before.since_position, %(checkpoint)s),
-           coalesce(before.published_above, published.above), %(epoch)s
-    from unnest(%(handlers)s::text[], %(event_types)s::text[]) as wanted (handler_name, event_type)
+           coalesce(before.published_above, published.above), %(epoch)s, wanted.replayable, wanted.ordered
+    from unnest(%(handlers)s::text[], %(event_types)s::text[], %(replayable)s::boolean[], %(ordered)s::boolean[])
+        as wanted (handler_name, event_type, replayable, ordered)
     cross join published
     left join lateral (
         select s.since_position, s.published_above from dovecote.subscriptions s
@@ -55,7 +57,8 @@ _SUBSCRIBE = """
           and dovecote.fact_of(s.event_type) = dovecote.fact_of(wanted.event_type)
         order by s.since_position limit 1
     ) before on true
-    on conflict (handler_name, event_type) do update set routed_epoch = excluded.routed_epoch
+    on conflict (handler_name, event_type) do update
+    set routed_epoch = excluded.routed_epoch, replayable = excluded.replayable, ordered = excluded.ordered
 """
 # The session that holds the leader's lock and has been waiting for its client for too long. A leader says something
 # to Postgres every second, whatever it is doing or waiting for.
@@ -324,12 +327,14 @@ class Relay:
 
         Return whether leaders before us may have passed over events that are wanted.
         """
-        wanted = [(route.handler, event_type) for route in self._routes for event_type in route.event_types]
+        wanted = [(route, event_type) for route in self._routes for event_type in route.event_types]
         parameters = {
             "epoch": epoch,
             "checkpoint": checkpoint,
-            "handlers": [handler for handler, _ in wanted],
+            "handlers": [route.handler for route, _ in wanted],
             "event_types": [event_type for _, event_type in wanted],
+            "replayable": [route.replayable for route, _ in wanted],
+            "ordered": [route.ordered for route, _ in wanted],
         }
         with connection.transaction():
             (passed_over,) = connection.execute(_PASSED_OVER, parameters).fetchone() or (False,)

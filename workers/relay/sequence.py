@@ -24,10 +24,8 @@ _FAULT = "select dovecote.sequence_fault()"
 _MAY_LEAD = "select dovecote.sequence_fault(), refused_since is not null from dovecote.relay_state"
 _REFUSED = "update dovecote.relay_state set refused_since = clock_timestamp() where refused_since is null"
 _RECOVER = """
-    insert into dovecote.audit_log (actor, action, reason, affected)
-    select 'relay', 'sequence.recover', 'the sequence was repaired by hand, and hid what was written before', renumbered
-    from dovecote.recover_sequence()
-    returning affected
+    select renumbered
+    from dovecote.recover('relay', 'the sequence was repaired by hand, and hid what was written before')
 """
 _LOOK = "select dovecote.sequence_fault(), epoch, dovecote.outbox_run() from dovecote.relay_state"
 
