@@ -24,7 +24,7 @@ begin
     return ended;
 end $$;
 
-drop function dovecote.require_known, dovecote.is_routed, dovecote.require_keys, dovecote.require_reason,
+drop function dovecote.require_known, dovecote.is_routed, dovecote.require_keys, dovecote.require_who_and_why,
               dovecote.write_audit_line;
 drop trigger check_audit_line on dovecote.audit_log;
 drop function dovecote.check_audit_line;

@@ -58,9 +58,12 @@ end $$;
 
 -- What is asked for -------------------------------------------------------------------------------
 
-create function dovecote.require_reason(reason text, why text) returns void
+create function dovecote.require_who_and_why(actor text, reason text, why text) returns void
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
+    if coalesce(btrim(actor), '') = '' then
+        raise exception 'who does this? The audit log wants a name' using errcode = 'invalid_parameter_value';
+    end if;
     if coalesce(btrim(reason, E' \t\n'), '') = '' then
         raise exception '%', why using errcode = 'invalid_parameter_value';
     end if;
@@ -146,7 +149,7 @@ comment on column dovecote.subscriptions.ordered is 'Whether the handler''s rout
 create function dovecote.pause_handler(actor text, reason text, handler text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '10s' as $$
 begin
-    perform dovecote.require_reason(reason, 'a pause needs a reason: whoever finds the handler standing has to know');
+    perform dovecote.require_who_and_why(actor, reason, 'a pause needs a reason: whoever finds the handler standing has to know');
     perform dovecote.require_known(handler);
     insert into dovecote.paused_handlers (handler_name, paused_by, reason) values (handler, actor, reason)
     on conflict do nothing;

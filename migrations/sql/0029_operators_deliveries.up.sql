@@ -171,7 +171,7 @@ create function dovecote.discard_deliveries(
     out affected bigint, out released bigint)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
-    perform dovecote.require_reason(reason, 'a discard needs a reason: what is given up is not done by anybody later');
+    perform dovecote.require_who_and_why(actor, reason, 'a discard needs a reason: what is given up is not done by anybody later');
     select * into affected, released
     from dovecote.change_deliveries('discard', actor, reason, filter, changed_before, most);
 end $$;

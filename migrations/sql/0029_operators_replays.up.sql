@@ -115,7 +115,7 @@ declare
     plan  record;
     other record;
 begin
-    perform dovecote.require_reason(reason, 'a replay needs a reason: it is written into the audit log');
+    perform dovecote.require_who_and_why(actor, reason, 'a replay needs a reason: it is written into the audit log');
     if rate < 1 then
         raise exception 'the rate is in events a second, at least 1; got %', rate using errcode = 'invalid_parameter_value';
     end if;

@@ -1,7 +1,7 @@
 -- Who may do what. tests/security/test_grants.py has the whole matrix in plain form.
 
 revoke all on function
-    dovecote.check_audit_line, dovecote.write_audit_line, dovecote.require_reason, dovecote.require_keys,
+    dovecote.check_audit_line, dovecote.write_audit_line, dovecote.require_who_and_why, dovecote.require_keys,
     dovecote.is_routed, dovecote.require_known, dovecote.pause_handler, dovecote.resume_handler,
     dovecote.forget_handler, dovecote.recover, dovecote.ensure_partitions, dovecote.place_strays,
     dovecote.make_partitions, dovecote.move_strays, dovecote.in_outbox, dovecote.changeable_states,
