@@ -17,6 +17,7 @@ declare
 begin
     delete from dovecote.subscriptions s where s.handler_name = handler;
     get diagnostics ended = row_count;
+    delete from dovecote.progress p where p.handler_name = handler;
     if ended > 0 then
         insert into dovecote.audit_log (actor, action, details)
         values (forgotten_by, 'handler.forgotten', jsonb_build_object('handler', handler, 'subscriptions', ended));

@@ -187,7 +187,8 @@ begin
     end if;
     delete from dovecote.subscriptions s where s.handler_name = handler;
     get diagnostics ended = row_count;
-    if ended > 0 then
+    delete from dovecote.progress p where p.handler_name = handler;
+    if ended > 0 or found then
         perform dovecote.write_audit_line(forgotten_by, 'handler.forgotten', null, ended,
                                           jsonb_build_object('handler', handler, 'subscriptions', ended));
     end if;

@@ -40,6 +40,7 @@ TABLES = """
 
     memberships          -       r,a,w     r         r       r,a,w    -
     billing_history      -       r,a       r         r       r,a      -
+    billing_history_id_seq -     -         -         -       -        -
     price_quotes         -       r,a,w     r         r       r,a,w    -
     latest_prices        -       r,a,w     r         r       r,a,w    -
     challenges           -       r,a,w,d   r*        r*      r,a,w,d  -
@@ -96,6 +97,8 @@ AS_OWNER = """
     recover_sequence     worker
     reopen_progress      worker
 
+    begin_progress       -
+    widen_progress       -
     make_partitions      -
     move_strays          -
     refuse_dropped_week  -
@@ -145,11 +148,9 @@ def granted(owner: psycopg.Connection[Any], relation: str, role: str, is_sequenc
                 owner, _HAS.format("sequence"), role, relation, privilege
             ):
                 found.append(letter)
-        elif privilege == "USAGE":
-            continue
-        elif one(owner, _HAS.format("table"), role, relation, privilege):
+        elif privilege != "USAGE" and one(owner, _HAS.format("table"), role, relation, privilege):
             found.append(letter)
-        elif privilege != "DELETE" and (some := one(owner, _COLUMNS, relation, role, privilege)):
+        elif privilege not in ("DELETE", "USAGE") and (some := one(owner, _COLUMNS, relation, role, privilege)):
             found.append(f"{letter}*")
             columns[letter] = some
     return ",".join(found) or "-", columns
