@@ -1,7 +1,7 @@
 -- What operators do about failures: send again at once, or give up. Waiting events follow the one they wait for.
 
 create function dovecote.in_outbox(event uuid) returns boolean
-language sql stable
+language sql stable parallel safe
 begin atomic
     select exists (select from dovecote.outbox o where o.id = event);
 end;
@@ -46,7 +46,7 @@ begin
 end $$;
 
 create function dovecote.is_changeable(d dovecote.deliveries, verb text, filter jsonb, states text[]) returns boolean
-language sql stable
+language sql stable parallel safe
 -- One expression, and the planner puts it where it is called: the indexes are used, what is not asked costs nothing.
 return d.state = any(states)
     and (filter ->> 'handler' is null or d.handler_name = filter ->> 'handler')

@@ -2,7 +2,7 @@
 -- in a replay is said there as well (workers/replays.py): the count and the work must mean the same events.
 
 create function dovecote.is_asked(o dovecote.outbox, filter jsonb, event_types text[], event_ids uuid[]) returns boolean
-language sql stable
+language sql stable parallel safe
 -- Ids begin with their time: a range of time is a range of the primary key.
 return o.event_type = any(event_types)
     and (event_ids is null or o.id = any(event_ids))
@@ -15,7 +15,7 @@ return o.event_type = any(event_types)
 
 create function dovecote.is_replayed(
     strength text, p dovecote.processed_events, d dovecote.deliveries, asked_at timestamptz) returns boolean
-language sql stable
+language sql stable parallel safe
 -- Of an event's rows for the handler. What happens after the replay was asked for does not take an event out of it.
 return case strength
     when 'missing' then (p.event_id is null or p.processed_at > asked_at)
@@ -32,6 +32,7 @@ language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = for
 -- `positions`: where single events are.
 declare
     routed  record;
+    counted record;
     because text;
     began   bigint;
 begin
@@ -63,11 +64,15 @@ begin
     end if;
 
     asked_at := clock_timestamp();
-    select count(*), min(o.position), max(o.position) into events, first_position, last_position
-    from dovecote.outbox o
-    left join dovecote.processed_events p on p.event_id = o.id and p.handler_name = handler
-    left join dovecote.deliveries d on d.event_id = o.id and d.handler_name = handler
-    where dovecote.is_asked(o, filter, event_types, event_ids) and dovecote.is_replayed(strength, p, d, asked_at);
+    -- Assigned, and not selected into: Postgres reads in parallel then.
+    counted := (select c from (
+        select count(*) as events, min(o.position) as first, max(o.position) as last
+        from dovecote.outbox o
+        left join dovecote.processed_events p on p.event_id = o.id and p.handler_name = handler
+        left join dovecote.deliveries d on d.event_id = o.id and d.handler_name = handler
+        where dovecote.is_asked(o, filter, event_types, event_ids) and dovecote.is_replayed(strength, p, d, asked_at)
+    ) c);
+    select counted.events, counted.first, counted.last into events, first_position, last_position;
     select count(*) into left_alone
     from dovecote.deliveries d join dovecote.outbox o on o.id = d.event_id
     where d.handler_name = handler and dovecote.is_asked(o, filter, event_types, event_ids);

@@ -8,6 +8,7 @@ from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
+from tests.mutations.operators import OPERATORS
 from tests.mutations.progress import PROGRESS, PROGRESS_SQL
 from tests.mutations.queues import QUEUES
 
@@ -1255,9 +1256,9 @@ MUTANTS = (
     ),
     Mutant(
         "an operator's change is lost in a crash",
-        "workers/operations/audit.py",
-        "(select {DURABLE})",
-        "(select 1)",
+        "migrations/sql/0029_operators_audit.up.sql",
+        "        perform set_config('synchronous_commit', 'on', true);",
+        "        perform 1;",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
     ),
     # Pausing ------------------------------------------------------------------------------------
@@ -1397,6 +1398,7 @@ MUTANTS = (
         "            return\n",
         SERVING,
     ),
+    *OPERATORS,
     *QUEUES,
     *GOING_BACK,
     *PROGRESS,

@@ -96,7 +96,7 @@ QUEUES = (
     ),
     Mutant(
         "a replay as missing may begin before a handler's time",
-        "workers/operations/replay_plans.py",
+        "migrations/sql/0029_operators_replays.up.sql",
         "greatest(s.since_position, upper(s.published_above) - 1)",
         "s.since_position",
         NEW_HANDLER,

@@ -152,6 +152,8 @@ class History:
                 "checkpoint": checkpoint,
                 "handlers": [handler for handler, _ in wanted],
                 "event_types": [kind for _, kind in wanted],
+                "replayable": [True for _ in wanted],
+                "ordered": [True for _ in wanted],
             },
         )
         self.published_upto = max(self._reader.frontier, checkpoint)

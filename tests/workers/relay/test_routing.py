@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 
 from domain.events import Event
 from domain.unit_of_work import UnitOfWork, unit_of_work
@@ -199,6 +199,23 @@ def test_a_standby_that_knows_as_much_sends_nothing_again(deploy: Deploy) -> Non
     with system.relay():
         eventually(lambda: system.status().relay.epoch == 2, 30, "the next leader")
         assert one_number(system, "select null, count(*) from dovecote.relay_state where redis_run_id is not null") == 1
+
+
+def test_what_a_route_allows_is_known_to_the_database_from_each_deploy_on(deploy: Deploy) -> None:
+    """Operators are held to it there, whatever their own code says (migration 0029)."""
+    known = text("select replayable, ordered from dovecote.subscriptions")
+    for route in (OLD, replace(OLD, replayable=True, ordered=False)):
+        system = deploy(route)
+        with system.relay():
+            _await_known(system, known, [(route.replayable, route.ordered)])
+
+
+def _await_known(system: System, query: TextClause, allowed: list[tuple[bool, bool]]) -> None:
+    def told() -> bool:
+        with system.engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(query)] == allowed
+
+    eventually(told, 20, f"{allowed} in the table of subscriptions")
 
 
 def test_what_nobody_wants_is_shown_and_stays(deploy: Deploy) -> None:
