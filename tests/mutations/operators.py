@@ -112,13 +112,6 @@ OPERATORS = (
         f"{VERBS} {GRANTS}",
     ),
     Mutant(
-        "a verb is for everybody",
-        RIGHTS_SQL,
-        "    dovecote.retry_deliveries, dovecote.discard_deliveries, dovecote.is_asked, dovecote.is_replayed,\n",
-        "    dovecote.is_asked, dovecote.is_replayed,\n",
-        VERBS,
-    ),
-    Mutant(
         "the relay does not tell what a route allows",
         "workers/relay/relay.py",
         "    set routed_epoch = excluded.routed_epoch, replayable = excluded.replayable, ordered = excluded.ordered\n",
