@@ -21,9 +21,9 @@ grant update on dovecote.relay_leader, dovecote.progress_lock to dovecote_worker
 
 -- Who leads -------------------------------------------------------------------------------------
 
--- The session of the relay that leads; no row while none does. `silent_seconds` since it has asked something, null for
--- a login that may not see that. A relay from before this revision holds the advisory key instead: it counts if its
--- login may lead.
+-- The session that holds the lock of the relay that leads; no row while none does. `silent_seconds` since it has asked
+-- something, null for a login that may not see that. A relay from before this revision holds the advisory key instead:
+-- it counts if its login may lead, and comes after one that has the lock.
 create function dovecote.leader()
 returns table (pid integer, login text, application text, silent_seconds float8, is_older boolean)
 language sql stable
@@ -37,7 +37,7 @@ begin atomic
         or l.locktype = 'advisory' and l.objsubid = 1 and l.mode = 'ExclusiveLock'
            and (l.classid::bigint << 32 | l.objid::bigint) = dovecote.leader_key()
            and pg_has_role(a.usesysid, 'dovecote_worker', 'member'))
-    order by 5 limit 1;
+    order by 5;
 end;
 
 -- Announcements ---------------------------------------------------------------------------------

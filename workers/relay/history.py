@@ -36,7 +36,7 @@ _BEAT_SECONDS = 1.0
 _SILENT_MS = 10_000
 _STAND_BACK_SECONDS = 1.0
 _TOLD_AGAIN_AFTER = 60
-# Between two statements of a leader that is busy with Redis: standbys end the session of one that says nothing.
+# Between two statements of a leader that is busy with Redis: Postgres ends the session of one that says nothing.
 _SIGN_OF_LIFE_SECONDS = 1.0
 
 _RUN = "select dovecote.server_run()"
