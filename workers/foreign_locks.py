@@ -6,6 +6,7 @@ is named, by the log of the relay, `status`, `doctor` and a metric.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 QUERY = "select purpose, locks, pid, login, application, prepared, mode from dovecote.foreign_locks()"
 
@@ -41,6 +42,6 @@ class ForeignLock:
         return f"select pg_terminate_backend({self.pid})"
 
 
-def foreign_locks(rows: Iterable[Iterable[object]]) -> list[ForeignLock]:
+def foreign_locks(rows: Iterable[Iterable[Any]]) -> list[ForeignLock]:
     """Return what QUERY has found."""
-    return [ForeignLock(*row) for row in rows]  # type: ignore[arg-type] - the columns of QUERY, in its order
+    return [ForeignLock(*row) for row in rows]

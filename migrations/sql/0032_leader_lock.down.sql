@@ -99,4 +99,5 @@ end $$;
 
 drop function dovecote.share_release_lock, dovecote.try_lock, dovecote.foreign_locks, dovecote.look_at_advisory_locks,
     dovecote.leader;
+alter table dovecote.replays drop column problem;
 drop view dovecote.retention_lock, dovecote.partitions_lock, dovecote.progress_lock, dovecote.relay_leader;

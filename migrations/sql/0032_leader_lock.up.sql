@@ -304,3 +304,10 @@ begin
         execute becomes;
     end loop;
 end $$;
+
+-- Rows that are not understood -------------------------------------------------------------------
+
+alter table dovecote.replays add column problem text;
+
+comment on column dovecote.replays.problem is
+    'Why the relay that leads does not carry the replay out; null where it does. Another version may.';

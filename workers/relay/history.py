@@ -235,6 +235,8 @@ class History:
         must not make an empty Redis look known (tests/models/hand_over.pml).
         """
         run, _, epoch = (self._known_redis or "").rpartition("@")
+        if not (epoch.isascii() and epoch.isdecimal() and len(epoch) < 20):
+            return False  # written by no relay
         return run == redis_run and self._marker.claim(
             self._claim, over=self._claim.history, known_epoch=int(epoch), lowest_beat=self._confirmed_beat
         )

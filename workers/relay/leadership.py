@@ -128,7 +128,7 @@ class Leadership:
                 self._working.execute("select pg_terminate_backend(%s)", (pid,))
             except psycopg.errors.InsufficientPrivilege as error:
                 cure = f"grant pg_signal_backend to this login, or end it: select pg_terminate_backend({pid})"
-                log.error("an older leader is frozen, and this login may not end its session", error=str(error), cure=cure)
+                log.error("a frozen leader is not ours to end", pid=pid, error=str(error), cure=cure)
             else:
                 log.warning("ended the session of a frozen leader", pid=pid, silent_for_seconds=self._frozen_after)
 
@@ -162,4 +162,3 @@ class Leadership:
                 self._session.close()
                 self._sleeper.interrupt()
                 return
-

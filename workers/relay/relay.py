@@ -18,6 +18,7 @@ from domain.database import NO_TIME_LIMITS, SESSION_SETTINGS, set_newer, startup
 from domain.errors import DovecoteError
 from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
+from workers.loaders import load_anything
 from workers.outages import asks_again, passes
 from workers.redis_client import PASSING
 from workers.relay import sequence
@@ -44,6 +45,7 @@ _SUBSCRIBE = """
         select coalesce(range_agg(positions), '{}') * int8multirange(int8range(%(checkpoint)s, null, '()'))
         from dovecote.published_batches
         where positions && int8multirange(int8range(%(checkpoint)s, null, '()'))
+          and not lower_inf(positions) and not upper_inf(positions)
     )
     insert into dovecote.subscriptions (handler_name, event_type, since_position, published_above, routed_epoch)
     select wanted.handler_name, wanted.event_type, coalesce(before.since_position, %(checkpoint)s),
@@ -89,6 +91,11 @@ _SESSION_SETTINGS = {
 
 # A notification through one server takes a millisecond or two.
 _HEARD_WITHIN_SECONDS = 5.0
+
+
+def of_a_value(error: psycopg.Error) -> bool:
+    """Tell whether Postgres could not work with a value in a row, such as a number that would be too large."""
+    return isinstance(error, psycopg.DataError)
 
 
 def _state_after(error: Exception) -> RelayState:
@@ -157,7 +164,7 @@ class Relay:
             except (SequenceFault, NotOnStandby) as error:
                 log.error("relay stops leading", error=str(error))
             except (psycopg.Error, *PASSING, NewerRelay, RedisLost) as error:
-                if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error)):
+                if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error) or of_a_value(error)):
                     raise
                 tries += 1
                 self._meters.alive(_state_after(error))
@@ -165,6 +172,12 @@ class Relay:
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
                 self._sleeper.sleep(min(2.0, 0.05 * 2 ** min(tries, 8)))
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+                # Something that was read is not as we write it. It may be mended meanwhile, and ends no process.
+                tries += 1
+                self._meters.alive("starting")
+                log.exception("relay cannot go on with what it has read", tries=tries, error=type(error).__name__)
+                self._sleeper.sleep(min(30.0, 0.5 * 2 ** min(tries, 8)))
 
     @contextmanager
     def _session(self) -> Iterator[Connection]:
@@ -181,6 +194,7 @@ class Relay:
             options=startup_options(_SESSION_SETTINGS),
         ) as connection:
             set_newer(connection, _SESSION_SETTINGS)
+            load_anything(connection)
             yield connection
 
     def _require_session(self, connection: Connection) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 
 from domain.database import NO_TIME_LIMITS, connect
 from workers import operations
+from workers.loaders import loads_anything
 from workers.operations.aggregates import count_blocked
 from workers.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS, POSTPONED
 from workers.operations.reading import snapshot
@@ -51,13 +52,15 @@ class Survey(Collector):
     def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
         self._settings = settings
         self._routes = routes
-        self._engine = connect(
-            settings.database.url.get_secret_value(),
-            pool_size=1,
-            connect_timeout_seconds=_LIMIT_SECONDS,
-            statement_timeout_ms=_STATEMENT_MS,
-            application_name="dovecote metrics",
-            session_settings=NO_TIME_LIMITS,
+        self._engine = loads_anything(
+            connect(
+                settings.database.url.get_secret_value(),
+                pool_size=1,
+                connect_timeout_seconds=_LIMIT_SECONDS,
+                statement_timeout_ms=_STATEMENT_MS,
+                application_name="dovecote metrics",
+                session_settings=NO_TIME_LIMITS,
+            )
         )
         self._lock = threading.Lock()
         self._found: list[Metric] = []

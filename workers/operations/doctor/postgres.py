@@ -14,6 +14,7 @@ from psycopg.rows import namedtuple_row
 from domain.database import connect
 from workers import schema
 from workers.attempts import longest_retry
+from workers.loaders import load_anything
 from workers.masking import masked
 from workers.operations.doctor import leftovers, progress
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
@@ -373,6 +374,7 @@ def session(subject: Subject) -> Iterator[Connection]:
         keepalives_interval=1,
         keepalives_count=3,
     ) as connection:
+        load_anything(connection)
         # No statement_timeout: as an option of the connection a pgbouncer may refuse it, and set later it would
         # stay in a pool for whoever comes next. `examine` has a limit of its own.
         yield connection
