@@ -47,6 +47,8 @@ _PARTITIONS_SECONDS = 3_600.0
 # How often what everybody has read is freed from Postgres's queue of notifications. Postgres does that when a NOTIFY
 # commits; once the queue was full, there is none.
 _FREE_NOTIFICATIONS_SECONDS = 60.0
+# How often the log may name somebody new who holds locks of ours.
+_NAME_STRANGERS_SECONDS = 5.0
 # An event alone, or a few at once, are no traffic; more batches than that without a pause are.
 _FEW_IN_A_ROW = 3
 # So long may those who act on an event that came alone have the processor first.
@@ -134,6 +136,7 @@ class Leader:
         self._unrouted = Unrouted(self._bundler.types)
         self._cursors = {route.handler: leases.Cursor() for route in routes}
         self._batches_in_a_row = 0
+        self._next_naming = time.monotonic()
         self._next_tick = self._next_reaping = self._next_partitions = self._next_freeing = time.monotonic()
 
     def lead(self) -> None:
@@ -189,6 +192,7 @@ class Leader:
                 self._gather(batch)
         else:
             self._batches_in_a_row = 0
+            self._waking.rest(was_woken=called or bool(heard))
             if not self._waking.heard and self._waking.may_sleep():
                 self._sleep()
 
@@ -346,8 +350,9 @@ class Leader:
         if now >= self._next_freeing:
             self._next_freeing = now + _FREE_NOTIFICATIONS_SECONDS
             self._connection.execute("select pg_notification_queue_usage()")
-            if self._leadership is not None:
-                self._leadership.name_strangers()
+        if self._leadership is not None and now >= self._next_naming:
+            self._next_naming = now + _NAME_STRANGERS_SECONDS
+            self._leadership.name_strangers()
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
@@ -374,6 +379,7 @@ class Leader:
             self._send(partial(self._retries, part))
         self._meters.retried(len(due))
         if due:
+            self._waking.busy()
             # There may be more: after the next batch of live events, and without a rest.
             self._waking.heard.add("dovecote_deliveries")
 

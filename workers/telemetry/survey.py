@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 
 from domain.database import NO_TIME_LIMITS, connect
 from workers import operations
+from workers.foreign_locks import ForeignLock
 from workers.loaders import loads_anything
 from workers.operations.aggregates import count_blocked
 from workers.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS, POSTPONED
@@ -147,6 +148,7 @@ def _of_relay(status: operations.Status) -> list[Metric]:
             "Whether positions are not handed out in order; no relay leads then.",
             {"": relay.fault is not None},
         ),
+        _foreign_locks(relay.foreign_locks),
         _gauge("dovecote_lag_events", "Committed and not yet published; at least.", {"": relay.lag_events}),
         _gauge("dovecote_lag_seconds", "Age of the oldest of them.", {"": relay.lag_seconds}),
         _gauge(
@@ -155,6 +157,13 @@ def _of_relay(status: operations.Status) -> list[Metric]:
             {"": sum(unrouted.events for unrouted in status.unrouted)},
         ),
     ]
+
+
+def _foreign_locks(found: Sequence[ForeignLock]) -> Metric:
+    held = dict.fromkeys(("announcement", "wake-up", "leadership", "release"), 0)
+    for lock in found:
+        held[lock.purpose] = held.get(lock.purpose, 0) + lock.locks
+    return _gauge("dovecote_foreign_locks", "Locks of ours held by sessions with no use for them.", held, "purpose")
 
 
 def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapping[str, int]) -> list[Metric]:

@@ -85,8 +85,9 @@ def test_a_system_that_is_well_has_no_error(system: System) -> None:
         system.until_quiet()
         found = examined(system)
 
-    # Tests share one Redis database; that is the one thing amiss.
-    assert {check for check, finding in found.items() if finding.level != "ok"} <= {"redis.own_database"}, found
+    # Tests share one Redis database, and everybody may connect to theirs in Postgres; that is all that is amiss.
+    amiss = {"redis.own_database", "rights.public"}
+    assert {check for check, finding in found.items() if finding.level != "ok"} <= amiss, found
     assert "leads since" in found["relay.alive"].found
 
 
