@@ -98,7 +98,8 @@ _POSITIONS = text(
     select s.checkpoint, h.last_position, s.owner, s.epoch, s.history, s.instance, leader.is_there,
            dovecote.sequence_fault() as fault,
            case when leader.is_there then s.stands_back_for end as stands_back_for
-    from dovecote.relay_state s, dovecote.horizon() h, (select exists (select from dovecote.leader()) as is_there) leader
+    from dovecote.relay_state s, dovecote.horizon() h,
+         (select exists (select from dovecote.leader()) as is_there) leader
     """
 )
 

@@ -250,7 +250,7 @@ def test_the_oldest_floor_is_told_with_who_holds_it(system: System, monkeypatch:
         finding = examined(system)["relay.floors"]
 
         assert finding.level == "warning"
-        assert f"pid {writer.info.backend_pid} (the writer of a test)" in finding.found
+        assert f"pid {writer.info.backend_pid} (login {writer.info.user}, the writer of a test)" in finding.found
         assert "append_event" in finding.found
         assert f"pg_terminate_backend({writer.info.backend_pid})" in finding.advice
 

@@ -16,7 +16,8 @@ _PUBLIC = """
     select 'may connect to database ' || datname as may, 'revoke connect on database ' || name || ' from public' as cure
     from given where privilege_type = 'CONNECT'
     union all
-    select 'may create temporary tables in database ' || datname, 'revoke temporary on database ' || name || ' from public'
+    select 'may create temporary tables in database ' || datname,
+           'revoke temporary on database ' || name || ' from public'
     from given where privilege_type = 'TEMPORARY'
     union all
     select 'may create objects in schema ' || n.nspname,
