@@ -46,8 +46,8 @@ end;
 -- before its triggers are called, and keeps. Nobody has that one without a right on the outbox or the schema.
 --
 -- pg_locks looks at relations first: of a transaction whose lock on the outbox it has not seen, the positions are above
--- the sequence as it was read before. PREPARE TRANSACTION hands the two locks over one by one: in between, one is with
--- the session and one with the prepared transaction. Then both count.
+-- the sequence as it was read before. PREPARE TRANSACTION hands the locks over one by one, and each keeps the number of
+-- the virtual transaction.
 --
 -- From 2^47 on, above all positions there can be, it announces that a writer is at work and not where.
 
@@ -61,23 +61,19 @@ begin
     -- Not called since setval(..., false) or RESTART: the value is the next one.
     select case when s.is_called then s.last_value else s.last_value - 1 end into last_position
     from dovecote.outbox_position s;
-    select least(min(h.announced) filter (where h.inserts),
-                 case when bool_or(h.inserts and h.announced is null and h.is_prepared)
-                      then min(h.announced) filter (where not h.inserts and not h.is_prepared) end,
-                 case when bool_or(h.inserts and h.announced is null and not h.is_prepared)
-                      then min(h.announced) filter (where not h.inserts and h.is_prepared) end)
-    into lowest
+    select min(h.announced) into lowest
     from (
         select min(case when l.classid::bigint & 32768 = 0
                         then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end)
                    filter (where l.locktype = 'advisory') as announced,
-               bool_or(l.locktype = 'relation') as inserts, l.pid is null as is_prepared
+               bool_or(l.locktype = 'relation') as inserts
         from pg_locks l
         where l.database = (select d.oid from pg_database d where d.datname = current_database())
           and (l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602 and l.mode = 'ShareLock'
             or l.locktype = 'relation' and l.relation = 'dovecote.outbox'::regclass and l.mode = 'RowExclusiveLock')
-        group by l.virtualtransaction, l.pid is null
-    ) h;
+        group by l.virtualtransaction
+    ) h
+    where h.inserts;
     settled := least(last_position, lowest);
 end $$;
 
@@ -92,26 +88,20 @@ declare
 begin
     select coalesce(array_agg(h.announced), '{}'), coalesce(array_agg(h.xid), '{}') into floors, xids
     from (
-        select t.*, bool_or(t.inserts and t.announced is null and t.is_prepared) over () as half_prepared,
-               bool_or(t.inserts and t.announced is null and not t.is_prepared) over () as half_live
-        from (
-            select min(case when l.classid::bigint & 32768 = 0
-                            then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end)
-                       filter (where l.locktype = 'advisory') as announced,
-                   min(now_xid + (((l.transactionid::text::bigint - now_xid) << 32) >> 32)) as xid,
-                   bool_or(l.locktype = 'relation') as inserts, l.pid is null as is_prepared
-            from pg_locks l
-            where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock'
-               or l.database = (select d.oid from pg_database d where d.datname = current_database())
-                  and (l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602
-                       and l.mode = 'ShareLock'
-                    or l.locktype = 'relation' and l.relation = 'dovecote.outbox'::regclass
-                       and l.mode = 'RowExclusiveLock')
-            group by l.virtualtransaction, l.pid is null
-        ) t
+        select min(case when l.classid::bigint & 32768 = 0
+                        then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end)
+                   filter (where l.locktype = 'advisory') as announced,
+               min(now_xid + (((l.transactionid::text::bigint - now_xid) << 32) >> 32)) as xid,
+               bool_or(l.locktype = 'relation') as inserts
+        from pg_locks l
+        where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock'
+           or l.database = (select d.oid from pg_database d where d.datname = current_database())
+              and (l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602 and l.mode = 'ShareLock'
+                or l.locktype = 'relation' and l.relation = 'dovecote.outbox'::regclass
+                   and l.mode = 'RowExclusiveLock')
+        group by l.virtualtransaction
     ) h
-    where h.announced is not null and h.xid is not null
-      and (h.inserts or case when h.is_prepared then h.half_live else h.half_prepared end);
+    where h.announced is not null and h.xid is not null and h.inserts;
 end $$;
 
 create or replace function dovecote.announce() returns trigger
@@ -174,22 +164,24 @@ language sql volatile
 begin atomic
     -- The locks with keys of ours whose holder has no use for them, if this look at them all was taken at one moment.
     with held as materialized (
-        select l.virtualtransaction as holder, l.pid, l.locktype, l.classid::bigint >> 16 as kind, l.mode,
+        select l.virtualtransaction as holder, l.pid, l.locktype, l.classid::bigint >> 16 as kind, l.mode, l.transactionid,
                concat_ws(' ', l.classid, l.objid, l.mode, coalesce(l.pid::text, l.virtualtransaction)) as lock
         from pg_catalog.pg_locks l
-        where l.granted and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
-          and (l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 in (17602, 17603, 17604, 17607)
-            or l.locktype = 'relation' and l.relation = 'dovecote.outbox'::regclass and l.mode = 'RowExclusiveLock')
+        where l.granted
+          and (l.locktype = 'transactionid' and l.pid is null
+            or l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+               and (l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 in (17602, 17603, 17604, 17607)
+                 or l.locktype = 'relation' and l.relation = 'dovecote.outbox'::regclass and l.mode = 'RowExclusiveLock'))
     ), holders as materialized (
-        select h.holder, h.pid, coalesce(a.usename, p.owner) as login, a.application_name as application,
-               p.gid as prepared, bool_or(h.locktype = 'relation') as inserts
+        select h.holder, h.pid, coalesce(a.usename::text, max(p.owner::text)) as login, a.application_name as application,
+               max(p.gid) as prepared, bool_or(h.locktype = 'relation') as inserts
         from held h
         left join pg_catalog.pg_stat_activity a on a.pid = h.pid
-        left join pg_catalog.pg_prepared_xacts p on h.pid is null and '-1/' || p.transaction::text = h.holder
-        group by 1, 2, 3, 4, 5
+        left join pg_catalog.pg_prepared_xacts p on p.transaction = h.transactionid
+        group by h.holder, h.pid, a.usename, a.application_name
     ), judged as materialized (
-        select o.*, coalesce(pg_has_role(o.login, 'dovecote_worker', 'member'), false) as is_worker,
-               coalesce(pg_has_role(o.login, 'dovecote_operator', 'member'), false) as is_operator
+        select o.*, coalesce(pg_has_role(o.login::name, 'dovecote_worker', 'member'), false) as is_worker,
+               coalesce(pg_has_role(o.login::name, 'dovecote_operator', 'member'), false) as is_operator
         from holders o
     )
     select h.lock, h.kind, h.mode, h.pid, j.login::text, j.application, j.prepared

@@ -55,7 +55,9 @@ OLDEST_FLOOR = """
            p.gid
     from pg_locks l
     left join pg_stat_activity a on a.pid = l.pid
-    left join pg_prepared_xacts p on l.pid is null and '-1/' || p.transaction::text = l.virtualtransaction
+    left join pg_prepared_xacts p on l.pid is null and exists (
+        select from pg_locks t where t.locktype = 'transactionid' and t.transactionid = p.transaction
+                                 and t.virtualtransaction = l.virtualtransaction)
     where l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602 and l.mode = 'ShareLock'
       and l.database = (select oid from pg_database where datname = current_database())
       and l.virtualtransaction in (
