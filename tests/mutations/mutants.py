@@ -54,6 +54,7 @@ READING_SQL = "migrations/sql/0019_reading.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
+LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
 LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
@@ -61,9 +62,9 @@ MUTANTS = (
     # Writing ------------------------------------------------------------------------------------
     Mutant(
         "no floor is announced",
-        READING_SQL,
-        "if not pg_catalog.pg_try_advisory_xact_lock_shared(dovecote.floor_key(",
-        "if false and not pg_catalog.pg_try_advisory_xact_lock_shared(dovecote.floor_key(",
+        LOCKS_SQL,
+        "    if not pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then",
+        "    if false then",
         READING,
     ),
     Mutant(
@@ -75,9 +76,9 @@ MUTANTS = (
     ),
     Mutant(
         "the floor is that of the highest position, not of one's own",
-        READING_SQL,
-        "coalesce(pg_catalog.pg_sequence_last_value('dovecote.outbox_position'), 0)",
-        "coalesce(pg_catalog.pg_sequence_last_value('dovecote.outbox_position'), 0) + 1",
+        LOCKS_SQL,
+        "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) end;",
+        "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1 end;",
         READING,
     ),
     Mutant(

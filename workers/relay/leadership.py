@@ -94,6 +94,8 @@ class Leadership:
 
         Errors: psycopg.Error, such as InsufficientPrivilege without the rights of dovecote_worker.
         """
+        if self._working.execute(_OLDER_LEADER).fetchone() is not None:
+            return False
         self._session.execute("begin")
         try:
             self._session.execute(_TAKE)
