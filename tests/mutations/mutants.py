@@ -6,6 +6,7 @@ its place, and at least one of `tests` must fail. Tests are named as pytest want
 
 from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
+from tests.mutations.locks import LOCKS
 from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
 from tests.mutations.progress import PROGRESS, PROGRESS_SQL
@@ -50,7 +51,6 @@ BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 SIZES_SQL = "migrations/sql/0017_sizes.up.sql"
-READING_SQL = "migrations/sql/0019_reading.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
@@ -83,10 +83,9 @@ MUTANTS = (
     ),
     Mutant(
         "a transaction announces itself once in a session's life",
-        READING_SQL,
-        "if pg_catalog.current_setting('dovecote.announced', true)"
-        " is distinct from pg_catalog.pg_current_xact_id()::text then",
-        "if pg_catalog.current_setting('dovecote.announced', true) is null then",
+        LOCKS_SQL,
+        "           and pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then\n",
+        "           then\n",
         READING,
     ),
     Mutant(
@@ -98,8 +97,8 @@ MUTANTS = (
     ),
     Mutant(
         "nobody rings the bell",
-        READING_SQL,
-        "perform pg_catalog.pg_notify('dovecote_outbox', '');",
+        LOCKS_SQL,
+        "perform pg_notify('dovecote_outbox', '');",
         "null;",
         f"{WRITING} {RELAY}",
     ),
@@ -466,7 +465,7 @@ MUTANTS = (
     ),
     Mutant(
         "the highest number of a transaction is taken for it",
-        READING_SQL,
+        LOCKS_SQL,
         "min(now_xid + (((l.transactionid",
         "max(now_xid + (((l.transactionid",
         GAPS,
@@ -594,9 +593,9 @@ MUTANTS = (
     ),
     Mutant(
         "a writer keeps the bell until its end",
-        READING_SQL,
-        "(case when pg_catalog.pg_try_advisory_lock_shared(dovecote.bell_key())\n"
-        "                 then not pg_catalog.pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
+        LOCKS_SQL,
+        "(case when pg_try_advisory_lock_shared(dovecote.bell_key())\n"
+        "             then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
         "not pg_try_advisory_xact_lock_shared(dovecote.bell_key())",
         HELD,
     ),
@@ -1401,6 +1400,7 @@ MUTANTS = (
     *QUEUES,
     *GOING_BACK,
     *PROGRESS,
+    *LOCKS,
     *LOSSES,
     *LEFTOVERS,
 )

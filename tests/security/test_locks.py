@@ -410,7 +410,8 @@ def test_wake_ups_that_bring_nothing_are_followed_by_a_pause() -> None:
             return False
 
     settings: Any = SimpleNamespace(busy_poll_ms=10.0)
-    waking = Waking(None, Sleepless(), settings, RelayMeters())  # type: ignore[arg-type] - it asks nothing here
+    nobody: Any = None  # nothing is asked here
+    waking = Waking(nobody, Sleepless(), settings, RelayMeters())
     for _ in range(20):
         waking.turn()
         waking.rest(was_woken=True)
