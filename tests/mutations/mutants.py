@@ -550,9 +550,9 @@ MUTANTS = (
     ),
     Mutant(
         "a relay that leads is not alone",
-        "workers/relay/relay.py",
-        "            if locked:\n",
-        "            if True:\n",
+        "workers/relay/leadership.py",
+        '        except psycopg.errors.LockNotAvailable:\n            self._session.execute("rollback")\n            return False\n',
+        '        except psycopg.errors.LockNotAvailable:\n            self._session.execute("rollback")\n            return True\n',
         RELAY,
     ),
     Mutant(
