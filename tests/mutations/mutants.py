@@ -551,8 +551,8 @@ MUTANTS = (
     Mutant(
         "a relay that leads is not alone",
         "workers/relay/leadership.py",
-        '        except psycopg.errors.LockNotAvailable:\n            self._session.execute("rollback")\n            return False\n',
-        '        except psycopg.errors.LockNotAvailable:\n            self._session.execute("rollback")\n            return True\n',
+        "            self._session.execute(_TAKE)\n",
+        "            pass\n",
         RELAY,
     ),
     Mutant(
@@ -1191,7 +1191,7 @@ MUTANTS = (
     ),
     Mutant(
         "a replay goes on while its handler is paused",
-        "workers/relay/replaying.py",
+        "workers/relay/active_replays.py",
         "      and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)\n",
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
