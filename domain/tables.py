@@ -197,6 +197,7 @@ replays = Table(
     Column("upto_position", BigInteger, nullable=False, server_default=text("0")),
     Column("positions", INT8MULTIRANGE),
     _moment("finished_at", nullable=True),
+    Column("problem", Text),
     Index(
         "replays_active_idx",
         "handler_name",

@@ -31,6 +31,7 @@ from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
 from workers.handing_back import HandBackWhatFails
 from workers.home import HomeError
+from workers.loaders import loads_anything
 from workers.lookup import history_in
 from workers.masking import never_show
 from workers.pauses import HandlerPaused
@@ -169,7 +170,7 @@ def engine_for(settings: Settings, application_name: str, **session_settings: ob
 @contextmanager
 def engine_during(settings: Settings) -> Iterator[Engine]:
     """Give an engine for the length of a command."""
-    engine = engine_for(settings, "dovecote cli")
+    engine = loads_anything(engine_for(settings, "dovecote cli"))
     try:
         yield engine
     finally:

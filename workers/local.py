@@ -83,6 +83,8 @@ def local_system(
         system = {**ours, **given}
         say("bringing the schema up to date")
         schema.upgrade(system.get("DOVECOTE_DATABASE__URL") or system["DATABASE_URL"])
+        if "DATABASE_URL" in servers:
+            schema.keep_strangers_out(ours["DATABASE_URL"])
         home.announce(system)
         stack.callback(home.withdraw)
         wanted = settings.telemetry.http_port if _PORT in given else None

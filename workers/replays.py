@@ -5,15 +5,24 @@ it act once more on what it has acted on. What is in `deliveries` already is in 
 own, or waits for an operator's word.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from domain.errors import DovecoteError
+
 Strength = Literal["missing", "again"]
+
+# Characters of a strange value that a sentence repeats.
+_MOST_SHOWN = 40
 
 #: The relay listens to it: a replay was asked for, paused, resumed or cancelled.
 CHANNEL = "dovecote_replays"
+
+
+class NotUnderstood(DovecoteError):
+    """A row of `replays` that this version cannot carry out: a newer version's, or one that was written by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +50,23 @@ class Filter:
         }
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "Filter":
-        moments = {name: datetime.fromisoformat(stored[name]) for name in ("since", "until") if name in stored}
-        types = {"event_types": tuple(stored["event_types"])} if "event_types" in stored else {}
-        return cls(**{**stored, **moments, **types})
+    def from_json(cls, stored: object) -> "Filter":
+        """Return the filter of a row, which anybody with a right on the table may have written.
+
+        Errors: NotUnderstood, for whatever `as_json` does not write.
+        """
+        if not isinstance(stored, Mapping):
+            raise NotUnderstood(f"its filter is not a JSON object but {_shown(stored)}")
+        understood = {}
+        for name, value in stored.items():
+            read = _READ.get(name)
+            if read is None:
+                raise NotUnderstood(f"unknown key {_shown(name)} in its filter")
+            try:
+                understood[name] = read(value)
+            except (ValueError, TypeError):
+                raise NotUnderstood(f"{name} in its filter is {_shown(value)}") from None
+        return cls(**understood)
 
     def conditions(self) -> str:
         """Return SQL on the outbox row `o`; `parameters` are its values."""
@@ -65,6 +87,53 @@ class Filter:
             "upto_position": "o.position <= %(upto_position)s",
         }
         return [words[name] for name in words if getattr(self, name) is not None]
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _words(value: object) -> tuple[str, ...]:
+    # None at all would be taken for all of them.
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise TypeError
+    return tuple(_word(word) for word in value)
+
+
+def _moment(value: object) -> datetime:
+    return datetime.fromisoformat(_word(value))
+
+
+def _position(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise TypeError
+    return value
+
+
+_READ: Mapping[str, Callable[[object], Any]] = {
+    "event_types": _words,
+    "aggregate_type": _word,
+    "aggregate_id": _word,
+    "since": _moment,
+    "until": _moment,
+    "from_position": _position,
+    "upto_position": _position,
+}
+
+
+def _shown(value: object) -> str:
+    """Return the beginning of a value that may be of any kind and size."""
+    if isinstance(value, str):
+        return ascii(value[:_MOST_SHOWN])
+    if value is None:
+        return "null"
+    if isinstance(value, bool | float):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value) if -(2**63) <= value < 2**63 else "a number beyond 64 bits"
+    return "a list" if isinstance(value, Sequence) else "an object"
 
 
 # Joined to an outbox row `o`: what the handler has done with it.
@@ -98,6 +167,11 @@ _SETTLED: dict[str, str] = {
     # Gone from processed_events: its week was dropped meanwhile, and nobody may act on it any more.
     "again": "(p.replay_id is not distinct from %(replay)s or p.event_id is null or d.event_id is not null)",
 }
+
+
+def is_strength(strength: str) -> bool:
+    """Return whether this version knows the strength."""
+    return strength in _MATCHED
 
 
 def is_matched(strength: str) -> str:

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+# Of a 64 bit number.
+_MOST_DIGITS = 20
+_LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
+
 
 @dataclass(frozen=True)
 class Run:
@@ -17,7 +21,7 @@ class Run:
     def read(cls, told: str | None) -> "Run | None":
         """Return None for what is no run."""
         words = (told or "").split()
-        if len(words) < 3 or not all(word.isdecimal() for word in words[:4]):
+        if len(words) < 3 or not all(word.isdecimal() and len(word) <= _MOST_DIGITS for word in words[:4]):
             return None
         return cls(*(int(word) for word in words[:4]))
 
@@ -32,5 +36,5 @@ class Run:
         return ours > (other.timeline, other.started_us, other.database)
 
     def __str__(self) -> str:
-        started = datetime.fromtimestamp(self.started_us / 1e6, UTC)
+        started = datetime.fromtimestamp(min(self.started_us / 1e6, _LATEST), UTC)
         return f"Postgres {self.system}, timeline {self.timeline}, started {started:%F %T} UTC"

@@ -33,6 +33,21 @@ class SchemaError(Exception):
     """The schema cannot be brought to where it was asked to go; the message says why."""
 
 
+_KEEP_STRANGERS_OUT = """
+    do $$
+    declare
+        given text;
+    begin
+        execute pg_catalog.format('revoke connect, temporary on database %I from public', current_database());
+        select pg_catalog.string_agg(pg_catalog.quote_ident(r.rolname), ', ') into given
+        from pg_catalog.pg_roles r
+        where r.rolname = any(array['dovecote_owner', 'dovecote_writer', 'dovecote_worker', 'dovecote_operator',
+                                    'dovecote_viewer', 'dovecote_service']);
+        execute pg_catalog.format('grant connect on database %I to ', current_database()) || given;
+    end $$
+"""
+
+
 def upgrade(url: str, revision: str = "head") -> None:
     """Apply what is missing, each revision in a transaction of its own."""
     _with_connection(url, lambda config: command.upgrade(config, revision))
@@ -73,6 +88,16 @@ def _applied(url: str) -> str | None:
         with engine.connect() as connection:
             heads = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA}).get_current_heads()
         return heads[-1] if heads else None
+    finally:
+        engine.dispose()
+
+
+def keep_strangers_out(url: str) -> None:
+    """Let nobody into a database of our own server but those with a role of ours: others could take locks there."""
+    engine = connect(url, application_name="dovecote migrate")
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(_KEEP_STRANGERS_OUT)
     finally:
         engine.dispose()
 

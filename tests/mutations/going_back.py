@@ -23,8 +23,8 @@ GOING_BACK = (
     Mutant(
         "a relay leads whatever is wrong with the sequence",
         "workers/relay/relay.py",
-        "if locked and self._may_lead(connection):",
-        "if locked:",
+        "if self._may_lead(connection, leadership):",
+        "if True:",
         SEQUENCE,
     ),
     Mutant(
@@ -71,9 +71,9 @@ GOING_BACK = (
     ),
     Mutant(
         "a sequence that was not called yet has handed out nothing",
-        SEQUENCE_SQL,
-        "    select case when is_called then last_value else last_value - 1 end into",
-        "    select case when is_called then last_value else 0 end into",
+        "migrations/sql/0032_leader_lock.up.sql",
+        "    select case when s.is_called then s.last_value else s.last_value - 1 end into",
+        "    select case when s.is_called then s.last_value else 0 end into",
         SEQUENCE,
     ),
     Mutant(

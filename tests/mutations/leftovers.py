@@ -28,7 +28,8 @@ LEFTOVERS = (
     Mutant(
         "a lease that is over is forgotten",
         LEASES,
-        "coalesce(case when next_attempt_at = leased_until then first_leased_at end, now())",
+        "coalesce(case when next_attempt_at = leased_until and first_leased_at between 'epoch' and now()\n"
+        "                             then first_leased_at end, now())",
         "now()",
         DELIVERIES,
     ),

@@ -6,6 +6,7 @@ its place, and at least one of `tests` must fail. Tests are named as pytest want
 
 from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
+from tests.mutations.locks import LOCKS
 from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
 from tests.mutations.operators import OPERATORS
@@ -51,10 +52,10 @@ BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
 SIZES_SQL = "migrations/sql/0017_sizes.up.sql"
-READING_SQL = "migrations/sql/0019_reading.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
+LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
 LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 
@@ -62,9 +63,9 @@ MUTANTS = (
     # Writing ------------------------------------------------------------------------------------
     Mutant(
         "no floor is announced",
-        READING_SQL,
-        "if not pg_catalog.pg_try_advisory_xact_lock_shared(dovecote.floor_key(",
-        "if false and not pg_catalog.pg_try_advisory_xact_lock_shared(dovecote.floor_key(",
+        LOCKS_SQL,
+        "    if not pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then",
+        "    if false then",
         READING,
     ),
     Mutant(
@@ -76,17 +77,16 @@ MUTANTS = (
     ),
     Mutant(
         "the floor is that of the highest position, not of one's own",
-        READING_SQL,
-        "coalesce(pg_catalog.pg_sequence_last_value('dovecote.outbox_position'), 0)",
-        "coalesce(pg_catalog.pg_sequence_last_value('dovecote.outbox_position'), 0) + 1",
+        LOCKS_SQL,
+        "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) end;",
+        "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1 end;",
         READING,
     ),
     Mutant(
         "a transaction announces itself once in a session's life",
-        READING_SQL,
-        "if pg_catalog.current_setting('dovecote.announced', true)"
-        " is distinct from pg_catalog.pg_current_xact_id()::text then",
-        "if pg_catalog.current_setting('dovecote.announced', true) is null then",
+        LOCKS_SQL,
+        "           and pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then\n",
+        "           then\n",
         READING,
     ),
     Mutant(
@@ -98,8 +98,8 @@ MUTANTS = (
     ),
     Mutant(
         "nobody rings the bell",
-        READING_SQL,
-        "perform pg_catalog.pg_notify('dovecote_outbox', '');",
+        LOCKS_SQL,
+        "perform pg_notify('dovecote_outbox', '');",
         "null;",
         f"{WRITING} {RELAY}",
     ),
@@ -466,7 +466,7 @@ MUTANTS = (
     ),
     Mutant(
         "the highest number of a transaction is taken for it",
-        READING_SQL,
+        LOCKS_SQL,
         "min(now_xid + (((l.transactionid",
         "max(now_xid + (((l.transactionid",
         GAPS,
@@ -551,9 +551,9 @@ MUTANTS = (
     ),
     Mutant(
         "a relay that leads is not alone",
-        "workers/relay/relay.py",
-        "            if locked:\n",
-        "            if True:\n",
+        "workers/relay/leadership.py",
+        "            self._session.execute(_TAKE)\n",
+        "            pass\n",
         RELAY,
     ),
     Mutant(
@@ -594,9 +594,9 @@ MUTANTS = (
     ),
     Mutant(
         "a writer keeps the bell until its end",
-        READING_SQL,
-        "(case when pg_catalog.pg_try_advisory_lock_shared(dovecote.bell_key())\n"
-        "                 then not pg_catalog.pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
+        LOCKS_SQL,
+        "(case when pg_try_advisory_lock_shared(dovecote.bell_key())\n"
+        "             then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
         "not pg_try_advisory_xact_lock_shared(dovecote.bell_key())",
         HELD,
     ),
@@ -1192,7 +1192,7 @@ MUTANTS = (
     ),
     Mutant(
         "a replay goes on while its handler is paused",
-        "workers/relay/replaying.py",
+        "workers/relay/active_replays.py",
         "      and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)\n",
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
@@ -1402,6 +1402,7 @@ MUTANTS = (
     *QUEUES,
     *GOING_BACK,
     *PROGRESS,
+    *LOCKS,
     *LOSSES,
     *LEFTOVERS,
 )

@@ -287,6 +287,8 @@ def _ids(file: Path) -> list[UUID]:
 
 
 def _standstill(replay: replays.Replay) -> str:
+    if replay.problem is not None:
+        return f"; this relay does not understand it: {replay.problem}" if not replay.is_over else f"; {replay.problem}"
     if replay.handler_is_paused and not replay.is_over:
         return "; waits: its handler is paused"
     if replay.stalled_seconds is not None:

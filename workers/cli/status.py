@@ -82,7 +82,8 @@ def _screen(found: Status) -> RenderableType:
     if not relay.leading or relay.lag_seconds > 10 or relay.fault:
         first.stylize("bold red")
     fault = [Text(f"no relay may lead: {relay.fault}", "bold red")] if relay.fault else []
-    return Group(first, *fault, *_history(relay), _handlers(found), *_pauses(found), *_unrouted(found))
+    strangers = [Text(f"lock     {lock}: {lock.cure}", "yellow") for lock in relay.foreign_locks]
+    return Group(first, *fault, *strangers, *_history(relay), _handlers(found), *_pauses(found), *_unrouted(found))
 
 
 def _history(relay: operations.RelayStatus) -> Iterator[Text]:

@@ -42,6 +42,7 @@ class Replay:
     events_per_second  since it began; None before the first wave
     stalled_seconds    how long no event has been settled although it runs; None while all is well
     handler_is_paused  it waits until its handler is resumed
+    problem  why the relay leaves it alone, or has refused it; None where it does not
     """
 
     id: UUID
@@ -64,6 +65,7 @@ class Replay:
     events_per_second: float | None
     stalled_seconds: float | None
     handler_is_paused: bool
+    problem: str | None = None
 
     @property
     def acted(self) -> int:
@@ -91,11 +93,13 @@ class ReplayPage:
 _LIST = """
     select r.id, r.handler_name as handler, r.strength, r.filter, r.state, coalesce(r.total, 0) as total, r.done,
            r.rate, r.requested_by, r.reason, r.created_at, r.updated_at, r.finished_at, f.*,
-           r.done / nullif(extract(epoch from r.updated_at - r.created_at), 0)::float8 as events_per_second,
-           case when r.state in ('pending', 'running')
-                     and clock_timestamp() - r.updated_at > make_interval(secs => %(stalled)s)
+           case when isfinite(r.updated_at) and isfinite(r.created_at) then
+               r.done / nullif(extract(epoch from r.updated_at - r.created_at), 0)::float8 end as events_per_second,
+           case when r.state in ('pending', 'running') and isfinite(r.updated_at)
+                     and r.updated_at < clock_timestamp() - make_interval(secs => %(stalled)s)
                 then extract(epoch from clock_timestamp() - r.updated_at)::float8 end as stalled_seconds,
-           exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name) as handler_is_paused
+           exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name) as handler_is_paused,
+           r.problem
     from dovecote.replays r
     cross join lateral (
         select count(*) filter (where d.state = 'retrying') as retrying,

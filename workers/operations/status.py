@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
+from workers.foreign_locks import QUERY, ForeignLock, foreign_locks
 from workers.operations.handlers import Pause, paused
 from workers.operations.reading import snapshot
 from workers.operations.unprocessed import unprocessed
@@ -41,6 +42,7 @@ class RelayStatus:
     published    events published so far
     published_per_second  over the last minute
     at_least     which of these numbers may be larger: more was there than is looked at
+    foreign_locks  who holds advisory locks of ours and has no use for them
     """
 
     lag_events: int
@@ -56,6 +58,7 @@ class RelayStatus:
     published_per_second: float
     at_least: list[str]
     fault: str | None = None
+    foreign_locks: list[ForeignLock] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,8 @@ _POSITIONS = text(
     select s.checkpoint, h.last_position, s.owner, s.epoch, s.history, s.instance, leader.is_there,
            dovecote.sequence_fault() as fault,
            case when leader.is_there then s.stands_back_for end as stands_back_for
-    from dovecote.relay_state s, dovecote.horizon() h, (
-        select exists (select from pg_locks
-                       where locktype = 'advisory' and objsubid = 1 and granted
-                         and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
-                         and database = (select oid from pg_database where datname = current_database())) as is_there
-    ) leader
+    from dovecote.relay_state s, dovecote.horizon() h,
+         (select exists (select from dovecote.leader()) as is_there) leader
     """
 )
 
@@ -229,6 +228,7 @@ def _relay(connection: Connection) -> RelayStatus:
         published_per_second=round(published.per_second, 2),
         at_least=[name for name, is_bounded in bounds.items() if is_bounded],
         fault=positions.fault,
+        foreign_locks=foreign_locks(connection.exec_driver_sql(QUERY)),
     )
 
 

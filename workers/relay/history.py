@@ -36,7 +36,7 @@ _BEAT_SECONDS = 1.0
 _SILENT_MS = 10_000
 _STAND_BACK_SECONDS = 1.0
 _TOLD_AGAIN_AFTER = 60
-# Between two statements of a leader that is busy with Redis: standbys end the session of one that says nothing.
+# Between two statements of a leader that is busy with Redis: Postgres ends the session of one that says nothing.
 _SIGN_OF_LIFE_SECONDS = 1.0
 
 _RUN = "select dovecote.server_run()"
@@ -235,6 +235,8 @@ class History:
         must not make an empty Redis look known (tests/models/hand_over.pml).
         """
         run, _, epoch = (self._known_redis or "").rpartition("@")
+        if not (epoch.isascii() and epoch.isdecimal() and len(epoch) < 20):
+            return False  # written by no relay
         return run == redis_run and self._marker.claim(
             self._claim, over=self._claim.history, known_epoch=int(epoch), lowest_beat=self._confirmed_beat
         )

@@ -20,6 +20,7 @@ from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.envelopes import Made
 from workers.relay.history import History
+from workers.relay.leadership import Leadership
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
@@ -46,6 +47,8 @@ _PARTITIONS_SECONDS = 3_600.0
 # How often what everybody has read is freed from Postgres's queue of notifications. Postgres does that when a NOTIFY
 # commits; once the queue was full, there is none.
 _FREE_NOTIFICATIONS_SECONDS = 60.0
+# How often the log may name somebody new who holds locks of ours.
+_NAME_STRANGERS_SECONDS = 5.0
 # An event alone, or a few at once, are no traffic; more batches than that without a pause are.
 _FEW_IN_A_ROW = 3
 # So long may those who act on an event that came alone have the processor first.
@@ -67,7 +70,7 @@ _RECORD_CHECKPOINT = """
 
 
 class Leader:
-    """One leadership: one session that holds the lock and reads, one epoch.
+    """One leadership: one session that reads, one epoch. It ends with the lock that `leadership` holds.
 
     `records` is a second session, where batches are recorded while the next one is being read: on the first they would
     take turns, and Postgres would do nothing half of the time (docs/adr/0019-two-sessions.md).
@@ -86,9 +89,11 @@ class Leader:
         maintain: Callable[[], None] | None = None,
         meters: RelayMeters | None = None,
         records: Connection | None = None,
+        leadership: Leadership | None = None,
     ) -> None:
         self._connection = connection
         self._records = records or connection
+        self._leadership = leadership
         self._reader = reader
         self._broker = broker
         self._routes = routes
@@ -102,7 +107,7 @@ class Leader:
         self._meters = meters or RelayMeters()
         self._ahead = ReadAhead(reader)
         self._sequence = SequenceWatch(connection, epoch, run)
-        self._standby = Standby(settings, connection, self._records, sleeper, self._meters, history.tell_alive)
+        self._standby = Standby(settings, connection, self._records, sleeper, self._meters, self._tell_alive)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -131,12 +136,13 @@ class Leader:
         self._unrouted = Unrouted(self._bundler.types)
         self._cursors = {route.handler: leases.Cursor() for route in routes}
         self._batches_in_a_row = 0
+        self._next_naming = time.monotonic()
         self._next_tick = self._next_reaping = self._next_partitions = self._next_freeing = time.monotonic()
 
     def lead(self) -> None:
         """Work until told to stop.
 
-        Errors: psycopg.OperationalError when the connection is lost, NewerRelay when another has taken over.
+        Errors: psycopg.OperationalError when the connection is lost, NewerRelay when another has taken over or may.
         """
         with self._ahead:
             self._waking.listen()
@@ -158,6 +164,7 @@ class Leader:
         return max(self.checkpoint, self._postponed.published_upto)
 
     def _turn(self) -> None:
+        self._require_leadership()
         self._meters.alive("leading")
         heard, called = self._waking.turn()
         batch = self._ahead.take(at_once=called)
@@ -185,6 +192,7 @@ class Leader:
                 self._gather(batch)
         else:
             self._batches_in_a_row = 0
+            self._waking.rest(was_woken=called or bool(heard))
             if not self._waking.heard and self._waking.may_sleep():
                 self._sleep()
 
@@ -255,6 +263,14 @@ class Leader:
             self._require_ownership(recorded.rowcount)
             self._recorded_checkpoint = self.checkpoint
 
+    def _tell_alive(self) -> None:
+        self._require_leadership()
+        self._history.tell_alive()
+
+    def _require_leadership(self) -> None:
+        if self._leadership is not None:
+            self._leadership.require()
+
     def _require_ownership(self, rows_changed: int) -> None:
         if rows_changed != 1:
             raise NewerRelay(f"epoch {self._epoch} is over")
@@ -281,7 +297,8 @@ class Leader:
                 if self._sleeper.stopping:
                     raise
                 self._sleeper.sleep(min(1.0, 0.02 * 2 ** min(tries, 8)))
-                # The lock that makes us leader lives in this session: its end must not go unnoticed here.
+                # The leadership lives as long as this session: its end must not go unnoticed here.
+                self._require_leadership()
                 self._connection.execute("select")
 
     def _spare_workers(self, outage_seconds: float) -> None:
@@ -333,6 +350,9 @@ class Leader:
         if now >= self._next_freeing:
             self._next_freeing = now + _FREE_NOTIFICATIONS_SECONDS
             self._connection.execute("select pg_notification_queue_usage()")
+        if self._leadership is not None and now >= self._next_naming:
+            self._next_naming = now + _NAME_STRANGERS_SECONDS
+            self._leadership.name_strangers()
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
@@ -359,6 +379,7 @@ class Leader:
             self._send(partial(self._retries, part))
         self._meters.retried(len(due))
         if due:
+            self._waking.busy()
             # There may be more: after the next batch of live events, and without a rest.
             self._waking.heard.add("dovecote_deliveries")
 

@@ -53,7 +53,8 @@ class DueDelivery:
 _LEASE_DUE = """
     with due as materialized (
         select handler_name, event_id,
-               coalesce(case when next_attempt_at = leased_until then first_leased_at end, now()) as first_leased_at
+               coalesce(case when next_attempt_at = leased_until and first_leased_at between 'epoch' and now()
+                             then first_leased_at end, now()) as first_leased_at
         from dovecote.due_retries(%(handlers)s::text[], %(bundle_sizes)s::integer[], %(limit)s, %(max_bytes)s,
                                   %(max_bundle_bytes)s)
     ), lease as (
@@ -68,7 +69,8 @@ _LEASE_DUE = """
             updated_at = case when d.state = 'waiting' then clock_timestamp() else d.updated_at end
         from lease where d.handler_name = lease.handler_name and d.event_id = lease.event_id
         returning d.handler_name, d.event_id, d.position, d.aggregate_type, d.aggregate_id,
-                  (extract(epoch from d.updated_at) * 1000000)::bigint as changed_at,
+                  (extract(epoch from least(greatest(d.updated_at, 'epoch'), '9999-01-01')) * 1000000)::bigint
+                      as changed_at,
                   (extract(epoch from d.first_leased_at) * 1000000)::bigint as first_leased_at, d.replay_id
     )
     select leased.*, case when o.id is null then ''::bytea

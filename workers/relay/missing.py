@@ -76,6 +76,7 @@ _NEXT_BATCHES = """
     with next as materialized (
         select published_at, positions, events from dovecote.published_batches
         where published_at >= %(moment)s and (published_at, positions) > (%(moment)s, %(positions)s::int8multirange)
+          and not lower_inf(positions) and not upper_inf(positions)
         order by published_at, positions limit %(batches)s
     ), last as (
         select published_at, positions from next order by published_at desc, positions desc limit 1
@@ -114,6 +115,7 @@ _BATCHES_OF = """
     from dovecote.published_batches b
     where b.positions && (select range_agg(int8range(position, position, '[]'))
                           from unnest(%s::bigint[]) as missing (position))
+      and not lower_inf(b.positions) and not upper_inf(b.positions)
     order by b.published_at, b.positions
 """
 

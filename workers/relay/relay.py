@@ -1,6 +1,6 @@
 """One relay process: wait for leadership, lead, and start over when a connection is lost.
 
-One relay leads; others wait as standbys on a session lock. Every error of the connection ends the
+One relay leads; others stand by (workers/relay/leadership.py). Every error of the connection ends the
 leadership: all that the next leader starts from is in Postgres.
 """
 
@@ -18,10 +18,12 @@ from domain.database import NO_TIME_LIMITS, SESSION_SETTINGS, set_newer, startup
 from domain.errors import DovecoteError
 from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
+from workers.loaders import load_anything
 from workers.outages import asks_again, passes
 from workers.redis_client import PASSING
 from workers.relay import sequence
 from workers.relay.history import History, StandsBack, await_right_of_way, take_over
+from workers.relay.leadership import Leadership
 from workers.relay.leading import Leader
 from workers.relay.maintaining import Maintainer
 from workers.relay.progress import Marks
@@ -43,6 +45,7 @@ _SUBSCRIBE = """
         select coalesce(range_agg(positions), '{}') * int8multirange(int8range(%(checkpoint)s, null, '()'))
         from dovecote.published_batches
         where positions && int8multirange(int8range(%(checkpoint)s, null, '()'))
+          and not lower_inf(positions) and not upper_inf(positions)
     )
     insert into dovecote.subscriptions (handler_name, event_type, since_position, published_above, routed_epoch,
                                         replayable, ordered)
@@ -59,16 +62,6 @@ _SUBSCRIBE = """
     ) before on true
     on conflict (handler_name, event_type) do update
     set routed_epoch = excluded.routed_epoch, replayable = excluded.replayable, ordered = excluded.ordered
-"""
-# The session that holds the leader's lock and has been waiting for its client for too long. A leader says something
-# to Postgres every second, whatever it is doing or waiting for.
-_END_FROZEN_LEADER = """
-    select pid, pg_terminate_backend(pid)
-    from pg_locks join pg_stat_activity using (pid)
-    where locktype = 'advisory' and objsubid = 1 and granted
-      and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
-      and pg_locks.database = (select oid from pg_database where datname = current_database())
-      and wait_event_type = 'Client' and state_change < clock_timestamp() - make_interval(secs => %s)
 """
 # Something we route was not routed by the leader before us, who knew less: it has passed over events of ours.
 _PASSED_OVER = """
@@ -101,6 +94,11 @@ _SESSION_SETTINGS = {
 
 # A notification through one server takes a millisecond or two.
 _HEARD_WITHIN_SECONDS = 5.0
+
+
+def of_a_value(error: psycopg.Error) -> bool:
+    """Tell whether Postgres could not work with a value in a row, such as a number that would be too large."""
+    return isinstance(error, psycopg.DataError)
 
 
 def _state_after(error: Exception) -> RelayState:
@@ -160,13 +158,16 @@ class Relay:
                 with self._session() as connection:
                     self._require_session(connection)
                     self._await_schema(connection)
-                    if self._becomes_leader(connection):
-                        tries = 0
-                        self._lead(connection)
+                    with Leadership(
+                        self._session, connection, self._sleeper, self._settings.relay.frozen_after_seconds
+                    ) as leadership:
+                        if self._becomes_leader(connection, leadership):
+                            tries = 0
+                            self._lead(connection, leadership)
             except (SequenceFault, NotOnStandby) as error:
                 log.error("relay stops leading", error=str(error))
             except (psycopg.Error, *PASSING, NewerRelay, RedisLost) as error:
-                if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error)):
+                if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error) or of_a_value(error)):
                     raise
                 tries += 1
                 self._meters.alive(_state_after(error))
@@ -174,6 +175,12 @@ class Relay:
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
                 self._sleeper.sleep(min(2.0, 0.05 * 2 ** min(tries, 8)))
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+                # Something that was read is not as we write it. It may be mended meanwhile, and ends no process.
+                tries += 1
+                self._meters.alive("starting")
+                log.exception("relay cannot go on with what it has read", tries=tries, error=type(error).__name__)
+                self._sleeper.sleep(min(30.0, 0.5 * 2 ** min(tries, 8)))
 
     @contextmanager
     def _session(self) -> Iterator[Connection]:
@@ -190,6 +197,7 @@ class Relay:
             options=startup_options(_SESSION_SETTINGS),
         ) as connection:
             set_newer(connection, _SESSION_SETTINGS)
+            load_anything(connection)
             yield connection
 
     def _require_session(self, connection: Connection) -> None:
@@ -225,7 +233,7 @@ class Relay:
             self._sleeper.sleep(1.0)
         self._schema_is_current = not self._sleeper.stopping
 
-    def _becomes_leader(self, connection: Connection) -> bool:
+    def _becomes_leader(self, connection: Connection, leadership: Leadership) -> bool:
         stood_by = False
         frozen_after = self._settings.relay.frozen_after_seconds
         next_look = time.monotonic() + frozen_after
@@ -233,10 +241,9 @@ class Relay:
             if self._refused and (fault := sequence.fault(connection)):
                 self._refuse(fault)  # without the lock, or it would look now and then as if somebody led
                 continue
-            (locked,) = connection.execute("select pg_try_advisory_lock(dovecote.leader_key())").fetchone() or (False,)
-            if locked and self._may_lead(connection):
-                return True
-            if locked:
+            if leadership.try_take():
+                if self._may_lead(connection, leadership):
+                    return True
                 continue
             self._meters.alive("standing_by")
             if not stood_by:
@@ -244,12 +251,12 @@ class Relay:
                 log.info("relay stands by")
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + frozen_after / 5
-                self._end_frozen_leader(connection, frozen_after)
+                leadership.end_frozen_older()
             # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
             self._sleeper.sleep(self._settings.relay.standby_seconds)
         return False
 
-    def _may_lead(self, connection: Connection) -> bool:
+    def _may_lead(self, connection: Connection, leadership: Leadership) -> bool:
         """Let the lock go again where the sequence would hide events, and be silent for a while.
 
         The process stays: it would be started again and again, and leads by itself once the sequence is repaired.
@@ -257,7 +264,7 @@ class Relay:
         if (fault := sequence.refusal(connection)) is None:
             self._refused = None
             return True
-        connection.execute("select pg_advisory_unlock(dovecote.leader_key())")
+        leadership.give_back()
         self._refuse(fault)
         return False
 
@@ -268,17 +275,8 @@ class Relay:
             log.error("relay refuses to lead", fault=fault)
         self._sleeper.sleep(sequence.ASK_AGAIN_SECONDS)
 
-    def _end_frozen_leader(self, connection: Connection, frozen_after_seconds: float) -> None:
-        """End the session of a leader that is stopped or cut off: its lock would live as long as the session."""
-        try:
-            ended = connection.execute(_END_FROZEN_LEADER, (frozen_after_seconds,)).fetchall()
-        except psycopg.errors.InsufficientPrivilege as error:
-            log.warning("the leader is frozen, and this login may not end its session", error=str(error))
-            return
-        for pid, _ in ended:
-            log.warning("ended the session of a frozen leader", pid=pid, silent_for_seconds=frozen_after_seconds)
-
-    def _lead(self, connection: Connection) -> None:
+    def _lead(self, connection: Connection, leadership: Leadership) -> None:
+        leadership.begin()
         past = await_right_of_way(connection, self._broker, self._sleeper, self._meters)
         taken = take_over(connection, past, f"{socket.gethostname()}:{os.getpid()}")
         epoch = taken.epoch
@@ -306,6 +304,7 @@ class Relay:
                 history=history,
                 maintain=self._maintainer.start,
                 records=records,
+                leadership=leadership,
                 meters=self._meters,
             )
             reconciler = Reconciler(

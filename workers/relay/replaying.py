@@ -12,14 +12,13 @@ and those of the next wave find the ones that failed in `deliveries` (docs/adr/0
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import structlog
-from psycopg.rows import class_row
 
 from workers.broker import OutboxBroker, QueuedBundle
+from workers.relay.active_replays import ActiveReplay, ActiveReplays
 from workers.relay.bundles import Bundler, bundle, packed
 from workers.relay.envelopes import past_unreadable
 from workers.relay.leases import MAX_BUNDLE_BYTES
@@ -46,14 +45,6 @@ _SLOW_READ_SECONDS = 0.05
 _REPEAT_SECONDS = 30.0
 _SHORTEST_PAUSE_SECONDS = 0.005
 
-_ACTIVE = """
-    select id, handler_name, strength, filter, positions is not null as of_single_events, rate, cursor_position,
-           upto_position, created_at
-    from dovecote.replays r where state in ('pending', 'running')
-      and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)
-    order by id
-"""
-
 # What is settled comes without an envelope, what is large with its id instead (workers/relay/envelopes.py).
 _WAVE = """
     select position, id, aggregate_type, aggregate_id,
@@ -78,7 +69,7 @@ _UNSETTLED = """
 # Nothing is recorded by a relay that has been replaced, nor of a replay that has been paused or cancelled.
 _RECORD = """
     update dovecote.replays r
-    set cursor_position = %(cursor)s, done = done + %(settled)s, updated_at = clock_timestamp(),
+    set cursor_position = %(cursor)s, done = done + %(settled)s, updated_at = clock_timestamp(), problem = null,
         state = case when %(finished)s then 'done' else 'running' end,
         finished_at = case when %(finished)s then clock_timestamp() end
     from dovecote.relay_state s
@@ -93,21 +84,6 @@ _AUDIT_END = """
             'total', %(total)s::bigint, 'done', %(done)s::bigint,
             'failed', (select count(*) from dovecote.deliveries where replay_id = %(replay)s)))
 """
-
-
-@dataclass(frozen=True)
-class ActiveReplay:
-    """A row of `replays` that is to be worked on."""
-
-    id: UUID
-    handler_name: str
-    strength: str
-    filter: dict[str, Any]
-    of_single_events: bool
-    rate: int | None
-    cursor_position: int
-    upto_position: int
-    created_at: datetime
 
 
 class Event(NamedTuple):
@@ -135,6 +111,7 @@ class _Wave:
 class _Run:
     replay: ActiveReplay
     route: Route
+    asked: Filter
     fields: dict[str, Any]
     cursor: int
     size: int
@@ -167,6 +144,7 @@ class Replayer:
         self._through_outages = through_outages
         self._postponed = postponed
         self._runs: dict[UUID, _Run] = {}
+        self._active = ActiveReplays(connection, epoch)
         self._next_look = 0.0
 
     def look(self) -> None:
@@ -201,17 +179,16 @@ class Replayer:
         return max(0.0, due_at - time.monotonic())
 
     def _look_for_replays(self) -> None:
-        with self._connection.cursor(row_factory=class_row(ActiveReplay)) as cursor:
-            active = {replay.id: replay for replay in cursor.execute(_ACTIVE)}
+        active = self._active.rows()
         for id in self._runs.keys() - active.keys():
             del self._runs[id]
         for id, replay in active.items():
             route = self._routes.get(replay.handler_name)
-            if route is not None and id not in self._runs:
-                fields = Filter.from_json(replay.filter).parameters(route.handler, route.event_types)
+            if route is not None and id not in self._runs and (asked := self._active.asked(replay, route)) is not None:
+                fields = asked.parameters(route.handler, route.event_types)
                 fields |= {"replay": id, "asked_at": replay.created_at}
                 size = min(route.bundle_size, _MOST_EVENTS)
-                self._runs[id] = _Run(replay, route, fields, replay.cursor_position, size)
+                self._runs[id] = _Run(replay, route, asked, fields, replay.cursor_position, size)
 
     # Sending ---------------------------------------------------------------------------------
 
@@ -249,7 +226,7 @@ class Replayer:
 
     def _read(self, run: _Run, before: int) -> tuple[list[Event], bool]:
         """Return the next events, and whether more may match. What cannot be read is dead, and nothing left to do."""
-        asked = Filter.from_json(run.replay.filter).conditions()
+        asked = run.asked.conditions()
         query = _WAVE.format(
             settled=is_settled(run.replay.strength),
             known=KNOWN_BY_KEY,

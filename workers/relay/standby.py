@@ -120,7 +120,7 @@ class Standby:
                 next_alive = now + _TELL_AFTER_SECONDS
                 self._meters.alive("waiting_for_standby")
                 self._tell_alive()
-                # The lock that makes us leader lives in this session: its end must not go unnoticed here.
+                # The leadership lives as long as this session: its end must not go unnoticed here.
                 self._leads.execute("select")
             is_flushed, _ = self._ask(upto)
 

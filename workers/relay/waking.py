@@ -22,6 +22,9 @@ _CHANNELS = ("dovecote_outbox", "dovecote_deliveries", replays.CHANNEL, pauses.C
 # What a transaction that saw us awake may wait after its end, as a share of what it took.
 _SHARE_OF_A_TRANSACTION = 1 / 8
 
+# A pause or a replay that begins wakes us up without an event, too.
+_FEW_IDLE_WAKEUPS = 3
+
 
 class Waking:
     """What has called the leading relay, and the lock that tells writers that it sleeps."""
@@ -39,6 +42,8 @@ class Waking:
         # The writers that may have seen us awake before we took the lock; None until they are asked for.
         self._silent_writers: frozenset[int] | None = None
         self._pause_seconds = 0.0
+        self._has_worked = False
+        self._idle_wakeups = 0
 
     def listen(self) -> None:
         """Hear notifications from now on."""
@@ -57,6 +62,7 @@ class Waking:
         """Return the channels that were heard, and whether something ended the last sleep. Before the next read."""
         heard, self.heard = self.heard, set()
         called, self._called = self._called, False
+        self._has_worked = False
         if self._holds_lock and self._silent_writers != frozenset():
             self._note_silent_writers()
         return heard, called
@@ -71,8 +77,22 @@ class Waking:
         self._called = self._sleeper.sleep(seconds, self._connection)
 
     def busy(self) -> None:
-        """Note that the last read brought something."""
+        """Note that this turn has brought something."""
         self._pause_seconds = 0.0
+        self._has_worked = True
+
+    def rest(self, *, was_woken: bool) -> None:
+        """Pause after wake-ups that brought nothing: anybody who may connect can send a thousand a second.
+
+        A wake-up of a writer brings its event. No pause is longer than that between reads beside a writer at work.
+        """
+        if self._has_worked or not was_woken:
+            self._idle_wakeups = 0
+            return
+        self._idle_wakeups += 1
+        if self._idle_wakeups > _FEW_IDLE_WAKEUPS:
+            seconds = 0.001 * 2 ** min(10, self._idle_wakeups - _FEW_IDLE_WAKEUPS)
+            self._sleeper.sleep(min(self._settings.busy_poll_ms / 1_000, seconds))
 
     def stay_awake(self) -> None:
         """Spare writers the notification while there is traffic: it makes them commit one after the other."""

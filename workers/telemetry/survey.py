@@ -19,6 +19,8 @@ from sqlalchemy import Connection
 
 from domain.database import NO_TIME_LIMITS, connect
 from workers import operations
+from workers.foreign_locks import ForeignLock
+from workers.loaders import loads_anything
 from workers.operations.aggregates import count_blocked
 from workers.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS, POSTPONED
 from workers.operations.reading import snapshot
@@ -51,13 +53,15 @@ class Survey(Collector):
     def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
         self._settings = settings
         self._routes = routes
-        self._engine = connect(
-            settings.database.url.get_secret_value(),
-            pool_size=1,
-            connect_timeout_seconds=_LIMIT_SECONDS,
-            statement_timeout_ms=_STATEMENT_MS,
-            application_name="dovecote metrics",
-            session_settings=NO_TIME_LIMITS,
+        self._engine = loads_anything(
+            connect(
+                settings.database.url.get_secret_value(),
+                pool_size=1,
+                connect_timeout_seconds=_LIMIT_SECONDS,
+                statement_timeout_ms=_STATEMENT_MS,
+                application_name="dovecote metrics",
+                session_settings=NO_TIME_LIMITS,
+            )
         )
         self._lock = threading.Lock()
         self._found: list[Metric] = []
@@ -144,6 +148,7 @@ def _of_relay(status: operations.Status) -> list[Metric]:
             "Whether positions are not handed out in order; no relay leads then.",
             {"": relay.fault is not None},
         ),
+        _foreign_locks(relay.foreign_locks),
         _gauge("dovecote_lag_events", "Committed and not yet published; at least.", {"": relay.lag_events}),
         _gauge("dovecote_lag_seconds", "Age of the oldest of them.", {"": relay.lag_seconds}),
         _gauge(
@@ -152,6 +157,13 @@ def _of_relay(status: operations.Status) -> list[Metric]:
             {"": sum(unrouted.events for unrouted in status.unrouted)},
         ),
     ]
+
+
+def _foreign_locks(found: Sequence[ForeignLock]) -> Metric:
+    held = dict.fromkeys(("announcement", "wake-up", "leadership", "release"), 0)
+    for lock in found:
+        held[lock.purpose] = held.get(lock.purpose, 0) + lock.locks
+    return _gauge("dovecote_foreign_locks", "Locks of ours held by sessions with no use for them.", held, "purpose")
 
 
 def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapping[str, int]) -> list[Metric]:

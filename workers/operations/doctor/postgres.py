@@ -14,8 +14,9 @@ from psycopg.rows import namedtuple_row
 from domain.database import connect
 from workers import schema
 from workers.attempts import longest_retry
+from workers.loaders import load_anything
 from workers.masking import masked
-from workers.operations.doctor import leftovers, progress
+from workers.operations.doctor import leftovers, progress, rights, rows
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
 from workers.relay.standby import FLUSHED, blindness
 from workers.runs import Run
@@ -37,30 +38,32 @@ _MUCH_OF_NOTIFY_QUEUE, _NO_WAKEUPS_FROM = 0.25, 0.5
 _RELAY = """
     select s.owner, s.epoch, s.history, s.instance, s.stands_back_for,
            to_char(s.owned_since at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS') as owned_since,
-           leader.pid, leader.silent_seconds
+           leader.pid, leader.login, leader.silent_seconds
     from dovecote.relay_state s
     left join lateral (
-        select l.pid, extract(epoch from clock_timestamp() - a.query_start)::float8 as silent_seconds
-        from pg_locks l left join pg_stat_activity a on a.pid = l.pid
-        where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
-          and (l.classid::bigint << 32 | l.objid::bigint) = dovecote.leader_key()
-          and l.database = (select oid from pg_database where datname = current_database())
-        limit 1
+        select pid, login, silent_seconds from dovecote.leader() limit 1
     ) leader on true
 """
 
-#: The lowest floor, who holds it for how long, and how many floors are held.
+#: The lowest announcement, who holds it for how long, and how many are held. As in dovecote.horizon().
 OLDEST_FLOOR = """
-    select count(*) over () as held, l.pid, ((l.classid::bigint & 65535) << 32) | l.objid::bigint as floor_position,
+    select count(*) over () as held, l.pid, a.usename::text as login,
+           case when l.classid::bigint & 32768 = 0 then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end
+               as floor_position,
            coalesce(a.application_name, '') as application, coalesce(left(a.query, 200), '') as query,
            coalesce(extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 as seconds,
            p.gid
     from pg_locks l
     left join pg_stat_activity a on a.pid = l.pid
-    left join pg_prepared_xacts p on l.pid is null and '-1/' || p.transaction::text = l.virtualtransaction
-    where l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602
+    left join pg_prepared_xacts p on l.pid is null and exists (
+        select from pg_locks t where t.locktype = 'transactionid' and t.transactionid = p.transaction
+                                 and t.virtualtransaction = l.virtualtransaction)
+    where l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602 and l.mode = 'ShareLock'
       and l.database = (select oid from pg_database where datname = current_database())
-    order by 2, 5 desc limit 1
+      and l.virtualtransaction in (
+          select i.virtualtransaction from pg_locks i
+          where i.locktype = 'relation' and i.relation = 'dovecote.outbox'::regclass and i.mode = 'RowExclusiveLock')
+    order by floor_position, seconds desc limit 1
 """
 
 #: How many of the next four weeks have partitions, how long those last, and which default partitions are in use.
@@ -122,6 +125,10 @@ def findings(subject: Subject) -> list[Finding]:
                     progress.relay(connection),
                     progress.handlers(connection, subject.routes),
                     floors(connection),
+                    rights.foreign(connection),
+                    rights.public(connection),
+                    rows.replays(connection, subject.routes),
+                    rows.batches(connection),
                 ]
                 found.append(partitions(connection))
                 if subject.settings.relay.publish_after == "standby":
@@ -251,7 +258,7 @@ def relay(connection: Connection, subject: Subject) -> Finding:
             "its relays: ours leads 10 s later. If both are wanted, give each a Redis or a DOVECOTE_REDIS__NAMESPACE.",
         )
     since = f"{row.owned_since} UTC" if row.owned_since else "this moment"
-    found = f"{row.owner or 'somebody'} leads since {since}, backend {row.pid}, epoch {row.epoch}"
+    found = f"{row.owner or 'somebody'} leads since {since}, backend {row.pid}, login {row.login}, epoch {row.epoch}"
     if row.history:
         found += f", history {row.history} of {Run.read(row.instance)}"
     # It asks something each second, or once in its poll.
@@ -292,7 +299,8 @@ def floors(connection: Connection) -> Finding:
     row = connection.execute(OLDEST_FLOOR).fetchone()
     if row is None:
         return ok("relay.floors", "no transaction holds a floor")
-    who = f"prepared transaction {row.gid!r}" if row.gid else f"pid {row.pid} ({row.application or 'no name'})"
+    application = row.application or "no name"
+    who = f"prepared transaction {row.gid!r}" if row.gid else f"pid {row.pid} (login {row.login}, {application})"
     query = f", last statement: {masked(' '.join(row.query.split()))}" if row.query else ""
     found = f"oldest floor {row.floor_position}, held for {row.seconds:.0f} s by {who}{query}"
     if row.seconds > _LONG_FLOOR_SECONDS:
@@ -373,6 +381,7 @@ def session(subject: Subject) -> Iterator[Connection]:
         keepalives_interval=1,
         keepalives_count=3,
     ) as connection:
+        load_anything(connection)
         # No statement_timeout: as an option of the connection a pgbouncer may refuse it, and set later it would
         # stay in a pool for whoever comes next. `examine` has a limit of its own.
         yield connection

@@ -1,0 +1,66 @@
+"""Mutants of what keeps strangers' locks and rows that are not understood from stopping anybody."""
+
+from tests.mutations.mutant import Mutant
+
+LOCKS_TEST, ROWS_TEST = "tests/security/test_locks.py", "tests/security/test_rows.py"
+SQL = "migrations/sql/0032_leader_lock.up.sql"
+LEADERSHIP_PY, ACTIVE_PY = "workers/relay/leadership.py", "workers/relay/active_replays.py"
+
+LOCKS = (
+    Mutant(
+        "what a stranger announces counts",
+        SQL,
+        "    ) h\n    where h.inserts;\n",
+        "    ) h;\n",
+        f"{LOCKS_TEST}::test_what_a_stranger_announces_is_not_heeded",
+    ),
+    Mutant(
+        "a writer takes a forged announcement for its own",
+        SQL,
+        "        if pg_current_xact_id() is not null\n",
+        "        if announced >= 0 then return null; end if;\n        if pg_current_xact_id() is not null\n",
+        f"{LOCKS_TEST}::test_a_writer_that_says_it_has_announced_announces",
+    ),
+    Mutant(
+        "whoever holds the advisory key leads",
+        SQL,
+        "           and pg_has_role(a.usesysid, 'dovecote_worker', 'member'))\n",
+        ")\n",
+        f"{LOCKS_TEST}::test_a_relay_leads_though_a_stranger_holds_the_key_and_names_him",
+    ),
+    Mutant(
+        "the leader does not look after the session that holds its lock",
+        LEADERSHIP_PY,
+        "                self._lost = why\n",
+        "                self._lost = None\n",
+        f"{LOCKS_TEST}::test_postgres_ends_the_working_session_of_a_leader_that_is_silent_and_the_leadership_with_it",
+    ),
+    Mutant(
+        "a silent leader keeps its lock",
+        LEADERSHIP_PY,
+        'f"set idle_in_transaction_session_timeout = {timeout_ms}"',
+        '"set idle_in_transaction_session_timeout = 0"',
+        f"{LOCKS_TEST}::test_postgres_takes_the_lock_from_a_leader_that_is_silent_whatever_its_login",
+    ),
+    Mutant(
+        "wake-ups that bring nothing keep the relay busy",
+        "workers/relay/waking.py",
+        "        self._idle_wakeups += 1\n",
+        "",
+        f"{LOCKS_TEST}::test_wake_ups_that_bring_nothing_are_followed_by_a_pause",
+    ),
+    Mutant(
+        "the relay acts again whatever the route says",
+        ACTIVE_PY,
+        'replay.strength == "again" and not route.replayable',
+        "False",
+        f"{ROWS_TEST}::test_a_replay_that_acts_again_is_refused_by_the_relay_where_the_route_does_not_allow_it",
+    ),
+    Mutant(
+        "an unknown key of a filter is passed over",
+        "workers/replays.py",
+        '                raise NotUnderstood(f"unknown key {_shown(name)} in its filter")\n',
+        "                continue\n",
+        f"{ROWS_TEST}::test_other_replays_go_on_beside_one_that_is_not_understood",
+    ),
+)
