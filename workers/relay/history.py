@@ -286,6 +286,11 @@ class History:
                 self._connection.execute("select")
         return total
 
+    def distrust(self, why: str) -> None:
+        """Have the next check find this Redis unknown: a new history begins, and what is queued is sent anew."""
+        log.warning("what is queued is dropped and sent again", why=why)
+        self._known_redis = None
+
     # Once a second ---------------------------------------------------------------------------
 
     def check(self, handlers: Sequence[tuple[str, str]]) -> RedisUsage:

@@ -20,6 +20,7 @@ from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.envelopes import Made
 from workers.relay.history import History
+from workers.relay.key_watch import KeyWatch
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
 from workers.relay.postponed import Postponer
@@ -93,7 +94,8 @@ class Leader:
         self._broker = broker
         self._routes = routes
         run = outbox_run(connection)
-        self._bundler = self.bundler = Bundler(routes, history.salt, run)
+        self._keys = KeyWatch(connection)
+        self._bundler = self.bundler = Bundler(routes, history.salt, run, self._keys.newest)
         self._settings = settings
         self._sleeper = sleeper
         self._history = history
@@ -319,6 +321,7 @@ class Leader:
         self._next_tick = now + _TICK_SECONDS
         self._meters.alive("leading")
         self._sequence.look()
+        self._look_at_keys()
         self._record_checkpoint()
         self._unrouted.write(self._records)
         self._through_outages(self._check_redis)
@@ -337,6 +340,13 @@ class Leader:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
                 self._maintain()
+
+    def _look_at_keys(self) -> None:
+        if self._keys.look():
+            self._history.distrust("a key that messages were signed with was revoked")
+        if self._bundler.key != self._keys.newest:
+            self._bundler.key = self._keys.newest
+            self._replayer.forget_waves()  # they are signed already
 
     def _take_back(self) -> None:
         """Give handlers that were resumed what was put aside for them, also what was just being put aside."""
