@@ -12,6 +12,10 @@ create table dovecote.message_keys (
 comment on table dovecote.message_keys is 'What relays sign messages with. A consumer acts on nothing else.';
 comment on column dovecote.message_keys.secret is '32 bytes of randomness; gone with the revocation.';
 
+-- The last leadership that signed. One that follows a relay from before this, which does not know the column, finds it
+-- older than it should be: what that relay has queued, nobody acts on.
+alter table dovecote.relay_state add column signed_epoch bigint;
+
 create function dovecote.make_message_key() returns text
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 -- Make a key and return its id. gen_random_uuid() has 122 bits of the server's strong randomness each time.

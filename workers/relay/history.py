@@ -40,12 +40,15 @@ _TOLD_AGAIN_AFTER = 60
 _SIGN_OF_LIFE_SECONDS = 1.0
 
 _RUN = "select dovecote.server_run()"
-# Past every epoch that either server has heard of: Postgres may have been taken back by many leaderships.
+# Past every epoch that either server has heard of: Postgres may have been taken back by many leaderships. Where the
+# leader before us was a relay that did not sign, nothing that it has queued is acted on: then no Redis is known.
 _TAKE_OVER = """
-    update dovecote.relay_state
-    set epoch = greatest(epoch, %(past)s) + 1, owner = %(owner)s, owned_since = clock_timestamp(),
-        seen_at = clock_timestamp(), stands_back_for = null
-    returning epoch, checkpoint, redis_run_id, coalesce(history, ''), coalesce(instance, '')
+    update dovecote.relay_state as state
+    set epoch = greatest(state.epoch, %(past)s) + 1, owner = %(owner)s, owned_since = clock_timestamp(),
+        seen_at = clock_timestamp(), stands_back_for = null, signed_epoch = greatest(state.epoch, %(past)s) + 1,
+        redis_run_id = case when before.signed_epoch = before.epoch then state.redis_run_id end
+    from (select epoch, signed_epoch from dovecote.relay_state for no key update) as before
+    returning state.epoch, checkpoint, redis_run_id, coalesce(history, ''), coalesce(instance, '')
 """
 # A statement after the take-over: from then on no earlier epoch moves it.
 _LAST_BEAT = "select last_value from dovecote.relay_beat"
