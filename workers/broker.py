@@ -20,6 +20,7 @@ from typing import Any
 
 import orjson
 import redis
+import structlog
 from dramatiq.brokers.redis import RedisBroker, _scripts
 from dramatiq.common import current_millis, dq_name, q_name
 from dramatiq.encoder import Encoder, MessageData
@@ -35,6 +36,8 @@ from workers.refusals import Refusals
 from workers.suspects import MARK_SECONDS
 from workers.telemetry.meters import ConsumerMeters
 
+log = structlog.get_logger()
+
 _LUA = Path(__file__).parent / "lua"
 
 # Messages whose size tells that of a queue.
@@ -46,6 +49,7 @@ _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES = 16_000_000, 64_000_000
 # Refused messages that are kept for whoever wants to see what they were.
 _MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES = 1_000, 1_100_000
 _MAX_CRASHES_DIGITS = 7
+_MAX_HELD = 100_000
 
 
 class RedisLost(Exception):
@@ -123,6 +127,7 @@ class OutboxBroker(RedisBroker):
         self._put_aside = self.client.register_script((_LUA / "put_aside.lua").read_bytes())
         self._take_back = self.client.register_script((_LUA / "take_back.lua").read_bytes())
         self._fetch = self.client.register_script((_LUA / "fetch.lua").read_bytes())
+        self._mend = self.client.register_script((_LUA / "mend.lua").read_bytes())
         self._refuse = self.client.register_script((_LUA / "refuse.lua").read_bytes())
         #: In which history this process publishes, and how often it has put something on a queue.
         self.history = ""
@@ -243,6 +248,21 @@ class OutboxBroker(RedisBroker):
                 self._look_at(name, pipeline, maintain=True)
             return sum(pipeline.execute()[::2])
 
+    def mend(self, handlers: Iterable[tuple[str, str]] = ()) -> None:
+        """Delete what has one of our names and is of another type than ours; say so.
+
+        For the declared queues, and for what is put aside for these (queue, handler).
+        """
+        types = dict.fromkeys(self.marker_keys[:1], "string") | dict.fromkeys(self.marker_keys[1:], "hash")
+        types[f"{self.namespace}:__heartbeats__"] = "zset"
+        for name in (name for queue in self.queues for name in (queue, dq_name(queue))):
+            key = f"{self.namespace}:{name}"
+            types |= {key: "list", self._held(name): "set", f"{key}.XQ": "zset"}
+            types |= dict.fromkeys((f"{key}{end}" for end in (".msgs", ".XQ.msgs", ".at_work", ".crashes")), "hash")
+        types |= {self._aside(queue, handler): "list" for queue, handler in handlers}
+        for key in self._mend(keys=list(types), args=list(types.values())):
+            log.error("a key in Redis was of another type than ours, and is deleted", key=ascii(key)[2:-1])
+
     def holds_aside(self, handlers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return those (queue, handler) for which messages are put aside."""
         asked = list(handlers)
@@ -345,7 +365,9 @@ class OutboxBroker(RedisBroker):
         self.hand_back(queue, sorted(self._held_but_not_in_hand(queue)))
 
     def _held_but_not_in_hand(self, queue: str) -> set[str]:
-        held = {str(id, "ascii", "replace") for id in self.client.smembers(self._held(queue)) if isinstance(id, bytes)}
+        # Some of a large set: a worker holds no thousand messages.
+        some: Any = self.client.srandmember(self._held(queue), _MAX_HELD)
+        held = {str(id, "ascii", "replace") for id in some}
         with self._in_hand_lock:
             return held - self._in_hand.get(queue, {}).keys()
 

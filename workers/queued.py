@@ -76,11 +76,16 @@ class Queued:
         # At once: a message that goes from one place to another is seen in one of them.
         with self._client.pipeline(transaction=True) as pipeline:
             for worker in workers:
-                pipeline.smembers(f"{self._namespace}:__acks__.{worker}.{queue}")
+                pipeline.srandmember(f"{self._namespace}:__acks__.{worker}.{queue}", _IDS)
             pipeline.lrange(self._key(queue), 0, _IDS - 1)
             pipeline.llen(self._key(queue))
             pipeline.exists(self._aside(queue, handler))
-            *held, head, length, is_aside = pipeline.execute()
+            *held, head, length, is_aside = pipeline.execute(raise_on_error=False)
+        for reply in (head, length, is_aside):
+            if isinstance(reply, Exception):
+                raise reply
+        # What is no set, no worker of ours holds.
+        held = [ids for ids in held if not isinstance(ids, Exception)]
         if is_aside:
             left.clear()
         for ids in (*held, head):

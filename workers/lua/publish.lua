@@ -8,7 +8,11 @@
 --
 -- Returns how many messages were new; -1 when the marker is gone or an older one is back (Redis lost what it was
 -- given), or is of another history; -2 when a newer relay has taken over.
-local epoch = tonumber(redis.call('get', KEYS[1]) or '-1')
+local epoch = tonumber(redis.call('get', KEYS[1]) or '-1') or -1
+-- No leadership is so far ahead: somebody has made that up.
+if epoch > tonumber(ARGV[1]) + 1000000 then
+    epoch = -1
+end
 if epoch > tonumber(ARGV[1]) then
     return -2
 end

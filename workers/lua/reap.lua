@@ -15,7 +15,8 @@ local now = redis.call('time')
 local latest = now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[1]
 for _, worker in ipairs(redis.call('zrangebyscore', KEYS[2], 0, latest)) do
     local held = ARGV[2] .. worker .. '.' .. ARGV[3]
-    local ids = redis.call('smembers', held)
+    -- Not a set: somebody else's, and deleted below.
+    local ids = redis.call('type', held).ok == 'set' and redis.call('smembers', held) or {}
     for i = #ids, 1, -1 do
         if redis.call('hexists', KEYS[1] .. '.msgs', ids[i]) == 1 then
             local known = tonumber(redis.call('hget', crashes, ids[i]) or '0')

@@ -14,7 +14,7 @@ import structlog
 
 from workers import pauses, replays
 from workers.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
-from workers.redis_client import PASSING
+from workers.redis_client import PASSING, is_wrong_type
 from workers.relay import leases, missing
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
@@ -277,6 +277,8 @@ class Leader:
                 return
             except (*PASSING, RedisLost) as error:
                 tries += 1
+                if is_wrong_type(error):
+                    self._mend()
                 self._meters.alive("waiting_for_redis")
                 if tries in (3, 30) or tries % 300 == 0:
                     log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
@@ -330,7 +332,7 @@ class Leader:
         self._send_retries()
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
-            self._through_outages(lambda: self._meters.reaped(self._broker.reap()))
+            self._through_outages(self._reap)
             self._through_outages(self._take_back)
         self._through_outages(self._renamed_queues.step)
         if now >= self._next_freeing:
@@ -340,6 +342,13 @@ class Leader:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
                 self._maintain()
+
+    def _reap(self) -> None:
+        self._mend()
+        self._meters.reaped(self._broker.reap())
+
+    def _mend(self) -> None:
+        self._broker.mend((route.queue, route.handler) for route in self._routes)
 
     def _look_at_keys(self) -> None:
         if self._keys.look():

@@ -9,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
+from workers.runs import Run
 
 _LUA = Path(__file__).parents[1] / "lua"
 
+# Of an epoch, or of a moment in milliseconds.
+_MAX_DIGITS = 15
+_MAX_HISTORY, _NO_HISTORY_OF_OURS = 200, "?"
 # Of one call: Redis serves nobody else for a millisecond or two.
 _MAX_DROPPED = 1_000
 _MSGS, _ASIDE, _DEAD = ".msgs", ".aside.", ".XQ"
+
+
+def _number(told: bytes | None) -> int:
+    return int(told) if told and len(told) <= _MAX_DIGITS and told.isdigit() else 0
+
+
+def _plain(told: str) -> str:
+    return told if len(told) <= _MAX_HISTORY and told.isprintable() else _NO_HISTORY_OF_OURS
 
 
 @dataclass(frozen=True)
@@ -65,8 +77,10 @@ class RelayMarker:
             pipeline.time()
             info, epoch, details, (seconds, micros) = pipeline.execute()
         history, instance, seen = ((field or b"").decode(errors="replace") for field in details)
-        silent_ms = seconds * 1_000 + micros // 1_000 - int(seen or 0)
-        return Marker(str(info["run_id"]), int(epoch or 0), history, instance, silent_ms)
+        silent_ms = seconds * 1_000 + micros // 1_000 - _number(seen.encode())
+        # Anybody may have written these: what is no run, epoch or moment of ours is taken for none.
+        instance = instance if Run.read(instance) else ""
+        return Marker(str(info["run_id"]), _number(epoch), _plain(history), instance, silent_ms)
 
     def claim(self, claim: Claim, *, over: str, known_epoch: int | None = None, lowest_beat: int = 0) -> bool:
         """Let only this epoch and history publish, and return whether it may: only where Redis is in history `over`.
