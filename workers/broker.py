@@ -248,8 +248,8 @@ class OutboxBroker(RedisBroker):
                 self._look_at(name, pipeline, maintain=True)
             return sum(pipeline.execute()[::2])
 
-    def mend(self, handlers: Iterable[tuple[str, str]] = ()) -> None:
-        """Delete what has one of our names and is of another type than ours; say so.
+    def mend(self, handlers: Iterable[tuple[str, str]] = ()) -> bool:
+        """Delete what has one of our names and is of another type than ours; say so, and return whether there was any.
 
         For the declared queues, and for what is put aside for these (queue, handler).
         """
@@ -260,8 +260,10 @@ class OutboxBroker(RedisBroker):
             types |= {key: "list", self._held(name): "set", f"{key}.XQ": "zset"}
             types |= dict.fromkeys((f"{key}{end}" for end in (".msgs", ".XQ.msgs", ".at_work", ".crashes")), "hash")
         types |= {self._aside(queue, handler): "list" for queue, handler in handlers}
-        for key in self._mend(keys=list(types), args=list(types.values())):
+        deleted = self._mend(keys=list(types), args=list(types.values()))
+        for key in deleted:
             log.error("a key in Redis was of another type than ours, and is deleted", key=ascii(key)[2:-1])
+        return bool(deleted)
 
     def holds_aside(self, handlers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return those (queue, handler) for which messages are put aside."""

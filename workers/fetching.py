@@ -7,7 +7,6 @@ it is: nothing here parses what anybody may have written.
 
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import MessageProxy
@@ -18,7 +17,7 @@ from dramatiq.message import Message
 
 from workers.envelope import handler_named_in
 from workers.opening import Received, Refused
-from workers.redis_client import PASSING, is_wrong_type
+from workers.redis_client import PASSING
 
 if TYPE_CHECKING:
     from workers.broker import Fetched, OutboxBroker
@@ -50,13 +49,7 @@ class BlockingConsumer(_RedisConsumer):
             self.queued_message_ids.add(message.message_id)
             return MessageProxy(message)
         except PASSING as error:
-            if is_wrong_type(error):
-                self._mend()
             raise ConnectionClosed(error) from None
-
-    def _mend(self) -> None:
-        with suppress(*PASSING):
-            self.broker.mend()
 
     def _refill(self) -> None:
         self._room.clear()

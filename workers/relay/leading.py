@@ -348,7 +348,8 @@ class Leader:
         self._meters.reaped(self._broker.reap())
 
     def _mend(self) -> None:
-        self._broker.mend((route.queue, route.handler) for route in self._routes)
+        if self._broker.mend((route.queue, route.handler) for route in self._routes):
+            self._history.distrust("somebody else has written over keys of ours")
 
     def _look_at_keys(self) -> None:
         if self._keys.look():
