@@ -36,7 +36,7 @@ _PAUSE_SECONDS = 1.0
 
 _VALID = "select id, secret from dovecote.message_keys where revoked_at is null"
 _SIGNING_FIRST = f"""
-    {_VALID} order by made_at <= clock_timestamp() - interval '{_AGE_SECONDS} seconds' desc, made_at desc, id
+    {_VALID} order by greatest(made_at, statement_timestamp() - interval '{_AGE_SECONDS} seconds'), made_at desc, id
 """
 
 

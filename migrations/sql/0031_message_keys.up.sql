@@ -37,7 +37,7 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select k.id, k.made_at, k.revoked_at,
            k.id is not distinct from (
                select n.id from dovecote.message_keys n where n.revoked_at is null
-               order by n.made_at <= clock_timestamp() - interval '5 seconds' desc, n.made_at desc, n.id limit 1)
+               order by greatest(n.made_at, statement_timestamp() - interval '5 seconds'), n.made_at desc, n.id limit 1)
     from dovecote.message_keys k order by k.made_at desc, k.id
 $$;
 
