@@ -72,7 +72,7 @@ class Attacked:
         price = self._price
         eventually(
             lambda: (
-                price in [effect.price for effect in effects_in(self.system.engine) if effect.handler == NOTE.handler]
+                {e.handler for e in effects_in(self.system.engine) if e.price == price} == {"test.note", "test.more"}
             ),
             within_seconds,
             "an honest event, as ever",
