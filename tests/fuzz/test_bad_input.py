@@ -25,7 +25,7 @@ from domain.pricing import Quote
 from tests.profiles import examples
 from workers import cli
 from workers.cli import app
-from workers.envelope import read_envelope, read_message
+from workers.envelope import read_bundle, read_message
 from workers.ingest import Columns, NotReadable, Refusal, ingest, opened, prices
 from workers.relay.bundles import Bundler
 from workers.routes import ROUTES
@@ -161,10 +161,10 @@ def test_bytes_are_a_message_or_are_said_to_be_none(data: bytes) -> None:
         message = read_message(data)
 
         assert isinstance(message["options"]["redis_message_id"], str)
-        if message["args"] and isinstance(message["args"][0], list):
-            for fields in message["args"][0]:
-                with suppress(ValueError):
-                    read_envelope(fields)
+    with suppress(ValueError):
+        contents = read_bundle(data)
+
+        assert len(contents.envelopes) + len(contents.broken) == data.count(b"\n") - 1
 
 
 @given(payload=JSON_TEXT, place=st.integers(0, 2))
@@ -174,7 +174,7 @@ def test_a_payload_that_cannot_be_read_takes_no_other_event_along(payload: str, 
     rows = [(n, QUOTED, line if n == place else ENVELOPE) for n in range(3)]
 
     (bundle,) = Bundler(ROUTES).bundles(rows)
-    envelopes = [read_envelope(fields) for fields in read_message(bundle.message)["args"][0]]
+    envelopes = read_bundle(bundle.message).envelopes
 
     assert [str(envelope.event_id) for envelope in envelopes] == [orjson.loads(ENVELOPE)["id"]] * 3
     assert all(envelope.data == {"symbol": "EUR"} for n, envelope in enumerate(envelopes) if n != place)
