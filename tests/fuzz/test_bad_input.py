@@ -106,11 +106,7 @@ def test_an_event_is_refused_in_words_or_comes_back_as_it_went_in(
     for one in refusals:
         assert one.sqlstate in IN_WORDS or "NUL" in str(one), one
 
-    came = [
-        read_envelope(fields)
-        for bundle in Bundler(ROUTES).bundles(rows)
-        for fields in read_message(bundle.message)["args"][0]
-    ]
+    came = [envelope for bundle in Bundler(ROUTES).bundles(rows) for envelope in read_bundle(bundle.message).envelopes]
 
     assert [envelope.event_id for envelope in came] == [id for id, *_ in written]
     for envelope, (_, aggregate_type, aggregate_id, event_type, payload, _) in zip(came, written, strict=True):
