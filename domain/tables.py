@@ -9,6 +9,7 @@ from sqlalchemy import (
     DateTime,
     Index,
     Integer,
+    LargeBinary,
     Table,
     Text,
     Uuid,
@@ -33,6 +34,7 @@ __all__ = [
     "dropped_weeks",
     "latest_prices",
     "memberships",
+    "message_keys",
     "metadata",
     "outbox",
     "paused_handlers",
@@ -116,6 +118,18 @@ deliveries = Table(
     ),
 )
 
+message_keys = Table(
+    "message_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("secret", LargeBinary),
+    _moment("made_at"),
+    _moment("revoked_at", nullable=True),
+    CheckConstraint("id ~ '^[0-9a-f]{16}$'", name="message_keys_id_check"),
+    CheckConstraint("octet_length(secret) = 32", name="message_keys_secret_check"),
+    CheckConstraint("(secret is null) = (revoked_at is not null)", name="message_keys_revoked_check"),
+)
+
 paused_handlers = Table(
     "paused_handlers",
     metadata,
@@ -176,6 +190,7 @@ relay_state = Table(
     Column("instance", Text),
     Column("stands_back_for", Text),
     _moment("refused_since", nullable=True),
+    Column("signed_epoch", BigInteger),
 )
 
 replays = Table(

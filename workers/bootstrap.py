@@ -10,12 +10,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
-from uuid import UUID
+from typing import Any, NoReturn, cast
 
 import dramatiq
 import structlog
-from dramatiq.broker import Broker
+from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import CurrentMessage, Middleware
 from sqlalchemy import Engine
 
@@ -25,7 +24,7 @@ from workers import schema, telemetry
 from workers.broker import OrjsonEncoder, OutboxBroker
 from workers.children import die_with_parent
 from workers.consume import SILENT_SECONDS, Consumer, Stopping
-from workers.envelope import read_envelope
+from workers.fetching import refuse as refuse_message
 from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
@@ -34,9 +33,11 @@ from workers.home import HomeError
 from workers.loaders import loads_anything
 from workers.lookup import history_in
 from workers.masking import never_show
+from workers.opening import Received, Refused
 from workers.pauses import HandlerPaused
 from workers.redis_client import connect_redis
 from workers.relay.relay import Relay
+from workers.route_rules import InvalidRoute
 from workers.routes import ROUTES, Route, distinct, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets
 from workers.suspects import Suspect
@@ -44,9 +45,6 @@ from workers.telemetry.meters import ConsumerMeters, RelayMeters
 from workers.time_limits import GRACE_SECONDS
 
 log = structlog.get_logger()
-
-# Consumer.consume, or what is called in its place.
-Consume = Callable[..., None]
 
 
 def consumers(routes: Sequence[Route] = ROUTES) -> None:
@@ -86,22 +84,21 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
     """
 
     if not any(isinstance(middleware, CurrentMessage) for middleware in broker.middleware):
-        # Actors are called with a message's arguments alone; what it says of itself is in its options.
+        # An actor that refuses a message marks it, and is called with its arguments alone.
         broker.add_middleware(CurrentMessage())
 
-    def declare(route: Route, act: Consume) -> None:
-        actor = dramatiq.actor(
-            actor_name=route.handler, queue_name=route.queue, broker=broker, throws=(Stopping, HandlerPaused)
-        )
-        actor(_actor_function(act, consumer, route, broker))
-
-    def stand_in(handler: str, queue: str) -> None:
-        declare(Route(handler=handler, events=(), act=_not_here, queue=queue), consumer.keep_for_other_code)
+    def declare(name: str, queue: str, act: Callable[[Received], None]) -> None:
+        dramatiq.actor(actor_name=name, queue_name=queue, broker=broker, throws=(Stopping, HandlerPaused))(act)
 
     for route in distinct(routes):
-        declare(route, consumer.consume)
+        declare(route.handler, route.queue, _actor_function(consumer, broker, route))
     if isinstance(broker, OutboxBroker):
-        broker.stand_in = stand_in
+        broker.signed_handlers.update(route.handler for route in routes)
+        for queue in queues(routes):
+            if queue not in broker.stand_ins:
+                # One for all handlers that this process does not have: anybody can make up a name.
+                name = broker.stand_ins[queue] = f"(not here) {queue}"
+                declare(name, queue, _actor_function(consumer, broker))
         consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)
 
 
@@ -237,40 +234,39 @@ def _next_database(settings: Settings) -> Any:
     return client
 
 
-def _actor_function(consume: Consume, consumer: Consumer, route: Route, broker: Broker) -> Callable[..., None]:
-    def act(
-        envelopes: Sequence[Mapping[str, Any]],
-        retry: bool = False,
-        replay: str | None = None,
-        crashes: int = 0,
-        message_id: str = "",
-    ) -> None:
+def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = None) -> Callable[[Received], None]:
+    """Return what opens messages and acts on their events; without a route it leaves them to their schedule."""
+
+    def act(received: Received) -> None:
         try:
-            bundle = [read_envelope(fields, consumer.keys) for fields in envelopes]
-        except ValueError as error:
-            # Not written by any relay of ours. Postgres still knows the event as unprocessed.
-            log.error("message refused", handler=route.handler, error=str(error))
+            contents = consumer.open(received, route)
+            its_route = route or Route(handler=contents.handler, events=(), act=_not_here, queue=contents.queue)
+        except (Refused, InvalidRoute) as error:
+            refused = error if isinstance(error, Refused) else Refused("unreadable", str(error))
+            refuse_message(_message_at_hand(), refused)
             return
         suspect = None
-        if crashes and isinstance(broker, OutboxBroker):
-            suspect = Suspect(broker.client, f"{broker.namespace}:{route.queue}", message_id, crashes)
-        with consumer.meters.at_work(route.handler, len(bundle)):
+        if received.crashes and isinstance(broker, OutboxBroker):
+            queue = f"{broker.namespace}:{received.queue}"
+            suspect = Suspect(broker.client, consumer.message_keys, queue, received.id, received.crashes)
+        consume = consumer.consume if route else consumer.keep_for_other_code
+        with consumer.meters.at_work(its_route.handler, len(contents.envelopes)):
             consume(
-                route,
-                bundle,
-                retry=retry,
-                replay=UUID(replay) if replay else None,
+                its_route,
+                contents.envelopes,
+                retry=contents.retry,
+                replay=contents.replay,
                 suspect=suspect,
-                sent_in=_sent_in(CurrentMessage.get_current_message()),
+                sent_in=contents.sent_in,
             )
 
     return act
 
 
-def _sent_in(message: dramatiq.Message[Any] | None) -> str | None:
-    """Return what the message says; None where that can be no run of Postgres."""
-    said = None if message is None else message.options.get("sent_in")
-    return said if isinstance(said, str) and said.isascii() and said.isprintable() else None
+def _message_at_hand() -> MessageProxy:
+    message: Any = CurrentMessage.get_current_message()
+    assert message is not None, "Dramatiq calls an actor with a message"
+    return cast(MessageProxy, message)
 
 
 def _not_here(_event: object, _uow: UnitOfWork, _gateways: Gateways) -> NoReturn:

@@ -5,22 +5,24 @@
 - Messages that a worker cannot finish go back to the head of their queue, in order.
 - Messages of a paused handler are put aside, and come back to the head of their queue, in order.
 - Messages whose fetch reply was lost are found again when the consumer reconnects.
-- A message for an actor that is not here has a stand-in; Dramatiq would put it among its dead letters.
+- A message for a handler that is not here has a stand-in; Dramatiq would put it among its dead letters.
+- What no relay of ours made for a handler of ours is refused, and does not come back.
 
 Dramatiq's key layout (its docs, "Enqueueing messages from other languages") is kept to the letter.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 import redis
+import structlog
 from dramatiq.brokers.redis import RedisBroker, _scripts
-from dramatiq.common import current_millis, dq_name
+from dramatiq.common import current_millis, dq_name, q_name
 from dramatiq.encoder import Encoder, MessageData
 from dramatiq.errors import DecodeError
 from dramatiq.middleware import Middleware
@@ -28,8 +30,13 @@ from redis.exceptions import NoScriptError, OutOfMemoryError
 
 from workers.envelope import read_message
 from workers.fetching import BlockingConsumer
+from workers.opening import Refused
 from workers.redis_client import connect_redis
+from workers.refusals import Refusals
+from workers.suspects import MARK_SECONDS
 from workers.telemetry.meters import ConsumerMeters
+
+log = structlog.get_logger()
 
 _LUA = Path(__file__).parent / "lua"
 
@@ -37,6 +44,12 @@ _LUA = Path(__file__).parent / "lua"
 _SAMPLES = 100
 # Of one call: Redis serves nobody else for some milliseconds.
 _MOST_TAKEN_BACK = 1_000
+# A bundle has a megabyte of envelopes (workers/relay/leases.py), and other programs may send larger messages.
+_MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES = 16_000_000, 64_000_000
+# Refused messages that are kept for whoever wants to see what they were.
+_MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES = 1_000, 1_100_000
+_MAX_CRASHES_DIGITS = 7
+_MAX_HELD = 100_000
 
 
 class RedisLost(Exception):
@@ -55,6 +68,16 @@ class QueuedBundle:
     queue: str
     id: str
     message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A message as it was fetched. `data` is None where it has more bytes than any message may have."""
+
+    id: bytes
+    size: int
+    data: bytes | None
+    crashes: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +126,9 @@ class OutboxBroker(RedisBroker):
         self._reap = self.client.register_script((_LUA / "reap.lua").read_bytes())
         self._put_aside = self.client.register_script((_LUA / "put_aside.lua").read_bytes())
         self._take_back = self.client.register_script((_LUA / "take_back.lua").read_bytes())
+        self._fetch = self.client.register_script((_LUA / "fetch.lua").read_bytes())
+        self._mend = self.client.register_script((_LUA / "mend.lua").read_bytes())
+        self._refuse = self.client.register_script((_LUA / "refuse.lua").read_bytes())
         #: In which history this process publishes, and how often it has put something on a queue.
         self.history = ""
         self.sent = 0
@@ -110,8 +136,10 @@ class OutboxBroker(RedisBroker):
         self._in_hand: dict[str, dict[str, None]] = {}
         self._in_hand_lock = threading.Lock()
         self.stopping = False
-        #: Declares an actor of that name and queue.
-        self.stand_in: Callable[[str, str], None] | None = None
+        #: Handlers whose messages a relay signs, and by queue the actor that has those of all other handlers.
+        self.signed_handlers: set[str] = set()
+        self.stand_ins: dict[str, str] = {}
+        self._refusals = Refusals()
 
     @property
     def consumer_class(self) -> type[BlockingConsumer]:
@@ -214,11 +242,28 @@ class OutboxBroker(RedisBroker):
             for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:
                 self._reap(
                     keys=[f"{self.namespace}:{name}", f"{self.namespace}:__heartbeats__"],
-                    args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name],
+                    args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name, MARK_SECONDS],
                     client=pipeline,
                 )
                 self._look_at(name, pipeline, maintain=True)
             return sum(pipeline.execute()[::2])
+
+    def mend(self, handlers: Iterable[tuple[str, str]] = ()) -> bool:
+        """Delete what has one of our names and is of another type than ours; say so, and return whether there was any.
+
+        For the declared queues, and for what is put aside for these (queue, handler).
+        """
+        types = dict.fromkeys(self.marker_keys[:1], "string") | dict.fromkeys(self.marker_keys[1:], "hash")
+        types[f"{self.namespace}:__heartbeats__"] = "zset"
+        for name in (name for queue in self.queues for name in (queue, dq_name(queue))):
+            key = f"{self.namespace}:{name}"
+            types |= {key: "list", self._held(name): "set", f"{key}.XQ": "zset"}
+            types |= dict.fromkeys((f"{key}{end}" for end in (".msgs", ".XQ.msgs", ".at_work", ".crashes")), "hash")
+        types |= {self._aside(queue, handler): "list" for queue, handler in handlers}
+        deleted = self._mend(keys=list(types), args=list(types.values()))
+        for key in deleted:
+            log.error("a key in Redis was of another type than ours, and is deleted", key=ascii(key)[2:-1])
+        return bool(deleted)
 
     def holds_aside(self, handlers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return those (queue, handler) for which messages are put aside."""
@@ -260,21 +305,21 @@ class OutboxBroker(RedisBroker):
 
     # For consumers ---------------------------------------------------------------------------
 
-    def await_and_fetch(self, queue: str, most: int, wait_seconds: float) -> list[bytes | None]:
+    def await_and_fetch(self, queue: str, most: int, wait_seconds: float) -> list["Fetched"]:
         """Wait until something is queued and fetch it, in one round trip; return nothing when nothing came.
 
         BLMOVE from a list to itself moves nothing: it waits, and Redis runs the fetch behind it when it has ended.
         """
         source = f"{self.namespace}:{queue}"
-        fetch = self.scripts["dispatch"]
-        arguments = self._arguments("fetch", queue, most)
+        keys = [source, f"{source}.msgs", self._held(queue), f"{self.namespace}:__heartbeats__", f"{source}.crashes"]
+        arguments: list[str | int] = [self.broker_id, most, _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES]
         with self.client.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("BLMOVE", source, source, "LEFT", "LEFT", wait_seconds)
             # By its digest: whether Redis has a script, a pipeline would ask with a round trip of its own.
-            pipeline.evalsha(fetch.sha, 1, self.namespace, *arguments)
+            pipeline.evalsha(self._fetch.sha, len(keys), *keys, *arguments)
             waited, fetched = pipeline.execute(raise_on_error=False)
         if isinstance(fetched, NoScriptError):
-            fetched = fetch(keys=[self.namespace], args=arguments)
+            fetched = self._fetch(keys=keys, args=arguments)
         is_full = isinstance(waited, OutOfMemoryError)  # it refuses BLMOVE, though that moves nothing
         for reply in (fetched,) if is_full else (waited, fetched):
             if isinstance(reply, Exception):
@@ -282,7 +327,29 @@ class OutboxBroker(RedisBroker):
         if is_full and not fetched:
             # In place of BLMOVE's own wait: an idle consumer must not ask a full Redis without a pause.
             time.sleep(wait_seconds)
-        return list(fetched)
+        fields = iter(fetched)
+        return [
+            Fetched(id, size, data, _crashes(told))
+            for id, size, data, told in zip(fields, fields, fields, fields, strict=True)
+        ]
+
+    def actor_for(self, queue: str, handler: str) -> str | None:
+        """Return the actor that opens the bundles for this handler on this queue; None where no relay sends to it."""
+        return handler if handler in self.signed_handlers else self.stand_ins.get(queue)
+
+    def is_signed_for(self, queue: str, actor: str) -> bool:
+        """Tell whether what is on this queue for this actor is of a relay, or is to be refused."""
+        if queue not in self.stand_ins:
+            return actor in self.signed_handlers
+        others = self.actors.keys() - self.signed_handlers - set(self.stand_ins.values())
+        return actor not in others
+
+    def refuse(self, queue: str, id: bytes, refused: Refused) -> None:
+        """Take a message off its queue for good; it is among the dead letters there while these are few."""
+        self._refusals.tell(queue, id, refused)
+        self.meters.refused(q_name(queue), refused.reason)
+        keys = [self._held(queue), f"{self.namespace}:{queue}", f"{self.namespace}:{q_name(queue)}.XQ"]
+        self._refuse(keys=keys, args=[_MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES, id])
 
     def hand_back(self, queue: str, ids: Iterable[str]) -> None:
         """Give messages back to the head of their queue, in the order they were fetched."""
@@ -299,13 +366,10 @@ class OutboxBroker(RedisBroker):
         # UUIDs or digests: any order is as good, Redis keeps none in a set.
         self.hand_back(queue, sorted(self._held_but_not_in_hand(queue)))
 
-    def bury_unreadable(self, queue: str) -> None:
-        """Put what was fetched and could not be decoded aside, or it would come back for ever, before all others."""
-        for id in self._held_but_not_in_hand(queue):
-            self.do_nack(queue, id)
-
     def _held_but_not_in_hand(self, queue: str) -> set[str]:
-        held = {str(id, "ascii") for id in self.client.smembers(self._held(queue)) if isinstance(id, bytes)}
+        # Some of a large set: a worker holds no thousand messages.
+        some: Any = self.client.srandmember(self._held(queue), _MAX_HELD)
+        held = {str(id, "ascii", "replace") for id in some}
         with self._in_hand_lock:
             return held - self._in_hand.get(queue, {}).keys()
 
@@ -334,6 +398,13 @@ class OutboxBroker(RedisBroker):
 
     def _held(self, queue: str) -> str:
         return f"{self.namespace}:__acks__.{self.broker_id}.{queue}"
+
+
+def _crashes(told: bytes | None) -> int:
+    """Return how many crashes Redis tells of. What is no number, or none that this can have, is a reason for care."""
+    if told is None:
+        return 0
+    return int(told) if len(told) <= _MAX_CRASHES_DIGITS and told.isdigit() else 1
 
 
 class OrjsonEncoder(Encoder):

@@ -28,14 +28,16 @@ from domain.database import Sessions
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from workers import deliveries, lookup
 from workers.attempts import Attempt, SoFar, attempts_so_far, record_failures
-from workers.envelope import Envelope
+from workers.envelope import Contents, Envelope
 from workers.failures import KilledTheProcess, TimeLimitExceeded, UnknownHandler, describe
 from workers.gateways import Gateways
+from workers.opening import Opener, Received
 from workers.outages import asks_again, passes
 from workers.parts import Bundle, Parts
 from workers.pauses import HandlerPaused, require_at_work
 from workers.route_rules import require_nothing_returned
 from workers.routes import Route
+from workers.signatures import MessageKeys
 from workers.stuck import end_stuck_process
 from workers.suspects import MOST_STARTS, Suspect, one_at_a_time
 from workers.telemetry import acting_on, acting_on_all, consuming, now_at_work
@@ -103,8 +105,22 @@ class Consumer:
         self.meters = meters or ConsumerMeters()
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
         self.keys = gateways.keys
+        self.message_keys = MessageKeys(sessions)
+        self._opener = Opener(sessions, self.message_keys, gateways.keys, self._held)
         #: Returns the history in which the messages were sent that this is called with; None where nobody knows.
         self.history_in_redis: Callable[[], str | None] = lambda: None
+
+    def open(self, received: Received, route: Route | None) -> Contents:
+        """Return what a relay has put into the message; nothing of it is believed before.
+
+        Errors: Refused, Stopping.
+        """
+        if (await_schema := self._await_schema) is not None:
+            # Deployed before the schema it is written for: the message is held, as while Postgres is away.
+            if not await_schema():
+                raise Stopping("the schema is older than this code")
+            self._await_schema = None
+        return self._opener.open(received, route.queue if route else None)
 
     def consume(
         self,
@@ -125,11 +141,6 @@ class Consumer:
         run they are looked up, and what is not in the outbox is passed over.
         Errors: Stopping, HandlerPaused.
         """
-        if (await_schema := self._await_schema) is not None:
-            # Deployed before the schema it is written for: the message is held, as while Postgres is away.
-            if not await_schema():
-                raise Stopping("the schema is older than this code")
-            self._await_schema = None
         bundle = Bundle(route, sorted(envelopes, key=lambda envelope: envelope.position), retry, replay, sent_in)
         with consuming(route, bundle.envelopes):
             if suspect is not None:

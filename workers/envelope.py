@@ -29,6 +29,8 @@ _FIELDS: Mapping[str, type] = {
     "message_timestamp": int,
 }
 
+_HEAD = re.compile(rb'{"queue_name":"([^"\\\n]{1,255})","actor_name":"([\w.:-]{1,200})","args":\[\[(?=\n|\Z)')
+_EVENT_ID = re.compile(rb'{"specversion":"1\.0","id":"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"')
 _HEADERS = re.compile(rb'(,"position":"\d+").*', re.DOTALL)
 
 
@@ -64,22 +66,96 @@ class Envelope:
 
 
 def read_message(data: bytes) -> dict[str, Any]:
-    """Return the fields of a Dramatiq message as the relay writes it, one envelope a line.
+    """Return the fields of a message of Dramatiq's.
 
-    Postgres keeps JSON that a parser here refuses, such as 1e400 or a thousand brackets. Such a payload
-    must not take its bundle along: its envelope comes without `data`, and says why in `unreadable`. With such a
-    header it comes without its headers.
-    Errors: ValueError for what is no message at all.
+    Errors: ValueError for what is no such message.
     """
+    return _checked(orjson.loads(data))
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A line of a bundle that is no envelope; `event_id` is None where even that cannot be read."""
+
+    event_id: UUID | None
+    problem: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle says.
+
+    sent_in  the run of Postgres in which the relay has read the events; None where it does not say
+    """
+
+    handler: str
+    queue: str
+    id: str
+    envelopes: list[Envelope]
+    broken: list[Broken]
+    retry: bool
+    replay: UUID | None
+    sent_in: str | None
+
+
+def handler_named_in(data: bytes) -> str | None:
+    """Return the handler that a bundle says it is for; None for what does not begin as a bundle."""
+    head = _HEAD.match(data)
+    return head[2].decode() if head else None
+
+
+def read_bundle(data: bytes, keys: Keyring | None = None) -> Contents:
+    """Return what is in a bundle as the relay writes it, one envelope a line.
+
+    Postgres keeps JSON that a parser here refuses, such as 1e400 or a thousand brackets. Such a payload must not take
+    its bundle along: its envelope comes without `data`, and says why in `unreadable`. With such a header it comes
+    without its headers. What is no envelope at all is told in `broken`, and takes nobody along either.
+    Errors: ValueError for what is no bundle.
+    """
+    begin, end = data.find(b"\n"), data.rfind(b"\n")
+    head, tail = data[: max(0, begin)], data[end + 1 :]
+    if begin == end or _HEAD.fullmatch(head) is None:
+        raise ValueError("not a bundle: it does not begin as one")
+    # What comes before the envelopes and behind them, without them: nothing in them can pretend to be any of it.
+    message = _checked(orjson.loads(head + tail))
+    kwargs, sent_in = message["kwargs"], message["options"].get("sent_in")
+    if not kwargs.keys() <= {"retry", "replay"} or not isinstance(kwargs.get("retry", False), bool):
+        raise ValueError("a bundle with arguments that no relay of this version gives it")
+    envelopes, broken = _envelopes(data[begin + 1 : end], keys)
+    return Contents(
+        handler=message["actor_name"],
+        queue=message["queue_name"],
+        id=message["message_id"],
+        envelopes=envelopes,
+        broken=broken,
+        retry=kwargs.get("retry", False),
+        replay=UUID(kwargs["replay"]) if "replay" in kwargs else None,
+        sent_in=sent_in if isinstance(sent_in, str) and sent_in.isascii() and sent_in.isprintable() else None,
+    )
+
+
+def _envelopes(text: bytes, keys: Keyring | None) -> tuple[list[Envelope], list[Broken]]:
     try:
-        return _checked(orjson.loads(data))
-    except orjson.JSONDecodeError:
-        head, *envelopes, tail = data.split(b"\n")
-        if not envelopes:
-            raise
-        message = _checked(orjson.loads(head + tail))
-        message["args"] = [[_read_alone(line.removesuffix(b",")) for line in envelopes]]
-        return message
+        # In one go, which is faster by far.
+        found = orjson.loads(b"[%b]" % text)
+        if len(found) == text.count(b"\n") + 1:
+            return [read_envelope(fields, keys) for fields in found], []
+    except ValueError:
+        pass
+    envelopes: list[Envelope] = []
+    broken: list[Broken] = []
+    for line in text.split(b"\n"):
+        try:
+            envelopes.append(read_envelope(_read_alone(line.removesuffix(b",")), keys))
+        except ValueError as error:
+            broken.append(Broken(_event_id_in(line), str(error)))
+    return envelopes, broken
+
+
+def _event_id_in(line: bytes) -> UUID | None:
+    # It is the server's own and comes first: whatever a writer has put into a line stands behind it.
+    found = _EVENT_ID.match(line)
+    return UUID(found[1].decode()) if found else None
 
 
 def _checked(message: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The thread that fetches from one queue, and what becomes of a message when a worker has done with it.
 
-It waits on the queue itself and takes what comes at once. A message is acknowledged, handed back, or put aside: whoever
-worked on it marks it, and it is this thread's consumer that Dramatiq tells.
+It waits on the queue itself and takes what comes at once. A message is acknowledged, handed back, put aside or refused:
+its mark says which, and it is this thread's consumer that Dramatiq tells. What is for a handler of ours goes to it as
+it is: nothing here parses what anybody may have written.
 """
 
 import threading
@@ -10,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import MessageProxy
 from dramatiq.brokers.redis import _RedisConsumer
+from dramatiq.common import q_name
 from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.message import Message
 
+from workers.envelope import handler_named_in
+from workers.opening import Received, Refused
 from workers.redis_client import PASSING
-from workers.route_rules import InvalidRoute
 
 if TYPE_CHECKING:
-    from workers.broker import OutboxBroker
+    from workers.broker import Fetched, OutboxBroker
 
 
 class BlockingConsumer(_RedisConsumer):
@@ -60,24 +63,42 @@ class BlockingConsumer(_RedisConsumer):
     def _fetch(self, room: int) -> None:
         wait_seconds = min(self.timeout, self.broker.idle_wait_ms) / 1_000
         fetched = self.broker.await_and_fetch(self.queue_name, room, wait_seconds)
-        unreadable = False
-        for data in fetched:
+        for one in fetched:
             try:
-                # None: the message was acknowledged by a worker that had been taken for dead.
-                if data is not None:
-                    message: Message[Any] = Message.decode(data)
-                    if self.broker.stand_in and message.actor_name not in self.broker.actors:
-                        self.broker.stand_in(message.actor_name, self.queue_name)
-                    self.message_cache.append(message)
-            except (DecodeError, InvalidRoute) as error:  # no relay of ours sends to a handler of such a name
-                unreadable = True
-                self.logger.error("A message on queue %r cannot be read: %s", self.queue_name, error)
-        self.broker.take(self.queue_name, [message.options["redis_message_id"] for message in self.message_cache])
-        if unreadable:
-            self.broker.bury_unreadable(self.queue_name)
+                self.message_cache.append(self._message(one))
+            except Refused as refused:
+                self.broker.refuse(self.queue_name, one.id, refused)
+        self.broker.take(self.queue_name, [message.message_id for message in self.message_cache])
+
+    def _message(self, fetched: "Fetched") -> Message[Any]:
+        """Return what Dramatiq is given: for a handler of ours the bytes as they are, for others what they say.
+
+        Errors: Refused.
+        """
+        if fetched.data is None:
+            raise Refused("too_large", f"it has {fetched.size} bytes, and no message has so many")
+        id = fetched.id.decode("ascii", "replace")
+        if id.encode() != fetched.id:
+            raise Refused("unreadable", "no message has such an id")
+        name = handler_named_in(fetched.data)
+        if name is not None and (actor := self.broker.actor_for(q_name(self.queue_name), name)) is not None:
+            received = Received(self.queue_name, id, fetched.data, fetched.crashes)
+            return Message(self.queue_name, actor, (received,), {}, {"redis_message_id": id}, id, 0)
+        try:
+            message: Message[Any] = Message.decode(fetched.data)
+        except DecodeError as error:
+            raise Refused("unreadable", str(error)[:300]) from None
+        if self.broker.is_signed_for(q_name(self.queue_name), message.actor_name):
+            raise Refused("unsigned", "it is not as a relay of this version makes them")
+        if message.queue_name != self.queue_name or message.options["redis_message_id"] != id:
+            # Dramatiq would look for a queue of that name, and acknowledge a message of that id.
+            raise Refused("misplaced", f"it says that it is of queue {message.queue_name[:80]!r}, or of another id")
+        return message
 
     def ack(self, message: MessageProxy) -> None:
-        if is_put_aside(message):
+        if (refused := refusal_of(message)) is not None:
+            self._finish(message, lambda queue, ids: self.broker.refuse(queue, ids[0].encode(), refused))
+        elif is_put_aside(message):
             self._finish(message, lambda queue, ids: self.broker.put_aside(queue, message.actor_name, ids))
         elif not is_handed_back(message):
             self._finish(message, self._ack)
@@ -144,3 +165,14 @@ def put_aside(message: MessageProxy) -> None:
 
 def is_put_aside(message: MessageProxy) -> bool:
     return message.__dict__.get("put_aside", False) is True
+
+
+def refuse(message: MessageProxy, refused: Refused) -> None:
+    """Mark a message that nobody may act on: it goes to the dead letters, and does not come back."""
+    message.__dict__["refused"] = refused
+
+
+def refusal_of(message: MessageProxy) -> Refused | None:
+    """Return why the message is refused; None where it is not."""
+    refused = message.__dict__.get("refused")
+    return refused if isinstance(refused, Refused) else None

@@ -28,6 +28,7 @@ from workers.telemetry.meters import ConsumerMeters
 log = structlog.get_logger()
 
 _LAST_POSITION = 2**63 - 1
+_MAX_HISTORY = 200
 
 # `run` also has the transaction commit durably: the message is acknowledged because of it. It is read in any
 # case, by REST at least, and once: materialized.
@@ -124,7 +125,7 @@ def require_same_history(session: Session, found: Found, in_redis: Callable[[], 
 def history_in(client: redis.Redis, namespace: str) -> str | None:
     """Return the history in which the messages in Redis were sent; None where no relay has said so yet."""
     found = client.hget(f"{namespace}:__relay__.history", "history")
-    return found.decode() if isinstance(found, bytes) else None
+    return found[:_MAX_HISTORY].decode(errors="replace") if isinstance(found, bytes) else None
 
 
 def report(route: Route, absent: Sequence[Envelope], meters: ConsumerMeters) -> None:

@@ -6,13 +6,15 @@ was sent again, or cut when bundles had another size. Nor would the hash of mess
 nobody.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from workers.broker import OutboxBroker
+from workers.envelope import handler_named_in
 from workers.relay.bundles import EVENT_ID
+from workers.signatures import MessageKey, key_id_of
 
 # Ids of one call, sizes of one call, and bytes of messages of one call, or a single one that is larger.
 _IDS, _SIZES, _BYTES = 5_000, 500, 4_000_000
@@ -32,6 +34,8 @@ class Queued:
     """
 
     def __init__(self, broker: OutboxBroker) -> None:
+        #: With what a message is signed that a consumer acts on. No other brings anything.
+        self.keys: Mapping[bytes, MessageKey] = {}
         self._client: Any = broker.client
         self._namespace = broker.namespace
         self._requeue = broker.client.register_script(_REQUEUE)
@@ -68,15 +72,20 @@ class Queued:
 
     def _is_near(self, queue: str, handler: str, left: set[bytes]) -> bool:
         """Take out of `left` what is in workers' hands or at the head of the queue; return whether more is behind."""
-        workers = [worker.decode() for worker in self._client.zrange(self._heartbeats, 0, -1)]
+        workers = [worker.decode(errors="replace") for worker in self._client.zrange(self._heartbeats, 0, -1)]
         # At once: a message that goes from one place to another is seen in one of them.
         with self._client.pipeline(transaction=True) as pipeline:
             for worker in workers:
-                pipeline.smembers(f"{self._namespace}:__acks__.{worker}.{queue}")
+                pipeline.srandmember(f"{self._namespace}:__acks__.{worker}.{queue}", _IDS)
             pipeline.lrange(self._key(queue), 0, _IDS - 1)
             pipeline.llen(self._key(queue))
             pipeline.exists(self._aside(queue, handler))
-            *held, head, length, is_aside = pipeline.execute()
+            *held, head, length, is_aside = pipeline.execute(raise_on_error=False)
+        for reply in (head, length, is_aside):
+            if isinstance(reply, Exception):
+                raise reply
+        # What is no set, no worker of ours holds.
+        held = [ids for ids in held if not isinstance(ids, Exception)]
         if is_aside:
             left.clear()
         for ids in (*held, head):
@@ -85,16 +94,24 @@ class Queued:
 
     def _events_in(self, queue: str, handler: str, ids: Iterable[bytes], wanted: set[bytes]) -> set[bytes]:
         found: set[bytes] = set()
-        head = f'{{"queue_name":"{queue}","actor_name":"{handler}",'.encode()
         for message in self._messages(queue, ids):
             if wanted <= found:
                 break
             # The last line tells what the message is for. A retry acts on what is in `deliveries` alone, and a replay
             # on what was acted on: neither brings an event that is neither.
             *envelopes, options = message.split(b"\n")
-            if message.startswith(head) and b'"retry":true' not in options and b'"replay":' not in options:
+            if (
+                handler_named_in(message) == handler
+                and b'"retry":true' not in options
+                and b'"replay":' not in options
+                and self._is_signed(message)
+            ):
                 found.update(envelope[EVENT_ID] for envelope in envelopes[1:])
         return found & wanted
+
+    def _is_signed(self, message: bytes) -> bool:
+        key = self.keys.get(key_id_of(message) or b"")
+        return key is not None and key.has_signed(message)
 
     def _messages(self, queue: str, ids: Iterable[bytes]) -> Iterator[bytes]:
         key, asked = f"{self._key(queue)}.msgs", list(ids)

@@ -8,6 +8,12 @@ from redis.retry import Retry
 #: All of it passes once somebody has seen to the server; what we hold is worth waiting for.
 PASSING = (redis.RedisError,)
 
+
+def is_wrong_type(error: BaseException) -> bool:
+    """Tell whether a key of ours is of another type than ours: that does not pass by itself (OutboxBroker.mend)."""
+    return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
+
+
 #: Of one process. It uses one for each queue and delay queue it waits on, and one for each thread that
 #: acknowledges; without an end, a process of many threads could use up what the server gives to all.
 MOST_CONNECTIONS = 64

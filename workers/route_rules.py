@@ -18,8 +18,9 @@ _MAX_NAME_LENGTH = 200
 _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 # Dramatiq's rule for a queue.
 _QUEUE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-# Dramatiq's and our own, for what belongs to a queue: messages that wait, are dead, are at work, are put aside.
-_SUFFIXES = (".DQ", ".XQ", ".msgs", ".at_work")
+# Dramatiq's and our own, for what belongs to a queue: messages that wait, are dead, are at work, were in a
+# crash, are put aside.
+_SUFFIXES = (".DQ", ".XQ", ".msgs", ".at_work", ".crashes")
 _ASIDE = ".aside."
 # The broker's own keys: __relay__, __heartbeats__, __acks__.
 _OWN = "__"

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-# Of a 64 bit number.
-_MOST_DIGITS = 20
-_LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
+# It is read from Redis as well, where anybody may have written it: four numbers of 64 bits, and no year beyond 9999.
+_MAX_LENGTH, _LATEST_US = 90, 253_402_000_000 * 1_000_000
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,11 @@ class Run:
     @classmethod
     def read(cls, told: str | None) -> "Run | None":
         """Return None for what is no run."""
-        words = (told or "").split()
-        if len(words) < 3 or not all(word.isdecimal() and len(word) <= _MOST_DIGITS for word in words[:4]):
+        words = (told or "").split() if len(told or "") <= _MAX_LENGTH else []
+        if len(words) < 3 or not all(word.isascii() and word.isdecimal() for word in words[:4]):
             return None
-        return cls(*(int(word) for word in words[:4]))
+        found = cls(*(int(word) for word in words[:4]))
+        return found if found.started_us <= _LATEST_US else None
 
     def is_newer_than(self, other: "Run") -> bool:
         """Tell which of two databases that may have been one goes on; neither for one and the same.
@@ -36,5 +36,5 @@ class Run:
         return ours > (other.timeline, other.started_us, other.database)
 
     def __str__(self) -> str:
-        started = datetime.fromtimestamp(min(self.started_us / 1e6, _LATEST), UTC)
+        started = datetime.fromtimestamp(self.started_us / 1e6, UTC)
         return f"Postgres {self.system}, timeline {self.timeline}, started {started:%F %T} UTC"

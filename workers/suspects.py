@@ -1,9 +1,12 @@
 """Which event kills the process that acts on it.
 
-A process that dies tells nobody why. The relay's reaper counts the crash in each message that was in its
+A process that dies tells nobody why. The relay's reaper counts the crash beside each message that was in its
 hands (lua/reap.lua); a message with crashes is a suspect. Its events are taken one at a time, one suspect at
 a time in the whole process, with a mark in Redis before each: if the process dies again, the mark names the
 one that was at work. A message that was never in a crash pays nothing for this.
+
+The count is Redis's own, and whoever can write there can make one up: then a message is taken with care, no more. What
+gives an event up is a mark, and a mark counts only if a consumer has signed it for this very message.
 """
 
 import threading
@@ -15,6 +18,8 @@ from uuid import UUID
 import orjson
 import redis
 
+from workers.signatures import MessageKeys, split_mark
+
 #: An event that was at work in so many processes when they died is not started again.
 MOST_STARTS = 3
 
@@ -23,7 +28,9 @@ MOST_STARTS = 3
 _one_at_a_time = threading.Lock()
 
 # A mark goes with its message. Should the message get lost, it goes by itself.
-_MARK_SECONDS = 7 * 24 * 3_600
+MARK_SECONDS = 7 * 24 * 3_600
+# A bundle's events have 40 bytes each.
+_MAX_MARK_BYTES = 10_000_000
 
 
 @dataclass
@@ -37,14 +44,15 @@ class Marks:
 class Suspect:
     """One message that was in the hands of `crashes` processes when they died.
 
-    Errors: every method may raise redis.RedisError.
+    Errors: every method may raise redis.RedisError, and those of MessageKeys.
     """
 
-    def __init__(self, client: redis.Redis, queue: str, message_id: str, crashes: int) -> None:
+    def __init__(self, client: redis.Redis, keys: MessageKeys, queue: str, message_id: str, crashes: int) -> None:
         """`queue` with its namespace."""
         self.crashes = crashes
         self._client = client
-        self._key = f"{queue}.at_work"
+        self._keys = keys
+        self._key, self._crashes_key = f"{queue}.at_work", f"{queue}.crashes"
         self._message_id = message_id
 
     def starts(self, event_id: UUID) -> int:
@@ -70,18 +78,34 @@ class Suspect:
 
     def cleared(self) -> None:
         """The message is done with."""
-        self._client.hdel(self._key, self._message_id)
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.hdel(self._key, self._message_id)
+            pipeline.hdel(self._crashes_key, self._message_id)
+            pipeline.execute()
 
     def write(self, marks: Marks) -> None:
         """Nothing is incremented: after a lost reply it is written again."""
+        signed = self._keys.newest().sign_mark(self._message_id, orjson.dumps(marks))
         with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.hset(self._key, self._message_id, orjson.dumps(marks))
-            pipeline.expire(self._key, _MARK_SECONDS)
+            pipeline.hset(self._key, self._message_id, signed)
+            pipeline.expire(self._key, MARK_SECONDS)
             pipeline.execute()
 
     def _marks(self) -> Marks:
+        if self._client.hstrlen(self._key, self._message_id) > _MAX_MARK_BYTES:  # nobody here has written that
+            return Marks()
         found = self._client.hget(self._key, self._message_id)
-        return Marks(**orjson.loads(found)) if isinstance(found, bytes) else Marks()
+        mark = self._signed(found) if isinstance(found, bytes) else None
+        return Marks(**orjson.loads(mark)) if mark is not None else Marks()
+
+    def _signed(self, found: bytes) -> bytes | None:
+        """Return the mark, if a consumer has signed it for this message. Nothing of any other is looked at."""
+        parts = split_mark(found)
+        if parts is None:
+            return None
+        mark, key_id, digest = parts
+        key = self._keys.find(key_id)
+        return mark if key is not None and key.has_signed_mark(self._message_id, mark, digest) else None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from domain.pricing import Quote
 from tests.profiles import examples
 from workers import cli
 from workers.cli import app
-from workers.envelope import read_envelope, read_message
+from workers.envelope import read_bundle, read_message
 from workers.ingest import Columns, NotReadable, Refusal, ingest, opened, prices
 from workers.relay.bundles import Bundler
 from workers.routes import ROUTES
@@ -106,11 +106,7 @@ def test_an_event_is_refused_in_words_or_comes_back_as_it_went_in(
     for one in refusals:
         assert one.sqlstate in IN_WORDS or "NUL" in str(one), one
 
-    came = [
-        read_envelope(fields)
-        for bundle in Bundler(ROUTES).bundles(rows)
-        for fields in read_message(bundle.message)["args"][0]
-    ]
+    came = [envelope for bundle in Bundler(ROUTES).bundles(rows) for envelope in read_bundle(bundle.message).envelopes]
 
     assert [envelope.event_id for envelope in came] == [id for id, *_ in written]
     for envelope, (_, aggregate_type, aggregate_id, event_type, payload, _) in zip(came, written, strict=True):
@@ -161,10 +157,10 @@ def test_bytes_are_a_message_or_are_said_to_be_none(data: bytes) -> None:
         message = read_message(data)
 
         assert isinstance(message["options"]["redis_message_id"], str)
-        if message["args"] and isinstance(message["args"][0], list):
-            for fields in message["args"][0]:
-                with suppress(ValueError):
-                    read_envelope(fields)
+    with suppress(ValueError):
+        contents = read_bundle(data)
+
+        assert len(contents.envelopes) + len(contents.broken) == data.count(b"\n") - 1
 
 
 @given(payload=JSON_TEXT, place=st.integers(0, 2))
@@ -174,7 +170,7 @@ def test_a_payload_that_cannot_be_read_takes_no_other_event_along(payload: str, 
     rows = [(n, QUOTED, line if n == place else ENVELOPE) for n in range(3)]
 
     (bundle,) = Bundler(ROUTES).bundles(rows)
-    envelopes = [read_envelope(fields) for fields in read_message(bundle.message)["args"][0]]
+    envelopes = read_bundle(bundle.message).envelopes
 
     assert [str(envelope.event_id) for envelope in envelopes] == [orjson.loads(ENVELOPE)["id"]] * 3
     assert all(envelope.data == {"symbol": "EUR"} for n, envelope in enumerate(envelopes) if n != place)
@@ -187,6 +183,7 @@ GOES_ON = [["up"], ["relay"], ["demo"], ["bench"], ["events", "tail"]]
 ENDS = [[], ["status"], ["migrate"], ["settings"], ["maintain"], ["partitions"], ["ingest"], ["ingest", "prices"]]
 ENDS += [["audit"], ["doctor"], ["recover"], ["aggregates", "blocked"], ["events", "list"], ["events", "show"]]
 ENDS += [["deliveries", verb] for verb in ("list", "show", "retry", "discard")]
+ENDS += [["keys", verb] for verb in ("list", "rotate", "revoke")]
 ENDS += [["handlers", verb] for verb in ("list", "pause", "resume")]
 ENDS += [["replay", verb] for verb in ("start", "pause", "resume", "cancel", "show", "list")]
 OPTIONS = ["--json", "--help", "--version", "--in-force", "--markdown", "--to", "--dry-run", "--format", "--symbol"]

@@ -156,7 +156,7 @@ GOING_BACK = (
     Mutant(
         "marks of messages that were dropped stay",
         "workers/lua/drop.lua",
-        "    redis.call('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
+        "    redis.pcall('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
         "",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
@@ -205,8 +205,8 @@ GOING_BACK = (
     Mutant(
         "the epoch goes up one by one",
         "workers/relay/history.py",
-        "set epoch = greatest(epoch, %(past)s) + 1",
-        "set epoch = epoch + 1 + 0 * %(past)s",
+        "set epoch = greatest(state.epoch, before.past) + 1",
+        "set epoch = state.epoch + 1",
         f"{HISTORY}::test_the_epoch_jumps_past_everything_that_redis_has_heard_of",
     ),
     Mutant(

@@ -76,9 +76,11 @@ LEFTOVERS = (
         "            pass\n",
         RENAMED,
     ),
-    Mutant("a relay that was replaced moves messages", MOVE, "if epoch > tonumber(ARGV[1])", "if false", RENAMED),
+    Mutant(
+        "a relay that was replaced moves messages", MOVE, "if epoch > tonumber(ARGV[1]) then", "if false then", RENAMED
+    ),
     Mutant("messages are moved in a Redis that forgot", MOVE, "if epoch < tonumber(ARGV[1])", "if false", RENAMED),
-    Mutant("a message that is there already is queued twice", MOVE, "renamed) == 1", "renamed) >= 0", RENAMED),
+    Mutant("a message that is there already is queued twice", MOVE, "message) == 1", "message) >= 0", RENAMED),
     Mutant(
         "what is older goes behind what is newer",
         MOVE,
@@ -87,14 +89,18 @@ LEFTOVERS = (
         RENAMED,
     ),
     Mutant(
-        "a message that was moved says that it is of the old queue",
+        "a message that is moved is written anew",
         MOVE,
-        "string.sub(message, 1, name - 1) .. queue .. string.sub(message, behind)",
-        "message",
+        ".msgs', id, message)",
+        ".msgs', id, message .. ' ')",
         RENAMED,
     ),
     Mutant("a message is moved to where it is, and lost", MOVE, "(not to or to == from)", "not to", RENAMED),
     Mutant(
-        "a moved message forgets whom it killed", MOVE, "            if mark then", "            if false then", RENAMED
+        "a moved message forgets whom it killed",
+        MOVE,
+        "                if kept_of_it then",
+        "                if false then",
+        RENAMED,
     ),
 )

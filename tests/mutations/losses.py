@@ -167,8 +167,8 @@ LOSSES = (
     Mutant(
         "another handler's message brings the event",
         QUEUED_PY,
-        "            if message.startswith(head) and",
-        "            if",
+        "handler_named_in(message) == handler\n",
+        "True\n",
         f"{RECONCILING}::test_what_is_in_messages_that_nobody_acts_on_for_it_is_lost",
     ),
     Mutant(

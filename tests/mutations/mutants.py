@@ -8,6 +8,7 @@ from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.locks import LOCKS
 from tests.mutations.losses import LOSSES
+from tests.mutations.messages import SIGNED
 from tests.mutations.mutant import Mutant
 from tests.mutations.operators import OPERATORS
 from tests.mutations.progress import PROGRESS, PROGRESS_SQL
@@ -531,7 +532,7 @@ MUTANTS = (
     Mutant(
         "a message is queued again while it is queued",
         "workers/lua/publish.lua",
-        "if redis.call('hsetnx', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2]) == 1 then",
+        "if redis.call('hexists', ARGV[i] .. '.msgs', ARGV[i + 1]) == 0 then",
         "if redis.call('hset', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2]) >= 0 then",
         BROKER,
     ),
@@ -852,15 +853,15 @@ MUTANTS = (
     Mutant(
         "crashes are not counted",
         "workers/lua/reap.lua",
-        "redis.call('hset', KEYS[1] .. '.msgs', ids[i], with_one_crash_more(message, ids[i]))",
-        "redis.call('hset', KEYS[1] .. '.msgs', ids[i], message)",
+        "redis.call('hset', crashes, ids[i], math.min(known or 0, 1000000) + 1)",
+        "redis.call('hset', crashes, ids[i], known or 0)",
         BROKER,
     ),
     Mutant(
         "a second crash counts for nothing",
         "workers/lua/reap.lua",
-        "(crashes + 1)",
-        "crashes",
+        "redis.call('hget', crashes, ids[i]) or '0'",
+        "'0'",
         BROKER,
     ),
     Mutant(
@@ -1079,7 +1080,7 @@ MUTANTS = (
     Mutant(
         "the relay does not reap",
         "workers/relay/leading.py",
-        "            self._through_outages(lambda: self._meters.reaped(self._broker.reap()))\n",
+        "            self._through_outages(self._reap)\n",
         "            pass\n",
         TAKING_OVER,
     ),
@@ -1107,22 +1108,22 @@ MUTANTS = (
     Mutant(
         "a message that failed is acknowledged",
         "workers/handing_back.py",
-        "            self._stopping.wait(self._pause_seconds)\n            hand_back(message)\n",
-        "            self._stopping.wait(self._pause_seconds)\n",
+        "may_come_again(message.message_id):\n                hand_back(message)\n",
+        "may_come_again(message.message_id):\n                pass\n",
         BROKER,
     ),
     Mutant(
         "a message that cannot be read comes back for ever",
         "workers/fetching.py",
-        "        if unreadable:\n            self.broker.bury_unreadable(self.queue_name)\n",
-        "",
+        "                self.broker.refuse(self.queue_name, one.id, refused)\n",
+        "                del refused\n",
         BROKER,
     ),
     Mutant(
         "one payload that cannot be read takes its bundle along",
         "workers/envelope.py",
-        "        if not envelopes:\n            raise\n",
-        "        raise\n",
+        "    except ValueError:\n        pass\n    envelopes: list[Envelope] = []\n",
+        "    except ValueError:\n        raise\n    envelopes: list[Envelope] = []\n",
         ENVELOPE,
     ),
     Mutant(
@@ -1135,8 +1136,8 @@ MUTANTS = (
     Mutant(
         "what is for a handler of other code is a dead letter of Dramatiq's",
         "workers/bootstrap.py",
-        "        broker.stand_in = stand_in\n",
-        "        pass\n",
+        "            if queue not in broker.stand_ins:\n",
+        "            if False:\n",
         "tests/workers/relay/test_routing.py::test_a_consumer_keeps_what_is_for_a_handler_that_only_other_code_has",
     ),
     # Retention ----------------------------------------------------------------------------------
@@ -1295,8 +1296,8 @@ MUTANTS = (
     Mutant(
         "what is put aside after the resume stays aside",
         "workers/relay/leading.py",
-        "reaped(self._broker.reap()))\n            self._through_outages(self._take_back)\n",
-        "reaped(self._broker.reap()))\n",
+        "            self._through_outages(self._reap)\n            self._through_outages(self._take_back)\n",
+        "            self._through_outages(self._reap)\n",
         PAUSING,
     ),
     # Watching -----------------------------------------------------------------------------------
@@ -1405,4 +1406,5 @@ MUTANTS = (
     *LOCKS,
     *LOSSES,
     *LEFTOVERS,
+    *SIGNED,
 )

@@ -28,8 +28,9 @@ from workers.fetching import BlockingConsumer
 from workers.handing_back import HandBackWhatFails
 from workers.redis_client import connect_redis
 from workers.relay import marker as marking
-from workers.relay.bundles import Bundler
+from workers.relay.bundles import bundle
 from workers.relay.marker import Claim, RelayMarker
+from workers.signatures import MessageKey
 
 pytestmark = pytest.mark.servers
 
@@ -401,32 +402,32 @@ def test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not(brok
 
 def test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is_not(broker_with: Brokers) -> None:
     relay = broker_with(heartbeat_timeout=200)
-    (event_type,) = a_route().event_types
-    payload = rb'{"id":1,"data":{"trap":"\n]],\"kwargs\":{\"crashes\":9,"}}'
-    (bundle,) = Bundler([a_route()]).bundles([(1, event_type, payload)])
-    publish(relay, bundle)
+    publish(relay, a_bundle("a"))
+    client: Any = relay.client
+    message = client.hget(f"{relay.namespace}:{QUEUE}.msgs", "a")
 
-    def kwargs() -> dict[str, Any]:
-        client: Any = relay.client
-        message = orjson.loads(client.hget(f"{relay.namespace}:{QUEUE}.msgs", bundle.id))
-        assert message["args"] == [[orjson.loads(payload)]]
-        return dict(message["kwargs"])
+    def crashes() -> dict[bytes, bytes]:
+        assert client.hget(f"{relay.namespace}:{QUEUE}.msgs", "a") == message, "every byte is signed"
+        return dict(client.hgetall(f"{relay.namespace}:{QUEUE}.crashes"))
 
     def taken_back() -> bool:
         relay.reap()
-        return queued(relay) == [bundle.id]
+        return queued(relay) == ["a"]
 
-    assert kwargs() == {"retry": False}
-    for crashes in (1, 2):
+    assert crashes() == {}
+    for number in (b"1", b"2"):
         take(a_consumer(broker_with()), 1)
         eventually(taken_back, 5, "the dead worker's message")
-        assert kwargs() == {"retry": False, "crashes": crashes, "message_id": bundle.id}
+        assert crashes() == {b"a": number}
 
     consumer = a_consumer(broker_with())
-    relay.client.hset(f"{relay.namespace}:{QUEUE}.at_work", bundle.id, b"{}")
-    consumer.requeue(take(consumer, 1))
-    assert kwargs()["crashes"] == 2
+    relay.client.hset(f"{relay.namespace}:{QUEUE}.at_work", "a", b"{}")
+    (fetched,) = relay.await_and_fetch(QUEUE, 1, 0.1)
+    assert fetched.crashes == 2
+    relay.hand_back(QUEUE, ["a"])
     assert not relay.client.exists(f"{relay.namespace}:{QUEUE}.at_work"), "its mark outlives a clean return"
+    consumer.requeue(take(consumer, 1))
+    assert crashes() == {b"a": b"2"}
 
 
 def test_a_relay_whose_clock_is_ahead_takes_no_living_worker_for_dead(
@@ -485,25 +486,18 @@ def test_stopping_during_an_outage_gives_every_message_back_in_order(servers: Se
     consumer = Consumer(nowhere, gateways_for(settings), stopping, outage_pause_seconds=30)
     declare_handlers(broker, consumer, [a_route("test.note", queue=QUEUE)])
     broker.declare_queue(QUEUE)
-    envelope = {
-        "id": str(uuid4()),
-        "type": "pricing.price_quoted.v1",
-        "source": "/dovecote/price",
-        "subject": "EUR",
-        "position": "1",
-        "time": "",
-        "data": {},
-    }
+    key = MessageKey.of("0" * 16, b"x" * 32)
+    sent = [bundle(a_route("test.note", queue=QUEUE), [number], [b"{}"], key=key) for number in range(6)]
     try:
-        publish(broker, *(a_bundle(id, "test.note", [[envelope]]) for id in "abcdef"))
+        publish(broker, *sent)
 
         with working(broker, threads=2):
             eventually(lambda: len(queued(broker)) == 2, 5, "four messages in hand")
             began = time.monotonic()
         assert time.monotonic() - began < 5
 
-        assert sorted(queued(broker)) == list("abcdef")
-        assert queued(broker) == list("abcdef")
+        assert sorted(queued(broker)) == sorted(one.id for one in sent)
+        assert queued(broker) == [one.id for one in sent]
     finally:
         clean(broker)
 

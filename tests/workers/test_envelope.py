@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from domain.errors import InvalidEvent
 from tests.system import System, system_for
-from workers.envelope import read_envelope, read_message
+from workers.envelope import read_bundle
 from workers.relay.bundles import Bundler
 from workers.routes import ROUTES
 from workers.settings import Settings
@@ -32,11 +32,9 @@ def a_message(*envelopes: bytes) -> bytes:
 
 @pytest.mark.parametrize("extra", UNREADABLE, ids=["too large", "too many digits", "too deep"])
 def test_a_message_is_read_around_a_payload_that_cannot_be(extra: str) -> None:
-    message = read_message(
+    first, second, third = read_bundle(
         a_message(an_envelope(1), an_envelope(2, extra, subject='a \\",\\"data\\":'), an_envelope(3))
-    )
-
-    first, second, third = (read_envelope(fields) for fields in message["args"][0])
+    ).envelopes
 
     assert (first.data["symbol"], third.data["symbol"]) == ("EUR", "EUR")
     assert (second.position, second.aggregate_id) == (2, 'a ","data":')
@@ -48,9 +46,9 @@ def test_a_message_is_read_around_a_payload_that_cannot_be(extra: str) -> None:
 @pytest.mark.parametrize("header", UNREADABLE, ids=["too large", "too many digits", "too deep"])
 def test_a_message_is_read_around_a_header_that_cannot_be(header: str, extra: str) -> None:
     headers = f',"traceparent":{header},"correlationid":"mine"'
-    message = read_message(a_message(an_envelope(1), an_envelope(2, extra, headers=headers), an_envelope(3)))
-
-    first, second, third = (read_envelope(fields) for fields in message["args"][0])
+    first, second, third = read_bundle(
+        a_message(an_envelope(1), an_envelope(2, extra, headers=headers), an_envelope(3))
+    ).envelopes
 
     assert (first.data["symbol"], third.data["symbol"]) == ("EUR", "EUR")
     assert (second.position, second.aggregate_id, second.traceparent) == (2, "EUR", None)
@@ -58,9 +56,7 @@ def test_a_message_is_read_around_a_header_that_cannot_be(header: str, extra: st
 
 
 def test_a_payload_that_cannot_be_read_keeps_its_trace() -> None:
-    message = read_message(a_message(an_envelope(1, "1e400", headers=',"traceparent":"00-ab-cd-01"')))
-
-    (envelope,) = (read_envelope(fields) for fields in message["args"][0])
+    (envelope,) = read_bundle(a_message(an_envelope(1, "1e400", headers=',"traceparent":"00-ab-cd-01"'))).envelopes
 
     assert envelope.traceparent == "00-ab-cd-01"
 

@@ -17,12 +17,13 @@ from tests.conftest import Servers, settings_for
 from tests.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.pooling import PGBOUNCER, pooled_url
 from tests.support import eventually
-from tests.system import system_for
+from tests.system import System, system_for
 from tests.workers.test_consume import FOR_EVER, Bench, Failing, bench
 from workers.consume import Consumer, Stopping
 from workers.envelope import Envelope
 from workers.relay.bundles import Bundler
 from workers.settings import Settings
+from workers.signatures import TAIL_BYTES, newest_key
 from workers.stuck import _record as record_of_stuck
 from workers.telemetry.meters import ConsumerMeters
 from workers.time_limits import Watch
@@ -218,9 +219,12 @@ def test_the_run_is_no_part_of_a_messages_id() -> None:
     assert b'"sent_in":"7 a"}' in sent.message
 
 
-def _of_another_run(message: bytes, this_run: str) -> bytes:
+def _of_another_run(system: System, message: bytes, this_run: str) -> bytes:
+    """The message as a relay signs it in that run."""
     assert message.count(this_run.encode()) == 1, "the relay says in which run of Postgres it has read the events"
-    return message.replace(this_run.encode(), ANOTHER_RUN.encode())
+    with psycopg.connect(system.settings.database.url.get_secret_value()) as connection:
+        key = newest_key(connection)
+    return key.signed(message[:-TAIL_BYTES].replace(this_run.encode(), ANOTHER_RUN.encode()))
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["in any order", "in order"])
@@ -238,7 +242,7 @@ def test_messages_that_outlive_their_events_are_acknowledged_and_nothing_else(
             this_run = connection.scalar(text("select dovecote.outbox_run()"))
             connection.execute(text("delete from dovecote.outbox where payload ->> 'price' in ('2', '5')"))
         for id, message in client.hgetall(queue).items():
-            client.hset(queue, id, _of_another_run(message, this_run))
+            client.hset(queue, id, _of_another_run(system, message, this_run))
 
         with system.workers():
             eventually(lambda: not client.exists(queue), 10, "every message to be acknowledged")
@@ -271,7 +275,7 @@ def test_messages_of_another_history_are_held_until_it_is_ours(
             if not is_there:
                 connection.execute(text("delete from dovecote.outbox"))
         ((id, message),) = client.hgetall(queue).items()
-        client.hset(queue, id, _of_another_run(message, this_run))
+        client.hset(queue, id, _of_another_run(system, message, this_run))
         look = system.consumer.history_in_redis
 
         def looked() -> str | None:

@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import orjson
 import pytest
 import redis
+from sqlalchemy.orm import Session, sessionmaker
 
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork
@@ -20,6 +21,7 @@ from tests.effects import a_route, note_as
 from tests.support import eventually
 from tests.workers.test_consume import FOR_EVER, Bench, Failing, bench
 from workers.consume import Stopping
+from workers.signatures import MessageKeys, split_mark
 from workers.suspects import Suspect
 
 __all__ = ["bench"]
@@ -29,29 +31,31 @@ pytestmark = pytest.mark.servers
 class Queue:
     """Where the marks of one queue are."""
 
-    def __init__(self, client: Any) -> None:
-        self.client, self.name = client, f"test-{uuid4().hex[:8]}:test"
+    def __init__(self, client: Any, keys: MessageKeys) -> None:
+        self.client, self.keys, self.name = client, keys, f"test-{uuid4().hex[:8]}:test"
 
     def suspect(self, crashes: int, message_id: str = "m") -> Suspect:
-        return Suspect(self.client, self.name, message_id, crashes)
+        return Suspect(self.client, self.keys, self.name, message_id, crashes)
 
     def left_behind(self, starts: dict[UUID, int], explained: int = 0) -> None:
         """Processes died while these were at work."""
         marks = {"starts": {str(id): times for id, times in starts.items()}, "explained": explained}
-        self.client.hset(f"{self.name}.at_work", "m", orjson.dumps(marks))
+        signed = self.keys.newest().sign_mark("m", orjson.dumps(marks))
+        self.client.hset(f"{self.name}.at_work", "m", signed)
 
     def marked(self) -> dict[str, int]:
         found = self.client.hget(f"{self.name}.at_work", "m")
-        return dict(orjson.loads(found)["starts"]) if found else {}
+        parts = split_mark(found) if found else None
+        return dict(orjson.loads(parts[0])["starts"]) if parts else {}
 
     def is_clean(self) -> bool:
         return not self.client.exists(f"{self.name}.at_work")
 
 
 @pytest.fixture
-def queue(servers: Servers) -> Iterator[Queue]:
+def queue(servers: Servers, sessions: sessionmaker[Session]) -> Iterator[Queue]:
     with redis.Redis.from_url(servers.redis_url) as client:
-        queue = Queue(client)
+        queue = Queue(client, MessageKeys(sessions))
         yield queue
         client.delete(f"{queue.name}.at_work")
 

@@ -8,7 +8,7 @@
 -- ARGV[4]  the last beat that Redis has confirmed
 --
 -- Returns 1; 0 when Redis knows another epoch or history, or a beat that is neither of the two.
-local beat = tonumber(redis.call('hget', KEYS[2], 'beat') or '-1')
+local beat = tonumber(redis.call('hget', KEYS[2], 'beat') or '-1') or -1
 if redis.call('get', KEYS[1]) ~= ARGV[1] or redis.call('hget', KEYS[2], 'history') ~= ARGV[2]
    or beat < tonumber(ARGV[4]) or beat > tonumber(ARGV[3]) then
     return 0

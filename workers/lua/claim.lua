@@ -12,13 +12,17 @@
 -- ARGV[7]  and the beat is from here to ARGV[4]. Higher: Postgres has forgotten something. Lower: Redis has.
 --
 -- Returns the epoch found before, -1 for none; and whether it was claimed.
-local found = tonumber(redis.call('get', KEYS[1]) or '-1')
+local found = tonumber(redis.call('get', KEYS[1]) or '-1') or -1
+-- No leadership is so far ahead: somebody has made that up.
+if not (found >= 0 and found <= tonumber(ARGV[1]) + 1000000) then
+    found = -1
+end
 local known = redis.call('hmget', KEYS[2], 'history', 'instance', 'beat')
 if found > tonumber(ARGV[1]) or (known[1] or '') ~= ARGV[5] then
     return {found, 0}
 end
 if ARGV[6] then
-    local beat = tonumber(known[3] or '-1')
+    local beat = tonumber(known[3] or '-1') or -1
     if found ~= tonumber(ARGV[6]) or known[2] ~= ARGV[3]
        or beat < tonumber(ARGV[7]) or beat > tonumber(ARGV[4]) then
         return {found, 0}

@@ -28,9 +28,10 @@ for i, id in ipairs(ids) do
     end
 end
 if #ours > 0 then
-    redis.call('hdel', KEYS[2] .. '.msgs', unpack(ours))
+    redis.pcall('hdel', KEYS[2] .. '.msgs', unpack(ours))
     -- workers/suspects.py: what was at work in a crash.
-    redis.call('hdel', KEYS[2] .. '.at_work', unpack(ours))
+    redis.pcall('hdel', KEYS[2] .. '.at_work', unpack(ours))
+    redis.pcall('hdel', KEYS[2] .. '.crashes', unpack(ours))
     redis.call('lrem', KEYS[1], #ours, '')
 end
 return {#ids, #ids - #ours}

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Move messages to the queues that their handlers' routes name today, in order. The ids stay: a message that is there
--- already is there once. Others keep their places.
+-- already is there once. So does every byte: they are signed. Others keep their places.
 --
 -- KEYS[1]  the relay's marker: the epoch of the relay that may do this
 -- KEYS[2]  the list of ids: a queue, or what is put aside on it
@@ -17,7 +17,11 @@
 -- ARGV     then handlers and their queues, by turns
 --
 -- Returns how many were moved, how many keep their places, and how many are not looked at yet; -1 and -2 as publish.lua.
-local epoch = tonumber(redis.call('get', KEYS[1]) or '-1')
+local epoch = tonumber(redis.call('get', KEYS[1]) or '-1') or -1
+-- No leadership is so far ahead: somebody has made that up.
+if epoch > tonumber(ARGV[1]) + 1000000 then
+    epoch = -1
+end
 if epoch > tonumber(ARGV[1]) then
     return {-2, 0, 0}
 end
@@ -44,11 +48,8 @@ for n = 1, #ids do
     local id = ids[i]
     local message = redis.call('hget', from .. '.msgs', id)
     bytes = bytes + (message and #message or 0)
-    local name, behind, handler
-    if message then
-        name, behind, handler = string.match(
-            message, '^%s*{%s*"queue_name"%s*:%s*"()[^"\\]*()"%s*,%s*"actor_name"%s*:%s*"([^"\\]*)"')
-    end
+    local handler = message and string.match(
+        string.sub(message, 1, 1000), '^{"queue_name":"[^"\\]*","actor_name":"([^"\\]*)"')
     local queue = handler and queue_of[handler]
     local to = queue and ARGV[2] .. queue
     if message and (not to or to == from) then
@@ -56,16 +57,17 @@ for n = 1, #ids do
     else
         -- Without a message: it was acknowledged by a worker that had been taken for dead.
         if to then
-            local renamed = string.sub(message, 1, name - 1) .. queue .. string.sub(message, behind)
-            if redis.call('hsetnx', to .. '.msgs', id, renamed) == 1 then
+            if redis.call('hsetnx', to .. '.msgs', id, message) == 1 then
                 redis.call(from_end and 'lpush' or 'rpush', to .. ARGV[4], id)
             end
             redis.call('hdel', from .. '.msgs', id)
-            local mark = redis.call('hget', from .. '.at_work', id)
-            if mark then
-                redis.call('hset', to .. '.at_work', id, mark)
-                redis.call('expire', to .. '.at_work', math.max(1, redis.call('ttl', from .. '.at_work')))
-                redis.call('hdel', from .. '.at_work', id)
+            for _, kind in ipairs({'.at_work', '.crashes'}) do
+                local kept_of_it = redis.call('hget', from .. kind, id)
+                if kept_of_it then
+                    redis.call('hset', to .. kind, id, kept_of_it)
+                    redis.call('expire', to .. kind, math.max(1, redis.call('ttl', from .. kind)))
+                    redis.call('hdel', from .. kind, id)
+                end
             end
             moved = moved + 1
         end

@@ -8,7 +8,11 @@
 --
 -- Returns how many messages were new; -1 when the marker is gone or an older one is back (Redis lost what it was
 -- given), or is of another history; -2 when a newer relay has taken over.
-local epoch = tonumber(redis.call('get', KEYS[1]) or '-1')
+local epoch = tonumber(redis.call('get', KEYS[1]) or '-1') or -1
+-- No leadership is so far ahead: somebody has made that up.
+if epoch > tonumber(ARGV[1]) + 1000000 then
+    epoch = -1
+end
 if epoch > tonumber(ARGV[1]) then
     return -2
 end
@@ -21,9 +25,11 @@ if redis.call('hget', KEYS[2], 'history') ~= ARGV[2] then
 end
 local added = 0
 for i = 3, #ARGV, 3 do
-    -- A message that is still queued or in somebody's hands keeps its place.
-    if redis.call('hsetnx', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2]) == 1 then
+    -- A message that is still queued or in somebody's hands keeps its place. The list first: should it be no list, its
+    -- messages must not be there without it.
+    if redis.call('hexists', ARGV[i] .. '.msgs', ARGV[i + 1]) == 0 then
         redis.call('rpush', ARGV[i], ARGV[i + 1])
+        redis.call('hset', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2])
         added = added + 1
     end
 end

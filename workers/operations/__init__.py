@@ -25,6 +25,7 @@ from workers.operations.handlers import CannotPause, Handler, Pause, handlers
 from workers.operations.handlers import pause as pause_handler
 from workers.operations.handlers import resume as resume_handler
 from workers.operations.leftovers import HandlerWithoutRoute, handlers_without_route
+from workers.operations.message_keys import KnownKey, message_keys, revoke_message_key, rotate_message_key
 from workers.operations.recovering import CannotRecover, Recovery, recover
 from workers.operations.remedies import CannotChange, Change, discard, retry
 from workers.operations.retention import Archived, Maintenance, Partitions, maintain, partitions, require_present
@@ -55,6 +56,7 @@ __all__ = [
     "Handler",
     "HandlerStatus",
     "HandlerWithoutRoute",
+    "KnownKey",
     "Maintenance",
     "NoActor",
     "NoReason",
@@ -82,12 +84,15 @@ __all__ = [
     "handlers",
     "handlers_without_route",
     "maintain",
+    "message_keys",
     "partitions",
     "pause_handler",
     "recover",
     "require_present",
     "resume_handler",
     "retry",
+    "revoke_message_key",
+    "rotate_message_key",
     "status",
     "unrouted",
     "whoever",

@@ -18,6 +18,7 @@ from workers.broker import QueuedBundle
 from workers.relay.leases import MAX_BUNDLE_BYTES, DueDelivery
 from workers.relay.reading import Row, positions
 from workers.routes import Route, distinct
+from workers.signatures import END, MessageKey
 
 #: Where dovecote.envelope() puts it.
 EVENT_ID = slice(len('{"specversion":"1.0","id":"'), len('{"specversion":"1.0","id":"') + 36)
@@ -28,7 +29,15 @@ Item = TypeVar("Item")
 class Bundler:
     """Knows the routes, what goes into the ids of this history's messages, and what these say of themselves."""
 
-    def __init__(self, routes: Sequence[Route], salt: bytes = b"", sent_in: str | None = None) -> None:
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        salt: bytes = b"",
+        sent_in: str | None = None,
+        key: MessageKey | None = None,
+    ) -> None:
+        #: What messages are signed with; without one no consumer acts on them.
+        self.key = key
         #: The run of Postgres in which the rows are read (workers/lookup.py).
         self.sent_in = sent_in
         #: Of workers/relay/history.py. A late acknowledgement of a message that was dropped takes away that one only.
@@ -71,21 +80,26 @@ class Bundler:
                 if part is None:
                     part = parts[route.handler] = _Part(route)
                 elif part.counted == route.bundle_size:
-                    yield part.message(self.salt, self.sent_in)
+                    yield part.message(self)
                     part.counted = 0
                 elif part.size + size > MAX_BUNDLE_BYTES:
-                    yield part.message(self.salt, self.sent_in)
+                    yield part.message(self)
                 part.rows.append(row)
                 part.counted += 1
                 part.size += size
         for part in parts.values():
-            yield part.message(self.salt, self.sent_in)
+            yield part.message(self)
 
     def bundles_of(self, route: Route, rows: Sequence[Row]) -> Iterator[QueuedBundle]:
         """Yield the messages for one handler, which wants all of these rows."""
         for part in _parts([row for row in rows if row[2]], route.bundle_size, lambda row: len(row[2])):
             yield bundle(
-                route, positions(part), [envelope for _, _, envelope in part], salt=self.salt, sent_in=self.sent_in
+                route,
+                positions(part),
+                [envelope for _, _, envelope in part],
+                salt=self.salt,
+                sent_in=self.sent_in,
+                key=self.key,
             )
 
     def retries(self, due: Iterable[DueDelivery]) -> Iterator[QueuedBundle]:
@@ -109,6 +123,7 @@ class Bundler:
                     replay=replay,
                     salt=self.salt,
                     sent_in=self.sent_in,
+                    key=self.key,
                 )
 
 
@@ -125,9 +140,9 @@ class _Part:
         self.rows: list[Row] = []
         self.counted = self.size = 0
 
-    def message(self, salt: bytes, sent_in: str | None) -> tuple[QueuedBundle, list[int]]:
-        inside = positions(self.rows)
-        made = bundle(self.route, inside, [envelope for _, _, envelope in self.rows], salt=salt, sent_in=sent_in)
+    def message(self, of: Bundler) -> tuple[QueuedBundle, list[int]]:
+        inside, envelopes = positions(self.rows), [envelope for _, _, envelope in self.rows]
+        made = bundle(self.route, inside, envelopes, salt=of.salt, sent_in=of.sent_in, key=of.key)
         self.rows, self.size = [], 0
         return made, inside
 
@@ -195,10 +210,12 @@ def bundle(
     replay: UUID | None = None,
     salt: bytes = b"",
     sent_in: str | None = None,
+    key: MessageKey | None = None,
 ) -> QueuedBundle:
     """Return a message; the handler, these numbers, events, replay and salt are what its id follows from.
 
-    `sent_in` is in its options: older consumers pass over what they do not know there.
+    `sent_in` and the signature are in its options: older consumers pass over what they do not know there. Without a
+    key it is not signed, and no consumer acts on it.
     """
     digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler), salt=salt)
     digest.update(b"".join([envelope[EVENT_ID] for envelope in envelopes]))
@@ -213,8 +230,10 @@ def bundle(
             f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[[\n'.encode(),
             # An envelope a line: a message that cannot be read as a whole is read line by line.
             b",\n".join(envelopes),
-            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"options":{{"redis_message_id":"{id}"{run_word}}},'
-            f'"message_id":"{id}","message_timestamp":{time.time_ns() // 1_000_000}}}'.encode(),
+            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"message_id":"{id}",'
+            f'"message_timestamp":{time.time_ns() // 1_000_000},'
+            f'"options":{{"redis_message_id":"{id}"{run_word}'.encode(),
         )
     )
+    message = message + END if key is None else key.signed(message)
     return QueuedBundle(route.handler, route.queue, id, message)

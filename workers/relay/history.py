@@ -32,6 +32,8 @@ from workers.telemetry.meters import RelayMeters
 log = structlog.get_logger()
 
 _BEAT_SECONDS = 1.0
+# So far may an epoch in Redis be ahead of that in Postgres; see lua/claim.lua.
+MAX_AHEAD = 1_000_000
 # A relay says something to Redis once a second. One that was silent for so long does not lead any more.
 _SILENT_MS = 10_000
 _STAND_BACK_SECONDS = 1.0
@@ -40,13 +42,18 @@ _TOLD_AGAIN_AFTER = 60
 _SIGN_OF_LIFE_SECONDS = 1.0
 
 _RUN = "select dovecote.server_run()"
-# Past every epoch that either server has heard of: Postgres may have been taken back by many leaderships.
-_TAKE_OVER = """
-    update dovecote.relay_state
-    set epoch = greatest(epoch, %(past)s) + 1, owner = %(owner)s, owned_since = clock_timestamp(),
-        seen_at = clock_timestamp(), stands_back_for = null
-    returning epoch, checkpoint, redis_run_id, coalesce(history, ''), coalesce(instance, '')
-"""
+# Past every epoch that either server has heard of: Postgres may have been taken back by many leaderships. Where the
+# leader before us was a relay that did not sign, nothing that it has queued is acted on: then no Redis is known. An
+# epoch of Redis that is far ahead was made up (lua/claim.lua).
+_TAKE_OVER = f"""
+    update dovecote.relay_state as state
+    set epoch = greatest(state.epoch, before.past) + 1, owner = %(owner)s, owned_since = clock_timestamp(),
+        seen_at = clock_timestamp(), stands_back_for = null, signed_epoch = greatest(state.epoch, before.past) + 1,
+        redis_run_id = case when before.signed_epoch = before.epoch then state.redis_run_id end
+    from (select epoch, signed_epoch, case when %(past)s <= epoch + {MAX_AHEAD} then %(past)s else 0 end as past
+          from dovecote.relay_state for no key update) as before
+    returning state.epoch, checkpoint, redis_run_id, coalesce(history, ''), coalesce(instance, '')
+"""  # noqa: S608 - put together from constants
 # A statement after the take-over: from then on no earlier epoch moves it.
 _LAST_BEAT = "select last_value from dovecote.relay_beat"
 _STAND_BACK = "update dovecote.relay_state set stands_back_for = %s where stands_back_for is distinct from %s"
@@ -244,7 +251,7 @@ class History:
     def _begin(self, seen: Marker) -> None:
         """Trust nothing in Redis: neither that it has all, nor that what it has did happen."""
         require_right_of_way(self._claim.instance, seen)
-        if seen.epoch > self.epoch:
+        if self.epoch < seen.epoch <= self.epoch + MAX_AHEAD:
             raise NewerRelay(f"epoch {seen.epoch} has taken over from {self.epoch}")
         self._known_redis = None
         self._claim = replace(self._claim, history=uuid4().hex)
@@ -287,6 +294,11 @@ class History:
                 self._meters.alive("sending_again")
                 self._connection.execute("select")
         return total
+
+    def distrust(self, why: str) -> None:
+        """Have the next check find this Redis unknown: a new history begins, and what is queued is sent anew."""
+        log.warning("what is queued is dropped and sent again", why=why)
+        self._known_redis = None
 
     # Once a second ---------------------------------------------------------------------------
 

@@ -14,12 +14,13 @@ import structlog
 
 from workers import pauses, replays
 from workers.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
-from workers.redis_client import PASSING
+from workers.redis_client import PASSING, is_wrong_type
 from workers.relay import leases, missing
 from workers.relay.ahead import ReadAhead
 from workers.relay.bundles import Bundler
 from workers.relay.envelopes import Made
 from workers.relay.history import History
+from workers.relay.key_watch import KeyWatch
 from workers.relay.leadership import Leadership
 from workers.relay.leases import DueDelivery
 from workers.relay.positions import multirange
@@ -98,7 +99,8 @@ class Leader:
         self._broker = broker
         self._routes = routes
         run = outbox_run(connection)
-        self._bundler = self.bundler = Bundler(routes, history.salt, run)
+        self._keys = KeyWatch(connection)
+        self._bundler = self.bundler = Bundler(routes, history.salt, run, self._keys.newest)
         self._settings = settings
         self._sleeper = sleeper
         self._history = history
@@ -291,6 +293,8 @@ class Leader:
                 return
             except (*PASSING, RedisLost) as error:
                 tries += 1
+                if is_wrong_type(error):
+                    self._mend()
                 self._meters.alive("waiting_for_redis")
                 if tries in (3, 30) or tries % 300 == 0:
                     log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
@@ -336,6 +340,7 @@ class Leader:
         self._next_tick = now + _TICK_SECONDS
         self._meters.alive("leading")
         self._sequence.look()
+        self._look_at_keys()
         self._record_checkpoint()
         self._unrouted.write(self._records)
         self._through_outages(self._check_redis)
@@ -344,7 +349,7 @@ class Leader:
         self._send_retries()
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
-            self._through_outages(lambda: self._meters.reaped(self._broker.reap()))
+            self._through_outages(self._reap)
             self._through_outages(self._take_back)
         self._through_outages(self._renamed_queues.step)
         if now >= self._next_freeing:
@@ -357,6 +362,21 @@ class Leader:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
                 self._maintain()
+
+    def _reap(self) -> None:
+        self._mend()
+        self._meters.reaped(self._broker.reap())
+
+    def _mend(self) -> None:
+        if self._broker.mend((route.queue, route.handler) for route in self._routes):
+            self._history.distrust("somebody else has written over keys of ours")
+
+    def _look_at_keys(self) -> None:
+        if self._keys.look():
+            self._history.distrust("a key that messages were signed with was revoked")
+        if self._bundler.key != self._keys.newest:
+            self._bundler.key = self._keys.newest
+            self._replayer.forget_waves()  # they are signed already
 
     def _take_back(self) -> None:
         """Give handlers that were resumed what was put aside for them, also what was just being put aside."""

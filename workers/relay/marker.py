@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
+from workers.runs import Run
 
 _LUA = Path(__file__).parents[1] / "lua"
 
+# Of an epoch, or of a moment in milliseconds.
+_MAX_DIGITS = 15
 # Of one call: Redis serves nobody else for a millisecond or two.
 _MAX_DROPPED = 1_000
 _MSGS, _ASIDE, _DEAD = ".msgs", ".aside.", ".XQ"
+
+
+def _number(told: bytes | None) -> int:
+    return int(told) if told and len(told) <= _MAX_DIGITS and told.isdigit() else 0
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Marker:
 
     redis_run   run id of the Redis process
     epoch       0 for none
-    history     empty for none
+    history     empty for none; whatever bytes are there, with surrogates for what is no UTF-8
     instance    the run of Postgres it was connected to; empty for none
     silent_ms   how long ago it gave a sign of life, by the clock of Redis
     """
@@ -64,9 +71,11 @@ class RelayMarker:
             pipeline.hmget(details_key, "history", "instance", "seen")
             pipeline.time()
             info, epoch, details, (seconds, micros) = pipeline.execute()
-        history, instance, seen = ((field or b"").decode(errors="replace") for field in details)
-        silent_ms = seconds * 1_000 + micros // 1_000 - int(seen or 0)
-        return Marker(str(info["run_id"]), int(epoch or 0), history, instance, silent_ms)
+        history, instance, seen = ((field or b"").decode(errors="surrogateescape") for field in details)
+        silent_ms = seconds * 1_000 + micros // 1_000 - _number(seen.encode(errors="surrogateescape"))
+        # Anybody may have written these: what is no run, epoch or moment of ours is taken for none.
+        instance = instance if Run.read(instance) else ""
+        return Marker(str(info["run_id"]), _number(epoch), history, instance, silent_ms)
 
     def claim(self, claim: Claim, *, over: str, known_epoch: int | None = None, lowest_beat: int = 0) -> bool:
         """Let only this epoch and history publish, and return whether it may: only where Redis is in history `over`.
@@ -75,7 +84,8 @@ class RelayMarker:
         `lowest_beat` to the claim's.
         Errors: NewerRelay.
         """
-        args: list[str | int] = [claim.epoch, claim.history, claim.instance, claim.beat, over]
+        found_there = over.encode(errors="surrogateescape")
+        args: list[str | int | bytes] = [claim.epoch, claim.history, claim.instance, claim.beat, found_there]
         if known_epoch is not None:
             args += [known_epoch, lowest_beat]
         found, claimed = self._claim(keys=self._broker.marker_keys, args=args)

@@ -29,6 +29,7 @@ from workers.relay.reading import Connection, Reader
 from workers.relay.setting_aside import Unreadable, report, set_aside
 from workers.routes import Route
 from workers.settings import Relay as RelaySettings
+from workers.signatures import NoMessageKey, valid_keys
 from workers.telemetry.meters import RelayMeters
 
 log = structlog.get_logger()
@@ -139,7 +140,7 @@ class Reconciler:
             try:
                 with self._connect() as connection:
                     self._looked_upto = None if self.look(connection, upto) else upto
-            except (*PASSING, RedisLost, NewerRelay):
+            except (*PASSING, RedisLost, NewerRelay, NoMessageKey):
                 self._looked_upto, self._goes_on = None, False  # the leader sees to it
             except Exception as error:
                 self._looked_upto, self._goes_on = None, False
@@ -149,13 +150,14 @@ class Reconciler:
     def look(self, connection: Connection, upto: int) -> bool:
         """Send again what is lost, as far as one look sees; return whether anything is open up to that position.
 
-        Errors: psycopg.Error, RedisLost, NewerRelay, PASSING.
+        Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, PASSING.
         """
         now, longest = time.monotonic(), max(map(self._patience, self._routes.values()))
         self._sent_again = {sent: at for sent, at in self._sent_again.items() if now - at < longest}
         fields = {"handlers": list(self._routes), "upto": upto, "epoch": self._epoch}
         found = connection.execute(_OPEN, fields).fetchall()
         self._goes_on = False
+        self._queued.keys = valid_keys(connection) if found else {}
         for handler, ranges, low, is_due in found:
             waits = now < self._too_long.get(handler, now) or len(self._sent_again) >= _MAX_SENT_AGAIN
             if is_due and not waits and not self._stopping.is_set():

@@ -34,6 +34,7 @@ from workers.relay.sleeping import Sleeper
 from workers.relay.standby import NotOnStandby
 from workers.routes import Route
 from workers.settings import Settings
+from workers.signatures import NoMessageKey
 from workers.telemetry.meters import RelayMeters, RelayState
 
 log = structlog.get_logger()
@@ -166,7 +167,7 @@ class Relay:
                             self._lead(connection, leadership)
             except (SequenceFault, NotOnStandby) as error:
                 log.error("relay stops leading", error=str(error))
-            except (psycopg.Error, *PASSING, NewerRelay, RedisLost) as error:
+            except (psycopg.Error, *PASSING, NewerRelay, RedisLost, NoMessageKey) as error:
                 if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error) or of_a_value(error)):
                     raise
                 tries += 1

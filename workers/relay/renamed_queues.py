@@ -13,8 +13,10 @@ from typing import Any
 
 import structlog
 from dramatiq.common import dq_name
+from redis.exceptions import ResponseError
 
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
+from workers.redis_client import is_wrong_type
 from workers.routes import Route, queues
 
 log = structlog.get_logger()
@@ -113,7 +115,12 @@ class RenamedQueues:
         prefix = f"{self._broker.namespace}:"
         suffix = f"{_ASIDE}{handler}" if handler else ""
         source = f"{prefix}{queue}{suffix}"
-        looked_at = self._ends_of(source)
+        try:
+            looked_at = self._ends_of(source)
+        except ResponseError as error:
+            if is_wrong_type(error):
+                return 0  # not a queue
+            raise
         length = looked_at[0]
         if self._left_alone.get(source) == looked_at:
             return 0

@@ -285,6 +285,7 @@ class Replayer:
                 replay=again,
                 salt=self._bundler.salt,
                 sent_in=self._bundler.sent_in,
+                key=self._bundler.key,
             )
             for part in parts
         ]

@@ -76,6 +76,8 @@ Of consumers; one port tells for all worker processes of a Dramatiq master:
     dovecote_parked_events_total{handler} counter: events put behind an earlier one of their aggregate
     dovecote_phantom_events_total{handler} counter: events passed over, because they are not in the outbox: Postgres has
         forgotten them, after a restore or a failover
+    dovecote_refused_messages_total{queue,reason} counter: messages that nobody acts on: unsigned, forged, unknown_key,
+        misplaced (made for another queue or id), unreadable, too_large, failed (handed back time after time)
     dovecote_bundle_events{handler} histogram: events of a bundle
     dovecote_handler_duration_seconds{handler} histogram: one call of the handler: an event, or with `bulk` a bundle
     dovecote_commit_to_effect_seconds{handler} histogram: from the event's row to the commit of its effect; no replays

@@ -45,6 +45,9 @@ class ConsumerMeters:
     def parked(self, handler: str, events: int) -> None:
         """Events wait behind an earlier one of their aggregate."""
 
+    def refused(self, queue: str, reason: str) -> None:
+        """A message was refused: no relay made it as it is."""
+
     def phantoms(self, handler: str, events: int) -> None:
         """Events were passed over, because they are not in the outbox."""
 

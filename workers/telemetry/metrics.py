@@ -146,6 +146,9 @@ class ConsumerMetrics(ConsumerMeters):
         self._phantoms = _counter(
             "dovecote_phantom_events_total", "Events passed over, because they are not in the outbox.", "handler"
         )
+        self._refused = _counter(
+            "dovecote_refused_messages_total", "Messages that no relay made as they are.", "queue", "reason"
+        )
         self._bundle = _histogram("dovecote_bundle_events", "Events of a bundle.", _EVENTS)
         self._duration = _histogram(
             "dovecote_handler_duration_seconds", "One call of the handler: an event, or a bundle with bulk.", _SECONDS
@@ -194,6 +197,9 @@ class ConsumerMetrics(ConsumerMeters):
 
     def parked(self, handler: str, events: int) -> None:
         self._parked.labels(handler=handler).inc(events)
+
+    def refused(self, queue: str, reason: str) -> None:
+        self._refused.labels(queue=queue, reason=reason).inc()
 
     def phantoms(self, handler: str, events: int) -> None:
         self._phantoms.labels(handler=handler).inc(events)

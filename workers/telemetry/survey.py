@@ -7,6 +7,7 @@ rules and dashboards take the largest.
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -133,7 +134,8 @@ class Survey(Collector):
             seconds, microseconds = client.time()
             ahead = float(seconds + microseconds / 1e6 - (before + time.time()) / 2)
             for queue in queues(self._routes):
-                dead_letters[queue] = client.zcard(f"{self._settings.redis.namespace}:{queue}.XQ")
+                with suppress(redis.ResponseError):  # somebody else's: of another type, until the relay deletes it
+                    dead_letters[queue] = client.zcard(f"{self._settings.redis.namespace}:{queue}.XQ")
             return ahead
         finally:
             client.close()

@@ -22,6 +22,7 @@ from workers.relay.bundles import Bundler, bundle
 from workers.relay.history import salt
 from workers.relay.reconciling import Reconciler
 from workers.routes import Route
+from workers.signatures import MessageKey, newest_key
 from workers.telemetry.meters import RelayMeters
 from workers.telemetry.metrics import RelayMetrics
 
@@ -116,6 +117,11 @@ def lose_its_place(system: System, id: str) -> None:
     assert client.lrem(key_of(system), 0, id) == 1
 
 
+def key_of_system(system: System) -> MessageKey:
+    with psycopg.connect(system.settings.database.url.get_secret_value()) as connection:
+        return newest_key(connection)
+
+
 class Looking:
     """The look of a leader, without one."""
 
@@ -133,7 +139,7 @@ class Looking:
         self.reconciler = Reconciler(
             connect=self._connect,
             broker=system.broker,
-            bundler=Bundler(list(routes or system.routes), salt(history)),
+            bundler=Bundler(list(routes or system.routes), salt(history), key=key_of_system(system)),
             routes=list(routes or system.routes),
             settings=system.settings.relay,
             epoch=self.epoch,
@@ -213,12 +219,15 @@ def test_what_is_in_messages_that_nobody_acts_on_for_it_is_lost(system_with: Cal
     client: Any = system.broker.client
     message = orjson.loads(client.hget(key_of(system, "test.msgs"), lost))
     envelopes = [orjson.dumps(envelope) for envelope in message["args"][0]]
+    key = key_of_system(system)
     others = [
         # What is not on record as failed is left alone by a retry, and what is not acted on by a replay. And another
         # handler's message on the same queue is not ours.
-        bundle(system.routes[0], [1], envelopes, retry=True),
-        bundle(system.routes[0], [2], envelopes, replay=UUID(int=1)),
-        bundle(a_route("test.other"), [3], envelopes),
+        bundle(system.routes[0], [1], envelopes, retry=True, key=key),
+        bundle(system.routes[0], [2], envelopes, replay=UUID(int=1), key=key),
+        bundle(a_route("test.other"), [3], envelopes, key=key),
+        # Nor is one that no relay has signed.
+        bundle(system.routes[0], [4], envelopes),
     ]
     looking = Looking(system)
     system.broker.publish(looking.epoch, others)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import psycopg
 import redis
 
+from workers.masking import masked
 from workers.operations.doctor import leftovers
 from workers.operations.doctor.finding import Finding, Subject, error, ok, warning
 from workers.operations.doctor.postgres import POSTPONED, session
-from workers.redis_client import connect_redis
+from workers.redis_client import connect_redis, is_wrong_type
 from workers.routes import queues
 
 _SOCKET_SECONDS = 5.0
@@ -35,6 +36,17 @@ def findings(subject: Subject) -> list[Finding]:
             leftovers.unknown_queues(client, subject),
             leftovers.dead_letters(client, subject),
             *postponed(client, subject),
+        ]
+    except redis.ResponseError as caught:
+        if not is_wrong_type(caught):
+            return []
+        return [
+            error(
+                "queues.keys",
+                f"a key of ours is of another type than ours: {masked(str(caught))}",
+                "Somebody else writes to this Redis under our names. The relay that leads deletes such a key within "
+                "seconds, and sends what was lost again. Find out who has the password; see SECURITY.md.",
+            )
         ]
     except redis.RedisError:
         return []
@@ -113,9 +125,11 @@ def _held(client: Any, subject: Subject) -> Iterator[_Held]:
     prefix = f"{subject.settings.redis.namespace}:"
     seconds, microseconds = client.time()
     since = (seconds * 1_000 + microseconds / 1_000) - subject.settings.consumers.heartbeat_timeout_ms
-    alive = {worker.decode() for worker in client.zrangebyscore(f"{prefix}__heartbeats__", since, "+inf")}
+    alive = {
+        worker.decode(errors="replace") for worker in client.zrangebyscore(f"{prefix}__heartbeats__", since, "+inf")
+    }
     for key in _keys(client, f"{prefix}__acks__.*"):
-        worker, _, queue = key.decode().removeprefix(f"{prefix}__acks__.").partition(".")
+        worker, _, queue = key.decode(errors="replace").removeprefix(f"{prefix}__acks__.").partition(".")
         yield _Held(worker, queue, int(client.scard(key)), worker in alive)
 
 

@@ -25,7 +25,8 @@ _HANDLERS_OF = """
         local page = redis.call('hscan', KEYS[1], cursor, 'count', 100)
         cursor = page[1]
         for i = 2, #page[2], 2 do
-            local name = string.match(page[2][i], '^%s*{.-"actor_name"%s*:%s*"([^"\\\\]*)"') or ''
+            local head = string.sub(page[2][i], 1, 1000)
+            local name = string.match(head, '^%s*{.-"actor_name"%s*:%s*"([%w_.:-]*)"') or ''
             if not counts[name] then
                 counts[name] = 0
                 table.insert(names, name)
@@ -100,7 +101,7 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
 
 
 def dead_letters(client: Any, subject: Subject) -> Finding:
-    """Messages that a consumer could not read, or that Dramatiq gave up. Nobody looks at them again."""
+    """Messages that a consumer refused, or that Dramatiq gave up. Nobody looks at them again."""
     names = sorted(name for name in _queues(client, subject) if name.endswith(".XQ"))
     if not names:
         return ok("queues.dead_letters", "no message is dead")
@@ -117,8 +118,9 @@ def dead_letters(client: Any, subject: Subject) -> Finding:
         "queues.dead_letters",
         f"dead messages in Redis: {'; '.join(told)}",
         "Postgres has the events: `dovecote replay start --handler HANDLER --strength missing` sends again what the "
-        "handler has not processed, which makes such a message superfluous. One that cannot be read was written by "
-        "another program, or damaged: the consumer's log has its beginning. Then delete it: DEL "
+        "handler has not processed, which makes such a message superfluous. Why one was refused is in the consumers' "
+        "log: no relay signed it as it is. Another program writes here, or somebody who has the password and should "
+        "not; after a deploy, it may be from the version before. Then delete it: DEL "
         f"{keys}. Redis drops dead messages after seven days.",
     )
 
@@ -169,7 +171,9 @@ def _names(client: Any, subject: Subject, pattern: str) -> Iterator[str]:
 
 def _handlers_of(client: Any, key: str) -> "Counter[str]":
     answer = client.eval(_HANDLERS_OF, 1, key, _MAX_COUNTED)
-    return Counter({name.decode(): int(number) for name, number in zip(answer[::2], answer[1::2], strict=True)})
+    return Counter(
+        {name.decode(errors="replace"): int(number) for name, number in zip(answer[::2], answer[1::2], strict=True)}
+    )
 
 
 def _prefix(subject: Subject) -> str:

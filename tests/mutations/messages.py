@@ -1,0 +1,113 @@
+"""Lines that keep what is in Redis from being believed."""
+
+from tests.mutations.mutant import Mutant
+
+MESSAGES = "tests/security/test_messages.py"
+KEYS = "tests/security/test_redis_keys.py"
+REFUSED = f"{MESSAGES}::test_a_message_that_no_relay_made_is_refused_once"
+SIGNATURES, OPENING = "workers/signatures.py", "workers/opening.py"
+
+SIGNED = (
+    Mutant(
+        "a signature is not compared",
+        SIGNATURES,
+        "return hmac.compare_digest(message[-TAIL_BYTES:], expected)",
+        "return bool(expected)",
+        MESSAGES,
+    ),
+    Mutant(
+        "a message without a signature is opened",
+        OPENING,
+        "        if key_id is None:\n",
+        "        if False:\n",
+        REFUSED,
+    ),
+    Mutant(
+        "a forged message is opened", OPENING, "        if not key.has_signed(data):\n", "        if False:\n", REFUSED
+    ),
+    Mutant(
+        "a signed message is good on any queue",
+        OPENING,
+        "received.queue not in (contents.queue, its_queue) or contents.id",
+        "contents.id",
+        MESSAGES,
+    ),
+    Mutant("a signed message is good under any id", OPENING, " or contents.id != received.id", "", REFUSED),
+    Mutant(
+        "what is for an unknown handler is given to Dramatiq unsigned",
+        "workers/broker.py",
+        "        return actor not in others\n",
+        "        return actor in self.signed_handlers\n",
+        REFUSED,
+    ),
+    Mutant(
+        "a mark is believed without a signature",
+        "workers/suspects.py",
+        "return mark if key is not None and key.has_signed_mark(self._message_id, mark, digest) else None",
+        "return mark",
+        MESSAGES,
+    ),
+    Mutant(
+        "a mark is good for any message",
+        SIGNATURES,
+        'b"\\n".join((message_id.encode(), mark))',
+        "mark",
+        MESSAGES,
+    ),
+    Mutant(
+        "each made-up key id asks Postgres",
+        SIGNATURES,
+        "                if time.monotonic() - self._asked_at >= _ASK_AGAIN_SECONDS:\n",
+        "                if True:\n",
+        f"{MESSAGES}::test_made_up_key_ids_do_not_hammer_postgres",
+    ),
+    Mutant(
+        "a line that is no envelope takes its bundle along",
+        "workers/envelope.py",
+        "            broken.append(Broken(",
+        "            raise\n            broken.append(Broken(",
+        f"{MESSAGES}::test_an_unreadable_line_takes_nobody_along",
+    ),
+    Mutant(
+        "a message of another queue's name goes to Dramatiq",
+        "workers/fetching.py",
+        'message.queue_name != self.queue_name or message.options["redis_message_id"] != id',
+        'message.options["redis_message_id"] != id',
+        f"{MESSAGES}::test_another_programs_actor_on_our_queue_still_works_and_a_queue_of_nowhere_kills_no_thread",
+    ),
+    Mutant(
+        "what fails time after time goes on for ever",
+        "workers/handing_back.py",
+        "            if times > _MAX_HAND_BACKS:\n",
+        "            if False:\n",
+        f"{MESSAGES}::test_a_message_that_fails_time_after_time_is_refused_in_the_end",
+    ),
+    Mutant(
+        "dead letters grow without an end",
+        "workers/lua/refuse.lua",
+        "redis.call('zcard', KEYS[3]) < tonumber(ARGV[1])",
+        "true",
+        f"{MESSAGES}::test_a_flood_leaves_a_bounded_number_of_dead_letters",
+    ),
+    Mutant(
+        "what was signed with a revoked key waits for the reconciler",
+        "workers/relay/key_watch.py",
+        "return not before.keys() <= self._keys.keys()",
+        "return False",
+        f"{MESSAGES}::test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again",
+    ),
+    Mutant(
+        "a key of another type stays",
+        "workers/lua/mend.lua",
+        "        redis.call('unlink', key)\n",
+        "",
+        f"{KEYS}::test_a_key_of_another_type_stops_nobody_for_long",
+    ),
+    Mutant(
+        "a made-up epoch is believed",
+        "workers/lua/publish.lua",
+        "if epoch > tonumber(ARGV[1]) + 1000000 then",
+        "if false then",
+        f"{KEYS}::test_a_hand_made_epoch_ends_no_relay",
+    ),
+)

@@ -1,0 +1,37 @@
+#!lua flags=allow-oom
+-- Take messages from the head of a queue into a worker's hands. Ids come with them: what a message says of its own id
+-- is not to be believed.
+--
+-- KEYS[1]  the queue, KEYS[2] its messages, KEYS[3] the set of what this worker holds of it, KEYS[4] heartbeats
+-- KEYS[5]  how often a process has died with a message in its hands
+-- ARGV[1]  the worker
+-- ARGV[2]  most messages
+-- ARGV[3]  most bytes of one message: of a larger one nothing is returned but its size
+-- ARGV[4]  most bytes of all, or a single message
+--
+-- Returns id, size, message or nil, crashes or nil, by turns.
+local now = redis.call('time')
+redis.call('zadd', KEYS[4], now[1] * 1000 + math.floor(now[2] / 1000), ARGV[1])
+local answer, bytes = {}, 0
+for _ = 1, tonumber(ARGV[2]) do
+    local id = redis.call('lindex', KEYS[1], 0)
+    if not id then
+        break
+    end
+    local size = redis.call('hstrlen', KEYS[2], id)
+    local fits = size <= tonumber(ARGV[3])
+    bytes = bytes + (fits and size or 0)
+    if #answer > 0 and bytes > tonumber(ARGV[4]) then
+        break
+    end
+    redis.call('lpop', KEYS[1])
+    -- Without a message: it was acknowledged by a worker that had been taken for dead. Nobody need hold it.
+    if size > 0 or redis.call('hexists', KEYS[2], id) == 1 then
+        redis.call('sadd', KEYS[3], id)
+        answer[#answer + 1] = id
+        answer[#answer + 1] = size
+        answer[#answer + 1] = fits and redis.call('hget', KEYS[2], id)
+        answer[#answer + 1] = redis.call('hget', KEYS[5], id)
+    end
+end
+return answer

@@ -1,0 +1,24 @@
+#!lua flags=allow-oom
+-- Take refused messages off their queue: among its dead letters while there is room, so that somebody may look at them.
+--
+-- KEYS[1]  the set of messages this worker holds of the queue
+-- KEYS[2]  the queue, KEYS[3] its dead letters
+-- ARGV[1]  most dead letters, and ARGV[2] most bytes of one
+-- ARGV     message ids
+local now = redis.call('time')
+for i = 3, #ARGV do
+    local id = ARGV[i]
+    if redis.call('srem', KEYS[1], id) == 1 then
+        if redis.call('hstrlen', KEYS[2] .. '.msgs', id) <= tonumber(ARGV[2])
+           and redis.call('zcard', KEYS[3]) < tonumber(ARGV[1]) then
+            local message = redis.call('hget', KEYS[2] .. '.msgs', id)
+            if message then
+                redis.call('zadd', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000), id)
+                redis.call('hset', KEYS[3] .. '.msgs', id, message)
+            end
+        end
+        redis.call('hdel', KEYS[2] .. '.msgs', id)
+        redis.call('hdel', KEYS[2] .. '.at_work', id)
+        redis.call('hdel', KEYS[2] .. '.crashes', id)
+    end
+end
