@@ -4,6 +4,7 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
+from tests.mutations.codes import VERIFICATION
 from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.losses import LOSSES
@@ -1399,6 +1400,7 @@ MUTANTS = (
     ),
     *QUEUES,
     *GOING_BACK,
+    *VERIFICATION,
     *PROGRESS,
     *LOSSES,
     *LEFTOVERS,

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import IntegrityError
 from typer.testing import CliRunner
 
 from domain.database import Sessions, connect, sessions_for
