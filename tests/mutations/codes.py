@@ -66,7 +66,7 @@ VERIFICATION = (
         LIMITS_PY,
         "max(still, key=lambda wait: wait[0])",
         "min(still, key=lambda wait: wait[0])",
-        f"{CODES}::test_one_account_alone_locks_nobody_out {CODES}::test_codes_are_limited_by_the_hour_and_by_the_day",
+        f"{CODES}::test_asking_during_a_lock_out_makes_it_no_longer",
     ),
     Mutant(
         "one account may use up what a number has",
