@@ -1,5 +1,6 @@
 """The tables of verification, and how a row becomes a Challenge."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
@@ -15,7 +16,6 @@ from sqlalchemy import (
     delete,
     select,
     tuple_,
-    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.orm import Session
@@ -158,14 +158,22 @@ class Quotas:
         """
         columns = verification_quotas.c
         quotas = _quotas_of(phone_hash, user_id, limits)
+        asked = insert(verification_quotas).values(
+            [
+                {"kind": quota.kind, "subject": quota.subject, "codes_at": [], "answers_at": [], "last_at": at}
+                for quota in quotas
+            ]
+        )
+        # The update changes nothing: it locks each row, in this order, and returns what is in it, also if it was just
+        # committed.
+        locked = self._session.execute(
+            asked.on_conflict_do_update(
+                constraint="verification_quotas_pkey", set_={"subject": asked.excluded.subject}
+            ).returning(columns.kind, columns.codes_at, columns.answers_at)
+        )
+        used = {kind: moments for kind, *moments in locked}
         for quota in quotas:
-            # The update changes nothing: it locks the row and returns what is in it, even if it was just committed.
-            quota.codes_at, quota.answers_at = self._session.execute(
-                insert(verification_quotas)
-                .values(kind=quota.kind, subject=quota.subject, codes_at=[], answers_at=[], last_at=at)
-                .on_conflict_do_update(constraint="verification_quotas_pkey", set_={"subject": quota.subject})
-                .returning(columns.codes_at, columns.answers_at)
-            ).one()
+            quota.codes_at, quota.answers_at = used[quota.kind]
         return quotas
 
     def find(self, phone_hash: str, user_id: str, limits: Limits) -> list[Quota]:
@@ -182,17 +190,22 @@ class Quotas:
                 quota.codes_at, quota.answers_at = used
         return quotas
 
-    def save(self, quota: Quota) -> None:
-        columns = verification_quotas.c
-        self._session.execute(
-            update(verification_quotas)
-            .where(columns.kind == quota.kind, columns.subject == quota.subject)
-            .values(
-                codes_at=quota.codes_at,
-                answers_at=quota.answers_at,
-                last_at=max([*quota.codes_at, *quota.answers_at]),
-            )
+    def save(self, quotas: Sequence[Quota]) -> None:
+        """Write down what was counted in quotas that are locked."""
+        counted = insert(verification_quotas).values(
+            [
+                {
+                    "kind": quota.kind,
+                    "subject": quota.subject,
+                    "codes_at": quota.codes_at,
+                    "answers_at": quota.answers_at,
+                    "last_at": max([*quota.codes_at, *quota.answers_at]),
+                }
+                for quota in quotas
+            ]
         )
+        changed = {name: counted.excluded[name] for name in ("codes_at", "answers_at", "last_at")}
+        self._session.execute(counted.on_conflict_do_update(constraint="verification_quotas_pkey", set_=changed))
 
     def remove_idle(self, before: datetime, most: int) -> int:
         """Remove at most `most` that counted nothing since a moment and return how many. Waits for nobody."""

@@ -41,7 +41,7 @@ def request_code(
         require_code(counted, at)
     for quota in counted:
         quota.count_code(at)
-        quotas.save(quota)
+    quotas.save(counted)
     Challenges(uow).put(challenge)
     uow.emit(requested)
     return challenge
@@ -75,7 +75,7 @@ def answer_challenge(
         require_answer(counted, at)
     for quota in counted:
         quota.count_answer(at)
-        quotas.save(quota)
+    quotas.save(counted)
     verdict = challenge.answer(hash_of(keys, challenge_id, digits), at)
     if isinstance(verdict, PhoneVerified):
         VerifiedPhones(uow).add(challenge.user_id, challenge.phone_hash, at)

@@ -76,10 +76,10 @@ VERIFICATION = (
         f"{CODES}::test_one_account_alone_locks_nobody_out",
     ),
     Mutant(
-        "counts are read without a lock",
+        "what was counted is not read",
         REPOSITORY_PY,
-        '.on_conflict_do_update(constraint="verification_quotas_pkey", set_={"subject": quota.subject})',
-        '.on_conflict_do_update(constraint="verification_quotas_pkey", set_={"codes_at": []})',
+        'set_={"subject": asked.excluded.subject}',
+        'set_={"codes_at": []}',
         f"{CODES}::test_of_many_requests_at_the_same_time_one_is_sent",
     ),
     Mutant(
