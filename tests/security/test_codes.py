@@ -359,20 +359,15 @@ NOT_MOBILE = {
     "premium rate, US": "+19005551234",
     "premium rate, UK": "+449098790000",
     "premium rate, Germany": "+499001234567",
-    "premium rate, France": "+33899123456",
     "premium rate, of no country": "+979123456789",
-    "shared cost, of no country": "+80812345678",
     "toll free": "+18005550100",
-    "toll free, of no country": "+80012345678",
     "landline": "+4930901820",
     "personal number": "+447012345678",
-    "personal number, US": "+15005551234",
     "pager": "+4916812345678",
     "internet": "+43720123456",
     "satellite, Iridium": "+881612345678",
     "satellite, Inmarsat": "+870773111632",
     "network of no country": "+883510000000094",
-    "universal access": "+88812345678901",
 }
 
 
