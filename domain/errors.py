@@ -1,5 +1,8 @@
 """The small tree of errors; each branch says what the caller should do next."""
 
+from datetime import UTC, datetime, timedelta
+from typing import ClassVar
+
 
 class DovecoteError(Exception):
     """Anything this package raises on purpose."""
@@ -11,6 +14,22 @@ class DomainError(DovecoteError):
 
 class Refused(DomainError):
     """The thing exists but is in no state for this."""
+
+
+class RateLimited(Refused):
+    """Too many of them lately. Asking earlier than told changes nothing, and makes nothing longer.
+
+    retry_after  how long to wait, from the moment that the caller gave; more than nothing
+    retry_at     the end of that wait
+    """
+
+    why: ClassVar[str] = "too many requests"
+
+    def __init__(self, at: datetime, retry_at: datetime) -> None:
+        self.retry_after = retry_at - at
+        self.retry_at = retry_at
+        seconds = -(-self.retry_after // timedelta(seconds=1))
+        super().__init__(f"{self.why}; try again in {seconds} s, at {retry_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC")
 
 
 class NotFound(DomainError):

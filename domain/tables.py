@@ -24,7 +24,7 @@ from domain.database import metadata
 from domain.outbox import outbox
 from domain.pricing.repository import latest_prices, price_quotes
 from domain.processed_events import processed_events
-from domain.verification.repository import challenges, verified_phones
+from domain.verification.repository import challenges, verification_quotas, verified_phones
 
 __all__ = [
     "audit_log",
@@ -47,6 +47,7 @@ __all__ = [
     "replays",
     "subscriptions",
     "unrouted_types",
+    "verification_quotas",
     "verified_phones",
 ]
 

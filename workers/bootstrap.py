@@ -35,6 +35,7 @@ from workers.lookup import history_in
 from workers.masking import never_show
 from workers.opening import Received, Refused
 from workers.pauses import HandlerPaused
+from workers.purges import PURGES
 from workers.redis_client import connect_redis
 from workers.relay.relay import Relay
 from workers.route_rules import InvalidRoute
@@ -121,7 +122,7 @@ def relay_for(settings: Settings, routes: Sequence[Route] = ROUTES, meters: Rela
     broker = broker_for(settings, [])
     for queue in queues(routes):
         broker.declare_queue(queue)
-    return Relay(settings, broker, routes, meters)
+    return Relay(settings, broker, routes, meters, PURGES)
 
 
 def gateways_for(settings: Settings) -> Gateways:

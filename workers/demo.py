@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +20,11 @@ from domain.privacy import Keyring
 from domain.unit_of_work import UnitOfWork, unit_of_work
 
 _PER_TRANSACTION = 20
+_NUMBERS = 100
+
+# A demonstration asks again and again for the codes of a hundred numbers that reach nobody.
+_WIDE = verification.Allowance(pause=timedelta(0), codes_an_hour=10_000, codes_a_day=10_000, answers_an_hour=10_000)
+_LIMITS = verification.Limits(phone=_WIDE, user=_WIDE)
 
 Story = Callable[[UnitOfWork, datetime], None]
 
@@ -91,11 +96,12 @@ def _write(sessions: Sessions, run_id: UUID, stories: list[Story]) -> int:
 
 def _stories(run_id: UUID, keys: Keyring, chance: random.Random) -> Iterator[Story]:
     """Yield stories of exactly one fact each."""
-    while True:
+    # In turn, so that two demonstrations lock numbers in the same order.
+    for turn in count(chance.randrange(_NUMBERS)):
         yield from _membership(f"demo-{run_id}", chance)
         for _ in range(5):
             yield _quote(f"DEMO-{run_id}-{chance.randrange(5)}", chance)
-        yield from _challenge(f"demo-{run_id}", keys, chance)
+        yield from _challenge(f"demo-{run_id}", keys, turn)
 
 
 def _membership(user: str, chance: random.Random) -> Iterator[Story]:
@@ -123,16 +129,17 @@ def _quote(symbol: str, chance: random.Random) -> Story:
     return quote
 
 
-def _challenge(user: str, keys: Keyring, chance: random.Random) -> Iterator[Story]:
+def _challenge(user: str, keys: Keyring, turn: int) -> Iterator[Story]:
     posed: list[UUID] = []
+    user_id = f"{user}-{uuid7()}"
     # 555-0100 to 555-0199 are kept for fiction: no message can reach anybody (NANPA).
-    phone = f"+12015550{chance.randrange(100, 200)}"
+    phone = f"+12015550{100 + turn % _NUMBERS}"
 
     def request(uow: UnitOfWork, at: datetime) -> None:
-        posed.append(verification.request_code(uow, keys, f"{user}-{uuid7()}", phone, at).id)
+        posed.append(verification.request_code(uow, keys, user_id, phone, at, limits=_LIMITS).id)
 
     def answer_wrongly(uow: UnitOfWork, at: datetime) -> None:
-        verification.answer_challenge(uow, keys, posed[0], "not a code", at)
+        verification.answer_challenge(uow, keys, posed[0], "000000", at, user_id=user_id, limits=_LIMITS)
 
     yield from (request, answer_wrongly)
 

@@ -5,26 +5,49 @@ from domain.verification.challenge import (
     TRIES,
     Challenge,
     ChallengeExpired,
+    MalformedAnswer,
     NoTriesLeft,
+    UnknownCodeRequest,
     code_for,
 )
 from domain.verification.events import CodeRejected, CodeRequested, PhoneVerified
+from domain.verification.limits import (
+    LIMITS,
+    Allowance,
+    CodeRequestedTooSoon,
+    Limits,
+    TooManyAnswers,
+    TooManyCodesThisHour,
+    TooManyCodesToday,
+)
+from domain.verification.numbers import NotMobile
 from domain.verification.repository import Challenges, VerifiedPhones
-from domain.verification.service import answer_challenge, purge_expired, request_code, tries_left
+from domain.verification.service import answer_challenge, forget_user, purge_expired, request_code, tries_left
 
 __all__ = [
     "LIFE",
+    "LIMITS",
     "TRIES",
+    "Allowance",
     "Challenge",
     "ChallengeExpired",
     "Challenges",
     "CodeRejected",
     "CodeRequested",
+    "CodeRequestedTooSoon",
+    "Limits",
+    "MalformedAnswer",
     "NoTriesLeft",
+    "NotMobile",
     "PhoneVerified",
+    "TooManyAnswers",
+    "TooManyCodesThisHour",
+    "TooManyCodesToday",
+    "UnknownCodeRequest",
     "VerifiedPhones",
     "answer_challenge",
     "code_for",
+    "forget_user",
     "purge_expired",
     "request_code",
     "tries_left",

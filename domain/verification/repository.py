@@ -1,16 +1,30 @@
 """The tables of verification, and how a row becomes a Challenge."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import Column, DateTime, Index, Integer, Table, Text, UniqueConstraint, Uuid, delete, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import (
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    delete,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.orm import Session
 
 from domain.database import mapper, metadata
 from domain.errors import NotFound
 from domain.unit_of_work import UnitOfWork
 from domain.verification.challenge import Challenge
+from domain.verification.limits import Limits, Quota, QuotaKind
 
 challenges = Table(
     "challenges",
@@ -34,6 +48,17 @@ verified_phones = Table(
     Column("user_id", Text, primary_key=True),
     Column("phone_hash", Text, primary_key=True),
     Column("verified_at", DateTime(timezone=True), nullable=False),
+)
+
+verification_quotas = Table(
+    "verification_quotas",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("subject", Text, primary_key=True),
+    Column("codes_at", ARRAY(DateTime(timezone=True)), nullable=False),
+    Column("answers_at", ARRAY(DateTime(timezone=True)), nullable=False),
+    Column("last_at", DateTime(timezone=True), nullable=False),
+    Index("verification_quotas_last_idx", "last_at"),
 )
 
 mapper.map_imperatively(Challenge, challenges)
@@ -70,7 +95,17 @@ class Challenges:
             .execution_options(populate_existing=True)
         ).one_or_none()
         if challenge is None:
-            raise NotFound(f"there is no challenge {challenge_id}; it was answered, replaced or is long over")
+            raise _not_found(challenge_id)
+        return challenge
+
+    def of_user(self, challenge_id: UUID, user_id: str) -> Challenge:
+        """Return a challenge of this user for looking at; nothing is locked.
+
+        Errors: NotFound, in the same words as for one that does not exist, for somebody else's.
+        """
+        challenge = self.find(challenge_id)
+        if challenge is None or challenge.user_id != user_id:
+            raise _not_found(challenge_id)
         return challenge
 
     def find(self, challenge_id: UUID) -> Challenge | None:
@@ -82,12 +117,117 @@ class Challenges:
     def remove(self, challenge: Challenge) -> None:
         self._session.delete(challenge)
 
-    def remove_expired(self, before: datetime) -> int:
-        """Remove what expired before a moment and return how many that were."""
-        gone = self._session.execute(
-            delete(challenges).where(challenges.c.expires_at < before).returning(challenges.c.id)
+    def remove_expired(self, before: datetime, most: int) -> int:
+        """Remove at most `most` that expired before a moment and return how many that were. Waits for nobody."""
+        expired = (
+            select(challenges.c.id)
+            .where(challenges.c.expires_at < before)
+            .order_by(challenges.c.expires_at)
+            .limit(most)
+            .with_for_update(skip_locked=True)
         )
-        return len(gone.all())
+        return len(
+            self._session.scalars(
+                delete(challenges).where(challenges.c.id.in_(expired)).returning(challenges.c.id)
+            ).all()
+        )
+
+    def remove_of(self, user_id: str) -> int:
+        """Remove all of a user and return how many that were."""
+        return len(
+            self._session.scalars(
+                delete(challenges).where(challenges.c.user_id == user_id).returning(challenges.c.id)
+            ).all()
+        )
+
+
+def _not_found(challenge_id: UUID) -> NotFound:
+    return NotFound(f"there is no challenge {challenge_id}; it was answered, replaced or is long over")
+
+
+class Quotas:
+    """What phone numbers and users have used of their allowances. Nothing else counts, so nothing goes round it."""
+
+    def __init__(self, uow: UnitOfWork) -> None:
+        self._session: Session = uow.session
+
+    def lock(self, phone_hash: str, user_id: str, limits: Limits, at: datetime) -> list[Quota]:
+        """Return the quotas of a number and of a user; both are locked until the end.
+
+        The number's always first: two requests, whatever their users and numbers, never wait for each other.
+        """
+        columns = verification_quotas.c
+        quotas = _quotas_of(phone_hash, user_id, limits)
+        asked = insert(verification_quotas).values(
+            [
+                {"kind": quota.kind, "subject": quota.subject, "codes_at": [], "answers_at": [], "last_at": at}
+                for quota in quotas
+            ]
+        )
+        # The update changes nothing: it locks each row, in this order, and returns what is in it, also if it was just
+        # committed.
+        locked = self._session.execute(
+            asked.on_conflict_do_update(
+                constraint="verification_quotas_pkey", set_={"subject": asked.excluded.subject}
+            ).returning(columns.kind, columns.codes_at, columns.answers_at)
+        )
+        used = {kind: moments for kind, *moments in locked}
+        for quota in quotas:
+            quota.codes_at, quota.answers_at = used[quota.kind]
+        return quotas
+
+    def find(self, phone_hash: str, user_id: str, limits: Limits) -> list[Quota]:
+        """Return both for looking at; nothing is locked."""
+        columns = verification_quotas.c
+        quotas = _quotas_of(phone_hash, user_id, limits)
+        for quota in quotas:
+            used = self._session.execute(
+                select(columns.codes_at, columns.answers_at).where(
+                    columns.kind == quota.kind, columns.subject == quota.subject
+                )
+            ).one_or_none()
+            if used:
+                quota.codes_at, quota.answers_at = used
+        return quotas
+
+    def save(self, quotas: Sequence[Quota]) -> None:
+        """Write down what was counted in quotas that are locked."""
+        counted = insert(verification_quotas).values(
+            [
+                {
+                    "kind": quota.kind,
+                    "subject": quota.subject,
+                    "codes_at": quota.codes_at,
+                    "answers_at": quota.answers_at,
+                    "last_at": max([*quota.codes_at, *quota.answers_at]),
+                }
+                for quota in quotas
+            ]
+        )
+        changed = {name: counted.excluded[name] for name in ("codes_at", "answers_at", "last_at")}
+        self._session.execute(counted.on_conflict_do_update(constraint="verification_quotas_pkey", set_=changed))
+
+    def remove_idle(self, before: datetime, most: int) -> int:
+        """Remove at most `most` that counted nothing since a moment and return how many. Waits for nobody."""
+        columns = verification_quotas.c
+        key = tuple_(columns.kind, columns.subject)
+        idle = (
+            select(columns.kind, columns.subject)
+            .where(columns.last_at < before)
+            .order_by(columns.last_at)
+            .limit(most)
+            .with_for_update(skip_locked=True)
+        )
+        return len(
+            self._session.execute(delete(verification_quotas).where(key.in_(idle)).returning(columns.kind)).all()
+        )
+
+
+def _quotas_of(phone_hash: str, user_id: str, limits: Limits) -> list[Quota]:
+    return [
+        Quota(kind=QuotaKind.PHONE, subject=phone_hash, allowance=limits.phone),
+        Quota(kind=QuotaKind.USER, subject=user_id, allowance=limits.user),
+    ]
 
 
 class VerifiedPhones:
@@ -110,3 +250,8 @@ class VerifiedPhones:
         return self._session.scalar(
             select(columns.verified_at).where(columns.user_id == user_id, columns.phone_hash == phone_hash)
         )
+
+    def remove_of(self, user_id: str) -> int:
+        """Remove all of a user and return how many that were."""
+        gone = delete(verified_phones).where(verified_phones.c.user_id == user_id)
+        return len(self._session.scalars(gone.returning(verified_phones.c.phone_hash)).all())

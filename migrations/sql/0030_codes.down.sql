@@ -1,1 +1,2 @@
-select;
+revoke delete on dovecote.verified_phones from dovecote_worker, dovecote_service;
+drop table dovecote.verification_quotas;

@@ -84,7 +84,9 @@ def test_a_code_reaches_the_phone_and_proves_it(system: System, tmp_path: Path) 
     system.until_quiet()
     code = _digits_shown_on((tmp_path / "handset.txt").read_text())
     with unit_of_work(system.sessions) as uow:
-        verdict = verification.answer_challenge(uow, system.gateways.keys, challenge.id, code, datetime.now(UTC))
+        verdict = verification.answer_challenge(
+            uow, system.gateways.keys, challenge.id, code, datetime.now(UTC), user_id="user-1"
+        )
 
     assert isinstance(verdict, verification.PhoneVerified)
     system.until_quiet()

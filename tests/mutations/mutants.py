@@ -4,6 +4,7 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
+from tests.mutations.codes import VERIFICATION
 from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.locks import LOCKS
@@ -1402,6 +1403,7 @@ MUTANTS = (
     *OPERATORS,
     *QUEUES,
     *GOING_BACK,
+    *VERIFICATION,
     *PROGRESS,
     *LOCKS,
     *LOSSES,

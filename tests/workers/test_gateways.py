@@ -19,10 +19,11 @@ from domain.privacy import Keyring
 from domain.unit_of_work import unit_of_work
 from domain.verification import answer_challenge, request_code
 from tests.conftest import Servers
+from tests.phone_numbers import a_mobile
 from workers.gateways import ChallengeCache, ConsoleSms, Gateways, GatewayUnavailable
 from workers.gateways.challenge_cache import remaining_tries
 
-PHONE = "+4930901820"
+PHONE = "+4915112345678"
 KEYS = Keyring(hash_key=b"h" * 32, encryption_keys={"k1": b"e" * 32}, current="k1", code_key=b"c" * 32)
 
 
@@ -64,7 +65,7 @@ def test_the_log_shows_four_digits_and_no_text(handset: Path) -> None:
     with capture_logs() as logged:
         ConsoleSms(handset).send(PHONE, "Your code is 123456.", idempotency_key="a")
 
-    assert logged == [{"event": "sms sent", "to": "••••1820", "log_level": "info"}]
+    assert logged == [{"event": "sms sent", "to": "••••5678", "log_level": "info"}]
 
 
 def test_without_a_handset_messages_are_counted_and_gone(
@@ -261,9 +262,10 @@ class TestWithRedis:
         assert shown(sessions, cache, challenge_id) == 1
 
     def test_a_miss_is_answered_by_postgres_and_remembered(self, cache: ChallengeCache, sessions: Sessions) -> None:
-        challenge_id = a_request(sessions)
+        user = f"user-{uuid7()}"
+        challenge_id = a_request(sessions, user)
         with unit_of_work(sessions) as uow:
-            answer_challenge(uow, KEYS, challenge_id, "none", datetime.now(UTC))
+            answer_challenge(uow, KEYS, challenge_id, "000000", datetime.now(UTC), user_id=user)
 
         assert shown(sessions, cache, challenge_id) == 2
         assert cache.tries_left(challenge_id) == 2
@@ -322,9 +324,9 @@ def test_gateways_show_no_key() -> None:
     assert "hhh" not in repr(gateways)
 
 
-def a_request(sessions: Sessions) -> UUID:
+def a_request(sessions: Sessions, user: str | None = None) -> UUID:
     with unit_of_work(sessions) as uow:
-        return request_code(uow, KEYS, f"user-{uuid7()}", PHONE, datetime.now(UTC)).id
+        return request_code(uow, KEYS, user or f"user-{uuid7()}", a_mobile(), datetime.now(UTC)).id
 
 
 def shown(sessions: Sessions, cache: ChallengeCache, challenge_id: UUID) -> int:

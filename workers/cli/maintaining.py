@@ -4,12 +4,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from psycopg.errors import InsufficientPrivilege
 from rich.table import Table
+from sqlalchemy import Engine
+from sqlalchemy.exc import ProgrammingError
 
 from workers.bootstrap import engine_during
 from workers.cli.options import Actor, DryRun
 from workers.cli.output import AsJson, add_row, print_json, print_table, say
 from workers.operations import retention
+from workers.operations.purging import purge
+from workers.purges import PURGES
 from workers.routes import ROUTES
 from workers.settings import load_settings
 
@@ -37,6 +42,7 @@ def maintain(
 ) -> None:
     """Make partitions ahead; archive and drop weeks older than those to keep. What is still needed is never dropped.
 
+    Personal data whose time is over is removed first: expired challenges with their encrypted numbers.
     Exit code 1 when an old week is held back: by what, and what to do, is said.
 
     Example: dovecote maintain --keep-weeks 12 --archive-dir /srv/archive --dry-run
@@ -47,6 +53,7 @@ def maintain(
             ended = retention.forget_handler(engine, forget_handler, by=actor, routes=ROUTES, dry_run=dry_run)
             if not as_json:
                 say(f"{ended} subscriptions of {forget_handler} {'would end' if dry_run else 'ended'}")
+        purged = None if dry_run else _purge(engine)
         done = retention.maintain(
             engine,
             by=actor,
@@ -57,11 +64,25 @@ def maintain(
             routes=ROUTES,
         )
     if as_json:
-        print_json(done.as_json())
+        print_json({**done.as_json(), "purged": purged})
     else:
+        if purged is not None:
+            say(f"{purged} rows of personal data removed: their time was over")
+        elif not dry_run:
+            say("no personal data was removed: this login may not; the leading relay does it once an hour")
         _tell(done)
     if done.held:
         raise typer.Exit(1)
+
+
+def _purge(engine: Engine) -> int | None:
+    """Return how many rows were removed; None for a login that may not remove them, which is no fault of the weeks."""
+    try:
+        return purge(engine, PURGES)
+    except ProgrammingError as error:
+        if not isinstance(error.orig, InsufficientPrivilege):
+            raise
+        return None
 
 
 def _tell(done: retention.Maintenance) -> None:

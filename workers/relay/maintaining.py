@@ -1,13 +1,18 @@
-"""Once an hour the leading relay looks after the weeks, beside its own work and on a connection of its own."""
+"""Once an hour the leading relay looks after the weeks and removes personal data whose time is over.
+
+Beside its own work and on a connection of its own.
+"""
 
 import socket
 import threading
 from collections.abc import Sequence
 
 import structlog
+from sqlalchemy import Engine
 
 from domain.database import NO_TIME_LIMITS, connect
 from workers.operations import retention
+from workers.operations.purging import Purge, purge
 from workers.routes import Route
 from workers.settings import Settings
 
@@ -17,9 +22,10 @@ log = structlog.get_logger()
 class Maintainer:
     """Runs `dovecote maintain` as the settings say; one run at a time, whatever becomes of it."""
 
-    def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
+    def __init__(self, settings: Settings, routes: Sequence[Route], purges: Sequence[Purge] = ()) -> None:
         self._settings = settings
         self._routes = routes
+        self._purges = purges
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -30,7 +36,7 @@ class Maintainer:
             self._thread.start()
 
     def _run(self) -> None:
-        database, wanted = self._settings.database, self._settings.retention
+        database = self._settings.database
         engine = connect(
             database.url.get_secret_value(),
             pool_size=1,
@@ -38,21 +44,33 @@ class Maintainer:
             application_name="dovecote maintenance",
             session_settings=NO_TIME_LIMITS,
         )
+        # Each whatever becomes of the other: no trouble with a week may keep personal data, nor the other way round.
         try:
-            done = retention.maintain(
-                engine,
-                by=f"relay@{socket.gethostname()}",
-                keep_weeks=wanted.keep_weeks,
-                archive_dir=wanted.archive_path,
-                weeks_ahead=wanted.weeks_ahead,
-                routes=self._routes,
-            )
-        except Exception as error:
-            # Four weeks of partitions are there: the next hour will do.
-            log.warning("maintenance failed; it is tried again in an hour", error=f"{type(error).__name__}: {error}")
-            return
+            for work in (self._purge, self._look_after_weeks):
+                try:
+                    work(engine)
+                except Exception as error:
+                    # Four weeks of partitions are there: the next hour will do.
+                    log.warning(
+                        "maintenance failed; it is tried again in an hour", error=f"{type(error).__name__}: {error}"
+                    )
         finally:
             engine.dispose()
+
+    def _purge(self, engine: Engine) -> None:
+        if removed := purge(engine, self._purges):
+            log.info("personal data removed: its time was over", rows=removed)
+
+    def _look_after_weeks(self, engine: Engine) -> None:
+        wanted = self._settings.retention
+        done = retention.maintain(
+            engine,
+            by=f"relay@{socket.gethostname()}",
+            keep_weeks=wanted.keep_weeks,
+            archive_dir=wanted.archive_path,
+            weeks_ahead=wanted.weeks_ahead,
+            routes=self._routes,
+        )
         for week in done.dropped:
             log.info("week dropped", week=week.week, events=week.events, archive=week.archive)
         for held in done.held:

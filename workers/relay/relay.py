@@ -19,6 +19,7 @@ from domain.errors import DovecoteError
 from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
 from workers.loaders import load_anything
+from workers.operations.purging import Purge
 from workers.outages import asks_again, passes
 from workers.redis_client import PASSING
 from workers.relay import sequence
@@ -131,14 +132,19 @@ class Relay:
     """Leads or stands by until `stop` is called, from a signal handler or another thread."""
 
     def __init__(
-        self, settings: Settings, broker: OutboxBroker, routes: Sequence[Route], meters: RelayMeters | None = None
+        self,
+        settings: Settings,
+        broker: OutboxBroker,
+        routes: Sequence[Route],
+        meters: RelayMeters | None = None,
+        purges: Sequence[Purge] = (),
     ) -> None:
         self._settings = settings
         self._meters = meters or RelayMeters()
         self._broker = broker
         self._routes = routes
         self._sleeper = Sleeper()
-        self._maintainer = Maintainer(settings, routes)
+        self._maintainer = Maintainer(settings, routes, purges)
         self._schema_is_current = False
         self._refused: str | None = None
         schema.revisions()  # read before a leadership hangs on it

@@ -21,6 +21,7 @@ from domain.verification import (
     ChallengeExpired,
     Challenges,
     CodeRejected,
+    CodeRequestedTooSoon,
     NoTriesLeft,
     PhoneVerified,
     VerifiedPhones,
@@ -36,13 +37,22 @@ pytestmark = pytest.mark.servers
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 AFTER = NOON + timedelta(minutes=5)
-PHONE = "+4930901820"
+LATER = NOON + timedelta(seconds=30)
+PHONE = "+4915112345678"
+WRONG = "000000"  # one challenge in a million has this code
 KEYS = Keyring(hash_key=b"h" * 32, encryption_keys={"k1": b"e" * 32}, current="k1", code_key=b"c" * 32)
 
 
 @pytest.fixture
 def user() -> str:
     return f"user-{uuid7()}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_used_up(sessions: Sessions) -> None:
+    """The tests share a number; what may be had of it is the subject of tests/security/test_codes.py."""
+    with sessions.begin() as session:
+        session.execute(text("delete from dovecote.verification_quotas"))
 
 
 def a_request(sessions: Sessions, user: str, phone: str = PHONE, at: datetime = NOON) -> UUID:
@@ -61,13 +71,15 @@ def the_code(sessions: Sessions, challenge_id: UUID) -> str:
     return code_for(KEYS, event_id)
 
 
-def answer(sessions: Sessions, challenge_id: UUID, code: str, at: datetime = NOON) -> PhoneVerified | CodeRejected:
+def answer(
+    sessions: Sessions, user: str, challenge_id: UUID, code: str, at: datetime = NOON
+) -> PhoneVerified | CodeRejected:
     with unit_of_work(sessions) as uow:
-        return answer_challenge(uow, KEYS, challenge_id, code, at)
+        return answer_challenge(uow, KEYS, challenge_id, code, at, user_id=user)
 
 
-def answer_rightly(sessions: Sessions, challenge_id: UUID) -> PhoneVerified | CodeRejected:
-    return answer(sessions, challenge_id, the_code(sessions, challenge_id))
+def answer_rightly(sessions: Sessions, user: str, challenge_id: UUID) -> PhoneVerified | CodeRejected:
+    return answer(sessions, user, challenge_id, the_code(sessions, challenge_id))
 
 
 def tries(sessions: Sessions, challenge_id: UUID, at: datetime = NOON) -> int:
@@ -117,40 +129,45 @@ def test_a_request_is_told_without_the_number(sessions: Sessions, user: str) -> 
 
 def test_a_number_that_is_none_leaves_nothing_behind(sessions: Sessions, user: str) -> None:
     with pytest.raises(InvalidValue, match="phone number"):
-        a_request(sessions, user, phone="030 901820")
+        a_request(sessions, user, phone="0151 12345678")
 
     assert open_challenges_of(sessions, user) == []
 
 
 def test_a_newer_request_for_the_same_number_ends_the_older(sessions: Sessions, user: str) -> None:
-    older = a_request(sessions, user, "+49 30 901820")
+    older = a_request(sessions, user, "+49 151 12345678")
     old_code = the_code(sessions, older)
-    newer = a_request(sessions, user, "+4930901820")
+    newer = a_request(sessions, user, "+4915112345678", LATER)
 
     with pytest.raises(NotFound):
-        answer(sessions, older, old_code)
+        answer(sessions, user, older, old_code)
 
     assert open_challenges_of(sessions, user) == [newer]
-    assert isinstance(answer_rightly(sessions, newer), PhoneVerified)
+    assert isinstance(answer_rightly(sessions, user, newer), PhoneVerified)
 
 
 def test_requests_for_two_numbers_or_by_two_users_stand_side_by_side(sessions: Sessions, user: str) -> None:
+    other = f"{user}-too"
     requested = [
-        a_request(sessions, user, PHONE),
-        a_request(sessions, user, "+4930901821"),
-        a_request(sessions, f"{user}-too", PHONE),
+        (user, a_request(sessions, user, PHONE)),
+        (user, a_request(sessions, user, "+4915112345679", LATER)),
+        (other, a_request(sessions, other, PHONE, LATER)),
     ]
 
-    assert all(isinstance(answer_rightly(sessions, challenge_id), PhoneVerified) for challenge_id in requested)
+    assert all(isinstance(answer_rightly(sessions, who, which), PhoneVerified) for who, which in requested)
 
 
-def test_of_two_requests_at_the_same_time_one_challenge_stays_open(sessions: Sessions, user: str) -> None:
+def test_of_two_requests_at_the_same_time_the_second_is_refused(sessions: Sessions, user: str) -> None:
     at_once = threading.Barrier(2)
+    outcomes: list[object] = []
 
     def request() -> None:
-        with unit_of_work(sessions) as uow:
-            at_once.wait(10)
-            request_code(uow, KEYS, user, PHONE, NOON)
+        try:
+            with unit_of_work(sessions) as uow:
+                at_once.wait(10)
+                outcomes.append(request_code(uow, KEYS, user, PHONE, NOON).id)
+        except CodeRequestedTooSoon as refusal:
+            outcomes.append(refusal.retry_after)
 
     threads = [threading.Thread(target=request) for _ in range(2)]
     for thread in threads:
@@ -158,15 +175,16 @@ def test_of_two_requests_at_the_same_time_one_challenge_stays_open(sessions: Ses
     for thread in threads:
         thread.join(20)
 
-    assert len(open_challenges_of(sessions, user)) == 1
+    (kept,) = open_challenges_of(sessions, user)
+    assert sorted(outcomes, key=str) == sorted([kept, timedelta(seconds=30)], key=str)
 
 
 def test_a_wrong_answer_and_a_new_request_may_share_a_transaction(sessions: Sessions, user: str) -> None:
     older = a_request(sessions, user)
 
     with unit_of_work(sessions) as uow:
-        answer_challenge(uow, KEYS, older, "none", NOON)
-        newer = request_code(uow, KEYS, user, PHONE, NOON).id
+        answer_challenge(uow, KEYS, older, WRONG, NOON, user_id=user)
+        newer = request_code(uow, KEYS, user, PHONE, LATER).id
 
     assert open_challenges_of(sessions, user) == [newer]
     assert tries(sessions, newer) == 3
@@ -178,7 +196,7 @@ def test_a_wrong_answer_and_a_new_request_may_share_a_transaction(sessions: Sess
 def test_a_right_answer_proves_the_phone_and_cleans_up(sessions: Sessions, user: str) -> None:
     challenge_id = a_request(sessions, user)
 
-    verdict = answer_rightly(sessions, challenge_id)
+    verdict = answer_rightly(sessions, user, challenge_id)
 
     assert isinstance(verdict, PhoneVerified)
     assert open_challenges_of(sessions, user) == []
@@ -193,18 +211,18 @@ def test_a_right_answer_proves_the_phone_and_cleans_up(sessions: Sessions, user:
 def test_a_second_right_answer_finds_nothing(sessions: Sessions, user: str) -> None:
     challenge_id = a_request(sessions, user)
     code = the_code(sessions, challenge_id)
-    answer(sessions, challenge_id, code)
+    answer(sessions, user, challenge_id, code)
 
     with pytest.raises(NotFound, match=str(challenge_id)):
-        answer(sessions, challenge_id, code)
+        answer(sessions, user, challenge_id, code)
 
 
 def test_a_number_can_be_proven_again(sessions: Sessions, user: str) -> None:
     later = NOON + timedelta(days=1)
-    answer_rightly(sessions, a_request(sessions, user))
+    answer_rightly(sessions, user, a_request(sessions, user))
     again = a_request(sessions, user, at=later)
 
-    answer(sessions, again, the_code(sessions, again), later)
+    answer(sessions, user, again, the_code(sessions, again), later)
 
     with unit_of_work(sessions) as uow:
         assert VerifiedPhones(uow).verified_at(user, KEYS.phone_hash(PHONE)) == later
@@ -213,7 +231,7 @@ def test_a_number_can_be_proven_again(sessions: Sessions, user: str) -> None:
 def test_the_try_a_wrong_answer_costs_is_committed(sessions: Sessions, user: str) -> None:
     challenge_id = a_request(sessions, user)
 
-    verdict = answer(sessions, challenge_id, "none")
+    verdict = answer(sessions, user, challenge_id, WRONG)
 
     assert isinstance(verdict, CodeRejected)
     assert tries(sessions, challenge_id) == verdict.tries_left == 2
@@ -223,10 +241,10 @@ def test_the_try_a_wrong_answer_costs_is_committed(sessions: Sessions, user: str
 def test_after_three_wrong_answers_the_right_one_is_refused(sessions: Sessions, user: str) -> None:
     challenge_id = a_request(sessions, user)
     for _ in range(3):
-        answer(sessions, challenge_id, "none")
+        answer(sessions, user, challenge_id, WRONG)
 
     with pytest.raises(NoTriesLeft):
-        answer_rightly(sessions, challenge_id)
+        answer_rightly(sessions, user, challenge_id)
 
     assert tries(sessions, challenge_id) == 0
     assert len(facts_of(sessions, challenge_id)) == 4
@@ -237,9 +255,9 @@ def test_after_three_wrong_answers_the_right_one_is_refused(sessions: Sessions, 
 def test_a_late_answer_is_refused_and_costs_nothing(sessions: Sessions, user: str) -> None:
     challenge_id = a_request(sessions, user)
 
-    for code in ("none", the_code(sessions, challenge_id)):
+    for code in (WRONG, the_code(sessions, challenge_id)):
         with pytest.raises(ChallengeExpired):
-            answer(sessions, challenge_id, code, AFTER)
+            answer(sessions, user, challenge_id, code, AFTER)
 
     assert tries(sessions, challenge_id) == 3
     assert facts_of(sessions, challenge_id) == ["verification.code_requested.v1"]
@@ -253,7 +271,7 @@ def test_many_answers_at_once_cost_three_tries_and_no_more(sessions: Sessions, u
     def guess() -> None:
         at_once.wait(10)
         try:
-            verdicts.append(answer(sessions, challenge_id, "none"))
+            verdicts.append(answer(sessions, user, challenge_id, WRONG))
         except NoTriesLeft as refusal:
             verdicts.append(refusal)
 
@@ -277,7 +295,7 @@ def test_of_many_right_answers_at_once_one_succeeds(sessions: Sessions, user: st
     def answer_it() -> None:
         at_once.wait(10)
         try:
-            verdicts.append(answer(sessions, challenge_id, code))
+            verdicts.append(answer(sessions, user, challenge_id, code))
         except NotFound as refusal:
             verdicts.append(refusal)
 
@@ -295,10 +313,10 @@ def test_an_answer_locks_its_challenge_until_the_end(sessions: Sessions, user: s
     challenge_id = a_request(sessions, user)
 
     with unit_of_work(sessions) as uow, sessions() as session:
-        answer_challenge(uow, KEYS, challenge_id, "none", NOON)
+        answer_challenge(uow, KEYS, challenge_id, WRONG, NOON, user_id=user)
         session.execute(text("set local lock_timeout = '50ms'"))
         with pytest.raises(OperationalError, match="lock timeout"):
-            answer_challenge(UnitOfWork(session), KEYS, challenge_id, "none", NOON)
+            answer_challenge(UnitOfWork(session), KEYS, challenge_id, WRONG, NOON, user_id=user)
 
     assert tries(sessions, challenge_id) == 2
 
@@ -307,8 +325,8 @@ def test_two_answers_in_one_transaction_cost_two_tries(sessions: Sessions, user:
     challenge_id = a_request(sessions, user)
 
     with unit_of_work(sessions) as uow:
-        answer_challenge(uow, KEYS, challenge_id, "none", NOON)
-        answer_challenge(uow, KEYS, challenge_id, "none", NOON)
+        answer_challenge(uow, KEYS, challenge_id, WRONG, NOON, user_id=user)
+        answer_challenge(uow, KEYS, challenge_id, WRONG, NOON, user_id=user)
 
     assert tries(sessions, challenge_id) == 1
 
@@ -318,8 +336,8 @@ def test_an_answer_is_judged_by_what_is_true_under_the_lock(sessions: Sessions, 
 
     with unit_of_work(sessions) as uow:
         looked_at = Challenges(uow).find(challenge_id)
-        answer(sessions, challenge_id, "none")
-        answer_challenge(uow, KEYS, challenge_id, "none", NOON)
+        answer(sessions, user, challenge_id, WRONG)
+        answer_challenge(uow, KEYS, challenge_id, WRONG, NOON, user_id=user)
         assert looked_at is not None
         assert looked_at.tries_left == 1
 
@@ -331,8 +349,8 @@ def test_an_answer_is_judged_by_what_is_true_under_the_lock(sessions: Sessions, 
 
 def test_an_expired_answered_or_unknown_challenge_has_no_tries_left(sessions: Sessions, user: str) -> None:
     expired = a_request(sessions, user)
-    answered = a_request(sessions, user, "+4930901821")
-    answer_rightly(sessions, answered)
+    answered = a_request(sessions, user, "+4915112345679", LATER)
+    answer_rightly(sessions, user, answered)
 
     assert tries(sessions, expired, AFTER) == 0
     assert tries(sessions, answered) == 0
@@ -360,12 +378,12 @@ def test_a_worker_may_do_all_of_it(sessions: Sessions, user: str) -> None:
     with unit_of_work(sessions) as uow:
         uow.session.execute(as_worker)
         challenge_id = request_code(uow, KEYS, user, PHONE, NOON).id
-        answer_challenge(uow, KEYS, challenge_id, "none", NOON)
+        answer_challenge(uow, KEYS, challenge_id, WRONG, NOON, user_id=user)
 
     with unit_of_work(sessions) as uow:
         uow.session.execute(as_worker)
         code = the_code(sessions, challenge_id)
-        verdict = answer_challenge(uow, KEYS, challenge_id, code, NOON)
+        verdict = answer_challenge(uow, KEYS, challenge_id, code, NOON, user_id=user)
         purge_expired(uow, NOON)
 
     assert isinstance(verdict, PhoneVerified)
@@ -389,16 +407,16 @@ def test_an_operator_can_look_at_challenges(sessions: Sessions, user: str) -> No
             {"user": user},
         ).one()
 
-    assert seen == ("1820", 3)
+    assert seen == ("5678", 3)
 
 
 @pytest.mark.parametrize(
     ("change", "constraint"),
     [
-        ("phone_ciphertext = '+4930901820'", "challenges_phone_is_sealed"),
-        ("phone_hash = '+4930901820'", "challenges_phone_hash_is_a_sha_256"),
+        ("phone_ciphertext = '+4915112345678'", "challenges_phone_is_sealed"),
+        ("phone_hash = '+4915112345678'", "challenges_phone_hash_is_a_sha_256"),
         ("code_hash = '123456'", "challenges_code_hash_is_a_sha_256"),
-        ("phone_last4 = '01820'", "challenges_phone_last4_is_four_digits"),
+        ("phone_last4 = '45678'", "challenges_phone_last4_is_four_digits"),
         ("tries_left = -1", "challenges_tries_are_not_negative"),
         ("expires_at = created_at", "challenges_expire_after_they_begin"),
     ],
@@ -421,12 +439,12 @@ def everything_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCa
 def test_neither_number_nor_code_is_in_any_row_or_any_log(
     sessions: Sessions, user: str, everything_logged: pytest.LogCaptureFixture
 ) -> None:
-    phone = "+4930901829"
-    answered, left_open = a_request(sessions, user, phone), a_request(sessions, f"{user}-too", phone)
+    phone = "+4915112345670"
+    answered, left_open = a_request(sessions, user, phone), a_request(sessions, f"{user}-too", phone, LATER)
     codes = [the_code(sessions, challenge_id) for challenge_id in (answered, left_open)]
-    answer(sessions, answered, "none")
-    answer(sessions, left_open, "none")
-    answer(sessions, answered, codes[0])
+    answer(sessions, user, answered, WRONG)
+    answer(sessions, f"{user}-too", left_open, WRONG)
+    answer(sessions, user, answered, codes[0])
     with pytest.raises(InvalidValue):
         a_request(sessions, user, phone + "0000000000")
 
