@@ -19,7 +19,7 @@ from dramatiq.broker import Broker
 from dramatiq.middleware import CurrentMessage, Middleware
 from sqlalchemy import Engine
 
-from domain.database import NO_TIME_LIMITS, connect, sessions_for
+from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
 from domain.unit_of_work import UnitOfWork
 from workers import schema, telemetry
 from workers.broker import OrjsonEncoder, OutboxBroker
@@ -169,7 +169,7 @@ def engine_for(settings: Settings, application_name: str, **session_settings: ob
 @contextmanager
 def engine_during(settings: Settings) -> Iterator[Engine]:
     """Give an engine for the length of a command."""
-    engine = engine_for(settings, "dovecote cli")
+    engine = engine_for(settings, "dovecote cli", **ONLY_OUR_NAMES)
     try:
         yield engine
     finally:

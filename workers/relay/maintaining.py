@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import structlog
 
-from domain.database import NO_TIME_LIMITS, connect
+from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from workers.operations import retention
 from workers.routes import Route
 from workers.settings import Settings
@@ -36,7 +36,7 @@ class Maintainer:
             pool_size=1,
             connect_timeout_seconds=database.connect_timeout_seconds,
             application_name="dovecote maintenance",
-            session_settings=NO_TIME_LIMITS,
+            session_settings={**NO_TIME_LIMITS, **ONLY_OUR_NAMES},
         )
         try:
             done = retention.maintain(
