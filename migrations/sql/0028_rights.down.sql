@@ -1,3 +1,4 @@
+revoke delete on dovecote.unrouted_types from dovecote_worker;
 grant insert (created_at) on dovecote.outbox to dovecote_writer, dovecote_worker;
 
 -- The columns' rights go with the tables'.

@@ -41,6 +41,11 @@ grant select, insert, update on dovecote.price_quotes, dovecote.latest_prices to
 grant select, insert, update, delete on dovecote.challenges to dovecote_service;
 grant select, insert, update on dovecote.verified_phones to dovecote_service;
 
+-- The relay --------------------------------------------------------------------------------------
+-- A writer may invent types without end: the relay keeps the ones that it met last.
+
+grant delete on dovecote.unrouted_types to dovecote_worker;
+
 -- Writers ----------------------------------------------------------------------------------------
 -- When an event was written is the server's own word. No code of ours has ever given it.
 

@@ -55,7 +55,7 @@ WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
 LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
-RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
+FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
 
 MUTANTS = (
     # Writing ------------------------------------------------------------------------------------
@@ -387,8 +387,8 @@ MUTANTS = (
     ),
     Mutant(
         "a type with a quote is taken for a word",
-        SIZES_SQL,
-        "pg_catalog.quote_ident(fact.aggregate_type || '_') = fact.aggregate_type || '_'",
+        FUNCTIONS_SQL,
+        "quote_ident(fact.aggregate_type || '_') = fact.aggregate_type || '_'",
         "true",
         UNREADABLE,
     ),
@@ -1141,14 +1141,14 @@ MUTANTS = (
     # Retention ----------------------------------------------------------------------------------
     Mutant(
         "a week that is needed is dropped all the same",
-        RETENTION_SQL,
+        FUNCTIONS_SQL,
         "        raise exception 'week % is still needed: %', week, in_the_way using errcode = 'object_in_use';\n",
         "        raise notice 'week % is still needed: %', week, in_the_way;\n",
         RETENTION,
     ),
     Mutant(
         "a dropped week takes events again",
-        RETENTION_SQL,
+        FUNCTIONS_SQL,
         "        raise exception 'the outbox refuses the event: id % is of %, a week that was dropped;",
         "        raise notice 'the outbox refuses the event: id % is of %, a week that was dropped;",
         RETENTION,
