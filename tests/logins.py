@@ -29,7 +29,7 @@ def logins(database_url: str) -> Iterator[Mapping[str, str]]:
             owner.execute(sql.SQL("create role {} login password 'pw'").format(sql.Identifier(login)))
             if role is not None:
                 owner.execute(sql.SQL("grant {} to {}").format(sql.Identifier(role), sql.Identifier(login)))
-            urls[name] = make_url(database_url).set(username=login, password="pw").render_as_string(hide_password=False)  # noqa: S106 - of a login that lives as long as the test
+            urls[name] = make_url(database_url).set(username=login, password="pw").render_as_string(hide_password=False)
         owner.execute(sql.SQL("create schema shop authorization {}").format(sql.Identifier(f"writer_{suffix}")))
     try:
         yield urls

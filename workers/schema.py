@@ -152,9 +152,7 @@ def _config() -> Config:
 
 
 def _with_connection(url: str, work: Callable[[Config], None]) -> None:
-    engine = connect(
-        url, statement_timeout_ms=0, application_name="dovecote migrate", session_settings=ONLY_OUR_NAMES
-    )
+    engine = connect(url, statement_timeout_ms=0, application_name="dovecote migrate", session_settings=ONLY_OUR_NAMES)
     try:
         with engine.connect() as connection:
             config = _config()

@@ -4,7 +4,7 @@ The database refuses it, whatever the client does: here the client is our own co
 """
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -17,13 +17,14 @@ import pytest
 
 from domain import billing, pricing, verification
 from domain.database import connect, sessions_for
+from domain.emitting import Emitted
 from domain.money import Money
 from domain.privacy import Keyring
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests import commands
 from tests.conftest import Servers, settings_for
-from tests.logins import logins
 from workers import operations
+from workers.bootstrap import engine_during
 from workers.operations.following import follow
 from workers.relay.unrouted import MAX_TYPES, Unrouted
 
@@ -33,12 +34,6 @@ NOW = datetime.now(UTC)
 HANDLER = "billing.write_history"
 
 Dovecote = Callable[..., CompletedProcess[str]]
-
-
-@pytest.fixture(scope="module")
-def urls(database_url: str) -> Iterator[Mapping[str, str]]:
-    with logins(database_url) as urls:
-        yield urls
 
 
 def one(url: str, query: str, *parameters: object) -> Any:
@@ -55,8 +50,8 @@ def scene(urls: Mapping[str, str]) -> Mapping[str, str]:
             urls["owner"], "select dovecote.append_event('membership', '1', 'billing.payment_recorded.v1', '{}')"
         )
         owner.execute(
-            "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id, event_type,"
-            " state, error, error_type, error_fingerprint) select %s, id, position, aggregate_type, aggregate_id,"
+            "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id,"
+            " event_type, state, error, error_type, error_fingerprint) select %s, id, position, aggregate_type, aggregate_id,"
             " event_type, 'dead', 'no', 'ValueError', 'f' from dovecote.outbox",
             (HANDLER,),
         )
@@ -100,9 +95,7 @@ def dovecote(urls: Mapping[str, str], servers: Servers, tmp_path: Path) -> Dovec
 
 LOOKS = [
     "status",
-    "status --json",
     "events list",
-    "events list --json --limit 5",
     "events show {dead}",
     "deliveries list",
     "deliveries list --rows",
@@ -204,7 +197,8 @@ _RIGHTS = """
 # Definer's rights, and it changes nothing; the marks of volatility are for rows that are read anew.
 _RUNS_AS_OWNER = """
     select p.proname from pg_proc p
-    where p.pronamespace = 'dovecote'::regnamespace and p.prosecdef and has_function_privilege(%(role)s, p.oid, 'execute')
+    where p.pronamespace = 'dovecote'::regnamespace and p.prosecdef
+      and has_function_privilege(%(role)s, p.oid, 'execute')
     order by 1
 """
 
@@ -320,8 +314,6 @@ def verification_is_answered(uow: UnitOfWork) -> None:
 
 def one_emitted(uow: UnitOfWork) -> UUID:
     """The id of the event that waits for the commit."""
-    from domain.emitting import Emitted
-
     (waiting,) = Emitted.of(uow.session)._waiting
     id: UUID = waiting.row["id"]
     return id
@@ -362,8 +354,6 @@ def test_a_writer_of_types_without_end_fills_no_table(
     assert kept == MAX_TYPES
     assert len(relay._written) <= MAX_TYPES + 100
     settings = settings_for(urls["viewer"], servers.redis_url, tmp_path)
-    from workers.bootstrap import engine_during
-
     with engine_during(settings) as engine:
         newest = operations.status(engine, ()).unrouted
     assert (newest[0].event_type, len(newest)) == (f"made.up_{MAX_TYPES + 500}.v1", MAX_TYPES)
