@@ -36,5 +36,5 @@ def logins(database_url: str) -> Iterator[Mapping[str, str]]:
     finally:
         with psycopg.connect(database_url, autocommit=True) as owner:
             for name in ROLES:
-                login = sql.Identifier(f"{name}_{suffix}")
-                owner.execute(sql.SQL("drop owned by {} cascade; drop role {}").format(login, login))
+                doomed = sql.Identifier(f"{name}_{suffix}")
+                owner.execute(sql.SQL("drop owned by {} cascade; drop role {}").format(doomed, doomed))

@@ -4,6 +4,7 @@ One entry breaks one thing. `old` stands exactly once in `file` (tests/mutations
 its place, and at least one of `tests` must fail. Tests are named as pytest wants them; several are parted by spaces.
 """
 
+from tests.mutations.functions import FUNCTIONS
 from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.losses import LOSSES
@@ -55,6 +56,7 @@ WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
 RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
 LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
+RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
 FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
 
 MUTANTS = (
@@ -1148,7 +1150,7 @@ MUTANTS = (
     ),
     Mutant(
         "a dropped week takes events again",
-        FUNCTIONS_SQL,
+        RETENTION_SQL,
         "        raise exception 'the outbox refuses the event: id % is of %, a week that was dropped;",
         "        raise notice 'the outbox refuses the event: id % is of %, a week that was dropped;",
         RETENTION,
@@ -1402,4 +1404,5 @@ MUTANTS = (
     *PROGRESS,
     *LOSSES,
     *LEFTOVERS,
+    *FUNCTIONS,
 )

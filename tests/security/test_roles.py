@@ -51,8 +51,9 @@ def scene(urls: Mapping[str, str]) -> Mapping[str, str]:
         )
         owner.execute(
             "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id,"
-            " event_type, state, error, error_type, error_fingerprint) select %s, id, position, aggregate_type, aggregate_id,"
-            " event_type, 'dead', 'no', 'ValueError', 'f' from dovecote.outbox",
+            " event_type, state, error, error_type, error_fingerprint)"
+            " select %s, id, position, aggregate_type, aggregate_id, event_type, 'dead', 'no', 'ValueError', 'f'"
+            " from dovecote.outbox",
             (HANDLER,),
         )
         owner.execute(
@@ -148,7 +149,7 @@ def test_doctor_examines_all_for_a_viewer(dovecote: Dovecote, scene: Mapping[str
 _TABLES = "select relname from pg_class where relnamespace = 'dovecote'::regnamespace and relkind in ('r', 'p')"
 
 
-def everything(url: str) -> dict[str, object]:
+def everything(url: str) -> Mapping[str, object]:
     with psycopg.connect(url) as connection:
         names = [name for (name,) in connection.execute(_TABLES + " and not relispartition order by 1")]
         return {
