@@ -56,6 +56,10 @@ NO_TIME_LIMITS: Mapping[str, object] = {
     "transaction_timeout": 0,
 }
 
+#: For sessions that run statements of ours only: each name of ours has its schema, so that nothing is looked up where
+#: others may create something. Not for consumers, whose handlers may name tables of the service without a schema.
+ONLY_OUR_NAMES: Mapping[str, object] = {"search_path": "pg_catalog,pg_temp"}
+
 #: An SQL expression: from its statement on, the transaction at hand commits durably, where the server or the role says
 #: `off`. Any other choice of a DBA, such as remote_apply or local, is kept. For the transaction: behind a pool of
 #: transactions there is no session to set it for.

@@ -27,7 +27,7 @@ processed_events = Table(
 _mark = text(
     """
     with bundle as (
-        select event_id from unnest(cast(:event_ids as uuid[])) as bundle (event_id)
+        select event_id from pg_catalog.unnest(cast(:event_ids as uuid[])) as bundle (event_id)
     ), fresh as (
         insert into dovecote.processed_events (event_id, handler_name)
         select event_id, :handler_name from bundle order by event_id

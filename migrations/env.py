@@ -18,8 +18,9 @@ def _is_ours(thing: Any, name: str | None, kind: str, _reflected: bool, _compare
 
 def _migrate(connection: Connection) -> None:
     connection.execute(text(f"create schema if not exists {SCHEMA}"))
-    # For a login named like the schema, ours would be the default one, and the models' tables not found in it.
-    connection.execute(text("set search_path = public"))
+    # What a revision makes keeps the names that it finds: none is looked for where others may create something. And for
+    # a login named like the schema, ours would be the default one, and the models' tables not found in it.
+    connection.execute(text("set search_path = pg_catalog, pg_temp"))
     connection.commit()
     connection.dialect.default_schema_name = "public"
     context.configure(

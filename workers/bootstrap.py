@@ -18,7 +18,7 @@ from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import CurrentMessage, Middleware
 from sqlalchemy import Engine
 
-from domain.database import NO_TIME_LIMITS, connect, sessions_for
+from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
 from domain.unit_of_work import UnitOfWork
 from workers import schema, telemetry
 from workers.broker import OrjsonEncoder, OutboxBroker
@@ -168,7 +168,7 @@ def engine_for(settings: Settings, application_name: str, **session_settings: ob
 @contextmanager
 def engine_during(settings: Settings) -> Iterator[Engine]:
     """Give an engine for the length of a command."""
-    engine = loads_anything(engine_for(settings, "dovecote cli"))
+    engine = loads_anything(engine_for(settings, "dovecote cli", **ONLY_OUR_NAMES))
     try:
         yield engine
     finally:

@@ -36,7 +36,7 @@ LOOKED_UP = f"""
     with run (is_other, durable) as materialized (
         select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}
     ), bundle as (
-        select event_id from unnest(%(event_ids)s::uuid[]) as bundle (event_id)
+        select event_id from pg_catalog.unnest(%(event_ids)s::uuid[]) as bundle (event_id)
     ), absent (event_id) as materialized (
         select dovecote.not_in_outbox(%(event_ids)s::uuid[], %(positions)s::bigint[], %(event_types)s::text[])
         where (select is_other from run) is not false

@@ -15,7 +15,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from domain.database import SCHEMA, connect
+from domain.database import ONLY_OUR_NAMES, SCHEMA, connect
 from workers.outages import passes
 
 log = structlog.get_logger()
@@ -83,7 +83,7 @@ def _known(revision: str) -> str:
 
 def _applied(url: str) -> str | None:
     """Return the revision that is applied, None before the first."""
-    engine = connect(url, application_name="dovecote migrate")
+    engine = connect(url, application_name="dovecote migrate", session_settings=ONLY_OUR_NAMES)
     try:
         with engine.connect() as connection:
             heads = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA}).get_current_heads()
@@ -177,7 +177,7 @@ def _config() -> Config:
 
 
 def _with_connection(url: str, work: Callable[[Config], None]) -> None:
-    engine = connect(url, statement_timeout_ms=0, application_name="dovecote migrate")
+    engine = connect(url, statement_timeout_ms=0, application_name="dovecote migrate", session_settings=ONLY_OUR_NAMES)
     try:
         with engine.connect() as connection:
             config = _config()

@@ -29,15 +29,24 @@ def connection(fresh_database_url: str) -> Iterator[psycopg.Connection[TupleRow]
 
 
 def inventory(url: str) -> set[tuple[str, str]]:
-    """What is in our schema: tables, views, sequences, indexes and functions, with their rights."""
+    """What is in our schema: tables, views, sequences, indexes and functions, with settings and rights.
+
+    Rights as they count: none written down and the written down ones of a new object are the same.
+    """
     with psycopg.connect(url) as connection:
         found = connection.execute(
-            """
+            r"""
             select relkind::text || relname, coalesce(relacl::text, '') from pg_class
             where relnamespace = to_regnamespace('dovecote') and relname not like 'alembic%%'
             union all
-            select 'f' || oid::regprocedure, coalesce(proacl::text, '') from pg_proc
+            select concat_ws(' ', 'f' || oid::regprocedure, proconfig,
+                             md5(concat(regexp_replace(prosrc, '--[^\n]*|\s', '', 'g'), pg_get_function_sqlbody(oid)))),
+                   (select array_agg(one::text order by one::text)
+                    from unnest(coalesce(proacl, acldefault('f', proowner))) one)::text
+            from pg_proc
             where pronamespace = to_regnamespace('dovecote')
+            union all
+            select 'defaults of new ones', defaclacl::text from pg_default_acl
             """
         ).fetchall()
     return {(name, rights) for name, rights in found}

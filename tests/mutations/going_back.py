@@ -8,6 +8,7 @@ SEQUENCE = "tests/workers/relay/test_sequence.py"
 STANDBY = "tests/workers/relay/test_standby.py"
 CLAIM = "workers/lua/claim.lua"
 SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
+FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
 LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
 RELAY = "tests/workers/relay/test_relay.py"
 BROKER = "tests/workers/test_broker.py"
@@ -50,14 +51,14 @@ GOING_BACK = (
     ),
     Mutant(
         "recovering does not wait for who has written, and sessions keep their blocks",
-        SEQUENCE_SQL,
+        FUNCTIONS_SQL,
         "    alter sequence dovecote.outbox_position cache 1;\n",
         "",
         SEQUENCE,
     ),
     Mutant(
         "events keep the positions that hide them",
-        SEQUENCE_SQL,
+        FUNCTIONS_SQL,
         "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
         "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
         SEQUENCE,

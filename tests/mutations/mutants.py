@@ -5,6 +5,7 @@ its place, and at least one of `tests` must fail. Tests are named as pytest want
 """
 
 from tests.mutations.codes import VERIFICATION
+from tests.mutations.functions import FUNCTIONS
 from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.locks import LOCKS
@@ -60,6 +61,7 @@ RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
 LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
 LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
 RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
+FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
 
 MUTANTS = (
     # Writing ------------------------------------------------------------------------------------
@@ -390,8 +392,8 @@ MUTANTS = (
     ),
     Mutant(
         "a type with a quote is taken for a word",
-        SIZES_SQL,
-        "pg_catalog.quote_ident(fact.aggregate_type || '_') = fact.aggregate_type || '_'",
+        FUNCTIONS_SQL,
+        "quote_ident(fact.aggregate_type || '_') = fact.aggregate_type || '_'",
         "true",
         UNREADABLE,
     ),
@@ -1144,7 +1146,7 @@ MUTANTS = (
     # Retention ----------------------------------------------------------------------------------
     Mutant(
         "a week that is needed is dropped all the same",
-        RETENTION_SQL,
+        FUNCTIONS_SQL,
         "        raise exception 'week % is still needed: %', week, in_the_way using errcode = 'object_in_use';\n",
         "        raise notice 'week % is still needed: %', week, in_the_way;\n",
         RETENTION,
@@ -1409,4 +1411,5 @@ MUTANTS = (
     *LOSSES,
     *LEFTOVERS,
     *SIGNED,
+    *FUNCTIONS,
 )

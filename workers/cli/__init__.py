@@ -79,6 +79,8 @@ def main() -> None:
         sentence = masking.masked(str(cause).strip().splitlines()[0])
         if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
             fail(f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`")
+        if isinstance(cause, psycopg.errors.InsufficientPrivilege):
+            fail(f"Postgres refused: {sentence}; grant this login the role that may (README, Rights)")
         fail(f"{'Postgres is not there' if passes(error) else 'Postgres refused'}: {sentence}")
 
 

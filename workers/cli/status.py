@@ -18,6 +18,9 @@ from workers.routes import ROUTES
 from workers.runs import Run
 from workers.settings import load_settings
 
+# Lines for types without a route: a writer may invent any number.
+_MAX_UNROUTED = 20
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -92,9 +95,13 @@ def _history(relay: operations.RelayStatus) -> Iterator[Text]:
 
 
 def _unrouted(found: Status) -> Iterator[Text]:
-    for kind in found.unrouted:
+    for kind in found.unrouted[:_MAX_UNROUTED]:
         deploy = f"; {', '.join(kind.wanted_by)} will get them from code that knows it" if kind.wanted_by else ""
         yield Text(f"no route for {kind.event_type}: about {kind.events} events, kept in the outbox{deploy}")
+    if more := found.unrouted[_MAX_UNROUTED:]:
+        yield Text(
+            f"no route for {len(more)} more types: about {sum(kind.events for kind in more)} events; --json lists them"
+        )
 
 
 def _handlers(found: Status) -> Table:

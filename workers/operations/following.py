@@ -38,7 +38,8 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
     """
     # Closed, not rolled back: Ctrl-C may come in the middle of a query.
     with closing(psycopg.connect(url, autocommit=True, application_name="dovecote events tail")) as connection:
-        connection.execute("set enable_seqscan = off; set jit = off; set timezone = 'UTC'")
+        connection.execute("set search_path = pg_catalog, pg_temp; set timezone = 'UTC'")
+        connection.execute("set enable_seqscan = off; set jit = off")
         row = connection.execute("select last_position from dovecote.horizon()").fetchone()
         assert row is not None
         reader = Reader(connection, row[0], 500)

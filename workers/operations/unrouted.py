@@ -30,11 +30,13 @@ _UNROUTED = text(
                      where dovecote.fact_of(s.event_type) = dovecote.fact_of(u.event_type)), '{}') as wanted_by
     from dovecote.unrouted_types u
     where not exists (select from dovecote.subscriptions s where s.event_type = u.event_type)
-    order by u.last_seen_at desc
+    order by u.last_seen_at desc, u.last_position desc limit :most
     """
 )
+# As many as the relay keeps; there may be more from a version that kept them all.
+_MAX_TYPES = 1_000
 
 
 def unrouted(connection: Connection) -> list[UnroutedType]:
-    """Return the types that nobody subscribes to, the one met last first."""
-    return [UnroutedType(**row._mapping) for row in connection.execute(_UNROUTED)]
+    """Return the types that nobody subscribes to, the one met last first: at most 1,000."""
+    return [UnroutedType(**row._mapping) for row in connection.execute(_UNROUTED, {"most": _MAX_TYPES})]

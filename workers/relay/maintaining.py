@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import structlog
 from sqlalchemy import Engine
 
-from domain.database import NO_TIME_LIMITS, connect
+from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from workers.operations import retention
 from workers.operations.purging import Purge, purge
 from workers.routes import Route
@@ -42,7 +42,7 @@ class Maintainer:
             pool_size=1,
             connect_timeout_seconds=database.connect_timeout_seconds,
             application_name="dovecote maintenance",
-            session_settings=NO_TIME_LIMITS,
+            session_settings={**NO_TIME_LIMITS, **ONLY_OUR_NAMES},
         )
         # Each whatever becomes of the other: no trouble with a week may keep personal data, nor the other way round.
         try:

@@ -14,7 +14,7 @@ from uuid import uuid4
 import psycopg
 import structlog
 
-from domain.database import NO_TIME_LIMITS, SESSION_SETTINGS, set_newer, startup_options
+from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, SESSION_SETTINGS, set_newer, startup_options
 from domain.errors import DovecoteError
 from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
@@ -82,6 +82,7 @@ _FORGET_REDIS = "update dovecote.relay_state set redis_run_id = null where epoch
 _SESSION_SETTINGS = {
     **SESSION_SETTINGS,
     **NO_TIME_LIMITS,
+    **ONLY_OUR_NAMES,
     "statement_timeout": 0,
     "default_transaction_isolation": "read committed",
     # What the relay records may be lost in a crash of Postgres: it then publishes again, and consumers absorb it.

@@ -1,12 +1,16 @@
 """Events that no handler wants: they stay in the outbox, and what the relay met is noted by type.
 
 A newer writer's version is among them until code is deployed that knows it: then it is sent (see `Relay._subscribe`).
+A writer may invent types without end. The ones met last are kept, at most MAX_TYPES of them.
 """
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 from workers.relay.reading import Connection, Row
+
+#: Types that are kept in the database. Each costs a row; a look at the status reads them all.
+MAX_TYPES = 1_000
 
 _NOTE = """
     insert into dovecote.unrouted_types as known (event_type, events, first_position, last_position)
@@ -15,6 +19,11 @@ _NOTE = """
         events = known.events + excluded.events, last_seen_at = clock_timestamp(),
         first_position = least(known.first_position, excluded.first_position),
         last_position = greatest(known.last_position, excluded.last_position)
+"""
+
+_FORGET_OLDEST = """
+    delete from dovecote.unrouted_types where event_type in (
+        select event_type from dovecote.unrouted_types order by last_seen_at desc, last_position desc offset %s)
 """
 
 
@@ -45,5 +54,9 @@ class Unrouted:
         if self._met:
             events, first, last = zip(*self._met.values(), strict=True)
             connection.execute(_NOTE, (list(self._met), list(events), list(first), list(last)))
+            if self.has_news:
+                connection.execute(_FORGET_OLDEST, (MAX_TYPES,))
+                if len(self._written) > MAX_TYPES:
+                    self._written.clear()
             self._written |= self._met.keys()
             self._met.clear()

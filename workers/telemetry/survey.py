@@ -18,7 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Connection
 
-from domain.database import NO_TIME_LIMITS, connect
+from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from workers import operations
 from workers.foreign_locks import ForeignLock
 from workers.loaders import loads_anything
@@ -61,7 +61,7 @@ class Survey(Collector):
                 connect_timeout_seconds=_LIMIT_SECONDS,
                 statement_timeout_ms=_STATEMENT_MS,
                 application_name="dovecote metrics",
-                session_settings=NO_TIME_LIMITS,
+                session_settings={**NO_TIME_LIMITS, **ONLY_OUR_NAMES},
             )
         )
         self._lock = threading.Lock()

@@ -11,7 +11,7 @@ import psycopg
 import sqlalchemy.exc
 from psycopg.rows import namedtuple_row
 
-from domain.database import connect
+from domain.database import ONLY_OUR_NAMES, connect, startup_options
 from workers import schema
 from workers.attempts import longest_retry
 from workers.loaders import load_anything
@@ -220,7 +220,12 @@ def _listen(connection: Connection, another: Connection, advice: str) -> Finding
 
 
 def is_migrated(subject: Subject) -> Finding:
-    engine = connect(_url(subject), connect_timeout_seconds=_CONNECT_SECONDS, statement_timeout_ms=_STATEMENT_MS)
+    engine = connect(
+        _url(subject),
+        connect_timeout_seconds=_CONNECT_SECONDS,
+        statement_timeout_ms=_STATEMENT_MS,
+        session_settings=ONLY_OUR_NAMES,
+    )
     try:
         with engine.connect() as connection:
             missing = schema.pending(connection)
@@ -369,7 +374,21 @@ def _kept(subject: Subject) -> timedelta | None:
 @contextmanager
 def session(subject: Subject) -> Iterator[Connection]:
     """Give a connection of its own to a check."""
-    with psycopg.connect(
+    # No statement_timeout: set later, where options are refused, it would stay in a pool for whoever comes next.
+    # `examine` has a limit of its own.
+    try:
+        connection = _connect(subject, startup_options(ONLY_OUR_NAMES))
+    except psycopg.OperationalError as caught:
+        if "startup parameter" not in str(caught):
+            raise
+        connection = _connect(subject, None)  # a pgbouncer; what it leads to is examined all the same
+    with connection:
+        load_anything(connection)
+        yield connection
+
+
+def _connect(subject: Subject, options: str | None) -> Connection:
+    return psycopg.connect(
         _url(subject),
         autocommit=True,
         row_factory=namedtuple_row,
@@ -380,11 +399,8 @@ def session(subject: Subject) -> Iterator[Connection]:
         keepalives_idle=2,
         keepalives_interval=1,
         keepalives_count=3,
-    ) as connection:
-        load_anything(connection)
-        # No statement_timeout: as an option of the connection a pgbouncer may refuse it, and set later it would
-        # stay in a pool for whoever comes next. `examine` has a limit of its own.
-        yield connection
+        options=options,
+    )
 
 
 def _url(subject: Subject) -> str:
