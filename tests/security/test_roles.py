@@ -298,7 +298,7 @@ def pricing_s_work(uow: UnitOfWork) -> None:
 
 def verification_s_work(uow: UnitOfWork) -> None:
     challenge = verification.request_code(uow, the_keys(), "user", "+491701234567", NOW)
-    verdict = verification.answer_challenge(uow, the_keys(), challenge.id, "wrong", NOW)
+    verdict = verification.answer_challenge(uow, the_keys(), challenge.id, "000000", NOW, user_id="user")
     assert isinstance(verdict, verification.CodeRejected)
     assert verification.tries_left(uow, challenge.id, NOW) == 2
     verification.purge_expired(uow, NOW)
@@ -308,9 +308,9 @@ def verification_is_answered(uow: UnitOfWork) -> None:
     challenge = verification.request_code(uow, the_keys(), "another", "+491701234568", NOW)
     requested = one_emitted(uow)
     code = verification.code_for(the_keys(), requested)
-    assert isinstance(
-        verification.answer_challenge(uow, the_keys(), challenge.id, code, NOW), verification.PhoneVerified
-    )
+    verdict = verification.answer_challenge(uow, the_keys(), challenge.id, code, NOW, user_id="another")
+    assert isinstance(verdict, verification.PhoneVerified)
+    verification.forget_user(uow, "another")
 
 
 def one_emitted(uow: UnitOfWork) -> UUID:
