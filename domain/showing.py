@@ -48,7 +48,7 @@ def _shown(value: object, most: int, depth: int) -> str:
         case None | bool():
             return repr(value)
         case str() | bytes():
-            # Cut before `repr`, which may write one character as ten. The quote that is missing says that there is more.
+            # Cut before `repr`, which may write one character as ten. A quote is missing where there is more.
             whole = repr(value[: most + 1])
             return whole if len(value) <= most else whole[:-1]
         case int():

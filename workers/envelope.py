@@ -112,6 +112,11 @@ def read_head(line: bytes) -> dict[str, Any]:
     return _first_readable(attributes + b"}", without_headers + b"}")
 
 
+def payload_of(line: bytes) -> bytes:
+    """Return the payload of an envelope, as JSON."""
+    return _parts(line)[2].removesuffix(b"}")
+
+
 def _parts(line: bytes) -> tuple[bytes, bytes, bytes]:
     """Return the attributes, the same without what a writer may have put into headers, and the payload."""
     # A quote inside of a text is escaped: this is where the payload begins, which comes last, and `_HEADERS` before it.

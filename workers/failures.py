@@ -138,8 +138,9 @@ def _without_digits(text: str) -> str:
 
 
 def _without_quoted(text: str) -> str:
-    parts, at, closes = [], 0, set(_CLOSED)
-    for quote in iter(lambda: _QUOTE.search(text, at), None):
+    parts: list[str] = []
+    at, closes = 0, set(_CLOSED)
+    while quote := _QUOTE.search(text, at):
         closed = _CLOSED[quote.group()].match(text, quote.end()) if quote.group() in closes else None
         if closed is None:
             # No later quote of its kind is closed either: not looking again is what keeps this linear.

@@ -12,12 +12,15 @@ has looked at a bounded number of characters; `tests/security/test_masking.py` t
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
-from domain.showing import cut, shown
+from domain.showing import shown
 
 #: Characters of a text that are kept, of its beginning and its end, where nobody asks for more.
 MAX_CHARACTERS = 20_000
+#: More than the outbox takes of an event.
+MAX_PAYLOAD_CHARACTERS = 300_000
 _GAP = "\n...\n"
 # Characters looked at beyond each cut, so that a secret which straddles it is recognised.
 _MARGIN = 1_024
@@ -79,7 +82,7 @@ _LITERAL = re.compile(r"'[^']*(?:'|\Z)")
 # An id of an event looks like nothing else, and there is one in every line and every span.
 _ID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 # A value that holds itself has no end, and one that is wide has it late.
-_DEEPEST = 8
+_DEEPEST, _DEEPEST_PAYLOAD = 8, 100
 _MAX_ITEMS = 1_000
 # Of a larger number only the size is told: JSON has no place for it, and `str` refuses it.
 _MAX_BITS = 256
@@ -130,21 +133,35 @@ def masked_facts(facts: Mapping[str, object], most: int = MAX_CHARACTERS) -> dic
     A value whose name says that it is secret is hidden whole. What is no number, text or collection becomes its `repr`.
     Of each text at most `most` characters stay, of each collection its first 1,000 members.
     """
-    return _masked_mapping(facts, _DEEPEST, most)
+    return _masked_mapping(facts, _Limits(_DEEPEST, _MAX_ITEMS, most))
 
 
-def _masked_mapping(facts: Mapping[Any, object], deepest: int, most: int) -> dict[str, Any]:
+def masked_payload(payload: Mapping[str, object]) -> dict[str, Any]:
+    """Return the same of a whole event, which is bounded by its table: nothing of it is left out but what is hidden."""
+    return _masked_mapping(payload, _Limits(_DEEPEST_PAYLOAD, MAX_PAYLOAD_CHARACTERS, MAX_PAYLOAD_CHARACTERS))
+
+
+class _Limits(NamedTuple):
+    depth: int
+    items: int
+    characters: int
+
+    def inside(self) -> "_Limits":
+        return self._replace(depth=self.depth - 1)
+
+
+def _masked_mapping(facts: Mapping[Any, object], limits: _Limits) -> dict[str, Any]:
     found = {}
     for count, (key, value) in enumerate(facts.items()):
-        if count == _MAX_ITEMS:
+        if count == limits.items:
             found["..."] = f"{len(facts) - count} more"
             break
         name = key if isinstance(key, str) else shown(key)
-        found[masked(cut(name, _MAX_NAME))] = _masked_value(name[-_MAX_NAME:], value, deepest, most)
+        found[masked(name, most=limits.characters)] = _masked_value(name[-_MAX_NAME:], value, limits)
     return found
 
 
-def _masked_value(name: str, value: object, deepest: int, most: int) -> Any:
+def _masked_value(name: str, value: object, limits: _Limits) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if _IS_SECRET.search(name):
@@ -152,16 +169,16 @@ def _masked_value(name: str, value: object, deepest: int, most: int) -> Any:
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return shown(value)
     if isinstance(value, int | float):
-        text = _masked_after(name, str(value), most)
+        text = _masked_after(name, str(value), limits.characters)
         return value if text == str(value) else text
-    if isinstance(value, Mapping) and deepest:
-        return _masked_mapping(value, deepest - 1, most)
-    if isinstance(value, list | tuple | set | frozenset) and deepest:
-        items = [_masked_value(name, item, deepest - 1, most) for item, _ in zip(value, range(_MAX_ITEMS), strict=False)]
-        return items if len(value) <= _MAX_ITEMS else [*items, f"{len(value) - _MAX_ITEMS} more"]
+    if isinstance(value, Mapping) and limits.depth:
+        return _masked_mapping(value, limits.inside())
+    if isinstance(value, list | tuple | set | frozenset) and limits.depth:
+        items = [_masked_value(name, item, limits.inside()) for item in islice(value, limits.items)]
+        return items if len(value) <= limits.items else [*items, f"{len(value) - limits.items} more"]
     if isinstance(value, Mapping | list | tuple | set | frozenset):
         return shown(value)
-    return _masked_after(name, value if isinstance(value, str) else _shown(value), most)
+    return _masked_after(name, value if isinstance(value, str) else _shown(value), limits.characters)
 
 
 def _masked_after(name: str, text: str, most: int) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from workers.children import die_with_parent, dying_with_us
+from workers.terminal import write_line
 
 __all__ = [
     "CannotRun",
@@ -336,7 +337,10 @@ class _Child:
 
 
 def prefixed(names: Iterable[str], stream: TextIO) -> Output:
-    """Return an `output` that writes `name | line`, names padded, coloured on a terminal."""
+    """Return an `output` that writes `name | line`, names padded, coloured on a terminal.
+
+    A line is a child's own, and what it prints of events is others': escape sequences in it are shown, not obeyed.
+    """
     known = list(names)
     width = max(map(len, known), default=0)
     coloured = stream.isatty() and not os.environ.get("NO_COLOR")
@@ -346,8 +350,7 @@ def prefixed(names: Iterable[str], stream: TextIO) -> Output:
         if coloured:
             colour = _COLOURS[known.index(name) % len(_COLOURS)] if name in known else 90
             prefix = f"\x1b[{colour}m{prefix}\x1b[0m"
-        stream.write(f"{prefix} {line}\n")
-        stream.flush()
+        write_line(stream, line, before=f"{prefix} ")
 
     return write
 
