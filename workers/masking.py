@@ -120,11 +120,10 @@ def masked(text: str, hidden: Iterable[str] = (), most: int = MAX_CHARACTERS) ->
         return found
     half = most // 2
     head, tail = text[: half + _MARGIN], text[-half - _MARGIN :]
-    return (
-        _without(head, _spans(head, values, ends=False), 0, half)
-        + _GAP
-        + _without(tail, _spans(tail, values, begins=False), len(tail) - half, len(tail))
-    )
+    first = _without(head, _spans(head, values, ends=False), 0, half)
+    last = _without(tail, _spans(tail, values, begins=False), len(tail) - half, len(tail))
+    # Stars may be longer than what they stand for.
+    return first[:half] + _GAP + (last[-half:] if half else "")
 
 
 def masked_facts(facts: Mapping[str, object], most: int = MAX_CHARACTERS) -> dict[str, Any]:
@@ -237,11 +236,19 @@ def _spans(text: str, hidden: Iterable[str], *, begins: bool = True, ends: bool 
 def _known_value(text: str, value: str) -> Iterator[_Span]:
     if len(value) > _PART:
         yield from _long_value(text, value)
-        return
+    else:
+        yield from _everywhere(text, value)
+
+
+def _everywhere(text: str, value: str) -> Iterator[_Span]:
     at = text.find(value)
     while at >= 0:
         yield _Span(at, at + len(value))
         at = text.find(value, at + len(value))
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def _hidden_value(text: str, value: str) -> Iterator[_Span]:
@@ -250,8 +257,10 @@ def _hidden_value(text: str, value: str) -> Iterator[_Span]:
         for spelling in {value, repr(value)[1:-1]} if len(value) <= MAX_CHARACTERS else {value}:
             yield from _long_value(text, spelling)
         return
-    for found in re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", text):
-        yield _Span(*found.span())
+    # A short one may be part of any word: only as a word of its own is it the value.
+    for span in _everywhere(text, value):
+        if not (_is_word(text[span.start - 1 : span.start]) or _is_word(text[span.end : span.end + 1])):
+            yield span
 
 
 def _long_value(text: str, value: str) -> Iterator[_Span]:

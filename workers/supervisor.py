@@ -42,6 +42,7 @@ _LONGEST_PAUSE_SECONDS = 10.0
 _WELL_AFTER_SECONDS = 30.0
 # A line longer than this is passed on in pieces, so that no child can fill our memory.
 _LONGEST_LINE_BYTES = 65_536
+_LINE = re.compile(r"\s*([A-Za-z0-9_-]+)\s*:\s*(\S.*)")
 _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 
 
@@ -63,7 +64,7 @@ def parse_procfile(text: str) -> dict[str, list[str]]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"\s*([A-Za-z0-9_-]+)\s*:\s*(\S.*)", line)
+        match = _LINE.fullmatch(line)
         if match is None:
             raise ProcfileError(number, f"expected 'name: command', got {line.strip()!r}")
         name, command = match.groups()
