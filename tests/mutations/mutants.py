@@ -7,6 +7,7 @@ its place, and at least one of `tests` must fail. Tests are named as pytest want
 from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.losses import LOSSES
+from tests.mutations.masking import MASKING
 from tests.mutations.mutant import Mutant
 from tests.mutations.progress import PROGRESS, PROGRESS_SQL
 from tests.mutations.queues import QUEUES
@@ -1402,4 +1403,5 @@ MUTANTS = (
     *PROGRESS,
     *LOSSES,
     *LEFTOVERS,
+    *MASKING,
 )
