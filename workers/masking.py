@@ -73,6 +73,12 @@ _NUMBERS = (
 _NAMED_NUMBER = re.compile(
     r"(?:phone|mobile|msisdn|tel|sms)(?:[-_ ]?(?:number|no))?\W{1,6}(?P<secret>\(?\d[\d ()./-]{5,18}\d)", re.I
 )
+# Each shape, what stands before the last two digits of a number, None where nothing stays.
+_SHAPES: tuple[tuple[re.Pattern[str], str | None], ...] = (
+    *((shape, None) for shape in _SECRETS),
+    *((shape, "+***") for shape in _NUMBERS),
+    (_NAMED_NUMBER, "***"),
+)
 _IN_URL = re.compile(r"://\S+")
 _KEY_BLOCK = re.compile(r"-----(BEGIN|END) [A-Z ]{0,40}PRIVATE KEY-----")
 # Postgres shows the row that it refuses.
@@ -219,14 +225,10 @@ def _spans(text: str, hidden: Iterable[str], *, begins: bool = True, ends: bool 
         yield from _known_value(text, value)
     for value in hidden:
         yield from _hidden_value(text, value)
-    for shape in _SECRETS:
+    for shape, before in _SHAPES:
+        group = "secret" if "secret" in shape.groupindex else 0
         for found in shape.finditer(text):
-            yield _Span(*found.span("secret" if "secret" in shape.groupindex else 0))
-    for shape in _NUMBERS:
-        for found in shape.finditer(text):
-            yield _Span(*found.span(), "+***" + found.group()[-2:])
-    for found in _NAMED_NUMBER.finditer(text):
-        yield _Span(*found.span("secret"), "***" + found["secret"][-2:])
+            yield _Span(*found.span(group), "***" if before is None else before + found[group][-2:])
     yield from _in_urls(text, ends)
     yield from _key_blocks(text, begins)
     yield from _in_rows(text)

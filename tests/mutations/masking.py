@@ -72,8 +72,8 @@ MASKING = (
     Mutant(
         "a chain is fingerprinted whole",
         FAILURES,
-        "for cause in islice(causes(error), _MAX_CAUSES)]",
-        "for cause in causes(error)]",
+        "for cause in islice(causes(error), _MAX_CAUSES)]\n",
+        "for cause in causes(error)]\n",
         f"{f'{GROWTH}::test_what_is_kept_of_an_error_is_bounded_however_large_it_is'}::test_what_is_kept_of_an_error_is_bounded_however_large_it_is",
     ),
     Mutant(
