@@ -42,6 +42,10 @@ _EVENTS = """
 """
 _REMARK = "x" * 148
 
+_COUNT = re.compile(r"transactions actually processed: (\d+)")
+_RATE = re.compile(r"tps = ([0-9.]+) \(without initial")
+_FAILED = re.compile(r"number of failed transactions: (\d+)")
+
 
 class Written(NamedTuple):
     """Transactions committed, and how many a second; connecting does not count."""
@@ -86,9 +90,9 @@ def write(scene: Scene, script: str, seconds: float, connections: int = 8) -> Wr
     command = [program, "--no-vacuum", "--protocol=prepared", f"--client={connections}", "--jobs=1"]
     command += [f"--time={max(1, round(seconds))}", f"--file={file}", scene.database_url]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
-    count = re.search(r"transactions actually processed: (\d+)", done.stdout)
-    rate = re.search(r"tps = ([0-9.]+) \(without initial", done.stdout)
-    failed = re.search(r"number of failed transactions: (\d+)", done.stdout)
+    count = _COUNT.search(done.stdout)
+    rate = _RATE.search(done.stdout)
+    failed = _FAILED.search(done.stdout)
     if done.returncode != 0 or count is None or rate is None or (failed and int(failed[1])):
         raise BenchmarkFailed(f"pgbench failed:\n{done.stdout[-500:]}\n{done.stderr[-1500:]}")
     return Written(int(count[1]), float(rate[1]))

@@ -14,6 +14,8 @@ from benchmarks.report import Report
 from benchmarks.throughput import drained, until_acted_on
 from workers.routes import ROUTES, queues
 
+_STATEMENT = re.compile(rb"LOG:  (?:statement|execute)")
+
 
 def idle(stage: Stage, options: Options) -> Report:
     """Per cent of one core that relay and the consumers of every queue use together."""
@@ -136,4 +138,4 @@ def _used(processes: Sequence[Process]) -> dict[str, float]:
 def _statements(stage: Stage) -> int:
     """Count what Postgres logged; with servers of ours it logs every statement."""
     log = stage.directory / "servers" / "postgres" / "log"
-    return len(re.findall(rb"LOG:  (?:statement|execute)", log.read_bytes())) if log.exists() else 0
+    return len(_STATEMENT.findall(log.read_bytes())) if log.exists() else 0

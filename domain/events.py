@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
@@ -21,6 +21,7 @@ from domain.ids import uuid7
 from domain.money import Money
 from domain.privacy import Keyring
 from domain.records import record
+from domain.showing import shown, shown_error
 
 type_name = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*\.v[1-9][0-9]*")
 _aggregate_name = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -94,7 +95,7 @@ class Event:
             try:
                 values[name] = codec.decode(value)
             except (ValueError, TypeError, KeyError, ArithmeticError) as error:
-                why = "its content does not fit" if codec.sensitive else error
+                why = "its content does not fit" if codec.sensitive else shown_error(error)
                 raise InvalidEvent(f"{cls.type} {event_id}: field {name!r} cannot be read: {why}") from None
         return record(cls, values)
 
@@ -178,11 +179,11 @@ def read_event(type: str, event_id: UUID, payload: Mapping[str, Any], keys: Keyr
     try:
         newest, payload = upcast(type, payload) if type in _upcasters else (type, payload)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise InvalidEvent(f"{type} {event_id}: its payload is not of that version: {error!r}") from None
+        raise InvalidEvent(f"{type} {event_id}: its payload is not of that version: {shown_error(error)}") from None
     try:
         event_class = _registry[newest]
     except KeyError:
-        raise UnknownEvent(f"event {event_id} has the unknown type {type!r}") from None
+        raise UnknownEvent(f"event {event_id} has the unknown type {shown(type)}") from None
     return event_class.from_payload(event_id, payload, keys)
 
 
@@ -229,16 +230,16 @@ def _codec(hint: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     if hint is Decimal:
         return str, _decimal
     if hint is UUID:
-        return str, UUID
+        return str, _uuid
     if hint is datetime:
         return _moment_text, _moment
     if hint is Money:
         return (
             lambda money: {"amount_minor": money.amount_minor, "currency": money.currency},
-            lambda value: Money(value["amount_minor"], value["currency"]),
+            _money,
         )
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return (lambda value: value.value), hint
+        return (lambda value: value.value), _member_of(hint)
     raise InvalidEvent(f"an event field cannot be {hint}; see Event")
 
 
@@ -249,7 +250,7 @@ def _as_it_is(value: Any) -> Any:
 def _expect(wanted: type) -> Callable[[Any], Any]:
     def decode(value: Any) -> Any:
         if type(value) is not wanted:
-            raise ValueError(f"expected {wanted.__name__}, got {value!r}")
+            raise ValueError(f"expected {wanted.__name__}, got {shown(value)}")
         return value
 
     return decode
@@ -257,18 +258,49 @@ def _expect(wanted: type) -> Callable[[Any], Any]:
 
 def _decimal(value: Any) -> Decimal:
     if not isinstance(value, str):
-        raise ValueError(f"expected a decimal as text, got {value!r}")
-    return Decimal(value)
+        raise ValueError(f"expected a decimal as text, got {shown(value)}")
+    try:
+        return Decimal(value)
+    except InvalidOperation:
+        raise ValueError(f"expected a decimal as text, got {shown(value)}") from None
+
+
+def _uuid(value: Any) -> UUID:
+    try:
+        return UUID(value)
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"expected a UUID as text, got {shown(value)}") from None
+
+
+def _money(value: Any) -> Money:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an amount and its currency, got {shown(value)}")
+    return Money(value["amount_minor"], value["currency"])
+
+
+def _member_of(choices: type[Enum]) -> Callable[[Any], Enum]:
+    def decode(value: Any) -> Enum:
+        try:
+            return choices(value)
+        except (ValueError, TypeError, RecursionError):
+            # Enum's own message holds the whole value.
+            names = ", ".join(str(choice.value) for choice in choices)
+            raise ValueError(f"expected one of {names}, got {shown(value)}") from None
+
+    return decode
 
 
 def _moment_text(moment: datetime) -> str:
     if moment.tzinfo is None:
-        raise InvalidEvent(f"a moment needs a time zone, got {moment!r}")
+        raise InvalidEvent(f"a moment needs a time zone, got {shown(moment)}")
     return moment.astimezone(UTC).isoformat()
 
 
 def _moment(value: Any) -> datetime:
-    moment = datetime.fromisoformat(value)
+    try:
+        moment = datetime.fromisoformat(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"expected a moment in ISO 8601, got {shown(value)}") from None
     if moment.tzinfo is None:
-        raise ValueError(f"a moment needs a time zone, got {value!r}")
+        raise ValueError(f"a moment needs a time zone, got {shown(value)}")
     return moment

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from domain.errors import InvalidValue
+from domain.showing import shown
 
 _CURRENCY = re.compile(r"[A-Z]{3}")
 
@@ -21,12 +22,12 @@ class Money:
 
     def __post_init__(self) -> None:
         if type(self.amount_minor) is not int:
-            raise InvalidValue(f"an amount is a whole number of minor units, got {self.amount_minor!r}")
-        if not _CURRENCY.fullmatch(self.currency):
-            raise InvalidValue(f"a currency is three capital letters such as EUR, got {self.currency!r}")
+            raise InvalidValue(f"an amount is a whole number of minor units, got {shown(self.amount_minor)}")
+        if not isinstance(self.currency, str) or not _CURRENCY.fullmatch(self.currency):
+            raise InvalidValue(f"a currency is three capital letters such as EUR, got {shown(self.currency)}")
 
     def __neg__(self) -> "Money":
         return Money(-self.amount_minor, self.currency)
 
     def __str__(self) -> str:
-        return f"{self.amount_minor} {self.currency} minor units"
+        return f"{shown(self.amount_minor)} {self.currency} minor units"

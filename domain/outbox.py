@@ -30,6 +30,7 @@ from domain.database import array, metadata
 from domain.errors import InvalidEvent
 from domain.events import Event
 from domain.privacy import Keyring
+from domain.showing import shown_error
 
 # Bytes of JSON text, as Postgres prints it: ", " and ": " between its parts. The database takes as much of a payload,
 # and 16,384 bytes of headers, so that those of a trace (domain/trace_headers.py) fit beside the service's own.
@@ -118,8 +119,8 @@ def _json(event: Event, part: str, value: object, most_bytes: int) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         size = len(text.encode())
-    except (TypeError, ValueError) as error:
-        raise InvalidEvent(f"{event.type} {event.event_id}: {part} is not JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidEvent(f"{event.type} {event.event_id}: {part} is not JSON: {shown_error(error)}") from error
     if size > most_bytes:
         raise InvalidEvent(
             f"{event.type} {event.event_id}: {part} has {size} bytes, at most {most_bytes} are taken; "

@@ -2,13 +2,16 @@
 
 import sys
 
+from workers.terminal import write_line
+
 
 def main() -> None:
     """Run the command line, or say what is missing where only `domain` was installed."""
     try:
         from workers import cli
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"dovecote: the command needs the package {error.name}: pip install 'dovecote[workers]'\n")
+        sentence = f"the command needs the package {error.name}: pip install 'dovecote[workers]'"
+        write_line(sys.stderr, sentence, before="dovecote: ")
         raise SystemExit(2) from None
     cli.main()
 

@@ -16,11 +16,13 @@ import dramatiq
 import structlog
 from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import CurrentMessage, Middleware
+from psycopg.types.json import set_json_loads
 from sqlalchemy import Engine
+from sqlalchemy.event import listen
 
 from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
 from domain.unit_of_work import UnitOfWork
-from workers import schema, telemetry
+from workers import schema, telemetry, terminal
 from workers.broker import OrjsonEncoder, OutboxBroker
 from workers.children import die_with_parent
 from workers.consume import SILENT_SECONDS, Consumer, Stopping
@@ -41,6 +43,7 @@ from workers.relay.relay import Relay
 from workers.route_rules import InvalidRoute
 from workers.routes import ROUTES, Route, distinct, queues
 from workers.settings import Settings, SettingsError, load_settings, secrets
+from workers.stored_json import read_stored
 from workers.suspects import Suspect
 from workers.telemetry.meters import ConsumerMeters, RelayMeters
 from workers.time_limits import GRACE_SECONDS
@@ -155,7 +158,7 @@ def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
 def engine_for(settings: Settings, application_name: str, **session_settings: object) -> Engine:
     """Return an engine with the settings' pool and time-outs, whatever those of the role or the database are."""
     database = settings.database
-    return connect(
+    engine = connect(
         database.url.get_secret_value(),
         pool_size=database.pool_size,
         connect_timeout_seconds=database.connect_timeout_seconds,
@@ -163,6 +166,9 @@ def engine_for(settings: Settings, application_name: str, **session_settings: ob
         application_name=application_name,
         session_settings={**NO_TIME_LIMITS, **session_settings},
     )
+    # Postgres keeps numbers and nestings that Python's own parser refuses with an error.
+    listen(engine, "connect", lambda connection, _: set_json_loads(read_stored, connection))
+    return engine
 
 
 @contextmanager
@@ -187,7 +193,7 @@ def settings_or_exit() -> Settings:
 
 def refuse(sentence: str) -> NoReturn:
     """End the process with code 2: it was started wrongly."""
-    sys.stderr.write(f"dovecote: {sentence}\n")
+    terminal.write_line(sys.stderr, sentence, before="dovecote: ")
     raise SystemExit(2)
 
 

@@ -17,6 +17,7 @@ from domain.errors import InvalidEvent
 from domain.events import Event, read_event
 from domain.privacy import Keyring
 from domain.records import record
+from domain.showing import cut, shown, shown_error
 
 # What the broker and Dramatiq's worker take for granted in a message.
 _FIELDS: Mapping[str, type] = {
@@ -61,7 +62,7 @@ class Envelope:
         Errors: UnknownEvent, InvalidEvent, CannotOpen.
         """
         if self.unreadable is not None:
-            raise InvalidEvent(f"{self.type} {self.event_id}: its payload cannot be read: {self.unreadable}")
+            raise InvalidEvent(f"{self.type} {self.event_id}: its payload cannot be read: {cut(self.unreadable, 200)}")
         return read_event(self.type, self.event_id, self.data, self.keys)
 
 
@@ -187,6 +188,11 @@ def read_head(line: bytes) -> dict[str, Any]:
     return _first_readable(attributes + b"}", without_headers + b"}")
 
 
+def payload_of(line: bytes) -> bytes:
+    """Return the payload of an envelope, as JSON."""
+    return _parts(line)[2].removesuffix(b"}")
+
+
 def _parts(line: bytes) -> tuple[bytes, bytes, bytes]:
     """Return the attributes, the same without what a writer may have put into headers, and the payload."""
     # A quote inside of a text is escaped: this is where the payload begins, which comes last, and `_HEADERS` before it.
@@ -228,9 +234,9 @@ def read_envelope(fields: Mapping[str, Any], keys: Keyring | None = None) -> Env
             },
         )
     except KeyError as error:
-        raise ValueError(f"an envelope without {error.args[0]!r}") from error
+        raise ValueError(f"an envelope without {shown(error.args[0])}") from error
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"an envelope that cannot be read: {error}") from error
+        raise ValueError(f"an envelope that cannot be read: {shown_error(error)}") from error
 
 
 def _text_or_none(value: object) -> str | None:

@@ -7,7 +7,7 @@ written. What a transaction has committed stays, whatever comes after.
 import csv
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from typing import Any
 from domain.database import Sessions
 from domain.errors import DomainError
 from domain.pricing import Quote, record_quotes
+from domain.showing import MAX_SHOWN, cut, shown, shown_error
 from domain.unit_of_work import unit_of_work
 
 
@@ -104,7 +105,7 @@ def csv_lines(source: Iterable[str], columns: Columns) -> Iterator[Line]:
     places = {wanted: header.index(wanted) for wanted in (columns.symbol, columns.price, columns.at)}
     for number, row in rows:
         if isinstance(row, csv.Error):
-            yield number, Refusal(number, f"not CSV: {row}")
+            yield number, Refusal(number, f"not CSV: {shown_error(row)}")
         elif len(row) != len(header):
             yield number, Refusal(number, f"{len(row)} fields, the header has {len(header)}")
         else:
@@ -152,14 +153,14 @@ def json_lines(source: Iterable[str], columns: Columns) -> Iterator[Line]:
             # Decimals keep their digits: 0.1 stays 0.1.
             found = json.loads(line, parse_float=Decimal)
         except (ValueError, RecursionError) as error:
-            yield number, Refusal(number, f"not JSON: {error}")
+            yield number, Refusal(number, f"not JSON: {shown_error(error)}")
             continue
         if not isinstance(found, dict):
             yield number, Refusal(number, f"not a JSON object but {type(found).__name__}")
             continue
         missing = [name for name in (columns.symbol, columns.price, columns.at) if name not in found]
         if missing:
-            yield number, Refusal(number, f"no key {missing[0]!r}")
+            yield number, Refusal(number, f"no key {shown(missing[0])}")
             continue
         yield number, _judged(number, found, columns)
 
@@ -207,12 +208,12 @@ def _header(rows: Iterator[tuple[int, list[str] | csv.Error]], columns: Columns)
     if row is None:
         raise NotReadable("the file is empty: a header line is wanted")
     if isinstance(row, csv.Error):
-        raise NotReadable(f"the header is not CSV: {row}")
+        raise NotReadable(f"the header is not CSV: {shown_error(row)}")
     header = [name.strip() for name in row]
     for option, wanted in (("--symbol", columns.symbol), ("--price", columns.price), ("--at", columns.at)):
         if header.count(wanted) != 1:
             found = "no" if wanted not in header else "more than one"
-            raise NotReadable(f"{option}: the header has {found} column {wanted!r}; it has {_short(', '.join(header))}")
+            raise NotReadable(f"{option}: the header has {found} column {shown(wanted)}; it has {_columns(header)}")
     return header
 
 
@@ -229,7 +230,7 @@ def _judged(number: int, fields: Mapping[str, Any], columns: Columns) -> Quote |
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{column} is not text: {_short(repr(value))}")
+        raise ValueError(f"{column} is not text: {shown(value)}")
     if any("\udc80" <= character <= "\udcff" for character in value):
         raise ValueError(f"{column} is not UTF-8")
     return value.strip()
@@ -237,25 +238,25 @@ def _text(value: Any, column: str) -> str:
 
 def _price(value: Any, column: str) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
-        raise ValueError(f"{column} is not a number: {_short(repr(value))}")
+        raise ValueError(f"{column} is not a number: {shown(value)}")
     try:
         if isinstance(value, str) and "_" in value:
             raise InvalidOperation
         return Decimal(value.strip() if isinstance(value, str) else value)
     except InvalidOperation:
-        raise ValueError(f"{column} is not a number: {_short(str(value))!r}") from None
+        raise ValueError(f"{column} is not a number: {shown(value)}") from None
 
 
 def _moment(value: Any, column: str) -> datetime:
     if not isinstance(value, str):
-        raise ValueError(f"{column} is not a date as text: {_short(repr(value))}")
+        raise ValueError(f"{column} is not a date as text: {shown(value)}")
     try:
         moment = datetime.fromisoformat(value.strip())
         # A bare date is midnight UTC.
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
-        raise ValueError(f"{column} is not an ISO 8601 date or time: {_short(value)!r}") from None
+        raise ValueError(f"{column} is not an ISO 8601 date or time: {shown(value)}") from None
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:80]}..."
+def _columns(header: Sequence[str]) -> str:
+    return cut(", ".join(shown(name)[1:-1] for name in header[:MAX_SHOWN]), MAX_SHOWN)

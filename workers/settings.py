@@ -23,10 +23,11 @@ from sqlalchemy import make_url
 
 from domain.privacy import KEY_BYTES, Keyring
 from workers.home import Home
+from workers.masking import masked
 
 PREFIX = "DOVECOTE_"
 _ALIASES = {"DATABASE_URL": "DOVECOTE_DATABASE__URL", "REDIS_URL": "DOVECOTE_REDIS__URL"}
-_URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@\s]+@")
+_DATABASE_NUMBER = re.compile(r"/?|/[0-9]+")
 
 
 class SettingsError(Exception):
@@ -34,8 +35,8 @@ class SettingsError(Exception):
 
 
 def without_passwords(text: str) -> str:
-    """Return the text with *** for the password of every URL in it."""
-    return _URL_PASSWORD.sub(r"\1:***@", text)
+    """Return the text with *** for the password of every URL in it, and for what else looks like a secret."""
+    return masked(text)
 
 
 class Section(BaseModel):
@@ -89,7 +90,7 @@ def _names_a_redis_database(url: str) -> bool:
     except ValueError:
         return False
     # redis-py takes a name for database 0, without a word.
-    return parts.scheme == "unix" or re.fullmatch(r"/?|/[0-9]+", parts.path) is not None
+    return parts.scheme == "unix" or _DATABASE_NUMBER.fullmatch(parts.path) is not None
 
 
 class Relay(Section):

@@ -21,9 +21,10 @@ class Statement(NamedTuple):
 
 
 # They begin a statement: at the start of the text, or after another statement or a comment.
-_WORDS = r"\s*(?:commit|end|rollback|abort|begin|start|prepare|savepoint|release|set|reset|do|call)\b"
-_FIRST = re.compile(_WORDS, re.IGNORECASE)
-_LATER = re.compile(rf"[;/\n\r]{_WORDS}", re.IGNORECASE)
+_WORDS = r"(?:commit|end|rollback|abort|begin|start|prepare|savepoint|release|set|reset|do|call)\b"
+_FIRST = re.compile(rf"\s*{_WORDS}", re.IGNORECASE)
+# Empty lines are looked at once: the last line break before the word is what counts.
+_LATER = re.compile(rf"(?:[;/]\s*|[\n\r][^\S\n\r]*){_WORDS}", re.IGNORECASE)
 
 _TOKEN = re.compile(
     r"""

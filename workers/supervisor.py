@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from workers.children import die_with_parent, dying_with_us
+from workers.terminal import write_line
 
 __all__ = [
     "CannotRun",
@@ -41,6 +42,7 @@ _LONGEST_PAUSE_SECONDS = 10.0
 _WELL_AFTER_SECONDS = 30.0
 # A line longer than this is passed on in pieces, so that no child can fill our memory.
 _LONGEST_LINE_BYTES = 65_536
+_LINE = re.compile(r"\s*([A-Za-z0-9_-]+)\s*:\s*(\S.*)")
 _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 
 
@@ -62,7 +64,7 @@ def parse_procfile(text: str) -> dict[str, list[str]]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"\s*([A-Za-z0-9_-]+)\s*:\s*(\S.*)", line)
+        match = _LINE.fullmatch(line)
         if match is None:
             raise ProcfileError(number, f"expected 'name: command', got {line.strip()!r}")
         name, command = match.groups()
@@ -336,7 +338,10 @@ class _Child:
 
 
 def prefixed(names: Iterable[str], stream: TextIO) -> Output:
-    """Return an `output` that writes `name | line`, names padded, coloured on a terminal."""
+    """Return an `output` that writes `name | line`, names padded, coloured on a terminal.
+
+    A line is a child's own, and what it prints of events is others': escape sequences in it are shown, not obeyed.
+    """
     known = list(names)
     width = max(map(len, known), default=0)
     coloured = stream.isatty() and not os.environ.get("NO_COLOR")
@@ -346,8 +351,7 @@ def prefixed(names: Iterable[str], stream: TextIO) -> Output:
         if coloured:
             colour = _COLOURS[known.index(name) % len(_COLOURS)] if name in known else 90
             prefix = f"\x1b[{colour}m{prefix}\x1b[0m"
-        stream.write(f"{prefix} {line}\n")
-        stream.flush()
+        write_line(stream, line, before=f"{prefix} ")
 
     return write
 

@@ -47,7 +47,7 @@ _SETTINGS = """
     select name, pg_catalog.current_setting(name, true)
     from pg_catalog.unnest(array['role', 'session_authorization'] || %s::text[]) as named (name)
 """
-_CUSTOM_NAME = re.compile(r"[^\W\d][\w$]*(?:\.[^\W\d][\w$]*)+")
+_CUSTOM_NAME = re.compile(r"(?<![\w$])[^\W\d][\w$]*(?:\.[^\W\d][\w$]*)+")
 _MOST_CUSTOM_NAMES = 100
 
 

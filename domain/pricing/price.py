@@ -6,6 +6,7 @@ from decimal import Decimal
 
 from domain.errors import InvalidValue
 from domain.pricing.events import PriceQuoted
+from domain.showing import shown
 
 MOST_SYMBOL_CHARACTERS = 100
 # The column is numeric(38, 18): beyond it Postgres would refuse or round.
@@ -16,14 +17,14 @@ _MOST_DECIMALS = 18
 def check_quote(symbol: str, price: Decimal, as_of: datetime) -> None:
     """Refuse what no source can mean: see `Quote`."""
     if not 1 <= len(symbol) <= MOST_SYMBOL_CHARACTERS or not symbol.isprintable():
-        raise InvalidValue(f"a symbol has 1 to {MOST_SYMBOL_CHARACTERS} printable characters, got {symbol[:40]!r}")
+        raise InvalidValue(f"a symbol has 1 to {MOST_SYMBOL_CHARACTERS} printable characters, got {shown(symbol, 40)}")
     if not price.is_finite() or price <= 0:
-        raise InvalidValue(f"a price is a positive number, got {price}")
+        raise InvalidValue(f"a price is a positive number, got {shown(price)}")
     exponent = price.as_tuple().exponent
     assert isinstance(exponent, int), "a finite decimal has a number for exponent"
     if price.adjusted() >= _MOST_WHOLE_DIGITS or -exponent > _MOST_DECIMALS:
         raise InvalidValue(
-            f"a price has at most {_MOST_WHOLE_DIGITS} digits and {_MOST_DECIMALS} decimals, got {str(price)[:60]}"
+            f"a price has at most {_MOST_WHOLE_DIGITS} digits and {_MOST_DECIMALS} decimals, got {shown(price)}"
         )
     if as_of.tzinfo is None:
         raise InvalidValue(f"a moment needs a time zone, got {as_of}")

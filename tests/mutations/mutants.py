@@ -10,6 +10,7 @@ from tests.mutations.going_back import GOING_BACK
 from tests.mutations.leftovers import LEFTOVERS
 from tests.mutations.locks import LOCKS
 from tests.mutations.losses import LOSSES
+from tests.mutations.masking import MASKING
 from tests.mutations.messages import SIGNED
 from tests.mutations.mutant import Mutant
 from tests.mutations.operators import OPERATORS
@@ -1412,4 +1413,5 @@ MUTANTS = (
     *LEFTOVERS,
     *SIGNED,
     *FUNCTIONS,
+    *MASKING,
 )

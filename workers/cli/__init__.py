@@ -3,10 +3,11 @@
 Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 the command or a setting is wrong.
 """
 
+import io
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any, NoReturn, cast
 
 import psycopg
 import sqlalchemy.exc
@@ -32,11 +33,16 @@ from workers.cli import (
     status,
     working,
 )
-from workers.cli.output import fail, out
+from workers.cli.output import fail, note, say
+from workers.failures import traceback_of
 from workers.home import HomeError
 from workers.outages import passes
 from workers.settings import SettingsError
 from workers.supervisor import CannotRun, ProcfileError
+from workers.terminal import write_block
+
+# What Typer raises for a wrong word; it has no public name for it.
+_WRONG_COMMAND = cast(type[Exception], typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,15 +74,21 @@ def main() -> None:
     for word in sys.argv:
         if word != (legible := word.encode(errors="replace").decode()):
             refuse(f"{legible!r} is not UTF-8")
+    sys.excepthook = _unexpected
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8; stderr does so by itself
     try:
-        app(prog_name=os.environ.get("DOVECOTE_COMMAND", "dovecote"))
+        code = app(prog_name=os.environ.get("DOVECOTE_COMMAND", "dovecote"), standalone_mode=False)
+        raise SystemExit(code or 0)
+    except _WRONG_COMMAND as error:
+        _refuse_command(error)
     except (SettingsError, operations.WrongRequest) as error:
         refuse(str(error))
     except (DovecoteError, HomeError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:
         fail(str(error))
     except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
         cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
-        sentence = masking.masked(str(cause).strip().splitlines()[0])
+        sentence = masking.masked((str(cause).strip() or type(cause).__name__).splitlines()[0], most=1_000)
         if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
             fail(f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`")
         if isinstance(cause, psycopg.errors.InsufficientPrivilege):
@@ -84,9 +96,28 @@ def main() -> None:
         fail(f"{'Postgres is not there' if passes(error) else 'Postgres refused'}: {sentence}")
 
 
+def _refuse_command(error: Any) -> NoReturn:
+    # Typer prints the words that were given as they are: they may come from data, in a script.
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        raise SystemExit(error.exit_code)  # the help has been printed
+    if context is not None:
+        note(context.get_usage(), before="")
+        note(f"Try `{context.command_path} --help` for help.", before="")
+    note(error.format_message())
+    raise SystemExit(error.exit_code)
+
+
+def _unexpected(_: type[BaseException], error: BaseException, __: object) -> None:
+    """Print an error that is a bug of ours: it may hold anything of an event."""
+    if isinstance(error, KeyboardInterrupt):
+        raise SystemExit(130)
+    write_block(sys.stderr, masking.masked(traceback_of(error)))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"dovecote {version('dovecote')}")
+        say(f"dovecote {version('dovecote')}")
         raise typer.Exit
 
 

@@ -1,11 +1,12 @@
 """`dovecote bench`: runs what lies in `benchmarks/`, which comes with the checkout and not with the wheel."""
 
-import json
 import sys
 from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
+
+from workers.cli.output import add_row, cell, fail, note, print_json, say, show
 
 
 def register(app: typer.Typer) -> None:
@@ -37,41 +38,39 @@ def bench(
     try:
         report = run(name, Options(quick=quick, rounds=rounds, events=events, say=_say))
     except BenchmarkFailed as error:
-        sys.stderr.write(f"dovecote: {error}\n")
-        raise SystemExit(1) from None
+        fail(str(error))
     if as_json:
-        sys.stdout.write(json.dumps(report.as_json()) + "\n")
+        print_json(report.as_json())
     else:
         _show(report.as_json())
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"{report['name']}, {report['unit']}", title_justify="left")
     for column in ("", "median", "spread", "ours is better by", "rounds"):
         table.add_column(column, justify="left" if column in ("", "rounds") else "right")
     for variant, measured in report["rounds"].items():
         times = report["ratio"].get(variant)
-        table.add_row(
+        add_row(
+            table,
             variant,
             _number(report.get(variant)),
             f"{report['details']['spread'].get(variant, 0):.0%}",
             f"{times:.2f}" if times else "",
             "  ".join(map(_number, measured)),
         )
-    out.print(table)
+    show(table)
     for key, value in report["details"].items():
         if key in ("spread", "reach"):
             continue
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            out.print(_curve(key, value))
+            show(_curve(key, value))
         else:
-            out.print(f"{key}: {value}")
-    out.print(f"{'reached' if report['reached'] else 'MISSED'}: {report['details']['reach']}")
-    out.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()), style="dim")
+            say(f"{key}: {value}")
+    say(f"{'reached' if report['reached'] else 'MISSED'}: {report['details']['reach']}")
+    show(cell(", ".join(f"{key} {value}" for key, value in report["machine"].items()), "dim"))
 
 
 def _curve(title: str, points: list[dict[str, Any]]) -> Any:
@@ -81,7 +80,7 @@ def _curve(title: str, points: list[dict[str, Any]]) -> Any:
     for column in points[0]:
         table.add_column(column, justify="right")
     for point in points:
-        table.add_row(*(str(value) if isinstance(value, bool) else _number(value) for value in point.values()))
+        add_row(table, *(str(value) if isinstance(value, bool) else _number(value) for value in point.values()))
     return table
 
 
@@ -93,9 +92,9 @@ def _number(value: float | None) -> str:
 
 def _say(sentence: str) -> None:
     if sys.stderr.isatty():
-        sys.stderr.write(f"{sentence}\n")
+        note(sentence, before="")
 
 
 def _refuse(sentence: str) -> None:
-    sys.stderr.write(f"dovecote: {sentence}\n")
+    note(sentence)
     raise SystemExit(2)

@@ -22,7 +22,7 @@ from workers.cli.options import (
     identifier,
     moment,
 )
-from workers.cli.output import AsJson, add_row, print_json, print_table, say
+from workers.cli.output import AsJson, add_row, print_json, print_table, say, say_block, say_nothing
 from workers.operations import Change, Failure, Filter
 from workers.routes import ROUTES
 from workers.settings import load_settings
@@ -131,7 +131,8 @@ def show(
             add_row(table, name, value)
     print_table(table, "")
     if story.traceback:
-        say("\n" + story.traceback)
+        say_nothing()
+        say_block(story.traceback)
 
 
 def retry(

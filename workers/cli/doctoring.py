@@ -2,9 +2,8 @@
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from workers.cli.output import AsJson, add_row, print_json, print_table
+from workers.cli.output import AsJson, add_row, cell, print_json, print_table
 from workers.operations import doctor as doctoring
 from workers.routes import ROUTES
 from workers.settings import load_settings
@@ -28,9 +27,9 @@ def doctor(as_json: AsJson = False) -> None:
         table = Table("", "check", "found", box=None, pad_edge=False)
         for finding in found.findings:
             colour = _COLOURS[finding.level]
-            add_row(table, Text(finding.level, colour), finding.check, finding.found)
+            add_row(table, cell(finding.level, colour), finding.check, finding.found)
             if finding.advice:
-                add_row(table, "", "", Text(finding.advice, colour))
+                add_row(table, "", "", cell(finding.advice, colour))
         print_table(table, "nothing was examined")
     if found.has_errors:
         raise typer.Exit(1)

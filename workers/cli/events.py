@@ -10,7 +10,7 @@ from rich.table import Table
 from workers import operations
 from workers.bootstrap import engine_during
 from workers.cli.options import AggregateId, AggregateType, EventType, Limit, Since, Until, identifier
-from workers.cli.output import AsJson, add_row, out, print_json, print_table, say, until_ctrl_c
+from workers.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing, until_ctrl_c
 from workers.operations import EventFilter, EventLife
 from workers.routes import ROUTES
 from workers.settings import load_settings
@@ -107,7 +107,7 @@ def _show_life(life: EventLife) -> None:
     ):
         add_row(facts, name, value)
     print_table(facts, "")
-    out.print()
+    say_nothing()
     table = Table(
         "handler", "state", "processed", "attempts", "next", "replay", "trace", "error", box=None, pad_edge=False
     )

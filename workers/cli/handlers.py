@@ -9,7 +9,7 @@ from rich.table import Table
 from workers import operations
 from workers.bootstrap import engine_during
 from workers.cli.options import Actor, DryRun, Reason, complete_handler
-from workers.cli.output import AsJson, add_row, print_json, print_table, say
+from workers.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing
 from workers.operations import Handler, HandlerWithoutRoute
 from workers.routes import ROUTES
 from workers.settings import load_settings
@@ -43,10 +43,11 @@ def list_(as_json: AsJson = False) -> None:
         return
     table = Table("handler", "queue", "events", "kind", "paused", box=None, pad_edge=False)
     for one in found:
-        add_row(table, one.name, one.queue, "\n".join(one.event_types), _kind(one), _paused(one))
+        add_row(table, one.name, one.queue, one.event_types, _kind(one), _paused(one))
     print_table(table, "there are no handlers")
     if left:
-        say("\nno route has these any more (what to do: dovecote doctor)")
+        say_nothing()
+        say("no route has these any more (what to do: dovecote doctor)")
         print_table(_without_route(left), "none")
 
 
@@ -57,7 +58,7 @@ def _without_route(left: Sequence[HandlerWithoutRoute]) -> Table:
         counts = [f"{getattr(one, state)}{'+' if state in one.at_least else ''}" for state in states]
         flags = {"paused": one.is_paused, "queue was full": one.is_postponed}
         words = ", ".join(word for word, holds in flags.items() if holds)
-        add_row(table, one.name, *counts, "\n".join(one.event_types), words)
+        add_row(table, one.name, *counts, one.event_types, words)
     return table
 
 

@@ -1,12 +1,11 @@
 """`dovecote settings`: what can be set, and what is."""
 
-import sys
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from workers.cli.output import AsJson, add_row, out, print_json, print_table
+from workers.cli.output import AsJson, add_row, document, print_json, print_table, say
 from workers.settings import load_settings, options, shown
 
 
@@ -30,12 +29,12 @@ def show_settings(
         else:
             for section, fields in values.items():
                 for name, value in fields.items():
-                    out.print(f"{section}.{name} = {value}", markup=False, soft_wrap=True)
+                    say(f"{section}.{name} = {value}")
         return
     if as_json:
         print_json(list(options()))
     elif markdown:
-        sys.stdout.write(settings_table())
+        document(settings_table())
     else:
         table = Table("variable", "default", "unit", "meaning", box=None, pad_edge=False)
         for option in options():

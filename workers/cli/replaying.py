@@ -7,10 +7,11 @@ from typing import Annotated, Protocol
 from uuid import UUID
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from sqlalchemy import Engine
 
+from domain.showing import shown
 from workers.bootstrap import engine_during, refuse
 from workers.cli.options import (
     Actor,
@@ -25,11 +26,12 @@ from workers.cli.options import (
     complete_event_type,
     complete_handler,
 )
-from workers.cli.output import AsJson, add_row, err, print_json, print_table, say
+from workers.cli.output import AsJson, add_row, note, print_json, print_table, progress_bar, say, shows_progress
 from workers.operations import replays
 from workers.replays import Filter
 from workers.routes import ROUTES
 from workers.settings import load_settings
+from workers.terminal import plain
 
 _WATCH_SECONDS = 0.25
 
@@ -106,7 +108,7 @@ def start(
             print_json(plan.as_json())
         else:
             _print_plan(plan, dry_run)
-        if plan.replay_id and (watch or (err.is_terminal and not as_json)):
+        if plan.replay_id and (watch or (shows_progress() and not as_json)):
             _watch(engine, plan.replay_id, as_json)
 
 
@@ -215,26 +217,21 @@ def _change(verb: _Verb, id: UUID, actor: str, reason: str | None, dry_run: bool
 
 
 def _watch(engine: Engine, id: UUID, as_json: bool) -> None:
-    columns = (BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(
-        TextColumn("{task.description}"), *columns, console=err, disable=as_json or not err.is_terminal, transient=True
-    )
+    bar = progress_bar(as_json, TaskProgressColumn(), TimeRemainingColumn())
     try:
         with bar:
             replay = replays.shown(engine, id)
-            task = bar.add_task(replay.handler, total=replay.total, completed=replay.done)
+            task = bar.add_task(plain(replay.handler), total=replay.total, completed=replay.done)
             while not replay.is_over:
                 time.sleep(_WATCH_SECONDS)
                 replay = replays.shown(engine, id)
                 bar.update(
-                    task, completed=replay.done, description=f"{replay.handler} {replay.state}{_standstill(replay)}"
+                    task,
+                    completed=replay.done,
+                    description=plain(f"{replay.handler} {replay.state}{_standstill(replay)}"),
                 )
     except KeyboardInterrupt:
-        err.print(
-            f"dovecote: left; the replay goes on in the relay. Come back: dovecote replay show {id} --watch",
-            markup=False,
-            soft_wrap=True,
-        )
+        note(f"left; the replay goes on in the relay. Come back: dovecote replay show {id} --watch")
         return
     if as_json:
         print_json(replay.as_json())
@@ -282,7 +279,7 @@ def _ids(file: Path) -> list[UUID]:
         try:
             ids.append(UUID(line.strip()))
         except ValueError:
-            refuse(f"{file}, line {number}: {line.strip()[:60]!r} is no event id; one UUID a line is wanted")
+            refuse(f"{file}, line {number}: {shown(line.strip(), 60)} is no event id; one UUID a line is wanted")
     return ids
 
 

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from workers import schema
 from workers.bootstrap import refuse, run_relay
 from workers.cli.options import DryRun
-from workers.cli.output import AsJson, out, print_json, say
+from workers.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
 from workers.local import PROCFILE, STOP_SECONDS, LocalSystem, environment_for_clients, local_system
 from workers.settings import load_settings
 from workers.supervisor import prefixed, stop_on_signals
@@ -93,27 +94,28 @@ def execute(command: Annotated[list[str], typer.Argument(help="Command and its a
 
 
 def _introduce(system: LocalSystem) -> None:
-    out.print("[bold]Dovecote is running.[/bold] Ctrl-C stops it; the data stays.\n")
+    show(Text.assemble(cell("Dovecote is running.", "bold"), " Ctrl-C stops it; the data stays."))
+    say_nothing()
     table = Table(box=None, show_header=False, pad_edge=False)
     for variable in ("DATABASE_URL", "REDIS_URL"):
         if variable in system.servers:
             server, _ = system.servers[variable]
-            table.add_row("  " + server.name, server.address, server.origin)
+            add_row(table, "  " + server.name, server.address, server.origin)
         else:
-            table.add_row("  server", f"the one of {variable}", "")
-    table.add_row("  home", str(system.home.path), "")
+            add_row(table, "  server", f"the one of {variable}", "")
+    add_row(table, "  home", str(system.home.path), "")
     if system.servers:
-        table.add_row("  data", str(system.data), "")
-    table.add_row("  processes", ", ".join(system.processes), "")
+        add_row(table, "  data", str(system.data), "")
+    add_row(table, "  processes", ", ".join(system.processes), "")
     if system.ports:
-        table.add_row("  metrics", ", ".join(f"{name} {port}" for name, port in system.ports.items()), "")
-    out.print(table)
-    out.print()
+        add_row(table, "  metrics", ", ".join(f"{name} {port}" for name, port in system.ports.items()), "")
+    show(table)
+    say_nothing()
     command = os.environ.get("DOVECOTE_COMMAND", "dovecote")
     for words, meaning in (
         ("status", "how far everything is"),
         ("demo --events 1000", "write facts and see them become effects"),
         ("exec psql", "look into the tables"),
     ):
-        out.print(f"  {command} {words:<20} {meaning}", markup=False)
-    out.print()
+        say(f"  {command} {words:<20} {meaning}")
+    say_nothing()

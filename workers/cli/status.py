@@ -6,13 +6,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from workers import operations
 from workers.bootstrap import engine_during
-from workers.cli.output import AsJson, out, print_json, until_ctrl_c
+from workers.cli.output import AsJson, Legible, add_row, cell, live_screen, out, print_json, show, until_ctrl_c
 from workers.operations import HandlerStatus, Status
 from workers.routes import ROUTES
 from workers.runs import Run
@@ -46,7 +45,7 @@ def status(
             if as_json:
                 print_json(found.as_json())
             else:
-                out.print(_screen(found))
+                show(_screen(found))
             return
         with until_ctrl_c():
             _watch(look, every_seconds, as_json)
@@ -59,12 +58,11 @@ def _watch(look: Callable[[], Status], every_seconds: float, as_json: bool) -> N
         return
     if not out.is_terminal:
         for found in _looks(look, every_seconds):
-            out.print(_screen(found))
-            out.file.flush()
+            show(_screen(found))
         return
-    with Live(console=out, auto_refresh=False) as live:
+    with live_screen() as live:
         for found in _looks(look, every_seconds):
-            live.update(_screen(found), refresh=True)
+            live.update(Legible(_screen(found)), refresh=True)
 
 
 def _looks(look: Callable[[], Status], every_seconds: float) -> Iterator[Status]:
@@ -78,28 +76,28 @@ def _screen(found: Status) -> RenderableType:
     leader = f"led by {relay.owner}" if relay.leading else "nobody leads"
     if relay.stands_back_for:
         leader = f"stands back for a relay of {Run.read(relay.stands_back_for)}"
-    first = Text(
+    first = cell(
         f"relay    {leader}; {_count(relay, 'lag_events')} events behind, {relay.lag_seconds:.1f} s; "
         f"{_count(relay, 'published')} published, {relay.published_per_second:g}/s"
     )
     if not relay.leading or relay.lag_seconds > 10 or relay.fault:
         first.stylize("bold red")
-    fault = [Text(f"no relay may lead: {relay.fault}", "bold red")] if relay.fault else []
-    strangers = [Text(f"lock     {lock}: {lock.cure}", "yellow") for lock in relay.foreign_locks]
+    fault = [cell(f"no relay may lead: {relay.fault}", "bold red")] if relay.fault else []
+    strangers = [cell(f"lock     {lock}: {lock.cure}", "yellow") for lock in relay.foreign_locks]
     return Group(first, *fault, *strangers, *_history(relay), _handlers(found), *_pauses(found), *_unrouted(found))
 
 
 def _history(relay: operations.RelayStatus) -> Iterator[Text]:
     if relay.history:
-        yield Text(f"history  {relay.history}, epoch {relay.epoch}, of {Run.read(relay.instance)}")
+        yield cell(f"history  {relay.history}, epoch {relay.epoch}, of {Run.read(relay.instance)}")
 
 
 def _unrouted(found: Status) -> Iterator[Text]:
     for kind in found.unrouted[:_MAX_UNROUTED]:
         deploy = f"; {', '.join(kind.wanted_by)} will get them from code that knows it" if kind.wanted_by else ""
-        yield Text(f"no route for {kind.event_type}: about {kind.events} events, kept in the outbox{deploy}")
+        yield cell(f"no route for {kind.event_type}: about {kind.events} events, kept in the outbox{deploy}")
     if more := found.unrouted[_MAX_UNROUTED:]:
-        yield Text(
+        yield cell(
             f"no route for {len(more)} more types: about {sum(kind.events for kind in more)} events; --json lists them"
         )
 
@@ -109,12 +107,13 @@ def _handlers(found: Status) -> Table:
     for column in ("processed", "a second", "unprocessed", "retrying", "waiting", "dead", "oldest unprocessed"):
         table.add_column(column, justify="right")
     for name, handler in found.handlers.items():
-        table.add_row(
+        add_row(
+            table,
             name,
             _count(handler, "processed"),
             f"{handler.processed_per_second:g}",
             *(_count(handler, column) for column in ("unprocessed", "retrying", "waiting")),
-            Text(_count(handler, "dead"), style="bold red" if handler.dead else ""),
+            cell(_count(handler, "dead"), "bold red" if handler.dead else ""),
             f"{handler.oldest_unprocessed_seconds:.1f} s" if handler.unprocessed else "",
         )
     return table
@@ -123,7 +122,7 @@ def _handlers(found: Status) -> Table:
 def _pauses(found: Status) -> Iterator[Text]:
     for name, handler in found.handlers.items():
         if pause := handler.paused:
-            yield Text(f"paused: {name}, by {pause.by} since {pause.since:%F %T %Z}: {pause.reason}", "yellow")
+            yield cell(f"paused: {name}, by {pause.by} since {pause.since:%F %T %Z}: {pause.reason}", "yellow")
 
 
 def _count(of: HandlerStatus | operations.RelayStatus, name: str) -> str:

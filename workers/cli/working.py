@@ -17,7 +17,7 @@ from workers import demo as demonstration
 from workers import ingest as ingestion
 from workers import operations
 from workers.bootstrap import engine_during, refuse
-from workers.cli.output import AsJson, err, out, print_json, progress_bar
+from workers.cli.output import AsJson, note, print_json, progress_bar, say, shows_progress
 from workers.home import Home
 from workers.local import STOP_SECONDS, local_system
 from workers.settings import Settings, given_variables, load_settings
@@ -76,10 +76,9 @@ def ingest_prices(
         except (sqlalchemy.exc.DBAPIError, KeyboardInterrupt):
             bar.stop()
             # The reply to the last COMMIT may be what was lost.
-            err.print(
-                f"dovecote: {latest.rows_written} rows are in, up to line {latest.last_line_written}; "
-                f"of the rest none is, or the next transaction of at most {per_transaction} rows",
-                soft_wrap=True,
+            note(
+                f"{latest.rows_written} rows are in, up to line {latest.last_line_written}; "
+                f"of the rest none is, or the next transaction of at most {per_transaction} rows"
             )
             raise
     if as_json:
@@ -91,19 +90,19 @@ def ingest_prices(
 
 
 def _print_summary(summary: ingestion.Summary) -> None:
-    out.print(
+    say(
         f"{summary.rows_read} rows read, {summary.rows_written} written in {summary.transactions} "
         f"transactions, {len(summary.refused)} refused"
     )
     for refusal in summary.refused[:20]:
-        out.print(f"  line {refusal.line}: {refusal.reason}", markup=False, soft_wrap=True)
+        say(f"  line {refusal.line}: {refusal.reason}")
     if len(summary.refused) > 20:
-        out.print(f"  and {len(summary.refused) - 20} more; --json lists all")
+        say(f"  and {len(summary.refused) - 20} more; --json lists all")
 
 
 def _rows_to_expect(file: str) -> int | None:
     """Return how many rows to expect, for the progress bar; None where that cannot be known."""
-    if not err.is_terminal or not Path(file).is_file():
+    if not shows_progress() or not Path(file).is_file():
         return None
     with Path(file).open("rb") as source:
         return sum(1 for _ in source)
@@ -127,7 +126,7 @@ def demo(
     if as_json:
         print_json(report.as_json())
     else:
-        out.print(
+        say(
             f"{report.written} written, {report.published} published, {report.processed} processed, "
             f"{report.lost} lost, {report.duplicated} duplicated, in {report.seconds} s"
         )

@@ -3,8 +3,7 @@
 No index serves a filter by type alone, so a page looks at a bounded number of rows and says how far back it got.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -13,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Engine, text
 
 from domain.errors import DovecoteError
-from workers.masking import masked
+from workers.masking import masked_payload
 from workers.operations.asking import WrongRequest, require_aggregate_type, require_range
 from workers.operations.failures import NAMED
 from workers.operations.reading import snapshot
@@ -304,8 +303,7 @@ def _refuse(connection: Connection, event_id: UUID) -> None:
         require_present(connection, since=at, until=at)
 
 
-def without_numbers(value: dict[str, Any]) -> dict[str, Any]:
+def without_numbers(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON with phone numbers masked."""
     # A number that a foreign writer put into its payload in the clear is nobody's business here either.
-    found: dict[str, Any] = json.loads(masked(json.dumps(value, ensure_ascii=False)))
-    return found
+    return masked_payload(value)

@@ -1,6 +1,5 @@
 """Follow events as they commit. For eyes: nothing is recorded, and nobody is told twice or waits for us."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -10,8 +9,10 @@ from uuid import UUID
 
 import psycopg
 
+from workers.envelope import payload_of, read_head
 from workers.operations.events import without_numbers
 from workers.relay.reading import Reader
+from workers.stored_json import read_stored
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
         while True:
             batch = reader.read()
             for position, event_type, content in batch.rows:
-                envelope = json.loads(content)
+                envelope = read_head(content)
                 yield Followed(
                     id=UUID(envelope["id"]),
                     position=position,
@@ -54,7 +55,7 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
                     aggregate_type=envelope["source"].rsplit("/", 1)[1],
                     aggregate_id=envelope["subject"],
                     created_at=datetime.fromisoformat(envelope["time"]),
-                    payload=without_numbers(envelope["data"]),
+                    payload=without_numbers(read_stored(payload_of(content))),
                 )
             if not batch.rows:
                 wait()

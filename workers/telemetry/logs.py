@@ -18,11 +18,15 @@ from dramatiq.compat import StreamablePipe
 from structlog.typing import EventDict, Processor
 
 from workers import settings as options
+from workers.failures import traceback_of
 from workers.masking import masked_facts
 from workers.telemetry import traces, work
+from workers.terminal import block, plain
 
 # While a collector is away, OpenTelemetry says so several times every ten seconds.
 _REPEAT_SECONDS = 60.0
+# Characters of each fact of a line.
+_MAX_FIELD = 8_000
 
 
 def configure_logs(telemetry: options.Telemetry, component: str) -> None:
@@ -41,8 +45,11 @@ def configure_logs(telemetry: options.Telemetry, component: str) -> None:
         bind,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if for_people else "iso", utc=not for_people),
-        structlog.processors.format_exc_info,
+        structlog.processors.ExceptionRenderer(_traceback),
     ]
+    last: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, _mask]
+    if for_people:
+        last.append(_legible)
     renderer: Processor = (
         structlog.dev.ConsoleRenderer(colors=on_terminal, pad_event_to=0, sort_keys=False)
         if for_people
@@ -60,7 +67,7 @@ def configure_logs(telemetry: options.Telemetry, component: str) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _mask, renderer],
+            processors=[*last, renderer],
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -90,7 +97,19 @@ def _facts(component: str) -> dict[str, object]:
 
 
 def _mask(_: Any, __: str, event: EventDict) -> EventDict:
-    return masked_facts(event)
+    return masked_facts(event, _MAX_FIELD)
+
+
+def _legible(_: Any, __: str, event: EventDict) -> EventDict:
+    # What is no text becomes its `repr`, which escapes as we do. JSON is ASCII.
+    return {
+        plain(name): (block if name in ("exception", "stack") else plain)(fact) if isinstance(fact, str) else fact
+        for name, fact in event.items()
+    }
+
+
+def _traceback(exc_info: Any) -> str:
+    return traceback_of(exc_info[1]).rstrip() if exc_info[1] else ""
 
 
 def _is_terminal(stream: TextIO) -> bool:
