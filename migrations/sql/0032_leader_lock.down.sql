@@ -74,11 +74,9 @@ declare
 begin
     for change in
         select * from (values
-            ('ensure_partitions', 'lock table dovecote.partitions_lock in share update exclusive mode',
-             'perform pg_advisory_xact_lock(17605::bigint << 48)'),
             ('hold_week', 'dovecote.try_lock(''retention_lock'')', 'pg_try_advisory_xact_lock(17606::bigint << 48)'),
             ('copy_strays', 'dovecote.try_lock(''retention_lock'')', 'pg_try_advisory_xact_lock(17606::bigint << 48)'),
-            ('place_strays', 'dovecote.try_lock(''retention_lock'')', 'pg_try_advisory_xact_lock(17606::bigint << 48)'),
+            ('move_strays', 'dovecote.try_lock(''retention_lock'')', 'pg_try_advisory_xact_lock(17606::bigint << 48)'),
             ('move_marks', 'dovecote.try_lock(''progress_lock'')', 'pg_try_advisory_xact_lock(dovecote.progress_key())'),
             ('begin_progress', 'lock table dovecote.progress_lock in share update exclusive mode',
              'perform pg_advisory_xact_lock(dovecote.progress_key())'),
@@ -87,7 +85,9 @@ begin
             ('reopen_progress', 'lock table dovecote.progress_lock in share update exclusive mode',
              'perform pg_advisory_xact_lock(dovecote.progress_key())'),
             ('release_next', 'perform dovecote.share_release_lock(handler)',
-             'perform pg_catalog.pg_advisory_xact_lock_shared(dovecote.release_key(handler))')
+             'perform pg_catalog.pg_advisory_xact_lock_shared(dovecote.release_key(handler))'),
+            ('release_behind', 'perform dovecote.share_release_lock(h)',
+             'perform pg_advisory_xact_lock_shared(dovecote.release_key(h))')
         ) as changes (name, new, old)
     loop
         select pg_catalog.pg_get_functiondef(p.oid) into strict was
@@ -100,4 +100,4 @@ end $$;
 drop function dovecote.share_release_lock, dovecote.try_lock, dovecote.foreign_locks, dovecote.look_at_advisory_locks,
     dovecote.leader;
 alter table dovecote.replays drop column problem;
-drop view dovecote.retention_lock, dovecote.partitions_lock, dovecote.progress_lock, dovecote.relay_leader;
+drop view dovecote.retention_lock, dovecote.progress_lock, dovecote.relay_leader;

@@ -11,7 +11,6 @@
 
 create view dovecote.relay_leader as select 'held by the relay that leads' as purpose;
 create view dovecote.progress_lock as select 'held while low-water marks are moved or opened' as purpose;
-create view dovecote.partitions_lock as select 'held while partitions are made' as purpose;
 create view dovecote.retention_lock as select 'held while weeks are kept in order' as purpose;
 
 comment on view dovecote.relay_leader is 'The relay that leads holds a lock on it: `select * from dovecote.leader()`.';
@@ -266,13 +265,11 @@ declare
 begin
     for change in
         select * from (values
-            ('ensure_partitions', 'perform (pg_catalog\.)?pg_advisory_xact_lock\(17605::bigint << 48\)',
-             'lock table dovecote.partitions_lock in share update exclusive mode'),
             ('hold_week', '(pg_catalog\.)?pg_try_advisory_xact_lock\(17606::bigint << 48\)',
              'dovecote.try_lock(''retention_lock'')'),
             ('copy_strays', '(pg_catalog\.)?pg_try_advisory_xact_lock\(17606::bigint << 48\)',
              'dovecote.try_lock(''retention_lock'')'),
-            ('place_strays', '(pg_catalog\.)?pg_try_advisory_xact_lock\(17606::bigint << 48\)',
+            ('move_strays', '(pg_catalog\.)?pg_try_advisory_xact_lock\(17606::bigint << 48\)',
              'dovecote.try_lock(''retention_lock'')'),
             ('move_marks', '(pg_catalog\.)?pg_try_advisory_xact_lock\(dovecote\.progress_key\(\)\)',
              'dovecote.try_lock(''progress_lock'')'),
@@ -283,7 +280,9 @@ begin
             ('reopen_progress', 'perform (pg_catalog\.)?pg_advisory_xact_lock\(dovecote\.progress_key\(\)\)',
              'lock table dovecote.progress_lock in share update exclusive mode'),
             ('release_next', 'perform (pg_catalog\.)?pg_advisory_xact_lock_shared\(dovecote\.release_key\(handler\)\)',
-             'perform dovecote.share_release_lock(handler)')
+             'perform dovecote.share_release_lock(handler)'),
+            ('release_behind', 'perform (pg_catalog\.)?pg_advisory_xact_lock_shared\(dovecote\.release_key\(h\)\)',
+             'perform dovecote.share_release_lock(h)')
         ) as changes (name, old, new)
     loop
         select pg_catalog.pg_get_functiondef(p.oid) into strict was
