@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from sqlalchemy import make_url
 
 from domain.privacy import KEY_BYTES, Keyring
+from workers import keys
 from workers.home import Home
 from workers.variables import ALIASES, PREFIX, SettingsError, chosen, dotenv
 
@@ -199,6 +200,9 @@ class Privacy(Section):
                 Keyring.parse(**{**others, info.field_name: secret.get_secret_value()})
             except ValueError as error:  # it names what is wrong and never shows the value
                 raise ValueError(f"a well-formed one: {error}") from None
+            for name, given in keys.named_keys("it", secret.get_secret_value()):
+                if why := keys.weakness(given):
+                    raise ValueError(f"a random one: {name} {why}; {keys.CURE}")
         return secret
 
 
@@ -236,7 +240,7 @@ class Settings(BaseSettings):
 
         Errors: SettingsError naming the variable that is missing.
         """
-        values = {}
+        values: dict[str, str] = {}
         for name in Privacy.model_fields:
             secret = getattr(self.privacy, name)
             if secret is None:
@@ -244,6 +248,13 @@ class Settings(BaseSettings):
                 raise SettingsError(f"{PREFIX}PRIVACY__{name.upper()} is missing: it wants {field.description}")
             values[name] = secret.get_secret_value()
         return Keyring.parse(**values)
+
+    def keyring_if_given(self) -> Keyring | None:
+        """Return the keys, None where there is not one of them: most processes need none.
+
+        Errors: SettingsError where some are there and another is missing.
+        """
+        return self.keyring() if any(value is not None for _, value in self.privacy) else None
 
     @classmethod
     def settings_customise_sources(
@@ -273,9 +284,13 @@ def load_settings(
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in variables.items()}
     try:
-        return Settings(**source())
+        settings = Settings(**source())
     except ValidationError as error:
         raise SettingsError(_sentence(error, variables)) from None
+    given = {f"{PREFIX}PRIVACY__{name.upper()}": value for name, value in settings.privacy if value is not None}
+    if same := keys.equal_keys({variable: value.get_secret_value() for variable, value in given.items()}):
+        raise SettingsError(f"{same[0]} and {same[1]} are the same: each has to be a key of its own; {keys.CURE}.")
+    return settings
 
 
 def _refuse_unknown(variables: Mapping[str, str]) -> None:
