@@ -63,6 +63,9 @@ def require_ours_up_to_root(directory: Path) -> None:
 
     Errors: NotOurs.
     """
+    for above in directory.absolute().parents:
+        if above.is_symlink():
+            require_ours(above, above.lstat())
     for above in directory.resolve().parents:
         status = above.stat()
         if status.st_uid == 0 and status.st_mode & stat.S_ISVTX:
