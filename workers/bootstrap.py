@@ -30,7 +30,6 @@ from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
 from workers.handing_back import HandBackWhatFails
-from workers.home import HomeError
 from workers.lookup import history_in
 from workers.masking import never_show
 from workers.pauses import HandlerPaused
@@ -213,10 +212,7 @@ def _consumer_meters(settings: Settings, routes: Sequence[Route]) -> ConsumerMet
         return None
     from workers.telemetry.pages import show_consumers  # slow to import
 
-    try:
-        return show_consumers(settings, routes)
-    except HomeError as error:
-        refuse(f"metrics have no place: {error}")
+    return show_consumers(settings, routes)
 
 
 def _relay_meters(settings: Settings, routes: Sequence[Route]) -> RelayMeters | None:

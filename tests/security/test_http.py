@@ -1,7 +1,11 @@
-"""Attack: a stranger who reaches the port of metrics holds connections, and reads what errors say of our servers."""
+"""Attack: a stranger holds connections of the port of metrics, reads errors there, or takes the place of their files."""
 
 import http.client
+import os
+import signal
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from prometheus_client import values
 from structlog.testing import capture_logs
 
 from tests.conftest import settings_for
@@ -16,8 +21,10 @@ from tests.support import eventually
 from tests.workers.telemetry.scraping import get
 from workers.telemetry import serving
 from workers.telemetry.health import health, servers
+from workers.telemetry.metrics import shared_directory
 from workers.telemetry.serving import MAX_CONNECTIONS, MAX_REQUEST_BYTES, Page, serve
 
+ROOT = Path(__file__).parents[2]
 LARGE = b"x" * 20_000_000
 OPEN_SLOWLY = threading.Event()
 
@@ -180,3 +187,53 @@ def test_health_tells_strangers_no_server_login_or_error(tmp_path: Path) -> None
     assert {line["what"] for line in logged} == {"postgres", "schema", "redis"}
     assert len(logged) == 3, "it is told once, however often strangers ask"
     assert str(nobody) in str(logged)
+
+
+CONSUMERS = "dramatiq workers.bootstrap:consumers --path --queues pricing --processes 1 --threads 1 --worker-shutdown-timeout 100"
+
+
+def test_a_place_for_metrics_that_somebody_has_taken_costs_metrics_and_no_consumer(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Anybody may write here, and move away what is ours: a place that cannot be had.
+    tmp_path.chmod(0o777)
+    process = subprocess.Popen(
+        CONSUMERS.split(),
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(tmp_path),
+            "DOVECOTE_HOME": str(tmp_path / "home"),
+            "DATABASE_URL": "postgresql://x@127.0.0.1:1/x",
+            "REDIS_URL": "redis://127.0.0.1:1/0",
+            "DOVECOTE_TELEMETRY__HTTP_PORT": str(port),
+        },
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        live = eventually(lambda: get(port, "/health/live"), 30, "somebody who answers")
+        metrics = get(port, "/metrics")
+    finally:
+        process.send_signal(signal.SIGKILL)  # its workers end with it
+        said, _ = process.communicate()
+
+    assert live
+    assert live.status == 200
+    assert metrics
+    assert metrics.status == 200
+    assert "metrics have no place" in said
+
+
+def test_nobody_can_guess_where_metrics_will_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
+
+    ours = shared_directory("postgresql://u:a password@db/x")
+
+    assert shared_directory("postgresql://u:a password@db/x") == ours
+    assert shared_directory("postgresql://u:another@db/x") != ours
