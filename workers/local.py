@@ -1,21 +1,17 @@
 """A whole system on this machine: servers where none are given, the schema, the processes of the Procfile."""
 
-import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from psycopg.conninfo import conninfo_to_dict
-
 from workers import schema
-from workers.binaries import ServerError, find_postgres
 from workers.embedded import Postgres, Redis, Server
 from workers.home import Home
 from workers.settings import given_variables, load_settings
 from workers.supervisor import Output, Supervisor, parse_procfile
-from workers.variables import ALIASES, is_option, long_name, without_options
+from workers.variables import is_option, without_options
 
 # Beside us in an installed wheel, at the top level in a checkout.
 _PACKAGED = Path(__file__).parent / "Procfile"
@@ -133,29 +129,3 @@ def _keep(supervisor: Supervisor, output: Output, server: Server, program: Postg
         _keep(supervisor, output, program.start(server.port), program)
 
     supervisor.watch(server.pid, revive)
-
-
-_PSQL = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD", "dbname": "PGDATABASE"}
-
-
-def environment_for_clients(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return what lets psql, and whatever reads DATABASE_URL and REDIS_URL, find the system."""
-    found = conninfo_to_dict(variables["DATABASE_URL"])
-    client = {variable: str(found[key]) for key, variable in _PSQL.items() if found.get(key)}
-    # One spelling of each: a nested `dovecote` must not find two.
-    others = {name: value for name, value in os.environ.items() if long_name(name) not in ALIASES.values()}
-    return {
-        **others,
-        **variables,
-        **client,
-        "PGOPTIONS": "-c search_path=dovecote,public",
-        "PATH": _with_psql(os.environ.get("PATH", os.defpath)),
-    }
-
-
-def _with_psql(path: str) -> str:
-    """Add the psql of the embedded server behind any other: a machine without Postgres has none."""
-    try:
-        return f"{path}{os.pathsep}{find_postgres(os.environ).path.parent}"
-    except ServerError:
-        return path

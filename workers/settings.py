@@ -12,28 +12,32 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-from sqlalchemy import make_url
 
 from domain.privacy import KEY_BYTES, Keyring
 from workers import keys
 from workers.home import Home
+from workers.redis_client import connect_redis
+from workers.urls import names_ports, secrets_in, without_passwords
 from workers.variables import ALIASES, PREFIX, SettingsError, chosen, dotenv
 
-__all__ = ["PREFIX", "Settings", "SettingsError", "given_variables", "load_settings", "options", "secrets", "shown"]
-
-_URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@\s]+@")
-
-
-def without_passwords(text: str) -> str:
-    """Return the text with *** for the password of every URL in it."""
-    return _URL_PASSWORD.sub(r"\1:***@", text)
+__all__ = [
+    "PREFIX",
+    "Settings",
+    "SettingsError",
+    "given_variables",
+    "load_settings",
+    "options",
+    "secrets",
+    "shown",
+    "without_passwords",
+]
 
 
 class Section(BaseModel):
@@ -54,11 +58,12 @@ class Database(Section):
         if not url.get_secret_value().startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
             raise ValueError("a URL that starts with postgresql://")
         plain = url.get_secret_value().replace("postgresql+psycopg://", "postgresql://", 1)
-        try:  # libpq and SQLAlchemy both read it
-            conninfo_to_dict(plain)
-            make_url(plain)
+        try:
+            given = conninfo_to_dict(plain)
         except (psycopg.Error, ValueError):
             raise ValueError("a URL that libpq can read") from None
+        if not names_ports(str(given.get("port") or "")):  # libpq finds out when it connects
+            raise ValueError("a URL that libpq can read, with numbers for ports")
         return SecretStr(plain)
 
 
@@ -77,6 +82,11 @@ class Redis(Section):
             raise ValueError("a URL that starts with redis:// or rediss://")
         if url and not _names_a_redis_database(url.get_secret_value()):
             raise ValueError("a URL with a number for the port and a number for the database")
+        if url:
+            try:
+                connect_redis(url.get_secret_value(), 1.0).connection_pool.make_connection()
+            except (TypeError, ValueError):  # else at the first command, as a bug
+                raise ValueError("a URL with parameters that redis-py knows") from None
         return url
 
 
@@ -414,14 +424,16 @@ def secrets(settings: Settings) -> Iterator[str]:
     """Yield every secret text in force: keys, and the passwords of URLs, as they are written and as they are sent."""
     for section in Settings.model_fields:
         for _, value in getattr(settings, section):
+            if isinstance(value, str) and "://" in value:
+                yield from secrets_in(value)
             if not isinstance(value, SecretStr):
                 continue
             text = value.get_secret_value()
-            if "://" not in text:
+            if "://" in text:
+                yield from secrets_in(text)
+            else:
                 for part in text.split(","):
                     yield from _spellings((part.partition(":")[2] or part).strip())
-            elif password := urlsplit(text).password:
-                yield from {password, unquote(password)}
 
 
 def _spellings(key: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Attack: a stranger holds connections of the port of metrics, reads errors there, or takes the place of their files."""
+"""Attack: a stranger holds connections of the port of metrics, reads errors there, or takes the place of its files."""
 
 import http.client
 import os
@@ -189,7 +189,7 @@ def test_health_tells_strangers_no_server_login_or_error(tmp_path: Path) -> None
     assert str(nobody) in str(logged)
 
 
-CONSUMERS = "dramatiq workers.bootstrap:consumers --path --queues pricing --processes 1 --threads 1 --worker-shutdown-timeout 100"
+CONSUMERS = "dramatiq workers.bootstrap:consumers --path --queues pricing --processes 1 --threads 1"
 
 
 def test_a_place_for_metrics_that_somebody_has_taken_costs_metrics_and_no_consumer(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_place_for_metrics_that_somebody_has_taken_costs_metrics_and_no_consum
     # Anybody may write here, and move away what is ours: a place that cannot be had.
     tmp_path.chmod(0o777)
     process = subprocess.Popen(
-        CONSUMERS.split(),
+        [*CONSUMERS.split(), "--worker-shutdown-timeout", "100"],
         env={
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),

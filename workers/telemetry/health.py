@@ -16,6 +16,7 @@ import orjson
 import psycopg
 import structlog
 
+from domain.database import connection_parameters
 from workers import schema
 from workers.masking import masked
 from workers.redis_client import connect_redis
@@ -105,13 +106,11 @@ def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable
 
 def servers(settings: Settings) -> dict[str, Callable[[], str]]:
     """Return the checks of what every process needs; each makes a connection of its own and ends it."""
-    url = settings.database.url.get_secret_value()
+    parameters = connection_parameters(settings.database.url.get_secret_value(), {}, application_name="dovecote health")
     is_current = False
 
     def ask(query: str) -> str | None:
-        with psycopg.connect(
-            url, autocommit=True, connect_timeout=LIMIT_SECONDS, application_name="dovecote health"
-        ) as connection:
+        with psycopg.connect(autocommit=True, **{**parameters, "connect_timeout": LIMIT_SECONDS}) as connection:
             row: tuple[str | None] | None = connection.execute(query).fetchone()
             return row[0] if row else None
 

@@ -11,11 +11,11 @@ import psycopg
 import sqlalchemy.exc
 from psycopg.rows import namedtuple_row
 
-from domain.database import connect
+from domain.database import connect, connection_parameters
 from workers import schema
 from workers.attempts import longest_retry
 from workers.masking import masked
-from workers.operations.doctor import leftovers, progress
+from workers.operations.doctor import encryption, leftovers, progress
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
 from workers.relay.standby import FLUSHED, blindness
 from workers.runs import Run
@@ -111,6 +111,7 @@ def findings(subject: Subject) -> list[Finding]:
     try:
         with session(subject) as connection:
             found = [ok("postgres.reachable", _address(connection)), version(connection), clock(connection, subject)]
+            found.append(encryption.postgres(connection))
             found.append(notify_queue(connection))
             found += sessions(subject, connection)
             schema_found = is_migrated(subject)
@@ -361,17 +362,17 @@ def _kept(subject: Subject) -> timedelta | None:
 @contextmanager
 def session(subject: Subject) -> Iterator[Connection]:
     """Give a connection of its own to a check."""
-    with psycopg.connect(
+    parameters = connection_parameters(
         _url(subject),
-        autocommit=True,
-        row_factory=namedtuple_row,
-        connect_timeout=_CONNECT_SECONDS,
+        {},
         application_name="dovecote doctor",
-        client_encoding="utf8",
-        prepare_threshold=None,
         keepalives_idle=2,
         keepalives_interval=1,
         keepalives_count=3,
+    )
+    parameters["connect_timeout"] = _CONNECT_SECONDS
+    with psycopg.connect(
+        autocommit=True, row_factory=namedtuple_row, prepare_threshold=None, **parameters
     ) as connection:
         # No statement_timeout: as an option of the connection a pgbouncer may refuse it, and set later it would
         # stay in a pool for whoever comes next. `examine` has a limit of its own.
