@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
+
 from workers import schema
 from workers.embedded import Postgres, Redis, Server
 from workers.home import Home
@@ -20,6 +22,7 @@ PROCFILE = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "Pro
 # SIGTERM lets a consumer finish its bundle; Dramatiq is given 20 s for that in the Procfile.
 STOP_SECONDS = 25.0
 
+_KNOWS_REQUIRE_AUTH = 160_000
 _PORT = "DOVECOTE_TELEMETRY__HTTP_PORT"
 
 
@@ -74,6 +77,9 @@ def local_system(
         if "DOVECOTE_REDIS__URL" not in given:
             servers["REDIS_URL"] = _started(stack, Redis(data / "redis", environ=environ))
         ours = {variable: server.url for variable, (server, _) in servers.items()}
+        if "DATABASE_URL" in ours and psycopg.pq.version() >= _KNOWS_REQUIRE_AUTH:
+            # Whoever has the port while our server is down could ask for the password as it is.
+            ours["DATABASE_URL"] += "?require_auth=scram-sha-256"
         # The keys stay with the data that they sealed, wherever that is.
         ours |= Home(data if "DATABASE_URL" in servers else home.path).secrets()
         ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
