@@ -4,6 +4,7 @@ Dramatiq's command line starts consumers with `dramatiq workers.bootstrap:consum
 """
 
 import gc
+import resource
 import signal
 import sys
 import threading
@@ -180,6 +181,8 @@ def settings_or_exit() -> Settings:
     except SettingsError as error:
         refuse(str(error))
     never_show(secrets(settings))
+    # A core file would hold the keys, and lie where we were started.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return settings
 
 

@@ -10,6 +10,7 @@ from tests.mutations.losses import LOSSES
 from tests.mutations.mutant import Mutant
 from tests.mutations.progress import PROGRESS, PROGRESS_SQL
 from tests.mutations.queues import QUEUES
+from tests.mutations.settings import SETTINGS_AND_CONNECTIONS
 
 READING = "tests/workers/relay/test_reading_forward.py"
 GAPS = "tests/workers/relay/test_gaps.py"
@@ -1402,4 +1403,5 @@ MUTANTS = (
     *PROGRESS,
     *LOSSES,
     *LEFTOVERS,
+    *SETTINGS_AND_CONNECTIONS,
 )
