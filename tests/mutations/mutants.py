@@ -1387,8 +1387,8 @@ MUTANTS = (
     Mutant(
         "health forgets since when",
         "workers/telemetry/health.py",
-        "            if status != self._status:\n",
-        "            if True:\n",
+        "            is_news = status != self._status\n",
+        "            is_news = True\n",
         HEALTH,
     ),
     Mutant(

@@ -14,13 +14,6 @@ SERVING = "workers/telemetry/serving.py"
 
 SETTINGS_AND_CONNECTIONS = (
     Mutant(
-        "Dramatiq imports from where it is started",
-        "Procfile",
-        "consumers --path --queues pricing",
-        "consumers --queues pricing",
-        START,
-    ),
-    Mutant(
         "started by hand it imports from there",
         "workers/__init__.py",
         '    sys.path[:] = [entry for entry in sys.path if entry not in ("", ".")]\n',
