@@ -215,7 +215,7 @@ def test_a_place_for_metrics_that_somebody_has_taken_costs_metrics_and_no_consum
         text=True,
     )
     try:
-        live = eventually(lambda: get(port, "/health/live"), 30, "somebody who answers")
+        live = eventually(lambda: get(port, "/health/live"), 60, "somebody who answers")
         metrics = get(port, "/metrics")
     finally:
         process.send_signal(signal.SIGKILL)  # its workers end with it
