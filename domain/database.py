@@ -11,7 +11,9 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import DateTime, Engine, MetaData, Uuid, create_engine, event, make_url
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo
+from sqlalchemy import URL, DateTime, Engine, MetaData, Uuid, create_engine, event, make_url
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session, registry, sessionmaker
 
@@ -71,6 +73,16 @@ DURABLE = (
 # By version: settings that an older server does not know. It would refuse a connection whose options name one.
 _NEWER: Mapping[str, int] = {"transaction_timeout": 170_000}
 
+_KEYWORDS = {option.keyword.decode() for option in Conninfo.get_defaults()}
+
+#: How soon this end notices that the other is gone.
+KEEPALIVES: Mapping[str, object] = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 14_000,  # keepalives are silent while something sent is unanswered
+}
+
 # A connection that has been idle in the pool for longer is tried before it is handed out: a proxy may have closed it,
 # or Postgres was restarted. In traffic nobody pays for that; SQLAlchemy's `pool_pre_ping` would make each unit of
 # work a quarter longer (60 of 240 us).
@@ -89,32 +101,33 @@ def connect(
 ) -> Engine:
     """Return an engine for `postgresql://...`; no connection is made yet.
 
-    Every session speaks UTC and UTF-8, and by TCP keepalives either end notices within about 15 s that the other is
+    All that libpq reads in the URL is kept: TLS, several hosts, sockets, a service, `options`. Every session speaks UTC
+    and UTF-8, and by TCP keepalives either end notices within about 15 s that the other is
     gone. `session_settings` are Postgres's own, such as {"lock_timeout": 5_000}.
     """
     settings = {**SESSION_SETTINGS, "statement_timeout": statement_timeout_ms, **(session_settings or {})}
+    parameters = connection_parameters(
+        url,
+        settings,
+        connect_timeout=connect_timeout_seconds,
+        application_name=application_name,
+        **KEEPALIVES,
+    )
+    parameters |= connect_args or {}
     engine = create_engine(
-        make_url(url).set(drivername="postgresql+psycopg"),
+        _engine_url(url),
         pool_size=pool_size,
         max_overflow=0,
         # An error must not carry the row it failed on into a log or a delivery.
         hide_parameters=True,
-        connect_args={
-            "connect_timeout": connect_timeout_seconds,
-            "application_name": application_name,
-            "client_encoding": "utf8",
-            "options": startup_options(settings),
-            "keepalives_idle": 5,
-            "keepalives_interval": 3,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 14_000,  # keepalives are silent while something sent is unanswered
-            **(connect_args or {}),
-        },
+        connect_args=connect_args or {},
     )
 
     @event.listens_for(engine, "do_connect")
     def opened(_dialect: object, _record: object, arguments: Sequence[Any], options: Mapping[str, Any]) -> Connection:
-        connection = Connection.connect(*arguments, **options)
+        # SQLAlchemy's own reading of the URL knows less than libpq's.
+        own = {name: value for name, value in options.items() if name not in _KEYWORDS}
+        connection = Connection.connect(*arguments, **{**own, **parameters})
         set_newer(connection, settings)
         return connection
 
@@ -133,6 +146,25 @@ def connect(
                 raise DisconnectionError("ended while it was idle") from error  # the pool makes a new one
 
     return engine
+
+
+def connection_parameters(url: str, settings: Mapping[str, object], **defaults: object) -> dict[str, Any]:
+    """Return what psycopg.connect() takes for `postgresql://...`: all that the URL says, as libpq reads it.
+
+    It wins over `defaults`. In `options` our `settings` come last and win; the text is UTF-8 whatever the URL says.
+    Errors: psycopg.ProgrammingError for what libpq cannot read.
+    """
+    given = conninfo_to_dict(url.replace("postgresql+psycopg://", "postgresql://", 1))
+    options = f"{given.pop('options', None) or ''} {startup_options(settings)}".strip()
+    return {**defaults, **given, "client_encoding": "utf8", **({"options": options} if options else {})}
+
+
+def _engine_url(url: str) -> URL:
+    """Return what the engine shows of itself; SQLAlchemy cannot read several hosts with ports."""
+    try:
+        return make_url(url).set(drivername="postgresql+psycopg")
+    except ValueError:
+        return URL.create("postgresql+psycopg")
 
 
 def startup_options(settings: Mapping[str, object]) -> str:

@@ -4,6 +4,7 @@ Dramatiq's command line starts consumers with `dramatiq workers.bootstrap:consum
 """
 
 import gc
+import resource
 import signal
 import sys
 import threading
@@ -31,7 +32,6 @@ from workers.gateways import Gateways
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.sms import ConsoleSms
 from workers.handing_back import HandBackWhatFails
-from workers.home import HomeError
 from workers.loaders import loads_anything
 from workers.lookup import history_in
 from workers.masking import never_show
@@ -60,11 +60,9 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
     meters = _consumer_meters(settings, routes)
-    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()], meters)
-    try:
-        gateways = gateways_for(settings)
-    except SettingsError as error:
-        refuse(str(error))
+    middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()]
+    broker = broker_for(settings, middleware, meters)
+    gateways = gateways_for(settings)
     engine = consumer_engine(settings, routes)
     consumer = Consumer(
         sessions_for(engine),
@@ -135,7 +133,7 @@ def gateways_for(settings: Settings) -> Gateways:
     return Gateways(
         sms=ConsoleSms(settings.sms.handset_path, failure_rate=settings.sms.failure_rate),
         challenges=ChallengeCache(cache, settings.redis.namespace),
-        keys=settings.keyring(),
+        keys=settings.keyring_if_given(),
     )
 
 
@@ -188,6 +186,8 @@ def settings_or_exit() -> Settings:
     except SettingsError as error:
         refuse(str(error))
     never_show(secrets(settings))
+    # A core file would hold the keys, and lie where we were started.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return settings
 
 
@@ -220,10 +220,7 @@ def _consumer_meters(settings: Settings, routes: Sequence[Route]) -> ConsumerMet
         return None
     from workers.telemetry.pages import show_consumers  # slow to import
 
-    try:
-        return show_consumers(settings, routes)
-    except HomeError as error:
-        refuse(f"metrics have no place: {error}")
+    return show_consumers(settings, routes)
 
 
 def _relay_meters(settings: Settings, routes: Sequence[Route]) -> RelayMeters | None:
@@ -278,6 +275,22 @@ def _message_at_hand() -> MessageProxy:
 
 def _not_here(_event: object, _uow: UnitOfWork, _gateways: Gateways) -> NoReturn:
     raise AssertionError("what is kept for other code is not acted on")
+
+
+class _RequiresKeys(Middleware):
+    """Ends a process that was started without keys on a queue whose handlers need them. Others do without."""
+
+    def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
+        self._settings = settings
+        self._queues = {route.queue for route in routes if route.wants_keys}
+
+    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        asked_for: set[str] | None = worker.consumer_whitelist
+        if self._queues & (asked_for or self._queues):
+            try:
+                self._settings.keyring()
+            except SettingsError as error:
+                refuse(str(error))
 
 
 class _StopsWaiting(Middleware):

@@ -58,6 +58,30 @@ def _set_death_signal(sig: signal.Signals) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
+def listens(pid: int, port: int) -> bool:
+    """Tell if it is `pid` that listens on this port of 127.0.0.1, and not another process.
+
+    Where its descriptors may not be seen (a container without CAP_SYS_PTRACE), it is enough that its user listens.
+    """
+    wanted = f"0100007F:{port:04X}"
+    try:
+        owner = Path(f"/proc/{pid}").stat().st_uid
+        lines = Path("/proc/self/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    except OSError:  # it has ended
+        return False
+    for line in lines:
+        _, local, _, state, _, _, _, uid, _, inode, *_ = line.split()
+        if (local, state, int(uid)) == (wanted, "0A", owner):
+            try:
+                return any(
+                    str(descriptor.readlink()) == f"socket:[{inode}]"
+                    for descriptor in Path(f"/proc/{pid}/fd").iterdir()
+                )
+            except PermissionError:
+                return True
+    return False
+
+
 class RunsAs(TypedDict, total=False):
     """The arguments of Popen that choose a user."""
 

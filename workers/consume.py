@@ -104,9 +104,9 @@ class Consumer:
         self._await_schema = await_schema
         self.meters = meters or ConsumerMeters()
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
-        self.keys = gateways.keys
+        self.keys = gateways.keyring
         self.message_keys = MessageKeys(sessions)
-        self._opener = Opener(sessions, self.message_keys, gateways.keys, self._held)
+        self._opener = Opener(sessions, self.message_keys, gateways.keyring, self._held)
         #: Returns the history in which the messages were sent that this is called with; None where nobody knows.
         self.history_in_redis: Callable[[], str | None] = lambda: None
 

@@ -22,7 +22,7 @@ from redis.retry import Retry
 
 from workers.binaries import NoBinary, Program, ServerError, find_postgres, find_redis
 from workers.child_server import ChildServer, Server, StartFailed, WrongVersion, bare_environment, write_private
-from workers.children import dying_with_us, runs_as
+from workers.children import dying_with_us, listens, runs_as
 from workers.home import make_ours
 
 __all__ = ["NoBinary", "Postgres", "Redis", "Server", "ServerError", "WrongVersion", "servers"]
@@ -168,7 +168,9 @@ class Redis(ChildServer):
         return "".join(f'{name} "{value}"\n' for name, value in settings.items()).encode()
 
     def _answers(self, pid: int) -> str | None:
-        # A second is only for a stranger who took the port and says nothing.
+        # The password is for nobody who was quicker to take the port.
+        if not listens(pid, self._port):
+            return None
         client = redis.Redis(port=self._port, password=self._password, retry=Retry(NoBackoff(), 0), socket_timeout=1)
         try:
             client.ping()  # refused while the append-only file is being read

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.children import ServerUser, started_at
+from workers.ownership import NotOurs, read_ours, require_ours, require_ours_up_to_root
 
 # For root, whose own home is closed to the user the servers run as. Not /tmp: it may be memory.
 VAR_TMP = Path("/var/tmp")  # noqa: S108 - names below it are ours or refused, see make_ours()
@@ -146,12 +147,18 @@ class Home:
         return self._read("secrets.json") or {}
 
     def _read(self, name: str) -> dict[str, Any] | None:
+        """Return what the file says. It names servers, keys and passwords: who may write it decides about us."""
         try:
-            content = (self.path / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
+            content = read_ours(self.path / name)
         except PermissionError as error:
             raise HomeError(f"{self.path / name} belongs to another user: run this as that user") from error
+        except NotOurs as error:
+            raise HomeError(
+                f"{self.path / name} is not read, because {error}: run this as the user whose it is, "
+                "or set DOVECOTE_HOME to a directory that is yours alone"
+            ) from None
+        if content is None:
+            return None
         try:
             said = json.loads(content)
         except ValueError as error:
@@ -196,16 +203,17 @@ def make_ours(directory: Path) -> None:
 
 def _must_be_ours(directory: Path) -> None:
     try:
-        owners = {directory.lstat().st_uid, directory.stat().st_uid}
-        mode = directory.stat().st_mode
+        link, status = directory.lstat(), directory.stat()
+        if not directory.is_dir():
+            raise HomeError(f"{directory} is not a directory")
+        if {link.st_uid, status.st_uid} != {os.geteuid()}:
+            raise HomeError(f"{directory} belongs to another user: set DOVECOTE_HOME to a directory of your own")
+        require_ours(directory, status)
+        require_ours_up_to_root(directory)
+    except NotOurs as error:
+        raise HomeError(f"{error}: set DOVECOTE_HOME to a directory of your own in a place of your own") from None
     except OSError as error:
         raise HomeError(f"cannot use {directory}: {error.strerror}") from error
-    if not directory.is_dir():
-        raise HomeError(f"{directory} is not a directory")
-    if owners != {os.geteuid()}:
-        raise HomeError(f"{directory} belongs to another user: set DOVECOTE_HOME to a directory of your own")
-    if mode & 0o002:
-        raise HomeError(f"everybody may write to {directory}: set DOVECOTE_HOME to a directory of your own")
 
 
 def _new_secrets() -> dict[str, str]:

@@ -1,20 +1,19 @@
 """A whole system on this machine: servers where none are given, the schema, the processes of the Procfile."""
 
-import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from psycopg.conninfo import conninfo_to_dict
+import psycopg
 
 from workers import schema
-from workers.binaries import ServerError, find_postgres
 from workers.embedded import Postgres, Redis, Server
 from workers.home import Home
 from workers.settings import given_variables, load_settings
 from workers.supervisor import Output, Supervisor, parse_procfile
+from workers.variables import is_option, without_options
 
 # Beside us in an installed wheel, at the top level in a checkout.
 _PACKAGED = Path(__file__).parent / "Procfile"
@@ -23,6 +22,7 @@ PROCFILE = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "Pro
 # SIGTERM lets a consumer finish its bundle; Dramatiq is given 20 s for that in the Procfile.
 STOP_SECONDS = 25.0
 
+_KNOWS_REQUIRE_AUTH = 160_000
 _PORT = "DOVECOTE_TELEMETRY__HTTP_PORT"
 
 
@@ -65,10 +65,10 @@ def local_system(
     home.create()
     with ExitStack() as stack:
         stack.enter_context(home.lock())
-        given = given_variables(environ)
+        given = {name: value for name, value in given_variables(environ).items() if is_option(name)}
         # Every process would refuse a wrong setting; say so once, before anything runs.
         settings = load_settings(
-            {"DATABASE_URL": "postgresql://later", "REDIS_URL": "redis://later", **environ, **given}
+            {"DATABASE_URL": "postgresql://later", "REDIS_URL": "redis://later", **without_options(environ), **given}
         )
         data = home.servers_path()
         servers: dict[str, tuple[Server, Postgres | Redis]] = {}
@@ -77,6 +77,9 @@ def local_system(
         if "DOVECOTE_REDIS__URL" not in given:
             servers["REDIS_URL"] = _started(stack, Redis(data / "redis", environ=environ))
         ours = {variable: server.url for variable, (server, _) in servers.items()}
+        if "DATABASE_URL" in ours and psycopg.pq.version() >= _KNOWS_REQUIRE_AUTH:
+            # Whoever has the port while our server is down could ask for the password as it is.
+            ours["DATABASE_URL"] += "?require_auth=scram-sha-256"
         # The keys stay with the data that they sealed, wherever that is.
         ours |= Home(data if "DATABASE_URL" in servers else home.path).secrets()
         ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
@@ -89,11 +92,11 @@ def local_system(
         stack.callback(home.withdraw)
         wanted = settings.telemetry.http_port if _PORT in given else None
         ports = stack.enter_context(_ports(processes, settings.telemetry.http_host, wanted))
-        defaults = {"DOVECOTE_TELEMETRY__LOG_FORMAT": "console", "DOVECOTE_HOME": str(home.path)}
+        defaults = {"DOVECOTE_TELEMETRY__LOG_FORMAT": "console"}
         yield LocalSystem(
             home=home,
             data=data,
-            environment={**defaults, **environ, **system},
+            environment={**defaults, **without_options(environ), **system, "DOVECOTE_HOME": str(home.path)},
             servers=servers,
             processes=processes,
             ports=ports,
@@ -134,27 +137,3 @@ def _keep(supervisor: Supervisor, output: Output, server: Server, program: Postg
         _keep(supervisor, output, program.start(server.port), program)
 
     supervisor.watch(server.pid, revive)
-
-
-_PSQL = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD", "dbname": "PGDATABASE"}
-
-
-def environment_for_clients(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return what lets psql, and whatever reads DATABASE_URL and REDIS_URL, find the system."""
-    found = conninfo_to_dict(variables["DATABASE_URL"])
-    client = {variable: str(found[key]) for key, variable in _PSQL.items() if found.get(key)}
-    return {
-        **os.environ,
-        **variables,
-        **client,
-        "PGOPTIONS": "-c search_path=dovecote,public",
-        "PATH": _with_psql(os.environ.get("PATH", os.defpath)),
-    }
-
-
-def _with_psql(path: str) -> str:
-    """Add the psql of the embedded server behind any other: a machine without Postgres has none."""
-    try:
-        return f"{path}{os.pathsep}{find_postgres(os.environ).path.parent}"
-    except ServerError:
-        return path

@@ -61,7 +61,7 @@ class Hold(Protocol):
 class Opener:
     """Opens messages for one process; safe to use from many threads."""
 
-    def __init__(self, sessions: Sessions, keys: MessageKeys, keyring: Keyring, hold: Hold) -> None:
+    def __init__(self, sessions: Sessions, keys: MessageKeys, keyring: Keyring | None, hold: Hold) -> None:
         self._sessions = sessions
         self._keys = keys
         self._keyring = keyring

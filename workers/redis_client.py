@@ -24,13 +24,14 @@ def connect_redis(url: str, socket_timeout_seconds: float, max_connections: int 
 
     Whoever finds all connections in use waits for one, as long as for an answer.
     """
+    # A socket of this machine has no network in between.
+    over_network = {} if url.startswith("unix:") else {"socket_connect_timeout": 5, "socket_keepalive": True}
     pool = redis.BlockingConnectionPool.from_url(
         url,
         max_connections=max_connections,
         timeout=socket_timeout_seconds,
         socket_timeout=socket_timeout_seconds,
-        socket_connect_timeout=5,
-        socket_keepalive=True,
         retry=Retry(NoBackoff(), 0),
+        **over_network,
     )
     return redis.Redis.from_pool(pool)

@@ -136,7 +136,10 @@ class Supervisor:
         """`environment` is for all; `own` is what some get besides, by their names."""
         self._output = output
         self._selector = selectors.DefaultSelector()
-        here = {**environment, "PYTHONUNBUFFERED": "1", "PATH": _our_path(environment)}
+        # Safe path: no child imports from the directory that we were started in. It stays theirs, for what the settings
+        # say relative to it.
+        python = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+        here = {**environment, **python, "PATH": _our_path(environment)}
         self._children = [
             _Child(name, list(command), {**here, **(own or {}).get(name, {})}, self._selector, output)
             for name, command in processes.items()

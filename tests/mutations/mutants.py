@@ -16,6 +16,7 @@ from tests.mutations.mutant import Mutant
 from tests.mutations.operators import OPERATORS
 from tests.mutations.progress import PROGRESS, PROGRESS_SQL
 from tests.mutations.queues import QUEUES
+from tests.mutations.settings import SETTINGS_AND_CONNECTIONS
 
 READING = "tests/workers/relay/test_reading_forward.py"
 GAPS = "tests/workers/relay/test_gaps.py"
@@ -1392,8 +1393,8 @@ MUTANTS = (
     Mutant(
         "health forgets since when",
         "workers/telemetry/health.py",
-        "            if status != self._status:\n",
-        "            if True:\n",
+        "            is_news = status != self._status\n",
+        "            is_news = True\n",
         HEALTH,
     ),
     Mutant(
@@ -1414,4 +1415,5 @@ MUTANTS = (
     *SIGNED,
     *FUNCTIONS,
     *MASKING,
+    *SETTINGS_AND_CONNECTIONS,
 )

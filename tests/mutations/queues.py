@@ -188,7 +188,7 @@ QUEUES = (
             "idle_session_timeout": '    "idle_session_timeout": 0,\n',
             "idle_in_transaction_session_timeout": '    "idle_in_transaction_session_timeout": 0,\n',
             "transaction_timeout": '    "transaction_timeout": 0,\n',
-            "client_encoding": '            "client_encoding": "utf8",\n',
+            "client_encoding": ', "client_encoding": "utf8"',
         }.items()
     ),
     Mutant(

@@ -189,6 +189,14 @@ def test_python_means_the_one_we_run_on() -> None:
     assert heard.lines[0] == ("which", sys.prefix)
 
 
+def test_a_child_imports_nothing_from_where_we_stand() -> None:
+    command = [sys.executable, "-c", "import sys; print('everything' if '' in sys.path else 'nothing')"]
+
+    _, heard = run_until(lambda heard: bool(heard.lines), {"python": command})
+
+    assert ("python", "nothing") in heard.lines
+
+
 def test_output_is_prefixed_with_the_name_and_only_a_terminal_gets_colours() -> None:
     page = io.StringIO()
     write = prefixed(["relay", "consumers"], page)

@@ -13,7 +13,8 @@ from workers import schema
 from workers.bootstrap import refuse, run_relay
 from workers.cli.options import DryRun
 from workers.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
-from workers.local import PROCFILE, STOP_SECONDS, LocalSystem, environment_for_clients, local_system
+from workers.clients import environment_for_clients
+from workers.local import PROCFILE, STOP_SECONDS, LocalSystem, local_system
 from workers.settings import load_settings
 from workers.supervisor import prefixed, stop_on_signals
 
@@ -83,12 +84,12 @@ def execute(command: Annotated[list[str], typer.Argument(help="Command and its a
     Example: dovecote exec psql -c 'select * from outbox_events limit 5'
     """
     settings = load_settings()
-    variables = {
+    urls = {
         "DATABASE_URL": settings.database.url.get_secret_value(),
         "REDIS_URL": settings.redis.url.get_secret_value(),
     }
     try:
-        os.execvpe(command[0], command, environment_for_clients(variables))  # noqa: S606
+        os.execvpe(command[0], command, environment_for_clients(urls, os.environ))  # noqa: S606
     except FileNotFoundError:
         refuse(f"there is no command {command[0]!r} on this machine")
 

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import psycopg
 
+from domain.database import connection_parameters
 from workers.envelope import payload_of, read_head
 from workers.operations.events import without_numbers
 from workers.relay.reading import Reader
@@ -37,8 +38,9 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
     It reads as the relay reads, so an event whose transaction ends late is not missed, only late. Events of
     transactions that were at work when it began may be missing.
     """
+    parameters = connection_parameters(url, {}, application_name="dovecote events tail")
     # Closed, not rolled back: Ctrl-C may come in the middle of a query.
-    with closing(psycopg.connect(url, autocommit=True, application_name="dovecote events tail")) as connection:
+    with closing(psycopg.connect(autocommit=True, **parameters)) as connection:
         connection.execute("set search_path = pg_catalog, pg_temp; set timezone = 'UTC'")
         connection.execute("set enable_seqscan = off; set jit = off")
         row = connection.execute("select last_position from dovecote.horizon()").fetchone()

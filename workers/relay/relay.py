@@ -14,7 +14,14 @@ from uuid import uuid4
 import psycopg
 import structlog
 
-from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, SESSION_SETTINGS, set_newer, startup_options
+from domain.database import (
+    KEEPALIVES,
+    NO_TIME_LIMITS,
+    ONLY_OUR_NAMES,
+    SESSION_SETTINGS,
+    connection_parameters,
+    set_newer,
+)
 from domain.errors import DovecoteError
 from workers import schema
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
@@ -192,18 +199,15 @@ class Relay:
 
     @contextmanager
     def _session(self) -> Iterator[Connection]:
-        with psycopg.connect(
-            self._settings.database.url.get_secret_value(),
-            autocommit=True,
-            connect_timeout=self._settings.database.connect_timeout_seconds,
+        database = self._settings.database
+        parameters = connection_parameters(
+            database.url.get_secret_value(),
+            _SESSION_SETTINGS,
+            connect_timeout=database.connect_timeout_seconds,
             application_name="dovecote relay",
-            client_encoding="utf8",
-            keepalives_idle=5,
-            keepalives_interval=3,
-            keepalives_count=3,
-            tcp_user_timeout=14_000,
-            options=startup_options(_SESSION_SETTINGS),
-        ) as connection:
+            **KEEPALIVES,
+        )
+        with psycopg.connect(autocommit=True, **parameters) as connection:
             set_newer(connection, _SESSION_SETTINGS)
             load_anything(connection)
             yield connection

@@ -2,6 +2,7 @@
 
 A report is JSON: {"status", "missing": [names], "dependencies": {name: {"status": "up" or "down", "since", "detail"}},
 "timestamp"}. Moments are ISO 8601 in UTC. It is answered with 200 where nothing is missing, else with 503.
+`detail` is there only while a dependency is up. What is wrong names servers, logins and versions: the log says that.
 """
 
 import threading
@@ -13,12 +14,16 @@ from typing import Any
 
 import orjson
 import psycopg
+import structlog
 
+from domain.database import connection_parameters
 from workers import schema
 from workers.masking import masked
 from workers.redis_client import connect_redis
 from workers.settings import Settings
 from workers.telemetry.serving import Page
+
+log = structlog.get_logger()
 
 #: How long a process may be without a sign of life. A loop gives one every few seconds.
 FRESH_SECONDS = 60.0
@@ -34,14 +39,15 @@ class Missing(Exception):
 
 
 class Dependency:
-    """Something this process needs. The check returns a detail, and raises whatever it raises where it fails."""
+    """Something this process needs. The check returns a detail for strangers, and raises what it raises if it fails."""
 
-    def __init__(self, check: Callable[[], str]) -> None:
+    def __init__(self, name: str, check: Callable[[], str]) -> None:
+        self._name = name
         self._check = check
         self._lock = threading.Lock()
         self._asked: Future[tuple[str, str]] | None = None
         self._asked_at = 0.0
-        self._status, self._since = "", _now()
+        self._status, self._since, self._logged = "", _now(), ""
 
     def ask(self) -> None:
         """Begin to find out, unless that was done just now or is still going on. Returns at once."""
@@ -60,9 +66,14 @@ class Dependency:
         except TimeoutError:
             status, detail = "down", f"no answer within {LIMIT_SECONDS} s"
         with self._lock:
-            if status != self._status:
+            is_news = status != self._status
+            if is_news:
                 self._status, self._since = status, _now()
-            return {"status": status, "since": self._since, **({"detail": detail} if detail else {})}
+            if status == "down" and (is_news or detail != self._logged):
+                self._logged = detail
+                log.warning("something is missing", what=self._name, error=detail)
+            shown = {"detail": detail} if detail and status == "up" else {}
+            return {"status": status, "since": self._since, **shown}
 
     def _find_out(self, asked: "Future[tuple[str, str]]") -> None:
         try:
@@ -74,7 +85,7 @@ class Dependency:
 
 def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable[[], Page]:
     """Return a page that tells of these; its status is `well`, or `not` and that."""
-    known = {name: Dependency(check) for name, check in dependencies.items()}
+    known = {name: Dependency(name, check) for name, check in dependencies.items()}
 
     def page() -> Page:
         for dependency in known.values():
@@ -95,13 +106,11 @@ def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable
 
 def servers(settings: Settings) -> dict[str, Callable[[], str]]:
     """Return the checks of what every process needs; each makes a connection of its own and ends it."""
-    url = settings.database.url.get_secret_value()
+    parameters = connection_parameters(settings.database.url.get_secret_value(), {}, application_name="dovecote health")
     is_current = False
 
     def ask(query: str) -> str | None:
-        with psycopg.connect(
-            url, autocommit=True, connect_timeout=LIMIT_SECONDS, application_name="dovecote health"
-        ) as connection:
+        with psycopg.connect(autocommit=True, **{**parameters, "connect_timeout": LIMIT_SECONDS}) as connection:
             row: tuple[str | None] | None = connection.execute(query).fetchone()
             return row[0] if row else None
 

@@ -3,6 +3,7 @@
 The consumers of one Dramatiq master keep theirs in files of one directory, so that any of them can tell for all.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -219,24 +220,36 @@ def _histogram(name: str, meaning: str, buckets: Sequence[float]) -> BulkHistogr
     return BulkHistogram(name, meaning, ["handler"], buckets=buckets, registry=None)
 
 
+class OwnHeartbeat(ConsumerMeters):
+    """Of a worker that has no place for metrics: it works, and can tell that it lives."""
+
+    def __init__(self) -> None:
+        self.heartbeat = time.time()
+
+    def fetching(self, queue: str) -> None:
+        self.heartbeat = time.time()
+
+
 # The files that workers share ------------------------------------------------------------------
 
 
-def shared_directory() -> Path:
+def shared_directory(secret: str = "") -> Path:
     """Return where this worker and those beside it keep their metrics, and have them kept there from now on.
 
-    It belongs to the master, by pid and start: one that gets the pid of another begins with nothing. What
-    masters left that are gone is removed.
-    Errors: HomeError when it cannot be made.
+    It belongs to the master, by pid and start: one that gets the pid of another begins with nothing. Its name follows
+    from `secret` besides, so that all workers find it and nobody else can make it before them. What masters left that
+    are gone is removed.
+    Errors: HomeError or OSError when it cannot be made.
     """
-    place = Path(tempfile.gettempdir()) / f"dovecote-metrics-{os.geteuid()}"
-    make_ours(place)
-    for left in place.iterdir():
-        pid, _, start = left.name.partition("-")
-        if pid.isdigit() and str(started_at(int(pid))) != start:
+    temporary, ours = Path(tempfile.gettempdir()), f"dovecote-metrics-{os.geteuid()}-"
+    for left in temporary.glob(f"{ours}*"):
+        pid, _, start = left.name.removeprefix(ours).rpartition("-")[0].partition("-")
+        if pid.isdigit() and str(started_at(int(pid))) != start and left.lstat().st_uid == os.geteuid():
             shutil.rmtree(left, ignore_errors=True)  # another worker may be at it too
     master = os.getppid()
-    directory = place / f"{master}-{started_at(master)}"
+    owner = f"{master}-{started_at(master)}"
+    digest = hashlib.blake2b(owner.encode(), key=hashlib.sha256(secret.encode()).digest(), digest_size=12).hexdigest()
+    directory = temporary / f"{ours}{owner}-{digest}"
     make_ours(directory)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     # Chosen when prometheus_client is imported, which a handler's module may have done before us.

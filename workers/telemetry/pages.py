@@ -5,13 +5,17 @@ Imported by the composition root where there is a port, because prometheus_clien
 
 from collections.abc import Callable, Iterable, Sequence
 
+import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 
+from workers.home import HomeError
 from workers.routes import Route
 from workers.settings import Settings
 from workers.telemetry.health import Missing, health, require_fresh, servers
+from workers.telemetry.meters import ConsumerMeters
 from workers.telemetry.metrics import (
     ConsumerMetrics,
+    OwnHeartbeat,
     RelayMetrics,
     as_text,
     heartbeats,
@@ -20,6 +24,8 @@ from workers.telemetry.metrics import (
 )
 from workers.telemetry.serving import Page, serve
 from workers.telemetry.survey import Survey
+
+log = structlog.get_logger()
 
 # What a relay does while all is well. It searches for what Redis has lost as the leader.
 _AT_WORK = ("leading", "standing_by", "sending_again")
@@ -47,9 +53,17 @@ def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
     return metrics
 
 
-def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerMetrics:
-    """Serve the pages of all workers of this Dramatiq master, or stand by for whoever does."""
-    directory = shared_directory()
+def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerMeters:
+    """Serve the pages of all workers of this Dramatiq master, or stand by for whoever does.
+
+    Without a place for the metrics there are none. Events are acted on all the same.
+    """
+    try:
+        directory = shared_directory(settings.database.url.get_secret_value())
+        metrics = ConsumerMetrics(route.handler for route in routes)
+    except (HomeError, OSError) as error:
+        log.warning("metrics have no place, so there are none: name another one in TMPDIR", error=str(error))
+        return _show_without_metrics(settings)
 
     def workers() -> str:
         alive = heartbeats(directory)
@@ -59,7 +73,6 @@ def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerMetri
             require_fresh(f"worker {pid}", heartbeat)
         return f"{len(alive)} alive"
 
-    metrics = ConsumerMetrics(route.handler for route in routes)
     _serve(
         settings,
         lambda: told_by_all(directory),
@@ -67,6 +80,16 @@ def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerMetri
         {**servers(settings), "workers": workers},
     )
     return metrics
+
+
+def _show_without_metrics(settings: Settings) -> OwnHeartbeat:
+    own = OwnHeartbeat()
+
+    def alive() -> str:
+        return require_fresh("the worker that answers", own.heartbeat)
+
+    _serve(settings, CollectorRegistry, {"workers": alive}, {**servers(settings), "workers": alive})
+    return own
 
 
 def _serve(

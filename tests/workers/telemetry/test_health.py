@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.conftest import settings_for
 from tests.support import a_place_for_servers, eventually
@@ -59,7 +60,7 @@ def test_a_redis_that_stops_is_named_and_so_is_its_return(
     assert (without.report["status"], without.report["missing"]) == ("not ready", ["redis"])
     assert status_of(without.report["dependencies"]) == {"postgres": "up", "schema": "up", "redis": "down"}
     gone = without.report["dependencies"]["redis"]
-    assert gone["detail"]
+    assert set(gone) == {"status", "since"}
     assert at_first.report["timestamp"] < gone["since"] < again.report["dependencies"]["redis"]["since"]
     assert still_without.report["dependencies"]["redis"]["since"] == gone["since"]
     assert again.report["dependencies"]["postgres"]["since"] < gone["since"]
@@ -83,10 +84,11 @@ def test_a_schema_that_is_older_than_this_code_is_missing(
 ) -> None:
     schema.upgrade(empty_database_url, schema.revisions()[-2])
 
-    report = ready(settings_for(empty_database_url, settings.redis.url.get_secret_value(), tmp_path)).report
+    with capture_logs() as logged:
+        report = ready(settings_for(empty_database_url, settings.redis.url.get_secret_value(), tmp_path)).report
 
     assert report["missing"] == ["schema"]
-    assert schema.revisions()[-1] in report["dependencies"]["schema"]["detail"]
+    assert [schema.revisions()[-1] in line["error"] for line in logged] == [True]
 
 
 def test_asked_often_a_server_is_asked_once() -> None:

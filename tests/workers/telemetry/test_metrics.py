@@ -158,7 +158,7 @@ def test_a_worker_that_is_gone_has_done_its_work_and_has_no_heartbeat(directory:
     ours = ConsumerMetrics(["h"])
     ours.fetching("queue")
     # Its master is we; so ours are moved to where it looks.
-    program = f"import os; os.getppid = lambda: {int(directory.name.partition('-')[0])}\n{WORK_AND_DIE}"
+    program = f"import os; os.getppid = lambda: {int(directory.name.split('-')[3])}\n{WORK_AND_DIE}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
 
     told = of_all(directory)
@@ -169,7 +169,8 @@ def test_a_worker_that_is_gone_has_done_its_work_and_has_no_heartbeat(directory:
 
 
 def test_what_a_master_left_that_is_gone_is_removed(directory: Path) -> None:
-    gone, recycled = directory.parent / "999999999-1", directory.parent / f"{directory.name.partition('-')[0]}-1"
+    ours, pid, _, digest = directory.name.rsplit("-", 3)
+    gone, recycled = (directory.parent / f"{ours}-{of}-{digest}" for of in ("999999999-1", f"{pid}-1"))
     for left in (gone, recycled):
         left.mkdir()
         (left / "counter_1.db").touch()
@@ -181,4 +182,5 @@ def test_what_a_master_left_that_is_gone_is_removed(directory: Path) -> None:
 
 def test_nobody_else_may_look_into_the_files(directory: Path) -> None:
     assert directory.stat().st_mode & 0o066 == 0
-    assert started_at(int(directory.name.partition("-")[0])) == int(directory.name.partition("-")[2])
+    _, pid, start, _ = directory.name.rsplit("-", 3)
+    assert started_at(int(pid)) == int(start)

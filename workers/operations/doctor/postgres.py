@@ -1,7 +1,7 @@
 """Checks of Postgres, of the schema and of what the relay does there."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,12 +11,12 @@ import psycopg
 import sqlalchemy.exc
 from psycopg.rows import namedtuple_row
 
-from domain.database import ONLY_OUR_NAMES, connect, startup_options
+from domain.database import ONLY_OUR_NAMES, connect, connection_parameters
 from workers import schema
 from workers.attempts import longest_retry
 from workers.loaders import load_anything
 from workers.masking import masked
-from workers.operations.doctor import leftovers, progress, rights, rows
+from workers.operations.doctor import encryption, leftovers, progress, rights, rows
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
 from workers.relay.standby import FLUSHED, blindness
 from workers.runs import Run
@@ -114,6 +114,7 @@ def findings(subject: Subject) -> list[Finding]:
     try:
         with session(subject) as connection:
             found = [ok("postgres.reachable", _address(connection)), version(connection), clock(connection, subject)]
+            found.append(encryption.postgres(connection))
             found.append(notify_queue(connection))
             found += sessions(subject, connection)
             schema_found = is_migrated(subject)
@@ -377,30 +378,27 @@ def session(subject: Subject) -> Iterator[Connection]:
     # No statement_timeout: set later, where options are refused, it would stay in a pool for whoever comes next.
     # `examine` has a limit of its own.
     try:
-        connection = _connect(subject, startup_options(ONLY_OUR_NAMES))
+        connection = _connect(subject, ONLY_OUR_NAMES)
     except psycopg.OperationalError as caught:
         if "startup parameter" not in str(caught):
             raise
-        connection = _connect(subject, None)  # a pgbouncer; what it leads to is examined all the same
+        connection = _connect(subject, {})  # a pgbouncer; what it leads to is examined all the same
     with connection:
         load_anything(connection)
         yield connection
 
 
-def _connect(subject: Subject, options: str | None) -> Connection:
-    return psycopg.connect(
+def _connect(subject: Subject, settings: Mapping[str, object]) -> Connection:
+    parameters = connection_parameters(
         _url(subject),
-        autocommit=True,
-        row_factory=namedtuple_row,
-        connect_timeout=_CONNECT_SECONDS,
+        settings,
         application_name="dovecote doctor",
-        client_encoding="utf8",
-        prepare_threshold=None,
         keepalives_idle=2,
         keepalives_interval=1,
         keepalives_count=3,
-        options=options,
     )
+    parameters["connect_timeout"] = _CONNECT_SECONDS
+    return psycopg.connect(autocommit=True, row_factory=namedtuple_row, prepare_threshold=None, **parameters)
 
 
 def _url(subject: Subject) -> str:

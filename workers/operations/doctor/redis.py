@@ -5,6 +5,7 @@ from typing import Any
 import redis
 
 from workers.masking import masked
+from workers.operations.doctor import encryption
 from workers.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
 from workers.redis_client import connect_redis
 
@@ -22,6 +23,7 @@ def findings(subject: Subject) -> list[Finding]:
         return [
             ok("redis.reachable", f"run id {info.get('run_id')}"),
             version(info),
+            encrypted(subject),
             append_only(info),
             eviction(info),
             own_database(client, subject),
@@ -43,6 +45,12 @@ def version(info: dict[str, Any]) -> Finding:
     if tuple(int(part) for part in told.split(".")[:2]) < _OLDEST_REDIS:
         return error("redis.version", found, "Upgrade to Redis 6.2 or newer: consumers wait with BLMOVE.")
     return ok("redis.version", found)
+
+
+def encrypted(subject: Subject) -> Finding:
+    urls = {"REDIS_URL": subject.settings.redis.url, "DOVECOTE_REDIS__CACHE_URL": subject.settings.redis.cache_url}
+    given = {variable: url.get_secret_value() for variable, url in urls.items() if url is not None}
+    return encryption.redis({variable: connect_redis(url, _SOCKET_SECONDS) for variable, url in given.items()})
 
 
 def append_only(info: dict[str, Any]) -> Finding:
