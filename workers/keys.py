@@ -44,3 +44,9 @@ def equal_keys(given: Mapping[str, str]) -> tuple[str, str] | None:
                 return seen[key], name
             seen[key] = name
     return None
+
+
+def spellings(key: str) -> Iterator[str]:
+    """Yield a key in base64 as it may turn up in a text: as given, and its bytes as Python and others show them."""
+    raw = base64.b64decode(key)
+    yield from {key, base64.urlsafe_b64encode(raw).decode(), raw.hex(), repr(raw)[2:-1]}

@@ -435,13 +435,7 @@ def secrets(settings: Settings) -> Iterator[str]:
                 yield from secrets_in(text)
             else:
                 for part in text.split(","):
-                    yield from _spellings((part.partition(":")[2] or part).strip())
-
-
-def _spellings(key: str) -> Iterator[str]:
-    """Yield a key in base64 as it may turn up in a text: as given, and its bytes as Python and others show them."""
-    raw = base64.b64decode(key)
-    yield from {key, base64.urlsafe_b64encode(raw).decode(), raw.hex(), repr(raw)[2:-1]}
+                    yield from keys.spellings((part.partition(":")[2] or part).strip())
 
 
 def shown(settings: Settings) -> dict[str, dict[str, str]]:

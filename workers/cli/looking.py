@@ -40,7 +40,8 @@ def show_settings(
         for option in options():
             add_row(table, option["variable"], option["default"], option["unit"], option["meaning"])
         print_table(table, "")
-        say("\nNAME_FILE, the path of a file that holds the value, stands for NAME.")
+        say("")
+        say("NAME_FILE, the path of a file that holds the value, stands for NAME.")
 
 
 def settings_table() -> str:
