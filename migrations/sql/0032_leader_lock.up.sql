@@ -251,7 +251,8 @@ begin
     return true;
 end $$;
 
-revoke all on function dovecote.try_lock, dovecote.share_release_lock from public;
+grant execute on function dovecote.leader, dovecote.look_at_advisory_locks, dovecote.foreign_locks
+    to dovecote_worker, dovecote_operator, dovecote_viewer;
 grant execute on function dovecote.try_lock to dovecote_worker;
 grant execute on function dovecote.share_release_lock to dovecote_worker, dovecote_operator;
 
