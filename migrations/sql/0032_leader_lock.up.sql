@@ -300,6 +300,7 @@ end $$;
 -- Rows that are not understood -------------------------------------------------------------------
 
 alter table dovecote.replays add column problem text;
+grant update (problem) on dovecote.replays to dovecote_worker;
 
 comment on column dovecote.replays.problem is
     'Why the relay that leads does not carry the replay out; null where it does. Another version may.';

@@ -68,7 +68,9 @@ def test_nobody_stops_writers_by_leaving_a_call_open(urls: Mapping[str, str], ro
         locked = one(
             hostile,
             "select count(*) from pg_locks"
-            " where pid = pg_backend_pid() and locktype = 'relation' and mode <> 'AccessShareLock'",
+            " where pid = pg_backend_pid() and locktype = 'relation' and mode <> 'AccessShareLock'"
+            # Whose turn it is to keep weeks in order; no writer asks for it.
+            " and relation <> 'dovecote.retention_lock'::regclass",
         )
         assert locked == 0
 

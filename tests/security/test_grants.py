@@ -73,7 +73,7 @@ COLUMNS = {
     ): "state attempts next_attempt_at error_type error_fingerprint error trace_id replay_id"
     " leased_until first_leased_at updated_at",
     ("subscriptions", "worker", "w"): "routed_epoch replayable ordered",
-    ("replays", "worker", "w"): "state done cursor_position updated_at finished_at",
+    ("replays", "worker", "w"): "state done cursor_position updated_at finished_at problem",
     # And a trigger refuses all but the relay's own lines.
     ("audit_log", "worker", "a"): "actor action reason affected details",
     ("challenges", "operator", "r"): CHALLENGE,

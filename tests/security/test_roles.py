@@ -3,7 +3,6 @@
 The database refuses it, whatever the client does: here the client is our own command.
 """
 
-import base64
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -23,6 +22,7 @@ from domain.privacy import Keyring
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests import commands
 from tests.conftest import Servers, settings_for
+from tests.keys import KEYS
 from workers import operations
 from workers.bootstrap import engine_during
 from workers.operations.following import follow
@@ -80,14 +80,11 @@ def scene(urls: Mapping[str, str]) -> Mapping[str, str]:
 @pytest.fixture
 def dovecote(urls: Mapping[str, str], servers: Servers, tmp_path: Path) -> Dovecote:
     def run(role: str, *words: str) -> CompletedProcess[str]:
-        key = base64.b64encode(b"k" * 32).decode()
         environment = {
             "DATABASE_URL": urls[role],
             "REDIS_URL": servers.redis_url,
             "DOVECOTE_HOME": str(tmp_path),
-            "DOVECOTE_PRIVACY__HASH_KEY": key,
-            "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{key}",
-            "DOVECOTE_PRIVACY__CODE_KEY": key,
+            **KEYS,
         }
         return commands.run_text(list(words), environment, tmp_path)
 
