@@ -86,7 +86,7 @@ class Stage:
         return postgres, f"Valkey {valkey}" if valkey else f"Redis {about['redis_version']}"
 
     def _environment(self, database_url: str, namespace: str) -> dict[str, str]:
-        key = base64.b64encode(secrets.token_bytes(32)).decode()
+        hash_key, encryption_key, code_key = (base64.b64encode(secrets.token_bytes(32)).decode() for _ in range(3))
         kept = {name: value for name, value in os.environ.items() if not name.startswith("DOVECOTE_")}
         return {
             **kept,
@@ -94,9 +94,9 @@ class Stage:
             "REDIS_URL": self._redis_url,
             "DOVECOTE_HOME": str(self.directory),
             "DOVECOTE_REDIS__NAMESPACE": namespace,
-            "DOVECOTE_PRIVACY__HASH_KEY": key,
-            "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{key}",
-            "DOVECOTE_PRIVACY__CODE_KEY": key,
+            "DOVECOTE_PRIVACY__HASH_KEY": hash_key,
+            "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{encryption_key}",
+            "DOVECOTE_PRIVACY__CODE_KEY": code_key,
             "DOVECOTE_SMS__HANDSET_PATH": str(self.directory / "handset.txt"),
             "DOVECOTE_TELEMETRY__LOG_FORMAT": "json",
             "DOVECOTE_TELEMETRY__OTLP_ENDPOINT": self._collector,

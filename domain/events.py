@@ -152,6 +152,11 @@ def versioned(type: str) -> tuple[str, int]:
     return fact, int(version)
 
 
+def has_sensitive_fields(event_class: type[Event]) -> bool:
+    """Tell if events of this class are written and read with keys only."""
+    return any(codec.sensitive for codec in _codecs(event_class).values())
+
+
 def readable_as(event_class: type[Event]) -> list[str]:
     """Return the wire types that are read as this class: its own, and the older versions of it, newest first."""
     types = [event_class.type]

@@ -5,7 +5,6 @@ outcome hangs on our SQL or Lua or on what the servers answer. What tries Python
 processes or servers of its own, kills, measures time or goes at random for long runs once.
 """
 
-import base64
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.database import connect, sessions_for
+from tests.keys import KEYS
 from tests.support import a_place_for_servers
 from workers import schema
 from workers.embedded import servers as embedded_servers
@@ -137,16 +137,13 @@ def sessions(engine: Engine) -> sessionmaker[Session]:
 
 def settings_for(database_url: str, redis_url: str, home: Path, **more: str) -> Settings:
     """Settings of a system of its own: its own keys in Redis, known secrets."""
-    key = base64.b64encode(b"k" * 32).decode()
     return load_settings(
         {
             "DOVECOTE_HOME": str(home),
             "DATABASE_URL": database_url,
             "REDIS_URL": redis_url,
             "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
-            "DOVECOTE_PRIVACY__HASH_KEY": key,
-            "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{key}",
-            "DOVECOTE_PRIVACY__CODE_KEY": key,
+            **KEYS,
             "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
             "DOVECOTE_SMS__HANDSET_PATH": str(home / "handset.txt"),
             **more,

@@ -57,11 +57,9 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
     meters = _consumer_meters(settings, routes)
-    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()], meters)
-    try:
-        gateways = gateways_for(settings)
-    except SettingsError as error:
-        refuse(str(error))
+    middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()]
+    broker = broker_for(settings, middleware, meters)
+    gateways = gateways_for(settings)
     engine = consumer_engine(settings, routes)
     consumer = Consumer(
         sessions_for(engine),
@@ -133,7 +131,7 @@ def gateways_for(settings: Settings) -> Gateways:
     return Gateways(
         sms=ConsoleSms(settings.sms.handset_path, failure_rate=settings.sms.failure_rate),
         challenges=ChallengeCache(cache, settings.redis.namespace),
-        keys=settings.keyring(),
+        keys=settings.keyring_if_given(),
     )
 
 
@@ -274,6 +272,22 @@ def _sent_in(message: dramatiq.Message[Any] | None) -> str | None:
 
 def _not_here(_event: object, _uow: UnitOfWork, _gateways: Gateways) -> NoReturn:
     raise AssertionError("what is kept for other code is not acted on")
+
+
+class _RequiresKeys(Middleware):
+    """Ends a process that was started without keys on a queue whose handlers need them. Others do without."""
+
+    def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
+        self._settings = settings
+        self._queues = {route.queue for route in routes if route.wants_keys}
+
+    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        asked_for: set[str] | None = worker.consumer_whitelist
+        if self._queues & (asked_for or self._queues):
+            try:
+                self._settings.keyring()
+            except SettingsError as error:
+                refuse(str(error))
 
 
 class _StopsWaiting(Middleware):

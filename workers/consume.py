@@ -102,7 +102,7 @@ class Consumer:
         self._await_schema = await_schema
         self.meters = meters or ConsumerMeters()
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
-        self.keys = gateways.keys
+        self.keys = gateways.keyring
         #: Returns the history in which the messages were sent that this is called with; None where nobody knows.
         self.history_in_redis: Callable[[], str | None] = lambda: None
 

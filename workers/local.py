@@ -15,6 +15,7 @@ from workers.embedded import Postgres, Redis, Server
 from workers.home import Home
 from workers.settings import given_variables, load_settings
 from workers.supervisor import Output, Supervisor, parse_procfile
+from workers.variables import ALIASES, is_option, long_name, without_options
 
 # Beside us in an installed wheel, at the top level in a checkout.
 _PACKAGED = Path(__file__).parent / "Procfile"
@@ -65,10 +66,10 @@ def local_system(
     home.create()
     with ExitStack() as stack:
         stack.enter_context(home.lock())
-        given = given_variables(environ)
+        given = {name: value for name, value in given_variables(environ).items() if is_option(name)}
         # Every process would refuse a wrong setting; say so once, before anything runs.
         settings = load_settings(
-            {"DATABASE_URL": "postgresql://later", "REDIS_URL": "redis://later", **environ, **given}
+            {"DATABASE_URL": "postgresql://later", "REDIS_URL": "redis://later", **without_options(environ), **given}
         )
         data = home.servers_path()
         servers: dict[str, tuple[Server, Postgres | Redis]] = {}
@@ -87,11 +88,11 @@ def local_system(
         stack.callback(home.withdraw)
         wanted = settings.telemetry.http_port if _PORT in given else None
         ports = stack.enter_context(_ports(processes, settings.telemetry.http_host, wanted))
-        defaults = {"DOVECOTE_TELEMETRY__LOG_FORMAT": "console", "DOVECOTE_HOME": str(home.path)}
+        defaults = {"DOVECOTE_TELEMETRY__LOG_FORMAT": "console"}
         yield LocalSystem(
             home=home,
             data=data,
-            environment={**defaults, **environ, **system},
+            environment={**defaults, **without_options(environ), **system, "DOVECOTE_HOME": str(home.path)},
             servers=servers,
             processes=processes,
             ports=ports,
@@ -141,8 +142,10 @@ def environment_for_clients(variables: Mapping[str, str]) -> dict[str, str]:
     """Return what lets psql, and whatever reads DATABASE_URL and REDIS_URL, find the system."""
     found = conninfo_to_dict(variables["DATABASE_URL"])
     client = {variable: str(found[key]) for key, variable in _PSQL.items() if found.get(key)}
+    # One spelling of each: a nested `dovecote` must not find two.
+    others = {name: value for name, value in os.environ.items() if long_name(name) not in ALIASES.values()}
     return {
-        **os.environ,
+        **others,
         **variables,
         **client,
         "PGOPTIONS": "-c search_path=dovecote,public",

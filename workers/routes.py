@@ -10,7 +10,7 @@ from typing import Any
 
 from domain import billing, pricing, verification
 from domain.errors import DomainError
-from domain.events import Event, readable_as
+from domain.events import Event, has_sensitive_fields, readable_as
 from workers import route_rules
 from workers.consumers import billing as on_billing
 from workers.consumers import pricing as on_pricing
@@ -34,6 +34,7 @@ class Route:
     replayable      an operator may have it act again on what it has acted on; what its effect does then is
                     its own business
     replay_note     why it may, or why not; operators read it
+    needs_keys      its handler uses `gateways.keys`: a process without keys does not start on its queue
 
     Errors: InvalidRoute for what could never act: an `async def`, a name that is no plain word, no attempts.
     """
@@ -52,6 +53,7 @@ class Route:
     time_limit_seconds: float = 60.0
     replayable: bool = False
     replay_note: str = "its route does not say that acting again is harmless"
+    needs_keys: bool = False
 
     def __post_init__(self) -> None:
         route_rules.require_name("handler", self.handler)
@@ -68,6 +70,11 @@ class Route:
     def event_types(self) -> list[str]:
         """Return the wire types it wants: of each event the newest version and those an upcaster leads from."""
         return [event_type for event in self.events for event_type in readable_as(event)]
+
+    @property
+    def wants_keys(self) -> bool:
+        """Tell if its process needs keys: for its handler, or to open what its events say."""
+        return self.needs_keys or any(has_sensitive_fields(event) for event in self.events)
 
 
 ROUTES: tuple[Route, ...] = (
@@ -100,6 +107,7 @@ ROUTES: tuple[Route, ...] = (
         backoff_seconds=1.0,
         longest_backoff_seconds=30.0,
         replay_note="nobody has asked for the code a second time",
+        needs_keys=True,
     ),
     Route(
         handler="verification.update_cache",

@@ -2,7 +2,8 @@
 
 From the strongest to the weakest source: environment variables, the file `.env`, the running
 `./dev up` system of DOVECOTE_HOME, the defaults below. A nested option is written
-`DOVECOTE_<SECTION>__<NAME>`; the two servers also answer to DATABASE_URL and REDIS_URL.
+`DOVECOTE_<SECTION>__<NAME>`; the two servers also answer to DATABASE_URL and REDIS_URL. Each may be
+given as NAME_FILE, the path of a file that holds the value.
 """
 
 import base64
@@ -14,7 +15,6 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
 
 import psycopg
-from dotenv import dotenv_values
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -22,15 +22,13 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from sqlalchemy import make_url
 
 from domain.privacy import KEY_BYTES, Keyring
+from workers import keys
 from workers.home import Home
+from workers.variables import ALIASES, PREFIX, SettingsError, chosen, dotenv
 
-PREFIX = "DOVECOTE_"
-_ALIASES = {"DATABASE_URL": "DOVECOTE_DATABASE__URL", "REDIS_URL": "DOVECOTE_REDIS__URL"}
+__all__ = ["PREFIX", "Settings", "SettingsError", "given_variables", "load_settings", "options", "secrets", "shown"]
+
 _URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@\s]+@")
-
-
-class SettingsError(Exception):
-    """A value is wrong or missing; the message is one sentence for the person who starts the process."""
 
 
 def without_passwords(text: str) -> str:
@@ -202,6 +200,9 @@ class Privacy(Section):
                 Keyring.parse(**{**others, info.field_name: secret.get_secret_value()})
             except ValueError as error:  # it names what is wrong and never shows the value
                 raise ValueError(f"a well-formed one: {error}") from None
+            for name, given in keys.named_keys("it", secret.get_secret_value()):
+                if why := keys.weakness(given):
+                    raise ValueError(f"a random one: {name} {why}; {keys.CURE}")
         return secret
 
 
@@ -239,7 +240,7 @@ class Settings(BaseSettings):
 
         Errors: SettingsError naming the variable that is missing.
         """
-        values = {}
+        values: dict[str, str] = {}
         for name in Privacy.model_fields:
             secret = getattr(self.privacy, name)
             if secret is None:
@@ -247,6 +248,13 @@ class Settings(BaseSettings):
                 raise SettingsError(f"{PREFIX}PRIVACY__{name.upper()} is missing: it wants {field.description}")
             values[name] = secret.get_secret_value()
         return Keyring.parse(**values)
+
+    def keyring_if_given(self) -> Keyring | None:
+        """Return the keys, None where there is not one of them: most processes need none.
+
+        Errors: SettingsError where some are there and another is missing.
+        """
+        return self.keyring() if any(value is not None for _, value in self.privacy) else None
 
     @classmethod
     def settings_customise_sources(
@@ -268,7 +276,7 @@ def load_settings(
     Errors: SettingsError with one sentence: the variable, what it got (never a secret), what it wants.
     """
     environ = dict(os.environ if environ is None else environ)
-    variables = _running_system(environ) | given_variables(environ, directory)
+    variables = chosen([_running_system(environ), *_given(environ, directory)])
     _refuse_unknown_sections(variables)
     if not needs_redis:
         variables.setdefault("DOVECOTE_REDIS__URL", "redis://not-given.invalid")
@@ -276,9 +284,13 @@ def load_settings(
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in variables.items()}
     try:
-        return Settings(**source())
+        settings = Settings(**source())
     except ValidationError as error:
         raise SettingsError(_sentence(error, variables)) from None
+    given = {f"{PREFIX}PRIVACY__{name.upper()}": value for name, value in settings.privacy if value is not None}
+    if same := keys.equal_keys({variable: value.get_secret_value() for variable, value in given.items()}):
+        raise SettingsError(f"{same[0]} and {same[1]} are the same: each has to be a key of its own; {keys.CURE}.")
+    return settings
 
 
 def _refuse_unknown(variables: Mapping[str, str]) -> None:
@@ -297,32 +309,27 @@ def _refuse_unknown_sections(variables: Mapping[str, str]) -> None:
 
 
 def given_variables(environ: Mapping[str, str], directory: Path | None = None) -> dict[str, str]:
-    """Return our variables from the environment and `.env`, under their long names."""
-    return _spelt_out(_dotenv((directory or Path.cwd()) / ".env")) | _spelt_out(environ)
+    """Return our variables from the environment and `.env`, under their long names.
+
+    Errors: SettingsError, see `chosen` and `dotenv`.
+    """
+    return chosen(_given(environ, directory))
 
 
-def _spelt_out(variables: Mapping[str, str]) -> dict[str, str]:
-    plain = {long: variables[short] for short, long in _ALIASES.items() if variables.get(short)}
-    return plain | {name: value for name, value in variables.items() if name.startswith(PREFIX)}
-
-
-def _dotenv(path: Path) -> dict[str, str]:
-    try:
-        return {name: value for name, value in dotenv_values(path).items() if value is not None}
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}.") from error
+def _given(environ: Mapping[str, str], directory: Path | None) -> list[Mapping[str, str]]:
+    return [dotenv((directory or Path.cwd()) / ".env"), environ]
 
 
 def _running_system(environ: Mapping[str, str]) -> dict[str, str]:
     system = Home.locate(environ).running()
-    return _spelt_out(system.environment) if system else {}
+    return system.environment if system else {}
 
 
 def _sentence(error: ValidationError, variables: Mapping[str, str]) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     variable = PREFIX + "__".join(part.upper() for part in path)
-    short = next((short for short, long in _ALIASES.items() if long == variable), variable)
+    short = next((short for short, long in ALIASES.items() if long == variable), variable)
     field = _field(path)
     if field is None and len(path) == 1 and first["type"] == "missing":
         short = {"database": "DATABASE_URL", "redis": "REDIS_URL"}[path[0]]
@@ -365,7 +372,7 @@ def options() -> Iterator[Option]:
             yield {
                 "section": section,
                 "name": name,
-                "variable": {long: short for short, long in _ALIASES.items()}.get(variable, variable),
+                "variable": {long: short for short, long in ALIASES.items()}.get(variable, variable),
                 "long": variable,
                 "default": _default(field),
                 "unit": _unit(name, field),

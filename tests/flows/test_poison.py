@@ -1,6 +1,5 @@
 """An event that kills or blocks its process is found and buried; everything else goes through."""
 
-import base64
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from domain.unit_of_work import unit_of_work
 from tests import deadly
 from tests.deadly import DEADLY, HANGING
 from tests.effects import make_room_for_effects
+from tests.keys import KEYS
 from tests.quotes import a_quote
 from tests.support import eventually
 from tests.system import System, system_for
@@ -64,14 +64,11 @@ def running(settings: Settings, handlers: Sequence[str], starts: Path, threads: 
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    key = base64.b64encode(b"k" * 32).decode()
     return {
         "DATABASE_URL": settings.database.url.get_secret_value(),
         "REDIS_URL": settings.redis.url.get_secret_value(),
         "DOVECOTE_REDIS__NAMESPACE": settings.redis.namespace,
-        "DOVECOTE_PRIVACY__HASH_KEY": key,
-        "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{key}",
-        "DOVECOTE_PRIVACY__CODE_KEY": key,
+        **KEYS,
         "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
         "DOVECOTE_TELEMETRY__LOG_LEVEL": "error",
     }

@@ -3,7 +3,6 @@
 The old code is the commit that ended the first release's work; it comes out of the repository's history.
 """
 
-import base64
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import pytest
 from alembic.script import ScriptDirectory
 
 from tests.conftest import Servers
+from tests.keys import KEYS
 from tests.support import eventually
 from workers import schema
 
@@ -29,7 +29,6 @@ OLD_COMMIT = "6d2ad91"
 OLD_SCHEMA = "0005"
 
 MEMBERSHIPS = 20
-KEY = base64.b64encode(b"k" * 32).decode()
 
 WRITE = """
 import os, sys
@@ -167,9 +166,7 @@ def environment(database_url: str, redis_url: str, home: Path) -> dict[str, str]
         "REDIS_URL": redis_url,
         "DOVECOTE_HOME": str(home),
         "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
-        "DOVECOTE_PRIVACY__HASH_KEY": KEY,
-        "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{KEY}",
-        "DOVECOTE_PRIVACY__CODE_KEY": KEY,
+        **KEYS,
         "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
     }
 

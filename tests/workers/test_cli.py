@@ -22,6 +22,7 @@ from domain.database import connect, sessions_for
 from domain.unit_of_work import unit_of_work
 from tests import commands
 from tests.conftest import Servers
+from tests.keys import KEYS
 from tests.support import a_place_for_servers, are_there
 from tests.system import system_for
 from workers.cli import app
@@ -352,16 +353,12 @@ def test_a_demonstration_in_words_finds_the_data_of_the_last_one(home: Path) -> 
 
 def test_a_demonstration_without_consumers_says_what_is_lost_and_fails(settings: Settings, tmp_path: Path) -> None:
     with system_for(settings, ROUTES) as system, system.relay():
-        key = settings.privacy.hash_key
-        assert key
         done = dovecote(
             tmp_path,
             *("demo", "--events", "10", "--timeout-seconds", "1", "--json"),
             DATABASE_URL=settings.database.url.get_secret_value(),
             REDIS_URL=settings.redis.url.get_secret_value(),
-            DOVECOTE_PRIVACY__HASH_KEY=key.get_secret_value(),
-            DOVECOTE_PRIVACY__ENCRYPTION_KEYS=f"k1:{key.get_secret_value()}",
-            DOVECOTE_PRIVACY__CODE_KEY=key.get_secret_value(),
+            **KEYS,
         )
 
     assert done.returncode == 1

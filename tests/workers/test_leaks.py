@@ -25,8 +25,8 @@ from workers.telemetry import traces
 PASSWORD = "correct-horse-battery"  # known to the process
 TOLD = "hunter2 and more"  # known by its name only
 NUMBER = "4915112345678"
-KEY = bytes(range(200, 232))
-KEY_TEXT = base64.b64encode(KEY).decode()
+KEY_TEXT = "yBN9EAP/kKycWPliwcZ4mSZawdxtp/5a0o1JXbB+cRY="
+KEY = base64.b64decode(KEY_TEXT)
 URL_SAFE_KEY = base64.urlsafe_b64encode(KEY).decode()
 
 log = structlog.get_logger()
@@ -131,7 +131,6 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "DOVECOTE_HOME": str(tmp_path),
         "DATABASE_URL": f"postgresql://u:{PASSWORD}@db/x",
         "REDIS_URL": f"redis://:{quote(PASSWORD)}@cache:6379/0",
-        "DOVECOTE_PRIVACY__HASH_KEY": KEY_TEXT,
         "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{KEY_TEXT}",
     }
     never_show(secrets(load_settings(variables, directory=tmp_path)))

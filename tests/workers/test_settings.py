@@ -1,26 +1,30 @@
 """Every option, from every source, right and wrong; and no secret ever shown."""
 
 import base64
+import hashlib
 import io
 import json
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests import commands
+from tests.keys import a_key
 from workers import telemetry
 from workers.home import Home
+from workers.keys import weakness
 from workers.settings import Settings, SettingsError, load_settings, options, shown
 
 ROOT = Path(__file__).parents[2]
 
-KEY = base64.b64encode(b"a key of thirty-two bytes, really"[:32]).decode()
+KEY, OTHER_KEY, THIRD_KEY = (a_key(name) for name in ("one", "other", "third"))
 SECRET = "hunter2secret"
 WELL = {"DATABASE_URL": f"postgresql://me:{SECRET}@db:5432/mine", "REDIS_URL": f"redis://:{SECRET}@cache:6379/3"}
 
@@ -156,7 +160,7 @@ def test_a_missing_server_is_one_sentence_that_says_what_to_do(tmp_path: Path, m
 
 @pytest.mark.parametrize("missing", ["HASH_KEY", "ENCRYPTION_KEYS", "CODE_KEY"])
 def test_a_missing_key_is_named_when_it_is_needed(tmp_path: Path, missing: str) -> None:
-    keys = {"HASH_KEY": KEY, "ENCRYPTION_KEYS": f"k1:{KEY}", "CODE_KEY": KEY}
+    keys = {"HASH_KEY": KEY, "ENCRYPTION_KEYS": f"k1:{OTHER_KEY}", "CODE_KEY": THIRD_KEY}
     del keys[missing]
 
     settings = load(tmp_path, {**WELL, **{f"DOVECOTE_PRIVACY__{name}": key for name, key in keys.items()}})
@@ -182,20 +186,93 @@ def test_a_wrong_value_ends_the_command_with_exit_code_2_and_nothing_else(tmp_pa
     )
 
 
-def test_a_consumer_without_its_keys_ends_with_exit_code_2_and_one_sentence(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from workers.bootstrap import consumers; consumers()"],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(tmp_path), **WELL},
-        cwd=tmp_path,
-        capture_output=True,
+def of_dramatiq(*queues: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Dramatiq's workers without a server until they give up, or ask Redis for messages."""
+    command = ["dramatiq", "workers.bootstrap:consumers", "--path", "--processes", "1", "--threads", "1"]
+    command += ["--worker-shutdown-timeout", "100"]
+    started = subprocess.Popen(
+        [*command, *(["--queues", *queues] if queues else [])],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **variables},
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=30,
-        check=False,
     )
+    assert started.stdout is not None
+    said = ""
+    for line in started.stdout:
+        said += line
+        if "Consumer encountered a connection error" in line:  # it looks for messages
+            started.terminate()
+    return subprocess.CompletedProcess(started.args, started.wait(), said)
+
+
+NO_SERVERS = {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x", "REDIS_URL": "redis://127.0.0.1:1/0"}
+
+
+def test_consumers_that_need_keys_end_without_them_with_exit_code_2_and_one_sentence(tmp_path: Path) -> None:
+    done = of_dramatiq("pricing", "verification", DOVECOTE_HOME=str(tmp_path), **NO_SERVERS)
 
     assert done.returncode == 2
-    assert done.stderr.startswith("dovecote: DOVECOTE_PRIVACY__HASH_KEY is missing: it wants 32 bytes in base64")
-    assert "Traceback" not in done.stderr
+    assert "dovecote: DOVECOTE_PRIVACY__HASH_KEY is missing: it wants 32 bytes in base64" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_consumers_that_need_no_keys_start_without_them(tmp_path: Path) -> None:
+    done = of_dramatiq("pricing", "billing", DOVECOTE_HOME=str(tmp_path), **NO_SERVERS)
+
+    assert "Consumer encountered a connection error" in done.stdout
+    assert "PRIVACY" not in done.stdout
+
+
+WEAK = {
+    "zeros": (bytes(32), "is one byte repeated"),
+    "ones": (b"\xff" * 32, "is one byte repeated"),
+    "a word again and again": (b"0123\x00\xff\x80\x01" * 4, "repeats itself after 8 bytes"),
+    "a key half as long, twice": (hashlib.sha256(b"half").digest()[:16] * 2, "repeats itself after 16 bytes"),
+    "a text": (b"changeme changeme please, do it!", "is a text"),
+    "hexadecimal digits": (hashlib.sha256(b"hex").hexdigest()[:32].encode(), "is a text"),
+    "a text with a line end": (b"a password of thirty-one bytes!\n", "is a text"),
+    "counting": (bytes(range(32)), "is a pattern"),
+    "counting by threes": (bytes(range(0, 96, 3)), "is a pattern"),
+    "a short secret and zeros": (hashlib.sha256(b"short").digest()[:10] + bytes(22), "is a pattern"),
+}
+
+
+@pytest.mark.parametrize("name", ["HASH_KEY", "CODE_KEY", "ENCRYPTION_KEYS"])
+@pytest.mark.parametrize(("key", "why"), WEAK.values(), ids=WEAK)
+def test_a_weak_key_is_refused_and_not_shown(tmp_path: Path, name: str, key: bytes, why: str) -> None:
+    text = base64.b64encode(key).decode()
+    value = f"k1:{KEY}, k0:{text}" if name == "ENCRYPTION_KEYS" else text
+
+    with pytest.raises(SettingsError, match=f"^DOVECOTE_PRIVACY__{name} .*{why}.*openssl rand -base64 32") as refusal:
+        load(tmp_path, {**WELL, f"DOVECOTE_PRIVACY__{name}": value})
+
+    assert text not in str(refusal.value)
+    assert KEY not in str(refusal.value)
+    if name == "ENCRYPTION_KEYS":
+        assert "key k0" in str(refusal.value)
+
+
+EQUAL = {
+    "two options": {"HASH_KEY": KEY, "CODE_KEY": KEY},
+    "one of several": {"CODE_KEY": KEY, "ENCRYPTION_KEYS": f"k2:{OTHER_KEY},k1:{KEY}"},
+    "two of one option": {"ENCRYPTION_KEYS": f"k2:{KEY},k1:{KEY}"},
+}
+
+
+@pytest.mark.parametrize("keys", EQUAL.values(), ids=EQUAL)
+def test_one_key_for_two_purposes_is_refused_with_both_names(tmp_path: Path, keys: Mapping[str, str]) -> None:
+    with pytest.raises(SettingsError, match="are the same") as refusal:
+        load(tmp_path, {**WELL, **{f"DOVECOTE_PRIVACY__{name}": value for name, value in keys.items()}})
+
+    assert all(name in str(refusal.value) for name in keys)
+    assert KEY not in str(refusal.value)
+
+
+@given(st.binary(min_size=32, max_size=32).map(lambda seed: hashlib.sha256(seed).digest()))
+def test_no_random_key_is_called_weak(key: bytes) -> None:
+    assert weakness(key) is None
 
 
 # No secret is shown ------------------------------------------------------------------------------
@@ -204,8 +281,8 @@ SECRETIVE = {
     **WELL,
     "DOVECOTE_REDIS__CACHE_URL": f"redis://:{SECRET}@cache/4",
     "DOVECOTE_PRIVACY__HASH_KEY": KEY,
-    "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{KEY}",
-    "DOVECOTE_PRIVACY__CODE_KEY": KEY,
+    "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{OTHER_KEY}",
+    "DOVECOTE_PRIVACY__CODE_KEY": THIRD_KEY,
     "DOVECOTE_TELEMETRY__OTLP_ENDPOINT": f"https://me:{SECRET}@collector:4318",
 }
 
@@ -213,7 +290,7 @@ SECRETIVE = {
 def assert_no_secret_in(text: str) -> None:
     assert text
     assert SECRET not in text
-    assert KEY not in text
+    assert not [key for key in (KEY, OTHER_KEY, THIRD_KEY) if key in text]
 
 
 @pytest.mark.parametrize("arguments", [["--in-force"], ["--in-force", "--json"], ["--json"], ["--markdown"], []])

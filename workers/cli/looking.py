@@ -41,6 +41,7 @@ def show_settings(
         for option in options():
             add_row(table, option["variable"], option["default"], option["unit"], option["meaning"])
         print_table(table, "")
+        out.print("\nNAME_FILE, the path of a file that holds the value, stands for NAME.", markup=False)
 
 
 def settings_table() -> str:
