@@ -29,9 +29,11 @@ PACKAGES = {
     "docker-compose": "docker-compose",
     "mmdebstrap": "mmdebstrap",
     "ip": "iproute2",
+    "iptables-save": "iptables",
 }
 _BRIDGE = "dovecote0"
 _BRIDGE_ADDRESS = "172.31.254.1/24"
+_FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 
 
 class CannotRun(Exception):
@@ -123,6 +125,7 @@ class Engine:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.socket = f"unix://{place}/docker.sock"
+        self.isolates = False
         self.environment = {**os.environ, "DOCKER_HOST": self.socket, "COMPOSE_HTTP_TIMEOUT": "120"}
 
     def docker(self, *words: str, check: bool = True, within: float = 120) -> str:
@@ -152,7 +155,10 @@ def engine() -> Iterator[Engine]:
     """Run a dockerd with everything it has in a directory of its own; nothing of it stays."""
     place = Path(tempfile.mkdtemp(prefix="dovecote-containers-", dir="/var/tmp"))  # noqa: S108 - a name of its own
     running = Engine(place)
-    # Not docker0, which another engine may have. Without iptables: nothing leaves this machine, and nothing of it is set.
+    # Rules of our own keep networks apart, as any engine's do; where there are rules already, ours would meet them.
+    running.isolates = not _rules()
+    forwarding = _FORWARDING.read_text(encoding="utf-8")
+    # Not docker0, which another engine may have.
     _ip("link", "add", _BRIDGE, "type", "bridge")
     _ip("addr", "add", _BRIDGE_ADDRESS, "dev", _BRIDGE)
     _ip("link", "set", _BRIDGE, "up")
@@ -160,7 +166,7 @@ def engine() -> Iterator[Engine]:
     daemon = subprocess.Popen(
         [
             "dockerd",
-            "--iptables=false",
+            f"--iptables={str(running.isolates).lower()}",
             f"--bridge={_BRIDGE}",
             f"--data-root={place}/data",
             f"--exec-root={place}/exec",
@@ -187,6 +193,9 @@ def engine() -> Iterator[Engine]:
             daemon.wait()
         log.close()
         _ip("link", "del", _BRIDGE)
+        if running.isolates:
+            _remove_rules()
+        _FORWARDING.write_text(forwarding, encoding="utf-8")
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -258,6 +267,19 @@ def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CannotRun(f"`ip {' '.join(words)}` failed ({done.stderr.strip()}): no bridge for containers can be made")
+
+
+def _rules() -> list[str]:
+    saved = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False)
+    return [line for line in saved.stdout.splitlines() if line.startswith("-A")]
+
+
+def _remove_rules() -> None:
+    """Take away what the engine set: there was nothing before it."""
+    for table in ("filter", "nat"):
+        for words in (["-F"], ["-X"]):
+            subprocess.run(["iptables", "-t", table, *words], capture_output=True, check=False)
+    subprocess.run(["iptables", "-P", "FORWARD", "ACCEPT"], capture_output=True, check=False)
 
 
 def wait_for(condition: object, within_seconds: float, what: str) -> None:
