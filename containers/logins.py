@@ -37,7 +37,7 @@ def main() -> None:
         for login in LOGINS:
             url = urlsplit((SECRETS / login.file).read_text(encoding="utf-8").strip())
             if not url.username or not url.password:
-                sys.exit(f"logins: {login.file} has no login or no password: remove it and run containers/make-secrets.")
+                sys.exit(f"logins: {login.file} lacks a login or password: remove it and run containers/make-secrets.")
             name = unquote(url.username)
             make(connection, name, unquote(url.password), login)
             print(f"logins: {name} is a {login.role}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """A Docker engine of our own, and stand-ins for the images that docker-compose.yml and the Dockerfile ask for.
 
-Nothing can be pulled where this runs. A stand-in is a minimal Debian with the same program, under the same name and tag,
-with an entry point that keeps to the variables, places and users of the real image. Everything is in one directory and
-goes with it.
+Nothing can be pulled where this runs. A stand-in is a minimal Debian with the same program, under the same name and
+tag, with an entry point that keeps to the variables, places and users of the real image. Everything is in one
+directory and goes with it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ _STAND_INS = {
         "prometheus",
         ('chroot "$1" install -d -o nobody -g nogroup /prometheus',),
         (
-            'ENTRYPOINT ["prometheus", "--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]',
+            'ENTRYPOINT ["prometheus", "--config.file=/etc/prometheus/prometheus.yml", '
+            '"--storage.tsdb.path=/prometheus"]',
             "USER nobody",
             "WORKDIR /prometheus",
             "VOLUME /prometheus",
@@ -110,7 +111,13 @@ def install() -> None:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *missing]):
             done = subprocess.run(
-                ["apt-get", *words], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
+                ["apt-get", *words],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=False,
             )
             if done.returncode != 0:
                 raise CannotRun(f"apt-get {words[0]} failed: {done.stderr.strip()[-500:]}")
@@ -153,7 +160,7 @@ class Engine:
 @contextmanager
 def engine() -> Iterator[Engine]:
     """Run a dockerd with everything it has in a directory of its own; nothing of it stays."""
-    place = Path(tempfile.mkdtemp(prefix="dovecote-containers-", dir="/var/tmp"))  # noqa: S108 - a name of its own
+    place = Path(tempfile.mkdtemp(prefix="dovecote-containers-", dir="/var/tmp"))
     running = Engine(place)
     # Rules of our own keep networks apart, as any engine's do; where there are rules already, ours would meet them.
     running.isolates = not _rules()
@@ -226,12 +233,14 @@ def make_stand_ins(running: Engine, cache: Path | None, wanted: tuple[str, ...] 
 
 
 def _bootstrap(stand_in: Stand_in, tar: Path) -> None:
-    targets = subprocess.run(["apt-get", "indextargets", "--format", "$(SITE)"], capture_output=True, text=True, check=True)
-    mirror = next((site for site in sorted(set(targets.stdout.split())) if "security" not in site), None)
+    ask = ["apt-get", "indextargets", "--format", "$(SITE)"]
+    sites = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
+    mirror = next((site for site in sorted(set(sites)) if "security" not in site), None)
     if mirror is None:
         raise CannotRun("apt names no mirror to take Debian's packages from")
     # The certificates of this machine: pip in the image must believe the same ones.
-    hooks = [*stand_in.hooks, 'mkdir -p "$1/etc/ssl/certs"', 'cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/"']
+    certificates = 'mkdir -p "$1/etc/ssl/certs" && cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/"'
+    hooks = [*stand_in.hooks, certificates]
     new = tar.with_suffix(".new.tar")
     done = subprocess.run(
         [
