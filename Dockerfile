@@ -1,5 +1,5 @@
-# One small image for every process of docker-compose.yml. It holds what the wheel brings, no compiler and no pip of its
-# own environment, and runs as nobody in particular on a read-only root.
+# One small image for every process of docker-compose.yml. It holds what the wheel brings, no compiler, and runs
+# as nobody in particular on a read-only root.
 #
 # To renew the base: the newest patch of python:3.13-slim-trixie, in both lines. With its digest
 # (`docker buildx imagetools inspect python:3.13.16-slim-trixie`) the tag cannot be moved under you either.
@@ -15,6 +15,8 @@ RUN python -m venv /opt/dovecote \
     && /opt/dovecote/bin/pip uninstall --yes pip
 
 FROM python:3.13.16-slim-trixie
+# With a name: the audit log tells who gave a command.
+RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin dovecote
 COPY --from=build /opt/dovecote /opt/dovecote
 COPY containers/logins.py /opt/dovecote/logins.py
 # A number, so that an orchestrator can see that it is not root's.

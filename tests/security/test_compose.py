@@ -3,15 +3,19 @@
 What docker-compose.yml and the Dockerfile say. That it also works is seen by tests/containers/run.
 """
 
+import os
+import pwd
 import re
 import stat
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
+
+from workers.operations.audit import whoever
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -159,7 +163,19 @@ def test_the_image_runs_as_nobody_and_imports_nothing_from_where_it_starts() -> 
 
     assert re.search(r"^USER 10001:10001$", last, re.MULTILINE)
     assert "PYTHONSAFEPATH=1" in last
-    assert "RUN" not in last
+    assert "pip" not in last
+    assert "apt" not in last
+
+
+def test_an_operator_is_told_where_the_container_s_user_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> NoReturn:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+    assert whoever().startswith(f"uid {os.getuid()}@")
 
 
 def test_only_what_the_image_is_made_of_is_sent_to_be_built() -> None:
