@@ -337,7 +337,8 @@ def managed(compose: Compose, minutes: Minutes) -> None:
     )
     other = Compose(compose.engine, place, "elsewhere", "docker-compose.managed.yml")
     services = ("migrate", *_PROCESSES)
-    other("up", "--no-start", "--no-build", "--no-deps", *services)
+    # For the network only. All of them would wait for `migrate` to have ended.
+    other("up", "--no-start", "--no-build", "--no-deps", "migrate")
     for service, alias in (("postgres", "db.example"), ("redis", "cache.example")):
         (server,) = compose.containers(service)
         compose.engine.docker("network", "connect", "--alias", alias, "elsewhere_outside", server)
