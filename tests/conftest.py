@@ -83,7 +83,8 @@ def _containers(stack: ExitStack) -> Servers | None:
         # As the embedded servers: in memory, where there is enough, and without fsync. No test cuts the power.
         postgres = PostgresContainer(_POSTGRES_IMAGE, driver=None)
         postgres.with_command("postgres -c fsync=off -c max_prepared_transactions=10")
-        postgres.with_kwargs(tmpfs={"/var/lib/postgresql": "mode=1777"} if has_enough_memory() else {})
+        if has_enough_memory():
+            postgres.with_tmpfs_mount("/var/lib/postgresql", "mode=1777")
         stack.enter_context(postgres)
         redis: Any = stack.enter_context(RedisContainer(_REDIS_IMAGE))
     except Exception as error:

@@ -7,6 +7,7 @@ directory and goes with it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -203,7 +204,11 @@ def engine() -> Iterator[Engine]:
         if running.isolates:
             _remove_rules()
         _FORWARDING.write_text(forwarding, encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
+        # Such as the network namespace of containers on the host's network.
+        for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
+            if (mount := line.split()[1]).startswith(f"{place}/"):
+                subprocess.run(["umount", mount], capture_output=True, check=False)
+        shutil.rmtree(place)
 
 
 def images_named() -> list[str]:
@@ -224,7 +229,10 @@ def make_stand_ins(running: Engine, cache: Path | None, wanted: tuple[str, ...] 
         if name not in wanted:
             continue
         stand_in = _STAND_INS[name]
-        tar = place / f"{name.replace('/', '-')}-{SUITE}.tar"
+        # What it is made of is in its name, entry points included: a cache never serves an older one.
+        parts = repr(stand_in) + "".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*-entry")))
+        made_of = hashlib.sha256(parts.encode()).hexdigest()[:12]
+        tar = place / f"{name.replace('/', '-')}-{SUITE}-{made_of}.tar"
         if not tar.exists():
             _bootstrap(stand_in, tar)
         changes = [*stand_in.changes, "ENV LANG=C.UTF-8", *_pip_settings()]
@@ -241,7 +249,7 @@ def _bootstrap(stand_in: Stand_in, tar: Path) -> None:
     # The certificates of this machine: pip in the image must believe the same ones.
     certificates = 'mkdir -p "$1/etc/ssl/certs" && cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/"'
     hooks = [*stand_in.hooks, certificates]
-    new = tar.with_suffix(".new.tar")
+    new = tar.with_name(f"new-{tar.name}")
     done = subprocess.run(
         [
             "mmdebstrap",
