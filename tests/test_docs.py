@@ -246,6 +246,18 @@ def test_every_command_and_setting_that_a_page_names_exists(path: Path) -> None:
     assert [word for word in commands if CliRunner().invoke(app, [word, "--help"]).exit_code != 0] == []
 
 
+SECURITY = ROOT / "docs" / "security-model.md"
+
+
+def test_every_attack_on_the_security_page_has_the_test_that_it_names() -> None:
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?` \|$", SECURITY.read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert len(named) > 30
+    for file, test in named:
+        text = (ROOT / "tests" / "security" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {test or 'test_'}", text, re.MULTILINE), (file, test)
+
+
 # Names and words ---------------------------------------------------------------------------------
 
 
