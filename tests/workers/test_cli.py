@@ -60,6 +60,7 @@ RELAY_KEYS = {
     "published",
     "published_per_second",
     "at_least",
+    "foreign_locks",
 }
 
 
@@ -96,6 +97,7 @@ def test_status_of_a_system_that_nobody_leads_shows_what_waits(tmp_path: Path, f
     assert set(relay) == RELAY_KEYS
     assert (relay["lag_events"], relay["leading"], relay["owner"], relay["published"]) == (1, False, None, 0)
     assert relay["lag_seconds"] > 0
+    assert relay["foreign_locks"] == []
     assert set(status["handlers"]) == {route.handler for route in ROUTES}
     assert all(set(handler) == HANDLER_KEYS for handler in status["handlers"].values())
     billing_handler = status["handlers"]["billing.write_history"]

@@ -20,7 +20,10 @@ def register(app: typer.Typer) -> None:
 
 @_keys.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """List the keys, newest first, without their secrets, which nothing shows."""
+    """List the keys, newest first, without their secrets, which nothing shows.
+
+    Example: dovecote keys list
+    """
     with engine_during(load_settings(needs_redis=False)) as engine:
         found = operations.message_keys(engine)
     if as_json:
