@@ -1,9 +1,12 @@
-"""Each process of a system on this machine has a port of its own, whatever else runs here."""
+"""A system on this machine keeps its ports and its database to itself, whatever and whoever else is here."""
 
 import socket
 
+import psycopg
 import pytest
 
+from tests.logins import ROLES, logins
+from workers import schema
 from workers.local import _ports
 
 NAMES = ("relay", "relay-2", "pricing")
@@ -40,3 +43,16 @@ def test_two_systems_have_no_port_in_common() -> None:
     many = [str(number) for number in range(200)]
     with _ports(many, "127.0.0.1", None) as one, _ports(many, "127.0.0.1", None) as other:
         assert not {*one.values()} & {*other.values()}
+
+
+@pytest.mark.servers
+def test_a_server_of_our_own_lets_nobody_into_the_database_without_a_role_of_ours(fresh_database_url: str) -> None:
+    schema.keep_strangers_out(fresh_database_url)
+    schema.keep_strangers_out(fresh_database_url)  # as at every start
+
+    with logins(fresh_database_url) as urls:
+        with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+            psycopg.connect(urls["stranger"])
+        for name, role in ROLES.items():
+            if role is not None:
+                psycopg.connect(urls[name]).close()
