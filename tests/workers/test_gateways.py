@@ -216,6 +216,18 @@ class TestWithRedis:
 
         assert cache.tries_left(challenge_id) == 2
 
+    @pytest.mark.parametrize("decodes", [False, True])
+    @pytest.mark.parametrize("planted", [b"", b"-1", b"2.5", b"9" * 5_000, b"\xff\xfe", "²".encode()])
+    def test_what_others_have_written_is_no_number_and_no_error(
+        self, servers: Servers, redis_client: Redis, namespace: str, planted: bytes, decodes: bool
+    ) -> None:
+        challenge_id = uuid7()
+        redis_client.set(f"{namespace}:challenge:{challenge_id}", planted)
+
+        cache = ChallengeCache(Redis.from_url(servers.redis_url, decode_responses=decodes), namespace)
+
+        assert cache.tries_left(challenge_id) is None
+
     def test_keys_live_in_their_namespace_and_as_long_as_the_challenge(
         self, cache: ChallengeCache, redis_client: Redis, namespace: str
     ) -> None:

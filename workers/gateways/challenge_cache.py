@@ -49,11 +49,12 @@ class ChallengeCache:
             return None
         try:
             known = self._client.get(self._key(challenge_id))
-        except RedisError as error:
+        except (RedisError, UnicodeDecodeError) as error:
             _warn("look up", challenge_id, error)
             return None
-        # Anybody who can write to Redis may have written it, and it is shown only.
-        return int(known) if isinstance(known, bytes) and len(known) <= 3 and known.isdigit() else None
+        # Anybody who can write to Redis may have written it, and it is shown only. A client may decode.
+        digits = known.encode() if isinstance(known, str) else known
+        return int(digits) if isinstance(digits, bytes) and len(digits) <= 3 and digits.isdigit() else None
 
     def forget(self, challenge_id: UUID) -> None:
         """Drop what is known. If Redis is away it drops it by itself when the challenge expires."""
@@ -83,7 +84,7 @@ def remaining_tries(uow: UnitOfWork, cache: ChallengeCache, challenge_id: UUID, 
     return challenge.tries_at(at)
 
 
-def _warn(action: str, challenge_id: UUID, error: RedisError) -> None:
+def _warn(action: str, challenge_id: UUID, error: Exception) -> None:
     log.warning(
         "challenge cache unavailable",
         action=action,
