@@ -43,6 +43,20 @@ SETTINGS_AND_CONNECTIONS = (
         "if False:",
         VARIABLES,
     ),
+    Mutant(
+        "strangers may connect to a server of our own",
+        "workers/schema.py",
+        "'revoke connect, temporary on database %I from public'",
+        "'revoke temporary on database %I from public'",
+        "tests/workers/test_local.py",
+    ),
+    Mutant(
+        "what others wrote in Redis ends who reads it",
+        "workers/gateways/challenge_cache.py",
+        "except (RedisError, UnicodeDecodeError) as error:",
+        "except RedisError as error:",
+        "tests/workers/test_gateways.py",
+    ),
     Mutant("a weak key is taken", "workers/settings.py", "if why := keys.weakness(given):", "if False:", SETTINGS),
     Mutant(
         "one key for two purposes",
