@@ -220,7 +220,9 @@ def test_every_way_to_write_is_announced(
     assert at_work == (1,)
 
 
-@pytest.mark.parametrize("told", ["xid", "0", "1", "999999999", "281474976710655", "281474976710656", "-1"])
+@pytest.mark.parametrize(
+    "told", ["xid", "0", "1", "999999999", "281474976710655", "281474976710656", "-1", "x", "1e3", "9" * 30]
+)
 def test_a_writer_that_says_it_has_announced_announces(connect: Connect, told: str) -> None:
     writer, admin = connect("writer"), connect("admin")
     writer.execute(APPEND)

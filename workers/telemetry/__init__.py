@@ -41,8 +41,8 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
     dovecote_clock_skew_seconds{server} gauge: how far its clock is ahead of that of the relay's machine
     dovecote_leader_present gauge: 1 when a relay leads
     dovecote_sequence_fault gauge: 1 when positions are not handed out in order; no relay leads until `dovecote recover`
-    dovecote_foreign_locks{purpose} gauge: locks of ours (announcement, wake-up, leadership, release) in the hands of
-        sessions with no use for them; `dovecote doctor` names them
+    dovecote_foreign_locks{purpose} gauge: locks of ours (announcement, wake-up, leadership, release, table) that
+        sessions hold or wait for with no use for them; `dovecote doctor` names them
     dovecote_lag_events gauge: committed and not yet published; at least
     dovecote_lag_seconds gauge: age of the oldest of them; 0 for none
     dovecote_unprocessed_events{handler} gauge: neither acted on nor given up, published or not; exact up to 20,000, at

@@ -162,7 +162,7 @@ def _of_relay(status: operations.Status) -> list[Metric]:
 
 
 def _foreign_locks(found: Sequence[ForeignLock]) -> Metric:
-    held = dict.fromkeys(("announcement", "wake-up", "leadership", "release"), 0)
+    held = dict.fromkeys(("announcement", "wake-up", "leadership", "release", "table"), 0)
     for lock in found:
         held[lock.purpose] = held.get(lock.purpose, 0) + lock.locks
     return _gauge("dovecote_foreign_locks", "Locks of ours held by sessions with no use for them.", held, "purpose")

@@ -34,8 +34,13 @@ def foreign(connection: psycopg.Connection[Any]) -> Finding:
     if not found:
         return ok("locks.foreign", "nobody holds locks of ours that he has no use for")
     cures = "; ".join(dict.fromkeys(lock.cure for lock in found))
+    effect = (
+        "Whoever uses those tables waits"
+        if any(lock.purpose == "table" for lock in found)
+        else "Writers and relays go on, more slowly"
+    )
     advice = (
-        f"Writers and relays go on, more slowly. End them: {cures}. Anybody who may connect can take such locks: give "
+        f"{effect}. End them: {cures}. Anybody who may connect can take such locks: give "
         "CONNECT to those only who need it, see rights.public."
     )
     return warning("locks.foreign", "; ".join(str(lock) for lock in found), advice)
