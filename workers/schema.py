@@ -12,7 +12,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from domain.database import ONLY_OUR_NAMES, SCHEMA, connect
@@ -97,7 +97,7 @@ def keep_strangers_out(url: str) -> None:
     engine = connect(url, application_name="dovecote migrate")
     try:
         with engine.begin() as connection:
-            connection.exec_driver_sql(_KEEP_STRANGERS_OUT)
+            connection.execute(text(_KEEP_STRANGERS_OUT))
     finally:
         engine.dispose()
 
