@@ -49,6 +49,8 @@ _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES = 16_000_000, 64_000_000
 # Refused messages that are kept for whoever wants to see what they were.
 _MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES = 1_000, 1_100_000
 _MAX_CRASHES_DIGITS = 7
+# Ids of ours have 33 bytes, and those of Dramatiq 36.
+_MAX_ID_BYTES = 200
 _MAX_HELD = 100_000
 
 
@@ -312,7 +314,7 @@ class OutboxBroker(RedisBroker):
         """
         source = f"{self.namespace}:{queue}"
         keys = [source, f"{source}.msgs", self._held(queue), f"{self.namespace}:__heartbeats__", f"{source}.crashes"]
-        arguments: list[str | int] = [self.broker_id, most, _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES]
+        arguments: list[str | int] = [self.broker_id, most, _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES, _MAX_ID_BYTES]
         with self.client.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("BLMOVE", source, source, "LEFT", "LEFT", wait_seconds)
             # By its digest: whether Redis has a script, a pipeline would ask with a round trip of its own.

@@ -3,12 +3,15 @@
 Postgres may have forgotten an event whose message is still queued: after a restore, or a failover that lost its tail.
 A message says in which run of Postgres the relay has read its events. Within one run nothing is forgotten that was seen
 committed, so the same run is proof enough. The outbox is asked only about messages of another run, and about those that
-do not say, such as the messages of an older relay or one that was made by hand.
+do not say, such as the messages of an older relay or one that was made by hand. And about old ones: whoever can write
+to Redis may have kept a message, with its signature, until the week of its events was dropped, and with it the record
+of what was done.
 
 The question is part of the statement that marks the events, or that decides what is to be done with them. It cannot be
 asked once for a connection: through a pool of transactions a connection outlives the run.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,10 @@ log = structlog.get_logger()
 
 _LAST_POSITION = 2**63 - 1
 _MAX_HISTORY = 200
+# Of the oldest event of a message, for the run to be proof. A week is dropped when it is over, and not at once.
+_LATELY_SECONDS = 86_400
+# What stands before them in an id is the time in milliseconds (domain/ids.py).
+_BITS_BEHIND_TIME = 80
 
 # `run` also has the transaction commit durably: the message is acknowledged because of it. It is read in any
 # case, by REST at least, and once: materialized.
@@ -81,13 +88,14 @@ class Found:
 
 def parameters(bundle: Bundle) -> dict[str, object]:
     """Return what LOOKED_UP asks for."""
-    different = _once_each(bundle).values()
+    events = _once_each(bundle)
+    different = events.values()
     return {
-        "event_ids": uuid_array(envelope.event_id for envelope in different),
+        "event_ids": uuid_array(events),
         # What Postgres cannot even compare is of no event: made by hand, it must not fail with its whole bundle.
         "positions": array(e.position if 0 < e.position <= _LAST_POSITION else 0 for e in different),
         "event_types": array(envelope.type.replace("\0", "\ufffd") for envelope in different),
-        "sent_in": bundle.sent_in,
+        "sent_in": bundle.sent_in if _were_written_lately(events) else None,
     }
 
 
@@ -124,8 +132,11 @@ def require_same_history(session: Session, found: Found, in_redis: Callable[[], 
 
 def history_in(client: redis.Redis, namespace: str) -> str | None:
     """Return the history in which the messages in Redis were sent; None where no relay has said so yet."""
-    found = client.hget(f"{namespace}:__relay__.history", "history")
-    return found[:_MAX_HISTORY].decode(errors="replace") if isinstance(found, bytes) else None
+    key = f"{namespace}:__relay__.history"
+    if int(client.hstrlen(key, "history")) > _MAX_HISTORY:  # no relay has said that
+        return None
+    found = client.hget(key, "history")
+    return found.decode(errors="replace") if isinstance(found, bytes) else None
 
 
 def report(route: Route, absent: Sequence[Envelope], meters: ConsumerMeters) -> None:
@@ -139,6 +150,11 @@ def report(route: Route, absent: Sequence[Envelope], meters: ConsumerMeters) -> 
             event_id=str(envelope.event_id),
             position=envelope.position,
         )
+
+
+def _were_written_lately(event_ids: Iterable[UUID]) -> bool:
+    oldest = min((event_id.int for event_id in event_ids), default=0) >> _BITS_BEHIND_TIME
+    return oldest > (time.time() - _LATELY_SECONDS) * 1_000
 
 
 def _once_each(bundle: Bundle) -> dict[UUID, Envelope]:

@@ -8,6 +8,8 @@
 -- ARGV[2]  most messages
 -- ARGV[3]  most bytes of one message: of a larger one nothing is returned but its size
 -- ARGV[4]  most bytes of all, or a single message
+-- ARGV[5]  most bytes of an id, and of a count of crashes. What is longer, nobody of ours has written: such an id is
+--          taken away with its message and returned cut, as one that is too large, and such a count is returned as "?".
 --
 -- Returns id, size, message or nil, crashes or nil, by turns.
 local now = redis.call('time')
@@ -25,13 +27,21 @@ for _ = 1, tonumber(ARGV[2]) do
         break
     end
     redis.call('lpop', KEYS[1])
+    if #id > tonumber(ARGV[5]) then
+        redis.call('hdel', KEYS[2], id)
+        redis.call('hdel', KEYS[5], id)
+        answer[#answer + 1] = string.sub(id, 1, tonumber(ARGV[5]))
+        answer[#answer + 1] = #id
+        answer[#answer + 1] = false
+        answer[#answer + 1] = false
     -- Without a message: it was acknowledged by a worker that had been taken for dead. Nobody need hold it.
-    if size > 0 or redis.call('hexists', KEYS[2], id) == 1 then
+    elseif size > 0 or redis.call('hexists', KEYS[2], id) == 1 then
         redis.call('sadd', KEYS[3], id)
         answer[#answer + 1] = id
         answer[#answer + 1] = size
         answer[#answer + 1] = fits and redis.call('hget', KEYS[2], id)
-        answer[#answer + 1] = redis.call('hget', KEYS[5], id)
+        local is_count = redis.call('hstrlen', KEYS[5], id) <= tonumber(ARGV[5])
+        answer[#answer + 1] = not is_count and '?' or redis.call('hget', KEYS[5], id)
     end
 end
 return answer

@@ -12,7 +12,15 @@
 local taken = 0
 local crashes = KEYS[1] .. '.crashes'
 local now = redis.call('time')
-local latest = now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[1]
+local present = now[1] * 1000 + math.floor(now[2] / 1000)
+local latest = present - ARGV[1]
+-- Heartbeats of no time that a worker can have told: whoever wrote them would never be found dead, and what it is said
+-- to hold would be in its hands for ever. Some in a call: nobody else is served meanwhile.
+for _, range in ipairs({{'-inf', '(0'}, {'(' .. present + ARGV[1], '+inf'}}) do
+    for _, worker in ipairs(redis.call('zrangebyscore', KEYS[2], range[1], range[2], 'LIMIT', 0, 1000)) do
+        redis.call('zadd', KEYS[2], 0, worker)
+    end
+end
 for _, worker in ipairs(redis.call('zrangebyscore', KEYS[2], 0, latest)) do
     local held = ARGV[2] .. worker .. '.' .. ARGV[3]
     -- Not a set: somebody else's, and deleted below.

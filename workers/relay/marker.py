@@ -15,6 +15,9 @@ _LUA = Path(__file__).parents[1] / "lua"
 
 # Of an epoch, or of a moment in milliseconds.
 _MAX_DIGITS = 15
+_DETAILS = ("history", "instance", "seen")
+# Of one of them; a relay writes 60 at most.
+_MAX_DETAIL_BYTES = 1_000
 # Of one call: Redis serves nobody else for a millisecond or two.
 _MAX_DROPPED = 1_000
 _MSGS, _ASIDE, _DEAD = ".msgs", ".aside.", ".XQ"
@@ -65,10 +68,11 @@ class RelayMarker:
     def read(self) -> Marker:
         """Return what is there."""
         epoch_key, details_key = self._broker.marker_keys
+        self._delete_what_is_too_long(details_key)
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.info("server")
-            pipeline.get(epoch_key)
-            pipeline.hmget(details_key, "history", "instance", "seen")
+            pipeline.getrange(epoch_key, 0, _MAX_DIGITS)
+            pipeline.hmget(details_key, *_DETAILS)
             pipeline.time()
             info, epoch, details, (seconds, micros) = pipeline.execute()
         history, instance, seen = ((field or b"").decode(errors="surrogateescape") for field in details)
@@ -76,6 +80,16 @@ class RelayMarker:
         # Anybody may have written these: what is no run, epoch or moment of ours is taken for none.
         instance = instance if Run.read(instance) else ""
         return Marker(str(info["run_id"]), _number(epoch), history, instance, silent_ms)
+
+    def _delete_what_is_too_long(self, details_key: str) -> None:
+        # No relay has written that, and what somebody else has must not fill our memory.
+        with self._client.pipeline(transaction=False) as pipeline:
+            for name in _DETAILS:
+                pipeline.hstrlen(details_key, name)
+            sizes = pipeline.execute()
+        too_long = [name for name, size in zip(_DETAILS, sizes, strict=True) if size > _MAX_DETAIL_BYTES]
+        if too_long:
+            self._client.hdel(details_key, *too_long)
 
     def claim(self, claim: Claim, *, over: str, known_epoch: int | None = None, lowest_beat: int = 0) -> bool:
         """Let only this epoch and history publish, and return whether it may: only where Redis is in history `over`.

@@ -5,11 +5,12 @@ queue meanwhile: ids stay the same, and a message in its hands stays there. Mess
 those of other programs, are left alone; `dovecote doctor` shows them.
 """
 
+import random
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from dramatiq.common import dq_name
@@ -32,28 +33,50 @@ _STEP_SECONDS = 0.02
 _MAX_MESSAGES = 1_000
 _MAX_BYTES = 8_000_000
 _KEYS_OF_A_PAGE = 1_000
+# Of one look. Anybody may have made up names: a look takes some, others each time, and has an end.
+_MAX_NAMES, _MAX_NAME_LENGTH = 1_000, 500
+# Of one call, each of which asks about several keys.
+_REAPED_QUEUES = 20
 
 _ACKS = "__acks__."
 _ASIDE = ".aside."
 _MESSAGES = ".msgs"
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass
 class _There:
     """What Redis has: queues, those of which a worker holds messages, and lists of what is put aside."""
 
+    known: Set[str]
     queues: set[str] = field(default_factory=set)
     held: set[str] = field(default_factory=set)
     aside: set[tuple[str, str]] = field(default_factory=set)
+    seen: int = 0
 
     def add(self, name: str) -> None:
+        if len(name) > _MAX_NAME_LENGTH:
+            return
         if name.startswith(_ACKS):
-            self.held.add(name.removeprefix(_ACKS).partition(".")[2])
+            self._add(self.held, name.removeprefix(_ACKS).partition(".")[2])
         elif _ASIDE in name:
             queue, _, handler = name.partition(_ASIDE)
-            self.aside.add((queue, handler))
+            self._add(self.aside, (queue, handler))
         elif name.endswith(_MESSAGES) and not name.endswith(f".XQ{_MESSAGES}"):
-            self.queues.add(name.removesuffix(_MESSAGES))
+            self._add(self.queues, name.removesuffix(_MESSAGES))
+
+    def _add(self, names: set[Name], name: Name) -> None:
+        """Keep a name of those seen, each with the same chance if they are too many; always those that are known."""
+        if name in self.known:
+            names.add(name)
+            return
+        self.seen += 1
+        if len(names) < _MAX_NAMES + len(self.known):
+            names.add(name)
+        elif random.random() * self.seen < _MAX_NAMES:
+            names.discard(next(one for one in names if one not in self.known))
+            names.add(name)
 
 
 class RenamedQueues:
@@ -90,7 +113,7 @@ class RenamedQueues:
                 return
 
     def _look(self) -> Iterator[None]:
-        there = _There()
+        there = _There(self._known)
         cursor = -1
         while cursor:
             cursor, keys = self._client.scan(max(0, cursor), match=f"{self._broker.namespace}:*", count=_KEYS_OF_A_PAGE)
@@ -98,8 +121,14 @@ class RenamedQueues:
                 there.add(key.decode("utf-8", "replace").partition(":")[2])
             yield
         unknown_held = there.held - self._known
-        if unknown_held:
-            self._broker.reap(unknown_held)
+        names = sorted(unknown_held)
+        for start in range(0, len(names), _REAPED_QUEUES):
+            try:
+                self._broker.reap(names[start : start + _REAPED_QUEUES])
+            except ResponseError as error:
+                if not is_wrong_type(error):  # not queues
+                    raise
+            yield
         moved = 0
         # Today's queues once: only a deploy makes a message of a handler that has left be on one.
         for queue in sorted(there.queues if self._is_first else there.queues - self._known):
@@ -141,6 +170,8 @@ class RenamedQueues:
             yield
         if moved:
             log.warning("moved messages to the queue that their route names today", of=queue + suffix, messages=moved)
+        if len(self._left_alone) >= 2 * _MAX_NAMES:
+            self._left_alone.clear()
         self._left_alone[source] = self._ends_of(source)
         return moved
 
