@@ -21,13 +21,14 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.database import connect, sessions_for
 from tests.keys import KEYS
-from tests.support import a_place_for_servers
+from tests.support import a_place_for_servers, has_enough_memory
 from workers import schema
 from workers.embedded import servers as embedded_servers
 from workers.settings import Settings, load_settings
 
-_POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18")
-_REDIS_IMAGE = os.environ.get("DOVECOTE_TEST_REDIS_IMAGE", "redis:8")
+# Those of docker-compose.yml.
+_POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18.6-trixie")
+_REDIS_IMAGE = os.environ.get("DOVECOTE_TEST_REDIS_IMAGE", "redis:8.10.1-trixie")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Servers:
 
     def copy(self, name: str, template: str) -> None:
         # Copied files take half the time of pages that go through the log, unless fsync is on.
-        strategy = "file_copy" if self.origin == "embedded" else "wal_log"
+        strategy = "wal_log" if self.origin == "given" else "file_copy"
         _statement(self, f"create database {{}} template {{}} strategy {strategy}", name, template)
 
     def database(self, name: str) -> str:
@@ -64,7 +65,10 @@ def servers() -> Iterator[Servers]:
 
 
 def _containers(stack: ExitStack) -> Servers | None:
-    """Start containers where a Docker engine answers and has, or can pull, the images."""
+    """Start containers where a Docker engine answers and has, or can pull, the images.
+
+    With DOVECOTE_TEST_CONTAINERS (tests/containers/run --suite) there are no others: what fails is raised.
+    """
     if os.environ.get("DOVECOTE_TEST_EMBEDDED"):
         return None
     try:
@@ -76,9 +80,16 @@ def _containers(stack: ExitStack) -> Servers | None:
         for image in (_POSTGRES_IMAGE, _REDIS_IMAGE):
             if not engine.images.list(name=image):
                 engine.images.pull(image)
-        postgres: Any = stack.enter_context(PostgresContainer(_POSTGRES_IMAGE, driver=None))
+        # As the embedded servers: in memory, where there is enough, and without fsync. No test cuts the power.
+        postgres = PostgresContainer(_POSTGRES_IMAGE, driver=None)
+        postgres.with_command("postgres -c fsync=off -c max_prepared_transactions=10")
+        if has_enough_memory():
+            postgres.with_tmpfs_mount("/var/lib/postgresql", "mode=1777")
+        stack.enter_context(postgres)
         redis: Any = stack.enter_context(RedisContainer(_REDIS_IMAGE))
     except Exception as error:
+        if os.environ.get("DOVECOTE_TEST_CONTAINERS"):
+            raise
         # No engine, no image, no network: the embedded servers are as real.
         print(f"containers are left out: {type(error).__name__}")  # noqa: T201
         return None

@@ -41,7 +41,7 @@ def are_there(pids: Iterable[int]) -> bool:
     return any(started_at(pid) is not None for pid in pids)
 
 
-def _has_enough_memory() -> bool:
+def has_enough_memory() -> bool:
     if not os.access(_MEMORY, os.W_OK):
         return False
     available = [shutil.disk_usage(_MEMORY).free, psutil.virtual_memory().available]
@@ -57,7 +57,7 @@ def a_place_for_servers() -> Iterator[Path]:
     for left in _MEMORY.glob("dovecote-test-*-*"):
         if not psutil.pid_exists(int(left.name.split("-")[2])):
             shutil.rmtree(left, ignore_errors=True)
-    disk = _MEMORY if _has_enough_memory() else _DISK
+    disk = _MEMORY if has_enough_memory() else _DISK
     place = Path(tempfile.mkdtemp(dir=disk, prefix=f"dovecote-test-{os.getpid()}-"))
     place.chmod(0o711)
     try:

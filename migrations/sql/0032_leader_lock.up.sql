@@ -251,7 +251,8 @@ begin
     return true;
 end $$;
 
-revoke all on function dovecote.try_lock, dovecote.share_release_lock from public;
+grant execute on function dovecote.leader, dovecote.look_at_advisory_locks, dovecote.foreign_locks
+    to dovecote_worker, dovecote_operator, dovecote_viewer;
 grant execute on function dovecote.try_lock to dovecote_worker;
 grant execute on function dovecote.share_release_lock to dovecote_worker, dovecote_operator;
 
@@ -299,6 +300,7 @@ end $$;
 -- Rows that are not understood -------------------------------------------------------------------
 
 alter table dovecote.replays add column problem text;
+grant update (problem) on dovecote.replays to dovecote_worker;
 
 comment on column dovecote.replays.problem is
     'Why the relay that leads does not carry the replay out; null where it does. Another version may.';

@@ -51,7 +51,7 @@ def test_an_argument_out_of_bounds_is_refused_in_words(urls: Mapping[str, str], 
 
 
 @pytest.mark.parametrize("role", ["operator", "worker"])
-@pytest.mark.parametrize("verb", ["hold_week('{week}')", "drop_week('{week}', 'me')", "recover_sequence()",
+@pytest.mark.parametrize("verb", ["hold_week('{week}')", "drop_week('{week}', 'me')", "recover('me', 'x')",
                                   "ensure_partitions(4)", "place_strays()", "processed_lately(60)"])  # fmt: skip
 def test_nobody_stops_writers_by_leaving_a_call_open(urls: Mapping[str, str], role: str, verb: str) -> None:
     with session(urls["owner"]) as owner:
@@ -68,7 +68,9 @@ def test_nobody_stops_writers_by_leaving_a_call_open(urls: Mapping[str, str], ro
         locked = one(
             hostile,
             "select count(*) from pg_locks"
-            " where pid = pg_backend_pid() and locktype = 'relation' and mode <> 'AccessShareLock'",
+            " where pid = pg_backend_pid() and locktype = 'relation' and mode <> 'AccessShareLock'"
+            # Whose turn it is to keep weeks in order; no writer asks for it.
+            " and relation <> 'dovecote.retention_lock'::regclass",
         )
         assert locked == 0
 

@@ -38,13 +38,19 @@ TABLES = """
     paused_handlers      -       r         r         r       -        -
     audit_log            -       r,a*      r         r       -        -
 
+    message_keys         -       r         -         -       -        -
+    relay_leader         -       w         -         -       -        -
+    progress_lock        -       w         -         -       -        -
+    retention_lock       -       -         -         -       -        -
+
     memberships          -       r,a,w     r         r       r,a,w    -
     billing_history      -       r,a       r         r       r,a      -
     billing_history_id_seq -     -         -         -       -        -
     price_quotes         -       r,a,w     r         r       r,a,w    -
     latest_prices        -       r,a,w     r         r       r,a,w    -
     challenges           -       r,a,w,d   r*        r*      r,a,w,d  -
-    verified_phones      -       r,a,w     r         r       r,a,w    -
+    verified_phones      -       r,a,w,d   r         r       r,a,w,d  -
+    verification_quotas  -       r,a,w,d   r         r       r,a,w,d  -
 """
 
 EVENT = "id aggregate_type aggregate_id event_type payload headers"
@@ -67,7 +73,7 @@ COLUMNS = {
     ): "state attempts next_attempt_at error_type error_fingerprint error trace_id replay_id"
     " leased_until first_leased_at updated_at",
     ("subscriptions", "worker", "w"): "routed_epoch replayable ordered",
-    ("replays", "worker", "w"): "state done cursor_position updated_at finished_at",
+    ("replays", "worker", "w"): "state done cursor_position updated_at finished_at problem",
     # And a trigger refuses all but the relay's own lines.
     ("audit_log", "worker", "a"): "actor action reason affected details",
     ("challenges", "operator", "r"): CHALLENGE,
@@ -85,6 +91,10 @@ AS_OWNER = """
     pause_replay         operator
     resume_replay        operator
     cancel_replay        operator
+
+    rotate_message_key   operator
+    revoke_message_key   operator
+    known_message_keys   operator viewer
 
     recover              operator worker
     ensure_partitions    operator worker

@@ -3,7 +3,6 @@
 The database refuses it, whatever the client does: here the client is our own command.
 """
 
-import base64
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -23,6 +22,7 @@ from domain.privacy import Keyring
 from domain.unit_of_work import UnitOfWork, unit_of_work
 from tests import commands
 from tests.conftest import Servers, settings_for
+from tests.keys import KEYS
 from workers import operations
 from workers.bootstrap import engine_during
 from workers.operations.following import follow
@@ -80,14 +80,11 @@ def scene(urls: Mapping[str, str]) -> Mapping[str, str]:
 @pytest.fixture
 def dovecote(urls: Mapping[str, str], servers: Servers, tmp_path: Path) -> Dovecote:
     def run(role: str, *words: str) -> CompletedProcess[str]:
-        key = base64.b64encode(b"k" * 32).decode()
         environment = {
             "DATABASE_URL": urls[role],
             "REDIS_URL": servers.redis_url,
             "DOVECOTE_HOME": str(tmp_path),
-            "DOVECOTE_PRIVACY__HASH_KEY": key,
-            "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{key}",
-            "DOVECOTE_PRIVACY__CODE_KEY": key,
+            **KEYS,
         }
         return commands.run_text(list(words), environment, tmp_path)
 
@@ -215,7 +212,7 @@ def test_a_viewer_s_rights_are_to_select_and_to_call_what_only_looks(urls: Mappi
     assert {right.rpartition(" ")[2] for right in seen} == {"SELECT"}
     assert not [right for right in seen if "phone_ciphertext" in right or "code_hash" in right]
     assert "dovecote.challenges: SELECT" not in seen
-    assert rights(urls["owner"], "dovecote_viewer", _RUNS_AS_OWNER) == ["processed_lately"]
+    assert rights(urls["owner"], "dovecote_viewer", _RUNS_AS_OWNER) == ["known_message_keys", "processed_lately"]
 
 
 def test_whatever_an_operator_sees_a_viewer_sees(urls: Mapping[str, str]) -> None:

@@ -149,7 +149,7 @@ def test_a_replay_that_acts_again_is_refused_by_the_relay_where_the_route_does_n
         "insert into dovecote.unrouted_types (event_type, events, first_position, last_position, first_seen_at)"
         " values ('', -1, 5, -5, 'infinity')",
         "insert into dovecote.audit_log (actor, action, details)"
-        " values ('', '', ('[' || repeat('1', 5000) || ']')::jsonb)",
+        " values ('x', 'y', ('[' || repeat('1', 5000) || ']')::jsonb)",
         "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id, event_type,"
         " state, next_attempt_at, updated_at) values ('test.note', dovecote.uuid_v7(), 1, 'a', '1', 'x', 'retrying',"
         " now(), 'infinity')",

@@ -4,6 +4,7 @@ The database adds the moment and the login itself, and lets nobody but the owner
 """
 
 import getpass
+import os
 import socket
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -55,7 +56,11 @@ _LIST = text(
 
 def whoever() -> str:
     """Return who sits here, as the operating system knows it: user@host."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):  # a container may run as a number that no name belongs to; KeyError before Python 3.13
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
 
 
 def audit(

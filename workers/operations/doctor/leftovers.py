@@ -170,7 +170,7 @@ def _names(client: Any, subject: Subject, pattern: str) -> Iterator[str]:
 
 
 def _handlers_of(client: Any, key: str) -> "Counter[str]":
-    answer = client.eval(_HANDLERS_OF, 1, key, _MAX_COUNTED)
+    answer = client.eval_ro(_HANDLERS_OF, 1, key, _MAX_COUNTED)
     return Counter(
         {name.decode(errors="replace"): int(number) for name, number in zip(answer[::2], answer[1::2], strict=True)}
     )
