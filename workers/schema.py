@@ -94,10 +94,11 @@ def _applied(url: str) -> str | None:
 
 def keep_strangers_out(url: str) -> None:
     """Let nobody into a database of our own server but those with a role of ours: others could take locks there."""
-    engine = connect(url, application_name="dovecote migrate")
+    engine = connect(url, application_name="dovecote migrate", session_settings=ONLY_OUR_NAMES)
     try:
         with engine.begin() as connection:
-            connection.exec_driver_sql(_KEEP_STRANGERS_OUT)
+            # Without parameters a % is just itself for psycopg.
+            connection.execution_options(no_parameters=True).exec_driver_sql(_KEEP_STRANGERS_OUT)
     finally:
         engine.dispose()
 
