@@ -93,13 +93,14 @@ class Scene:
     @contextmanager
     def relay_on_standby(self, words: Sequence[str] = ("workers", "relay"), **more: str) -> Iterator[None]:
         """Start `dovecote relay`, or what stands for it, and keep it from leading until the end of the block."""
-        self.connection.execute("select pg_advisory_lock(dovecote.leader_key())")
-        self.start("relay", words, DOVECOTE_RELAY__STANDBY_SECONDS="0.05", **more)
-        standing_by = "select exists (select from pg_stat_activity where application_name = 'dovecote relay'"
-        standing_by += " and datname = current_database())"
-        self.until(lambda: self.one(standing_by), 60, "the relay stands by")
-        yield
-        self.connection.execute("select pg_advisory_unlock(dovecote.leader_key())")
+        # In a session of its own: the lock lives in a transaction, and ends with it.
+        with psycopg.connect(self.database_url) as leader:
+            leader.execute("lock table dovecote.relay_leader in share update exclusive mode")
+            self.start("relay", words, DOVECOTE_RELAY__STANDBY_SECONDS="0.05", **more)
+            standing_by = "select exists (select from pg_stat_activity where application_name = 'dovecote relay lock'"
+            standing_by += " and datname = current_database() and state = 'idle' and query = 'rollback')"
+            self.until(lambda: self.one(standing_by), 60, "the relay stands by")
+            yield
 
     def start_consumers(
         self,

@@ -61,12 +61,12 @@ def _frozen(who: str, stage: Stage, fault: Fault) -> Iterator[None]:
 
 @contextmanager
 def _frozen_and_deposed(stage: Stage, fault: Fault) -> Iterator[None]:
-    """The leader stops in its tracks and its connection ends: a standby takes over, and then it wakes up."""
+    """The leader stops in its tracks and its sessions end: a standby takes over, and then it wakes up.
+
+    There are two: one with the lock, and the one it works in, which has the key that older relays go by.
+    """
     with _frozen("leader", stage, fault), stage.connection() as connection:
-        connection.execute(
-            "select pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' and granted"
-            " and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()"
-        )
+        connection.execute("select pg_terminate_backend(pid) from dovecote.leader()")
         yield
 
 

@@ -65,6 +65,8 @@ def start(system: System, tmp_path: Path) -> Iterator[Start]:
         yield start
 
 
+# Four rounds, each of which may take a minute on a busy machine.
+@pytest.mark.timeout(400)
 def test_killing_every_process_in_a_replay_neither_loses_nor_doubles_nor_reorders(system: System, start: Start) -> None:
     for symbol in _SYMBOLS:
         write_quotes(system, range(_EVENTS), symbol)

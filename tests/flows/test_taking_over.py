@@ -55,11 +55,11 @@ def leader(system: System) -> int:
 
 
 def standbys(system: System) -> int:
-    """Sessions of relays that ask for the leader's lock again and again."""
+    """Sessions of relays that ask again and again whether anybody leads."""
     with system.engine.connect() as connection:
         query = text(
             "select count(*) from pg_stat_activity where datname = current_database()"
-            " and application_name = 'dovecote relay' and query like '%leader_key%'"
+            " and application_name = 'dovecote relay' and query like '%dovecote.leader()%'"
         )
         return int(connection.execute(query).scalar_one())
 

@@ -57,7 +57,7 @@ LOCKS = (
         f"{ROWS_TEST}::test_a_replay_that_acts_again_is_refused_by_the_relay_where_the_route_does_not_allow_it",
     ),
     Mutant(
-        "an unknown key of a filter is passed over",
+        "the relay passes over an unknown key of a filter",
         "workers/replays.py",
         '                raise NotUnderstood(f"unknown key {_shown(name)} in its filter")\n',
         "                continue\n",

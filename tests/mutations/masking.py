@@ -74,7 +74,7 @@ MASKING = (
         FAILURES,
         "for cause in islice(causes(error), _MAX_CAUSES)]\n",
         "for cause in causes(error)]\n",
-        f"{f'{GROWTH}::test_what_is_kept_of_an_error_is_bounded_however_large_it_is'}::test_what_is_kept_of_an_error_is_bounded_however_large_it_is",
+        f"{GROWTH}::test_what_is_kept_of_an_error_is_bounded_however_large_it_is",
     ),
     Mutant(
         "a large number is written in decimal",

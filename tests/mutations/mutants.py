@@ -252,8 +252,8 @@ MUTANTS = (
     # Reading ------------------------------------------------------------------------------------
     Mutant(
         "floors are not asked for",
-        OUTBOX_SQL,
-        "settled := least(last_position, lowest_floor);",
+        LOCKS_SQL,
+        "settled := least(last_position, lowest);",
         "settled := last_position;",
         READING,
     ),

@@ -6,6 +6,7 @@ MARKS = "tests/workers/relay/test_progress.py"
 STATUS = "tests/workers/operations/test_status.py"
 
 PROGRESS_SQL = "migrations/sql/0022_progress.up.sql"
+LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
 PROGRESS_PY = "workers/relay/progress.py"
 
 HISTORIES = f"{MARKS}::test_a_mark_is_true_at_every_step_of_a_random_history_and_exact_at_its_end"
@@ -32,9 +33,11 @@ PROGRESS = (
     Mutant("a replaced relay moves marks", PROGRESS_SQL, " where s.epoch = leading_epoch;", ";", HISTORIES),
     Mutant(
         "a handler subscribes while a step is under way",
-        PROGRESS_SQL,
-        "    perform pg_advisory_xact_lock(dovecote.progress_key());\n    insert into",
-        "    insert into",
+        LOCKS_SQL,
+        "('begin_progress', 'perform (pg_catalog\\.)?pg_advisory_xact_lock\\(dovecote\\.progress_key\\(\\)\\)',\n"
+        "             'lock table dovecote.progress_lock in share update exclusive mode')",
+        "('begin_progress', 'perform (pg_catalog\\.)?pg_advisory_xact_lock\\(dovecote\\.progress_key\\(\\)\\)',\n"
+        "             'perform 1')",
         f"{MARKS}::test_nobody_subscribes_while_a_step_is_under_way",
     ),
     Mutant(
@@ -60,7 +63,7 @@ PROGRESS = (
     ),
     Mutant(
         "a forgotten handler keeps its mark",
-        PROGRESS_SQL,
+        "migrations/sql/0029_operators_audit.up.sql",
         "    delete from dovecote.progress p where p.handler_name = handler;\n",
         "",
         FORGOTTEN,

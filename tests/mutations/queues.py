@@ -12,15 +12,14 @@ MISSING = "tests/workers/relay/test_missing.py"
 
 POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
-READING_SQL = "migrations/sql/0019_reading.up.sql"
 
 QUEUES = (
     # Wake-ups -----------------------------------------------------------------------------------
     Mutant(
         "a writer notifies a full queue",
-        READING_SQL,
-        "            if pg_catalog.float8lt(pg_catalog.pg_notification_queue_usage(), 0.5) then\n",
-        "            if true then\n",
+        "migrations/sql/0032_leader_lock.up.sql",
+        "        if float8lt(pg_notification_queue_usage(), 0.5) then\n",
+        "        if true then\n",
         FULL_NOTIFY,
     ),
     Mutant(

@@ -193,7 +193,7 @@ def test_a_writer_that_dawdles_while_a_handler_is_postponed_is_heard(system_with
             eventually(lambda: one_value(system, "select count(*) from dovecote.published_batches") > 9, 10, "batches")
             early.commit()
             with one_worker(system):
-                eventually(lambda: len(prices_of(system, "test.down")) > 4_500, 30, "most of it")
+                eventually(lambda: len(prices_of(system, "test.down")) > 4_500, 60, "most of it")
                 late.commit()
                 system.until_quiet(60)
                 eventually(lambda: postponed(system) == [], 10, "live handlers")

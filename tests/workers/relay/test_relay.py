@@ -549,7 +549,7 @@ def test_terminating_the_relay_s_backend_again_and_again_loses_and_doubles_nothi
                 eventually(partial(led, epoch), 30, "a relay leads")
                 eventually(partial(writers.have_written, writers.written + 100), 30, "some more events")
                 terminate(system, "dovecote relay")
-        system.until_quiet()
+        system.until_quiet(60)
 
     effects = effects_in(system.engine)
     assert len(effects) == writers.written

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
+import redis
 from sqlalchemy import Engine, text
 
 from domain.database import connect, sessions_for
@@ -46,6 +47,8 @@ class Watched:
     log: Path
     engine: Engine
     ports: dict[str, int]
+    redis: redis.Redis
+    namespace: str
 
     def relays(self) -> list[int]:
         return [self.ports["relay"], self.ports["relay-2"]]
@@ -58,6 +61,11 @@ class Watched:
         with unit_of_work(sessions_for(self.engine)) as uow:
             for quote in quotes:
                 uow.emit(quote)
+
+    def forge(self) -> None:
+        """Put a message on the queue that no relay has made."""
+        self.redis.hset(f"{self.namespace}:pricing.msgs", "forged", "a message")
+        self.redis.rpush(f"{self.namespace}:pricing", "forged")
 
     def until_quiet(self) -> None:
         eventually(lambda: operations.count_everything(self.engine, ROUTES).is_quiet, 30, "a quiet system")
@@ -86,6 +94,7 @@ def watched(database_url: str, servers: Servers, tmp_path_factory: pytest.TempPa
     home = tmp_path_factory.mktemp("home")
     (home / "Procfile").write_text(PROCFILE)
     engine = connect(database_url, pool_size=2)
+    namespace = f"test-{home.name}"
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "workers", "up", "--procfile", str(home / "Procfile")],
@@ -94,7 +103,7 @@ def watched(database_url: str, servers: Servers, tmp_path_factory: pytest.TempPa
                 "DATABASE_URL": database_url,
                 "REDIS_URL": servers.redis_url,
                 "DOVECOTE_HOME": str(home),
-                "DOVECOTE_REDIS__NAMESPACE": f"test-{home.name}",
+                "DOVECOTE_REDIS__NAMESPACE": namespace,
                 "TMPDIR": str(home),
                 "COLUMNS": "200",
             },
@@ -103,7 +112,8 @@ def watched(database_url: str, servers: Servers, tmp_path_factory: pytest.TempPa
         )
     try:
         ports = eventually(partial(ports_told_in, home / "log"), 60, "an introduction with ports")
-        watched = Watched(process, home / "log", engine, ports)
+        client = redis.Redis.from_url(servers.redis_url)
+        watched = Watched(process, home / "log", engine, ports, client, namespace)
         for port in ports.values():
             eventually(partial(is_ready, port), 60, f"health on port {port}")
         yield watched
@@ -184,6 +194,8 @@ def test_an_open_transaction_of_a_writer_is_a_floor(watched: Watched) -> None:
 def test_the_catalogue_names_every_metric_its_type_and_its_labels(watched: Watched) -> None:
     watched.write(a_quote())
     watched.until_quiet()
+    watched.forge()  # what nobody has met has no labels, and is not shown
+    scrape_until(watched.ports["pricing"], lambda now: now.by("queue", "dovecote_refused_messages_total"), "a refusal")
     shown: dict[str, tuple[str, set[str]]] = {}
 
     for port in watched.ports.values():
