@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -23,11 +24,14 @@ from psycopg.conninfo import conninfo_to_dict
 
 from domain.database import SESSION_SETTINGS, connect, connection_parameters
 from tests import commands
+from tests.conftest import settings_for
 from tests.support import a_place_for_servers
 from workers.children import ServerUser, listens, runs_as
 from workers.clients import libpq_variables
 from workers.embedded import Postgres, Redis
 from workers.operations.doctor import encryption
+from workers.operations.doctor.finding import Subject
+from workers.operations.doctor.postgres import session
 from workers.redis_client import connect_redis
 from workers.settings import SettingsError, load_settings, secrets, shown
 from workers.urls import without_passwords
@@ -300,11 +304,12 @@ TLS = {
 
 @pytest.mark.parametrize(("words", "finding"), TLS.items())
 def test_doctor_tells_what_the_session_is_and_how_to_mend_it(
-    with_tls: tuple[str, Path], words: str, finding: tuple[str, str]
+    with_tls: tuple[str, Path], words: str, finding: tuple[str, str], tmp_path: Path
 ) -> None:
     url, authority = with_tls
     url = f"{url}?{words.replace('CA', quote(str(authority)))}"
-    with psycopg.connect(**connection_parameters(url, {})) as connection:
+    subject = Subject(settings_for(url, "redis://r/0", tmp_path), (), time.time)
+    with session(subject) as connection:  # as doctor opens it: its rows have names
         found = encryption.postgres(connection)
 
     assert (found.check, found.level) == ("postgres.encrypted", finding[0])

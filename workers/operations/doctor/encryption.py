@@ -30,8 +30,10 @@ def postgres(connection: psycopg.Connection[Any]) -> Finding:
     told = {option.keyword: (option.val or b"").decode() for option in connection.pgconn.info}
     # Behind a pooler the server's session is another one; both ways have to be encrypted.
     row = connection.execute(
-        "select coalesce((select ssl from pg_catalog.pg_stat_ssl where pid = pg_catalog.pg_backend_pid()), false),"
+        "select coalesce((select ssl from pg_catalog.pg_stat_ssl where pid = pg_catalog.pg_backend_pid()), false)"
+        " as has_tls,"
         " coalesce((select encrypted from pg_catalog.pg_stat_gssapi where pid = pg_catalog.pg_backend_pid()), false)"
+        " as has_gss"
     ).fetchone()
     has_tls, has_gss = (bool(row[0]), bool(row[1])) if row else (False, False)
     if has_gss:
