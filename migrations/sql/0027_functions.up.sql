@@ -77,7 +77,7 @@ return '{"specversion":"1.0","id":"' || fact.id::text
     || '","source":' || to_json('/dovecote/' || fact.aggregate_type)::text
     || ',"type":' || to_json(fact.event_type)::text
     || ',"subject":' || to_json(fact.aggregate_id)::text
-    || ',"time":' || left(to_json(fact.created_at at time zone 'UTC')::text, -1) || '+00:00"'
+    || ',"time":' || left(to_json(fact.created_at at time zone interval '0')::text, -1) || '+00:00"'
     || ',"dataschema":' || to_json('urn:dovecote:' || fact.event_type)::text
     || ',"position":"' || fact.position::text || '"'
     || coalesce(',"traceparent":' || (fact.headers -> 'traceparent')::text, '')
@@ -86,9 +86,10 @@ return '{"specversion":"1.0","id":"' || fact.id::text
     || ',"data":' || fact.payload::text || '}';
 
 -- The envelope of a row that is small as it is stored; null for the others, which `envelopes` makes one by one. A
--- plain expression, so that it becomes part of the statement that reads.
--- An aggregate type that is no word is for `envelopes` to set aside. To quote an identifier is the cheapest question for
--- a word; with the underscore it is no key word such as `order`.
+-- plain expression, so that it becomes part of the statement that reads. It is `envelope` without what costs most there,
+-- to escape words: an aggregate type that is no word is for `envelopes`, and a type that is none is in no route, so that
+-- nobody is sent what is made of it.
+-- To quote an identifier is the cheapest question for a word; with the underscore it is no key word such as `order`.
 create or replace function dovecote.small_envelope(fact dovecote.outbox) returns text
 language sql stable parallel safe
 return case
@@ -97,7 +98,17 @@ return case
          and pg_column_size(fact.payload) < 4000
          and pg_column_compression(fact.headers) is null
          and pg_column_size(fact.headers) < 4000
-    then dovecote.envelope(fact)
+    then '{"specversion":"1.0","id":"' || fact.id::text
+        || '","source":"/dovecote/' || fact.aggregate_type
+        || '","type":"' || fact.event_type
+        || '","subject":' || to_json(fact.aggregate_id)::text
+        || ',"time":' || left(to_json(fact.created_at at time zone interval '0')::text, -1)
+        || '+00:00","dataschema":"urn:dovecote:' || fact.event_type
+        || '","position":"' || fact.position::text || '"'
+        || coalesce(',"traceparent":' || (fact.headers -> 'traceparent')::text, '')
+        || coalesce(',"tracestate":' || (fact.headers -> 'tracestate')::text, '')
+        || coalesce(',"correlationid":' || (fact.headers -> 'correlation_id')::text, '')
+        || ',"data":' || fact.payload::text || '}'
 end;
 
 -- A setting --------------------------------------------------------------------------------------
