@@ -120,7 +120,11 @@ def read_bundle(data: bytes, keys: Keyring | None = None) -> Contents:
     # What comes before the envelopes and behind them, without them: nothing in them can pretend to be any of it.
     message = _checked(orjson.loads(head + tail))
     kwargs, sent_in = message["kwargs"], message["options"].get("sent_in")
-    if not kwargs.keys() <= {"retry", "replay"} or not isinstance(kwargs.get("retry", False), bool):
+    if (
+        not kwargs.keys() <= {"retry", "replay"}
+        or not isinstance(kwargs.get("retry", False), bool)
+        or not isinstance(kwargs.get("replay", ""), str)
+    ):
         raise ValueError("a bundle with arguments that no relay of this version gives it")
     envelopes, broken = _envelopes(data[begin + 1 : end], keys)
     return Contents(

@@ -98,6 +98,10 @@ class _Keys(MessageKeys):
 @example(
     data=b'{"queue_name":"test","actor_name":"test.note","args":[[\n\n]],"kwargs":{"replay":"not-a-uuid"},"message_id":"x"'
 )
+@example(
+    data=b'{"queue_name":"test","actor_name":"test.note","args":[[\n\n]],"kwargs":{"replay":1},"message_id":"x"'
+    b',"message_timestamp":1,"options":{"redis_message_id":"x"'
+)
 @settings(max_examples=examples(200, 100_000))
 def test_whatever_is_signed_or_not_it_is_opened_or_refused(data: bytes) -> None:
     """Also what a relay would never sign: its own bug must not be a traceback of each consumer, for ever."""
