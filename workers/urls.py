@@ -14,6 +14,7 @@ _NAMES = r"[\w.-]{0,40}(?:passw(?:or)?d|passphrase|secret|token|credential|signa
 _PARAMETER = re.compile(rf"(?i)(?<![\w.-])(?!sslkey=)({_NAMES})=('[^']*'|[^&\s#'\"]+)")
 # Up to the last @: a password may have one in it.
 _USER = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]{0,31}://)([^\s\"'<>]{0,4000})@")
+_SECRET_NAME = re.compile(rf"(?i){_NAMES}")
 # What libpq itself does not show.
 _HIDDEN = {option.keyword.decode() for option in Conninfo.get_defaults() if option.dispchar == b"*"} | {
     "scram_client_key",
@@ -38,9 +39,9 @@ def _without_password(found: re.Match[str]) -> str:
 def secrets_in(url: str) -> Iterator[str]:
     """Yield every secret of a URL, as it is written and as it is sent."""
     parts = urlsplit(url)
-    for pair in re.split("[&;]", parts.query):
+    for pair in parts.query.replace(";", "&").split("&"):
         name, _, value = pair.partition("=")
-        if value and (re.fullmatch(_NAMES, name, re.I) or name in _HIDDEN) and name != "sslkey":
+        if value and (_SECRET_NAME.fullmatch(name) or name in _HIDDEN) and name != "sslkey":
             yield from {value, *(sent for _, sent in parse_qsl(f"x={value}")), unquote(value)}
     user, _, host = parts.netloc.rpartition("@")
     login, colon, password = user.partition(":")

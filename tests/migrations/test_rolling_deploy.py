@@ -49,7 +49,7 @@ for n in range(int(sys.argv[1])):
 
 # What a migration may do --------------------------------------------------------------------------
 
-_BODY = re.compile(r"\$(\w*)\$.*?\$\1\$", re.DOTALL)
+_BODY = re.compile(r"\$(\w*)\$.*?\$\1\$|^begin atomic$.*?^end;", re.DOTALL | re.MULTILINE)
 _COMMENT = re.compile(r"--[^\n]*")
 _CONTRACTS = re.compile(
     r"\bdrop\s+(table|column|function|procedure|view|index|constraint|type|sequence|trigger|schema|role)\b"

@@ -35,7 +35,7 @@ FUNCTIONS = (
     Mutant(
         "an envelope's moment is in the reader's zone",
         FUNCTIONS_SQL,
-        "left(to_json(fact.created_at at time zone 'UTC')::text, -1) || '+00:00\"'",
+        "left(to_json(fact.created_at at time zone interval '0')::text, -1) || '+00:00\"'",
         "to_json(fact.created_at)::text",
         SESSIONS,
     ),

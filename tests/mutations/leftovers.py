@@ -72,8 +72,8 @@ LEFTOVERS = (
     Mutant(
         "a dead worker keeps what it held of an old queue",
         "workers/relay/renamed_queues.py",
-        "            self._broker.reap(unknown_held)\n",
-        "            pass\n",
+        "                self._broker.reap(names[start : start + _REAPED_QUEUES])\n",
+        "                pass\n",
         RENAMED,
     ),
     Mutant(

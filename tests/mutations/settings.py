@@ -89,7 +89,7 @@ SETTINGS_AND_CONNECTIONS = (
     Mutant(
         "a password in a parameter is no secret",
         "workers/urls.py",
-        '    for pair in re.split("[&;]", parts.query):\n',
+        '    for pair in parts.query.replace(";", "&").split("&"):\n',
         "    for pair in ():\n",
         CONNECTIONS,
     ),

@@ -23,6 +23,7 @@ from workers.runs import Run
 
 Connection = psycopg.Connection[Any]
 
+_STATEMENT_MS = 30_000
 _CONNECT_SECONDS = 5
 _STATEMENT_MS = 5_000
 _HEARD_WITHIN_SECONDS = 3.0
@@ -375,10 +376,10 @@ def _kept(subject: Subject) -> timedelta | None:
 @contextmanager
 def session(subject: Subject) -> Iterator[Connection]:
     """Give a connection of its own to a check."""
-    # No statement_timeout: set later, where options are refused, it would stay in a pool for whoever comes next.
-    # `examine` has a limit of its own.
+    # Set later, where options are refused, they would stay in a pool for the next client. `examine` has a limit of its
+    # own, and the login's may be shorter than a check on a busy server takes.
     try:
-        connection = _connect(subject, ONLY_OUR_NAMES)
+        connection = _connect(subject, {**ONLY_OUR_NAMES, "statement_timeout": _STATEMENT_MS})
     except psycopg.OperationalError as caught:
         if "startup parameter" not in str(caught):
             raise
