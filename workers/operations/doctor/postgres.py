@@ -23,7 +23,6 @@ from workers.runs import Run
 
 Connection = psycopg.Connection[Any]
 
-_STATEMENT_MS = 30_000
 _CONNECT_SECONDS = 5
 _STATEMENT_MS = 5_000
 _HEARD_WITHIN_SECONDS = 3.0
