@@ -22,8 +22,8 @@ _CHANNELS = ("dovecote_outbox", "dovecote_deliveries", replays.CHANNEL, pauses.C
 # What a transaction that saw us awake may wait after its end, as a share of what it took.
 _SHARE_OF_A_TRANSACTION = 1 / 8
 
-# A pause or a replay that begins wakes us up without an event, too.
-_FEW_IDLE_WAKEUPS = 3
+# Of a second. Each event of a quiet stream brings one or two such wake-ups along, and a pause would delay the next one.
+_MAX_IDLE_WAKEUPS = 100
 
 
 class Waking:
@@ -44,6 +44,7 @@ class Waking:
         self._pause_seconds = 0.0
         self._has_worked = False
         self._idle_wakeups = 0
+        self._counted_since = 0.0
 
     def listen(self) -> None:
         """Hear notifications from now on."""
@@ -82,17 +83,18 @@ class Waking:
         self._has_worked = True
 
     def rest(self, *, was_woken: bool) -> None:
-        """Pause after wake-ups that brought nothing: anybody who may connect can send a thousand a second.
+        """Pause after many wake-ups that brought nothing: anybody who may connect can send a thousand a second.
 
-        A wake-up of a writer brings its event. No pause is longer than that between reads beside a writer at work.
+        No pause is longer than that between reads beside a writer at work.
         """
         if self._has_worked or not was_woken:
-            self._idle_wakeups = 0
             return
+        now = time.monotonic()
+        if now - self._counted_since > 1.0:
+            self._counted_since, self._idle_wakeups = now, 0
         self._idle_wakeups += 1
-        if self._idle_wakeups > _FEW_IDLE_WAKEUPS:
-            seconds = 0.001 * 2 ** min(10, self._idle_wakeups - _FEW_IDLE_WAKEUPS)
-            self._sleeper.sleep(min(self._settings.busy_poll_ms / 1_000, seconds))
+        if self._idle_wakeups > _MAX_IDLE_WAKEUPS:
+            self._sleeper.sleep(self._settings.busy_poll_ms / 1_000)
 
     def stay_awake(self) -> None:
         """Spare writers the notification while there is traffic: it makes them commit one after the other."""
