@@ -213,12 +213,13 @@ def test_a_place_for_metrics_that_somebody_has_taken_costs_metrics_and_no_consum
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     try:
         live = eventually(lambda: get(port, "/health/live"), 60, "somebody who answers")
         metrics = get(port, "/metrics")
     finally:
-        process.send_signal(signal.SIGKILL)  # its workers end with it
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too, at once: each holds the pipe that is read to its end
         said, _ = process.communicate()
 
     assert live
