@@ -241,7 +241,7 @@ create or replace function dovecote.drop_week(
 ) returns dovecote.dropped_weeks
 language plpgsql security definer set search_path to pg_catalog, dovecote, pg_temp set lock_timeout to '100ms' as $$
 -- The only way a week goes: outbox, processed_events and what belongs to no other week of published_batches, at
--- once, with a line in dropped_weeks and one in audit_log. Refuses what is still owed, whoever asks.
+-- once, with a line in dropped_weeks and one in audit_log. Refuses what is still needed, to every caller.
 --
 -- The long questions are asked while only the week itself is locked. The parents, where everybody writes, are asked
 -- for with a tenth of a second's patience, again and again: DETACH CONCURRENTLY is not to be had beside a default

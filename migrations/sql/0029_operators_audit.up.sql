@@ -149,7 +149,7 @@ comment on column dovecote.subscriptions.ordered is 'Whether the handler''s rout
 create function dovecote.pause_handler(actor text, reason text, handler text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '10s' as $$
 begin
-    perform dovecote.require_who_and_why(actor, reason, 'a pause needs a reason: whoever finds the handler standing has to know');
+    perform dovecote.require_who_and_why(actor, reason, 'a pause needs a reason: others have to know why the handler stands still');
     perform dovecote.require_known(handler);
     insert into dovecote.paused_handlers (handler_name, paused_by, reason) values (handler, actor, reason)
     on conflict do nothing;

@@ -41,7 +41,7 @@ class CannotRun(Exception):
     """What this machine lacks, in one sentence."""
 
 
-class Stand_in(NamedTuple):  # noqa: N801 - a word of its own
+class StandIn(NamedTuple):
     """A minimal Debian in place of an image. Hooks see its root as $1."""
 
     packages: str
@@ -51,12 +51,12 @@ class Stand_in(NamedTuple):  # noqa: N801 - a word of its own
 
 _ENTRY = 'ENTRYPOINT ["/usr/local/bin/entry"]'
 _STAND_INS = {
-    "python": Stand_in(
+    "python": StandIn(
         "python3,python3-pip,python3-venv,ca-certificates",
         ('ln -s python3 "$1/usr/bin/python"', 'rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED'),
         ('CMD ["python3"]',),
     ),
-    "postgres": Stand_in(
+    "postgres": StandIn(
         "postgresql,ca-certificates",
         (
             f'cp {HERE}/postgres-entry "$1/usr/local/bin/entry"',
@@ -66,7 +66,7 @@ _STAND_INS = {
         ),
         (_ENTRY, 'CMD ["postgres"]', "VOLUME /var/lib/postgresql", "EXPOSE 5432"),
     ),
-    "redis": Stand_in(
+    "redis": StandIn(
         "redis-server,redis-tools",
         (
             f'cp {HERE}/redis-entry "$1/usr/local/bin/entry"',
@@ -74,7 +74,7 @@ _STAND_INS = {
         ),
         (_ENTRY, 'CMD ["redis-server"]', "WORKDIR /data", "VOLUME /data", "EXPOSE 6379"),
     ),
-    "prom/prometheus": Stand_in(
+    "prom/prometheus": StandIn(
         "prometheus",
         ('chroot "$1" install -d -o nobody -g nogroup /prometheus',),
         (
@@ -240,7 +240,7 @@ def make_stand_ins(running: Engine, cache: Path | None, wanted: tuple[str, ...] 
         say(f"stand-in for {image}: Debian {SUITE} with {stand_in.packages.split(',', maxsplit=1)[0]}")
 
 
-def _bootstrap(stand_in: Stand_in, tar: Path) -> None:
+def _bootstrap(stand_in: StandIn, tar: Path) -> None:
     ask = ["apt-get", "indextargets", "--format", "$(SITE)"]
     sites = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
     mirror = next((site for site in sorted(set(sites)) if "security" not in site), None)

@@ -80,7 +80,7 @@ def pause(
     Its events wait in order, its retries keep their schedule and are due when it is resumed; replays of it stand still.
     Errors: WrongRequest; CannotPause when it is paused already.
     """
-    require_who_and_why(actor, reason, why="a pause needs a reason: whoever finds the handler standing has to know")
+    require_who_and_why(actor, reason, why="a pause needs a reason: others have to know why the handler stands still")
     return _change(engine, routes, handler, "pause", actor, reason, dry_run)
 
 
