@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from workers import bootstrap
-from workers.routes import ROUTES, Route
+from dovecote import bootstrap
+from dovecote.route import Route
+from workers.routes import ROUTES
 
 
 def ours() -> None:

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 
-from workers.bootstrap import run_relay
+from dovecote.bootstrap import run_relay
 from workers.routes import ROUTES
 
 if __name__ == "__main__":

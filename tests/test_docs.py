@@ -13,11 +13,11 @@ from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 from typer.testing import CliRunner
 
-from tests import commands
+from dovecote.cli import app
+from dovecote.local.binaries import find_postgres
+from dovecote.local.supervisor import parse_procfile
 from tests.conftest import Servers
-from workers.binaries import find_postgres
-from workers.cli import app
-from workers.supervisor import parse_procfile
+from tests.support import commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ def test_the_way_to_write_from_any_other_language_does_the_same(
 
 
 RUN_THE_HANDLER = """
-from workers.routes import Route
+from dovecote.route import Route
 
 ROUTES = (
 {route}
@@ -118,11 +118,11 @@ ROUTES = (
 
 from pathlib import Path
 from tests.conftest import settings_for
-from tests.system import system_for
+from tests.support.system import system_for
 
 settings = settings_for(os.environ["DATABASE_URL"], os.environ["REDIS_URL"], Path.cwd())
 with system_for(settings, ROUTES) as system, system.relay(), system.workers():
-    from tests.support import eventually
+    from tests.support.processes import eventually
     eventually(lambda: "shop.count_orders" in registered(), 10, "the handler registered")
     place_order_in_a_session("4715")
     system.until_quiet()

@@ -13,7 +13,7 @@ def _forget_current_directory() -> None:
     words = sys.orig_argv
     module = words[words.index("-m") + 1 :][:1] if "-m" in words else []
     asks_for_it = any(word.startswith(("--path", "-P")) for word in sys.argv)
-    is_dramatiq = any(word.startswith("workers.bootstrap:") for word in sys.argv) and not asks_for_it
+    is_dramatiq = any(word.startswith("dovecote.bootstrap:") for word in sys.argv) and not asks_for_it
     # pathlib may be theirs
     here, root = os.path.realpath("."), os.path.realpath(f"{__path__[0]}/..")
     if here == root or not (module == ["workers"] or is_dramatiq):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
+from dovecote import bootstrap
 from tests.chaos import clocks
 from tests.chaos.routes import ROUTES
-from workers import bootstrap
 
 
 def enter(role: str) -> Path:

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.pricing import Quote
-from tests.profiles import examples
-from workers import cli
-from workers.cli import app
-from workers.envelope import read_bundle, read_message
-from workers.ingest import Columns, NotReadable, Refusal, ingest, opened, prices
-from workers.relay.bundles import Bundler
+from dovecote import cli
+from dovecote.cli import app
+from dovecote.envelope import read_bundle, read_message
+from dovecote.relay.bundler import Bundler
+from tests.support.profiles import examples
+from workers.gateways.price_files import Columns, NotReadable, Refusal, ingest, opened, prices
 from workers.routes import ROUTES
 
 COLUMNS = Columns("symbol", "price", "at")

@@ -10,16 +10,16 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 from typer.testing import CliRunner
 
-from domain.database import Sessions, connect, sessions_for
-from domain.privacy import Keyring
-from domain.unit_of_work import unit_of_work
 from domain.verification import VerifiedPhones, answer_challenge, code_for, forget_user, request_code
+from dovecote.cli import app
+from dovecote.database import Sessions, connect, sessions_for
+from dovecote.operations.purging import purge
+from dovecote.privacy import Keyring
+from dovecote.unit_of_work import unit_of_work
 from tests.conftest import Servers, settings_for
-from tests.phone_numbers import a_mobile
-from tests.support import eventually
-from tests.system import system_for
-from workers.cli import app
-from workers.operations.purging import purge
+from tests.support.phone_numbers import a_mobile
+from tests.support.processes import eventually
+from tests.support.system import system_for
 from workers.purges import PURGES
 
 pytestmark = pytest.mark.servers

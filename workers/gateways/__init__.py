@@ -1,6 +1,6 @@
 """The outside world, as consumers see it: one object with a client for each part of it."""
 
-from domain.privacy import Keyring
+from dovecote.privacy import Keyring
 from workers.gateways.challenge_cache import ChallengeCache
 from workers.gateways.errors import GatewayUnavailable, NoKeys
 from workers.gateways.sms import ConsoleSms, SmsGateway

@@ -1,6 +1,6 @@
 """What goes wrong outside of us."""
 
-from domain.errors import DovecoteError
+from dovecote.errors import DovecoteError
 
 
 class GatewayUnavailable(Exception):

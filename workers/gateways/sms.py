@@ -11,7 +11,7 @@ from typing import Protocol
 
 import structlog
 
-from domain.privacy import masked
+from dovecote.privacy import masked
 from workers.gateways.errors import GatewayUnavailable
 
 # What a provider would remember for a day; 10,000 keys of 36 characters are about 1 MB.
