@@ -1,17 +1,14 @@
-"""`dovecote bench`: runs what lies in `benchmarks/`, which comes with the checkout and not with the wheel."""
+"""`./dev bench NAME`, which is `python -m benchmarks NAME`."""
 
 import sys
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
+from benchmarks.harness import BenchmarkFailed, Options
+from benchmarks.run import NAMES, run
 from dovecote.cli.output import add_row, cell, fail, note, print_json, say, show
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(name="bench")(bench)
 
 
 def bench(
@@ -26,13 +23,8 @@ def bench(
 ) -> None:
     """Measure ourselves against the naive outbox and against what the machine can do, side by side.
 
-    Example: dovecote bench relay --quick
+    Example: ./dev bench relay --quick
     """
-    if find_spec("benchmarks") is None:
-        _refuse("the benchmarks come with the checkout: run this from there, as ./dev bench NAME")
-    from benchmarks.harness import BenchmarkFailed, Options
-    from benchmarks.run import NAMES, run
-
     if name not in NAMES:
         _refuse(f"there is no benchmark {name!r}; there are {', '.join(NAMES)}")
     try:
@@ -46,8 +38,6 @@ def bench(
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
     table = Table(title=f"{report['name']}, {report['unit']}", title_justify="left")
     for column in ("", "median", "spread", "ours is better by", "rounds"):
         table.add_column(column, justify="left" if column in ("", "rounds") else "right")
@@ -74,8 +64,6 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _curve(title: str, points: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
     table = Table(title=title, title_justify="left")
     for column in points[0]:
         table.add_column(column, justify="right")
@@ -98,3 +86,7 @@ def _say(sentence: str) -> None:
 def _refuse(sentence: str) -> None:
     note(sentence)
     raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    typer.run(bench)

@@ -17,12 +17,12 @@ from uuid import UUID
 
 from dovecote import bootstrap
 from dovecote.route import Route
-from workers.routes import ROUTES
+from workers.app import app
 
 
 def ours() -> None:
     """Set up the consumers of production, with a watch before each bulk handler."""
-    bootstrap.consumers([_watched(route) for route in ROUTES])
+    bootstrap.start_consumers(replace(app, routes=[_watched(route) for route in app.routes]))
 
 
 def naive() -> None:

@@ -1,6 +1,7 @@
 """The composition root: from settings to a relay, to a process of consumers. One call a process.
 
-Dramatiq's command line starts consumers with `dramatiq dovecote.bootstrap:consumers`.
+An application starts its processes with its app object, or has them find it: `dovecote relay` and
+`dramatiq dovecote.bootstrap:consumers` look for DOVECOTE_APP.
 """
 
 import gc
@@ -8,7 +9,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -25,7 +26,6 @@ from dovecote import telemetry
 from dovecote.broker.broker import OrjsonEncoder, OutboxBroker
 from dovecote.broker.fetcher import refuse as refuse_message
 from dovecote.broker.poison import Suspect
-from dovecote.broker.redis_client import connect_redis
 from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.consumer.time_limits import GRACE_SECONDS
@@ -34,28 +34,30 @@ from dovecote.envelope.opening import Received, Refused
 from dovecote.envelope.stored_json import read_stored
 from dovecote.masking import never_show
 from dovecote.migrations import schema
+from dovecote.operations.maintainer import Maintainer
 from dovecote.processes import terminal
 from dovecote.processes.children import die_with_parent
 from dovecote.relay.relay import Relay
-from dovecote.route import Route, distinct, queues
-from dovecote.route_rules import InvalidRoute
+from dovecote.route import Dovecote, InvalidRoute, Purge, Route, distinct, queues
 from dovecote.settings import Settings, SettingsError, load_settings, secrets
+from dovecote.settings.application import find_app
 from dovecote.store.loaders import loads_anything
 from dovecote.store.lookup import history_in
 from dovecote.store.pauses import HandlerPaused
 from dovecote.telemetry.meters import ConsumerMeters, RelayMeters
 from dovecote.unit_of_work import UnitOfWork
-from workers.gateways import Gateways
-from workers.gateways.challenge_cache import ChallengeCache
-from workers.gateways.sms import ConsoleSms
-from workers.purges import PURGES
-from workers.routes import ROUTES
 
 log = structlog.get_logger()
 
 
-def consumers(routes: Sequence[Route] = ROUTES) -> None:
-    """Set up this process to act on events; called by Dramatiq in each worker process."""
+def consumers() -> None:
+    """Set up this process to act on events of the application that DOVECOTE_APP names; called by Dramatiq."""
+    start_consumers(app_or_exit())
+
+
+def start_consumers(app: Dovecote) -> None:
+    """Set up this process to act on events; called in each worker process of Dramatiq."""
+    routes = app.routes
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "consumers")
     telemetry.log_uncaught()
@@ -65,15 +67,15 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
     meters = _consumer_meters(settings, routes)
     middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()]
     broker = broker_for(settings, middleware, meters)
-    gateways = gateways_for(settings)
     engine = consumer_engine(settings, routes)
     consumer = Consumer(
         sessions_for(engine),
-        gateways,
+        app.gateways(settings),
         stopping,
         settings.consumers.outage_pause_seconds,
         partial(schema.await_current, engine, stopping),
         meters,
+        keyring=settings.keyring_if_given(),
     )
     declare_handlers(broker, consumer, routes)
     # What was imported lives for ever: the collector need not look at it again with every bundle.
@@ -107,12 +109,13 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
         consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)
 
 
-def run_relay(routes: Sequence[Route] = ROUTES) -> None:
+def run_relay(app: Dovecote) -> None:
     """Be a relay until SIGTERM or SIGINT."""
+    routes = app.routes
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "relay")
     telemetry.log_uncaught()
-    running = relay_for(settings, routes, _relay_meters(settings, routes))
+    running = relay_for(settings, routes, _relay_meters(settings, routes), app.purges)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
     try:
@@ -121,23 +124,14 @@ def run_relay(routes: Sequence[Route] = ROUTES) -> None:
         telemetry.end_traces()
 
 
-def relay_for(settings: Settings, routes: Sequence[Route] = ROUTES, meters: RelayMeters | None = None) -> Relay:
+def relay_for(
+    settings: Settings, routes: Sequence[Route], meters: RelayMeters | None = None, purges: Sequence[Purge] = ()
+) -> Relay:
     """Return a relay that is not running yet."""
     broker = broker_for(settings, [])
     for queue in queues(routes):
         broker.declare_queue(queue)
-    return Relay(settings, broker, routes, meters, PURGES)
-
-
-def gateways_for(settings: Settings) -> Gateways:
-    """Return the clients of the outside world."""
-    cache_url = settings.redis.cache_url
-    cache = connect_redis(cache_url.get_secret_value(), 1.0) if cache_url else _next_database(settings)
-    return Gateways(
-        sms=ConsoleSms(settings.sms.handset_path, failure_rate=settings.sms.failure_rate),
-        challenges=ChallengeCache(cache, settings.redis.namespace),
-        keys=settings.keyring_if_given(),
-    )
+    return Relay(settings, broker, routes, meters, Maintainer(settings, routes, purges).start)
 
 
 def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
@@ -180,6 +174,14 @@ def engine_during(settings: Settings) -> Iterator[Engine]:
         yield engine
     finally:
         engine.dispose()
+
+
+def app_or_exit() -> Dovecote:
+    """Return the app object that DOVECOTE_APP names, or end the process with code 2 and one sentence."""
+    try:
+        return find_app()
+    except (SettingsError, InvalidRoute) as error:
+        refuse(str(error))
 
 
 def settings_or_exit() -> Settings:
@@ -234,13 +236,6 @@ def _relay_meters(settings: Settings, routes: Sequence[Route]) -> RelayMeters | 
     return show_relay(settings, routes)
 
 
-def _next_database(settings: Settings) -> Any:
-    client = connect_redis(settings.redis.url.get_secret_value(), 1.0)
-    options: Mapping[str, Any] = client.connection_pool.connection_kwargs
-    client.connection_pool.connection_kwargs = {**options, "db": int(options.get("db") or 0) + 1}
-    return client
-
-
 def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = None) -> Callable[[Received], None]:
     """Return what opens messages and acts on their events; without a route it leaves them to their schedule."""
 
@@ -276,7 +271,7 @@ def _message_at_hand() -> MessageProxy:
     return cast(MessageProxy, message)
 
 
-def _not_here(_event: object, _uow: UnitOfWork, _gateways: Gateways) -> NoReturn:
+def _not_here(_event: object, _uow: UnitOfWork, _gateways: object) -> NoReturn:
     raise AssertionError("what is kept for other code is not acted on")
 
 

@@ -70,3 +70,19 @@ class ConcurrentChange(DovecoteError):
 
 class MissingPackage(DovecoteError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+class GatewayUnavailable(DovecoteError):
+    """The outside world does not answer for the moment: try again, with growing pauses."""
+
+
+class NoKeys(DovecoteError):
+    """A handler wants keys in a process that was given none. Its route does not say that it needs them."""
+
+
+class RedisLost(DovecoteError):
+    """Redis does not know this relay: it came back empty, or as it was before."""
+
+
+class NewerRelay(DovecoteError):
+    """Another relay has taken over; this one must not publish any more."""

@@ -26,6 +26,9 @@ from dovecote.settings import Settings, load_settings
 from tests.support.keys import KEYS
 from tests.support.processes import a_place_for_servers, has_enough_memory
 
+# Processes that tests start belong to the application of this repository.
+os.environ.setdefault("DOVECOTE_APP", "workers.app:app")
+
 # Those of docker-compose.yml.
 _POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18.6-trixie")
 _REDIS_IMAGE = os.environ.get("DOVECOTE_TEST_REDIS_IMAGE", "redis:8.10.1-trixie")

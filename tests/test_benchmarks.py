@@ -32,7 +32,7 @@ _BATCH = 100
 
 
 def test_a_benchmark_prints_what_it_measured() -> None:
-    command = [sys.executable, "-m", "dovecote", "bench", "relay", "--quick", "--json"]
+    command = [sys.executable, "-m", "benchmarks", "relay", "--quick", "--json"]
     done = subprocess.run(
         [*command, "--rounds", "1", "--events", "2000"], cwd=_ROOT, capture_output=True, text=True, timeout=100
     )
@@ -51,7 +51,7 @@ def test_a_benchmark_prints_what_it_measured() -> None:
 
 def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dovecote", "bench", "nothing"], cwd=_ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "benchmarks", "nothing"], cwd=_ROOT, capture_output=True, text=True, timeout=60
     )
 
     assert done.returncode == 2

@@ -47,7 +47,13 @@ def run_as_a_program(place: Path, program: str, **variables: str) -> str:
     (place / "program.py").write_text(program)
     done = subprocess.run(
         [sys.executable, "program.py"],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(place), **variables},
+        env={
+            "PATH": os.environ["PATH"],
+            "DOVECOTE_APP": "workers.app:app",
+            "PYTHONPATH": str(ROOT),
+            "DOVECOTE_HOME": str(place),
+            **variables,
+        },
         cwd=place,
         capture_output=True,
         text=True,
@@ -210,6 +216,7 @@ def test_each_way_to_restore_that_the_page_shows_gives_a_system_that_goes_on(
             ["/bin/sh", "-e", "-c", script],
             env={
                 "PATH": f"{POSTGRES}:{os.environ['PATH']}",
+                "DOVECOTE_APP": "workers.app:app",
                 "DATABASE_URL": fresh_database_url,
                 "NEW_DATABASE_URL": url,
             },

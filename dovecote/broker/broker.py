@@ -34,6 +34,7 @@ from dovecote.broker.redis_client import connect_redis
 from dovecote.broker.refusals import Refusals
 from dovecote.envelope import read_message
 from dovecote.envelope.opening import Refused
+from dovecote.errors import NewerRelay, RedisLost
 from dovecote.telemetry.meters import ConsumerMeters
 
 log = structlog.get_logger()
@@ -52,14 +53,6 @@ _MAX_CRASHES_DIGITS = 7
 # Ids of ours have 33 bytes, and those of Dramatiq 36.
 _MAX_ID_BYTES = 200
 _MAX_HELD = 100_000
-
-
-class RedisLost(Exception):
-    """Redis does not know this relay: it came back empty, or as it was before."""
-
-
-class NewerRelay(Exception):
-    """Another relay has taken over; this one must not publish any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 the com
 import io
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, cast
 
@@ -13,7 +14,6 @@ import psycopg
 import sqlalchemy.exc
 import typer
 
-from benchmarks import __main__ as benchmarking
 from dovecote import masking, operations
 from dovecote.bootstrap import refuse
 from dovecote.cli import audit as auditing
@@ -27,14 +27,14 @@ from dovecote.cli import settings as looking
 from dovecote.cli.output import fail, note, say
 from dovecote.errors import DovecoteError
 from dovecote.local.binaries import ServerError
-from dovecote.local.state_directory import HomeError
 from dovecote.local.supervisor import CannotRun, ProcfileError
 from dovecote.migrations import schema
+from dovecote.processes.state_directory import HomeError
 from dovecote.processes.terminal import write_block
 from dovecote.settings import SettingsError
+from dovecote.settings.application import find_app
 from dovecote.telemetry.failures import traceback_of
 from dovecote.telemetry.outages import passes
-from workers.commands import demo as working
 
 # What Typer raises for a wrong word; it has no public name for it.
 _WRONG_COMMAND = cast(type[Exception], typer.BadParameter.__mro__[2])
@@ -45,6 +45,15 @@ app = typer.Typer(
     help="A transactional outbox.",
     epilog="Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 command or setting is wrong.",
 )
+
+
+def _commands_of_the_application() -> list[Any]:
+    try:
+        return [import_module(module) for module in find_app().commands]
+    except SettingsError:
+        return []  # commands that need an application say so
+
+
 for commands in (
     running,
     status,
@@ -57,11 +66,11 @@ for commands in (
     recovering,
     keys,
     looking,
-    working,
     maintaining,
-    benchmarking,
 ):
     commands.register(app)
+for of_the_application in _commands_of_the_application():
+    of_the_application.register(app)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from dovecote.cli.options import (
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_block, say_nothing
 from dovecote.operations import Change, Failure, Filter
 from dovecote.settings import load_settings
-from workers.routes import ROUTES
+from dovecote.settings.application import find_app
 
 
 class State(Enum):
@@ -83,9 +83,9 @@ def list_(
     by_kind = not (rows or before or event_type or aggregate_type or aggregate_id or since)
     with engine_during(load_settings(needs_redis=False)) as engine:
         if by_kind:
-            groups = operations.failure_groups(engine, wanted, routes=ROUTES, limit=limit)
+            groups = operations.failure_groups(engine, wanted, routes=find_app().routes, limit=limit)
         else:
-            page = operations.failures(engine, wanted, routes=ROUTES, limit=limit, before=before)
+            page = operations.failures(engine, wanted, routes=find_app().routes, limit=limit, before=before)
     if as_json:
         print_json(groups.as_json() if by_kind else page.as_json())
     elif by_kind:
@@ -108,7 +108,7 @@ def show(
     Example: dovecote deliveries show billing.write_history 019a...
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        story = operations.failure(engine, ROUTES, handler, identifier(event_id))
+        story = operations.failure(engine, find_app().routes, handler, identifier(event_id))
     if as_json:
         print_json(story.as_json())
         return
@@ -160,7 +160,7 @@ def retry(
     filters = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     wanted = _wanted(handler_name, event_id, all_matching, filters)
     with engine_during(load_settings(needs_redis=False)) as engine:
-        change = operations.retry(engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=ROUTES)
+        change = operations.retry(engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=find_app().routes)
     _tell(change, "sent again", as_json)
 
 
@@ -187,7 +187,9 @@ def discard(
     filters = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     wanted = _wanted(handler_name, event_id, all_matching, filters)
     with engine_during(load_settings(needs_redis=False)) as engine:
-        change = operations.discard(engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=ROUTES)
+        change = operations.discard(
+            engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=find_app().routes
+        )
     _tell(change, "discarded", as_json)
 
 
@@ -202,7 +204,7 @@ def blocked(
     Example: dovecote aggregates blocked
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        page = operations.blocked_aggregates(engine, ROUTES, handler=handler, limit=limit, after=after)
+        page = operations.blocked_aggregates(engine, find_app().routes, handler=handler, limit=limit, after=after)
     if as_json:
         print_json(page.as_json())
         return

@@ -6,7 +6,7 @@ from rich.table import Table
 from dovecote.cli.output import AsJson, add_row, cell, print_json, print_table
 from dovecote.operations import doctor as doctoring
 from dovecote.settings import load_settings
-from workers.routes import ROUTES
+from dovecote.settings.application import find_app
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -20,7 +20,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: dovecote doctor --json
     """
-    found = doctoring.examine(load_settings(), ROUTES)
+    found = doctoring.examine(load_settings(), find_app().routes)
     if as_json:
         print_json(found.as_json())
     else:

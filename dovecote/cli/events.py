@@ -13,7 +13,7 @@ from dovecote.cli.options import AggregateId, AggregateType, EventType, Limit, S
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing, until_ctrl_c
 from dovecote.operations import EventFilter, EventLife
 from dovecote.settings import load_settings
-from workers.routes import ROUTES
+from dovecote.settings.application import find_app
 
 _TAIL_SECONDS = 0.2
 
@@ -52,7 +52,7 @@ def list_(
     )
     cursors = {"before": identifier(before) if before else None, "after": identifier(after) if after else None}
     with engine_during(load_settings(needs_redis=False)) as engine:
-        page = operations.events(engine, ROUTES, wanted, limit=limit, **cursors)
+        page = operations.events(engine, find_app().routes, wanted, limit=limit, **cursors)
     if as_json:
         print_json(page.as_json())
         return
@@ -82,7 +82,7 @@ def show(event_id: Annotated[str, typer.Argument(help="The event's id.")], as_js
     Example: dovecote events show 019a...
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        life = operations.event(engine, ROUTES, identifier(event_id))
+        life = operations.event(engine, find_app().routes, identifier(event_id))
     if as_json:
         print_json(life.as_json())
     else:

@@ -12,7 +12,7 @@ from dovecote.cli.options import Actor, DryRun, Reason, complete_handler
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing
 from dovecote.operations import Handler, HandlerWithoutRoute
 from dovecote.settings import load_settings
-from workers.routes import ROUTES
+from dovecote.settings.application import find_app
 
 Name = Annotated[
     str, typer.Argument(help="The handler, such as billing.write_history.", autocompletion=complete_handler)
@@ -36,8 +36,8 @@ def list_(as_json: AsJson = False) -> None:
     Example: dovecote handlers list
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        found = operations.handlers(engine, ROUTES)
-        left = operations.handlers_without_route(engine, ROUTES)
+        found = operations.handlers(engine, find_app().routes)
+        left = operations.handlers_without_route(engine, find_app().routes)
     if as_json:
         print_json({"handlers": [one.as_json() for one in found], "without_route": [one.as_json() for one in left]})
         return
@@ -74,7 +74,9 @@ def pause(
     Example: dovecote handlers pause verification.send_code --reason "INC-12: the provider sends twice"
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        changed = operations.pause_handler(engine, ROUTES, handler, actor=actor, reason=reason, dry_run=dry_run)
+        changed = operations.pause_handler(
+            engine, find_app().routes, handler, actor=actor, reason=reason, dry_run=dry_run
+        )
     _tell(changed, "would be paused" if dry_run else "is paused", dry_run, as_json)
 
 
@@ -90,7 +92,9 @@ def resume(
     Example: dovecote handlers resume verification.send_code
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        changed = operations.resume_handler(engine, ROUTES, handler, actor=actor, reason=reason, dry_run=dry_run)
+        changed = operations.resume_handler(
+            engine, find_app().routes, handler, actor=actor, reason=reason, dry_run=dry_run
+        )
     _tell(changed, "would be resumed" if dry_run else "goes on", dry_run, as_json)
 
 

@@ -8,7 +8,7 @@ from uuid import UUID
 import typer
 
 from dovecote.operations import whoever
-from workers.routes import ROUTES
+from dovecote.settings.application import find_app
 
 _AGO = re.compile(r"(\d+)([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -36,11 +36,11 @@ def identifier(given: str) -> UUID:
 
 
 def complete_handler(incomplete: str) -> list[str]:
-    return [route.handler for route in ROUTES if route.handler.startswith(incomplete)]
+    return [route.handler for route in find_app().routes if route.handler.startswith(incomplete)]
 
 
 def complete_event_type(incomplete: str) -> list[str]:
-    known = {event_type for route in ROUTES for event_type in route.event_types}
+    known = {event_type for route in find_app().routes for event_type in route.event_types}
     return sorted(one for one in known if one.startswith(incomplete))
 
 

@@ -8,7 +8,7 @@ from dovecote.cli.options import Actor, DryRun, Reason
 from dovecote.cli.output import AsJson, print_json, say
 from dovecote.operations import Recovery
 from dovecote.settings import load_settings
-from workers.routes import ROUTES
+from dovecote.settings.application import find_app
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,7 @@ def recover(actor: Actor, reason: Reason = None, dry_run: DryRun = False, as_jso
     Example: dovecote recover --dry-run
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        found = operations.recover(engine, ROUTES, actor=actor, reason=reason, dry_run=dry_run)
+        found = operations.recover(engine, find_app().routes, actor=actor, reason=reason, dry_run=dry_run)
     if as_json:
         print_json(found.as_json())
     else:

@@ -29,9 +29,9 @@ from dovecote.cli.output import AsJson, add_row, note, print_json, print_table, 
 from dovecote.operations import replays
 from dovecote.processes.terminal import plain
 from dovecote.settings import load_settings
+from dovecote.settings.application import find_app
 from dovecote.showing import shown
 from dovecote.store.replays import Filter
-from workers.routes import ROUTES
 
 _WATCH_SECONDS = 0.25
 
@@ -103,7 +103,7 @@ def start(
         requested_by=actor,
     )
     with engine_during(load_settings(needs_redis=False)) as engine:
-        plan = (replays.plan if dry_run else replays.start)(engine, ROUTES, request)
+        plan = (replays.plan if dry_run else replays.start)(engine, find_app().routes, request)
         if as_json:
             print_json(plan.as_json())
         else:
@@ -123,7 +123,7 @@ def list_(
     Example: dovecote replay list --handler billing.write_history
     """
     with engine_during(load_settings(needs_redis=False)) as engine:
-        page = replays.listed(engine, routes=ROUTES, handler=handler, before=before, limit=limit)
+        page = replays.listed(engine, routes=find_app().routes, handler=handler, before=before, limit=limit)
     if as_json:
         print_json(page.as_json())
         return

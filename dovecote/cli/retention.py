@@ -15,8 +15,7 @@ from dovecote.cli.output import AsJson, add_row, print_json, print_table, say
 from dovecote.operations import retention
 from dovecote.operations.purging import purge
 from dovecote.settings import load_settings
-from workers.purges import PURGES
-from workers.routes import ROUTES
+from dovecote.settings.application import find_app
 
 KeepWeeks = Annotated[
     int | None, typer.Option(min=0, max=5_200, help="Whole weeks to keep before this one; 0 drops none.")
@@ -50,7 +49,9 @@ def maintain(
     settings = load_settings(needs_redis=False)
     with engine_during(settings) as engine:
         if forget_handler is not None:
-            ended = retention.forget_handler(engine, forget_handler, by=actor, routes=ROUTES, dry_run=dry_run)
+            ended = retention.forget_handler(
+                engine, forget_handler, by=actor, routes=find_app().routes, dry_run=dry_run
+            )
             if not as_json:
                 say(f"{ended} subscriptions of {forget_handler} {'would end' if dry_run else 'ended'}")
         purged = None if dry_run else _purge(engine)
@@ -61,7 +62,7 @@ def maintain(
             archive_dir=archive_dir or settings.retention.archive_path,
             weeks_ahead=settings.retention.weeks_ahead,
             dry_run=dry_run,
-            routes=ROUTES,
+            routes=find_app().routes,
         )
     if as_json:
         print_json({**done.as_json(), "purged": purged})
@@ -78,7 +79,7 @@ def maintain(
 def _purge(engine: Engine) -> int | None:
     """Return how many rows were removed; None for a login that may not remove them, which is no fault of the weeks."""
     try:
-        return purge(engine, PURGES)
+        return purge(engine, find_app().purges)
     except ProgrammingError as error:
         if not isinstance(error.orig, InsufficientPrivilege):
             raise
@@ -116,7 +117,7 @@ def partitions(keep_weeks: KeepWeeks = None, as_json: AsJson = False) -> None:
     settings = load_settings(needs_redis=False)
     keep = settings.retention.keep_weeks if keep_weeks is None else keep_weeks
     with engine_during(settings) as engine:
-        found = retention.partitions(engine, keep_weeks=keep, routes=ROUTES)
+        found = retention.partitions(engine, keep_weeks=keep, routes=find_app().routes)
     if as_json:
         print_json(found.as_json())
         return

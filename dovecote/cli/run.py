@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from dovecote.bootstrap import refuse, run_relay
+from dovecote.bootstrap import app_or_exit, refuse, run_relay
 from dovecote.cli.options import DryRun
 from dovecote.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
 from dovecote.local.clients import environment_for_clients
@@ -50,7 +50,7 @@ def relay() -> None:
 
     Example: dovecote relay
     """
-    run_relay()
+    run_relay(app_or_exit())
 
 
 def migrate(

@@ -14,8 +14,8 @@ from dovecote.bootstrap import engine_during
 from dovecote.cli.output import AsJson, Legible, add_row, cell, live_screen, out, print_json, show, until_ctrl_c
 from dovecote.operations import HandlerStatus, Status
 from dovecote.settings import load_settings
+from dovecote.settings.application import find_app
 from dovecote.store.runs import Run
-from workers.routes import ROUTES
 
 # Lines for types without a route: a writer may invent any number.
 _MAX_UNROUTED = 20
@@ -38,7 +38,7 @@ def status(
     with engine_during(load_settings(needs_redis=False)) as engine:
 
         def look() -> Status:
-            return operations.status(engine, ROUTES)
+            return operations.status(engine, find_app().routes)
 
         if not watch:
             found = look()

@@ -10,12 +10,11 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from dovecote.envelope import Envelope
-from dovecote.errors import DomainError, UnknownEvent
+from dovecote.errors import DomainError, GatewayUnavailable, UnknownEvent
 from dovecote.route import Route
 from dovecote.telemetry import trace_id
 from dovecote.telemetry.failures import Failure, KilledTheProcess, UnknownHandler
 from dovecote.telemetry.outages import passes
-from workers.gateways.errors import GatewayUnavailable
 
 _record_failure = text(
     """

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import structlog
@@ -33,8 +33,8 @@ from dovecote.database import Sessions
 from dovecote.envelope import Contents, Envelope
 from dovecote.envelope.opening import Opener, Received
 from dovecote.envelope.signatures import MessageKeys
-from dovecote.route import Route
-from dovecote.route_rules import require_nothing_returned
+from dovecote.privacy import Keyring
+from dovecote.route import Route, require_nothing_returned
 from dovecote.store import deliveries, lookup
 from dovecote.store.bundle import Bundle, Parts
 from dovecote.store.pauses import HandlerPaused, require_at_work
@@ -44,7 +44,6 @@ from dovecote.telemetry.failures import KilledTheProcess, TimeLimitExceeded, Unk
 from dovecote.telemetry.meters import ConsumerMeters
 from dovecote.telemetry.outages import asks_again, passes
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
-from workers.gateways import Gateways
 
 log = structlog.get_logger()
 
@@ -91,11 +90,13 @@ class Consumer:
     def __init__(
         self,
         sessions: Sessions,
-        gateways: Gateways,
+        gateways: Any,
         stopping: threading.Event | None = None,
         outage_pause_seconds: float = 1.0,
         await_schema: Callable[[], bool] | None = None,
         meters: ConsumerMeters | None = None,
+        *,
+        keyring: Keyring | None = None,
     ) -> None:
         self._sessions = sessions
         self._gateways = gateways
@@ -104,9 +105,9 @@ class Consumer:
         self._await_schema = await_schema
         self.meters = meters or ConsumerMeters()
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
-        self.keys = gateways.keyring
+        self.keys = keyring
         self.message_keys = MessageKeys(sessions)
-        self._opener = Opener(sessions, self.message_keys, gateways.keyring, self._held)
+        self._opener = Opener(sessions, self.message_keys, keyring, self._held)
         #: Returns the history in which the messages were sent that this is called with; None where nobody knows.
         self.history_in_redis: Callable[[], str | None] = lambda: None
 

@@ -29,8 +29,8 @@ from prometheus_client import (
 )
 
 from dovecote.envelope import Envelope
-from dovecote.local.state_directory import make_ours
 from dovecote.processes.children import started_at
+from dovecote.processes.state_directory import make_ours
 from dovecote.telemetry.meters import ConsumerMeters, RelayMeters, RelayState
 
 _EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000)

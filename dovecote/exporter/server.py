@@ -20,7 +20,7 @@ from dovecote.exporter.metrics import (
     shared_directory,
     told_by_all,
 )
-from dovecote.local.state_directory import HomeError
+from dovecote.processes.state_directory import HomeError
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.telemetry.meters import ConsumerMeters

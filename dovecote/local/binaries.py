@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dovecote.local.state_directory import VAR_TMP, make_ours
 from dovecote.processes.children import ServerUser, runs_as
+from dovecote.processes.state_directory import VAR_TMP, make_ours
 
 SYSTEM_POSTGRES = Path("/usr/lib/postgresql")
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dovecote.local.binaries import Program, ServerError
-from dovecote.local.state_directory import make_ours
 from dovecote.processes.children import ServerUser, dying_with_us, runs_as
+from dovecote.processes.state_directory import make_ours
 
 # Crash recovery of a large log takes its time; an idle start takes a tenth of a second.
 _READY_WITHIN_SECONDS = 60.0

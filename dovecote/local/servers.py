@@ -22,8 +22,8 @@ from redis.retry import Retry
 
 from dovecote.local.binaries import NoBinary, Program, ServerError, find_postgres, find_redis
 from dovecote.local.child_server import ChildServer, Server, StartFailed, WrongVersion, bare_environment, write_private
-from dovecote.local.state_directory import make_ours
 from dovecote.processes.children import dying_with_us, listens, runs_as
+from dovecote.processes.state_directory import make_ours
 
 __all__ = ["NoBinary", "Postgres", "Redis", "Server", "ServerError", "WrongVersion", "servers"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import psycopg
 
 from dovecote.local.servers import Postgres, Redis, Server
-from dovecote.local.state_directory import Home
 from dovecote.local.supervisor import Output, Supervisor, parse_procfile
 from dovecote.migrations import schema
+from dovecote.processes.state_directory import Home
 from dovecote.settings import given_variables, load_settings
 from dovecote.settings.variables import is_option, without_options
 

@@ -12,8 +12,8 @@ from sqlalchemy import Engine
 
 from dovecote.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from dovecote.operations import retention
-from dovecote.operations.purging import Purge, purge
-from dovecote.route import Route
+from dovecote.operations.purging import purge
+from dovecote.route import Purge, Route
 from dovecote.settings import Settings
 
 log = structlog.get_logger()

@@ -1,16 +1,13 @@
 """Remove personal data whose time is over: what a slice says may go, in short transactions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine
 
 from dovecote.database import sessions_for
-from dovecote.unit_of_work import UnitOfWork, unit_of_work
-
-#: Removes a bounded number of rows that are over at a moment and returns how many; 0 when none is left. It locks rows
-#: that nobody else has locked, so it waits for nobody.
-Purge = Callable[[UnitOfWork, datetime], int]
+from dovecote.route import Purge
+from dovecote.unit_of_work import unit_of_work
 
 
 def purge(engine: Engine, purges: Sequence[Purge]) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dovecote.broker.broker import NewerRelay, OutboxBroker, RedisLost
+from dovecote.broker.broker import OutboxBroker
+from dovecote.errors import NewerRelay, RedisLost
 from dovecote.store.runs import Run
 
 _LUA = Path(__file__).parents[1] / "broker" / "lua"

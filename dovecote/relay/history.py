@@ -21,8 +21,9 @@ from uuid import uuid4
 
 import structlog
 
-from dovecote.broker.broker import NewerRelay, OutboxBroker, RedisLost, RedisUsage
+from dovecote.broker.broker import OutboxBroker, RedisUsage
 from dovecote.broker.redis_client import PASSING
+from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay.fence import Claim, Marker, RelayMarker
 from dovecote.relay.sleeper import Sleeper
 from dovecote.store.reader import Connection

@@ -12,8 +12,9 @@ from itertools import chain
 
 import structlog
 
-from dovecote.broker.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from dovecote.broker.broker import OutboxBroker, QueuedBundle
 from dovecote.broker.redis_client import PASSING, is_wrong_type
+from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import leases
 from dovecote.relay import recovery as missing
 from dovecote.relay.bundler import Bundler

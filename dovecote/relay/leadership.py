@@ -17,7 +17,7 @@ from typing import Self
 import psycopg
 import structlog
 
-from dovecote.broker.broker import NewerRelay
+from dovecote.errors import NewerRelay
 from dovecote.relay.sleeper import Sleeper
 from dovecote.store.envelopes import Connection
 from dovecote.store.foreign_locks import QUERY, foreign_locks

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
 
-from dovecote.broker.broker import NewerRelay, QueuedBundle, RedisUsage
+from dovecote.broker.broker import QueuedBundle, RedisUsage
+from dovecote.errors import NewerRelay
 from dovecote.relay.bundler import Bundler
 from dovecote.relay.unreadable import Unreadable
 from dovecote.route import Route, queues

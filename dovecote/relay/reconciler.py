@@ -19,9 +19,10 @@ from uuid import UUID
 
 import structlog
 
-from dovecote.broker.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from dovecote.broker.broker import OutboxBroker, QueuedBundle
 from dovecote.broker.redis_client import PASSING
 from dovecote.envelope.signatures import NoMessageKey, valid_keys
+from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import recovery as missing
 from dovecote.relay.bundler import Bundler
 from dovecote.relay.queued import Queued

@@ -7,14 +7,14 @@ leadership: all that the next leader starts from is in Postgres.
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from uuid import uuid4
 
 import psycopg
 import structlog
 
-from dovecote.broker.broker import NewerRelay, OutboxBroker, RedisLost
+from dovecote.broker.broker import OutboxBroker
 from dovecote.broker.redis_client import PASSING
 from dovecote.database import (
     KEEPALIVES,
@@ -25,10 +25,8 @@ from dovecote.database import (
     set_newer,
 )
 from dovecote.envelope.signatures import NoMessageKey
-from dovecote.errors import DovecoteError
+from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
-from dovecote.operations.maintainer import Maintainer
-from dovecote.operations.purging import Purge
 from dovecote.relay.history import History, StandsBack, await_right_of_way, take_over
 from dovecote.relay.leader import Leader
 from dovecote.relay.leadership import Leadership
@@ -145,14 +143,14 @@ class Relay:
         broker: OutboxBroker,
         routes: Sequence[Route],
         meters: RelayMeters | None = None,
-        purges: Sequence[Purge] = (),
+        maintain: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
         self._meters = meters or RelayMeters()
         self._broker = broker
         self._routes = routes
         self._sleeper = Sleeper()
-        self._maintainer = Maintainer(settings, routes, purges)
+        self._maintain = maintain
         self._schema_is_current = False
         self._refused: str | None = None
         schema.revisions()  # read before a leadership hangs on it
@@ -314,7 +312,7 @@ class Relay:
                 settings=self._settings.relay,
                 sleeper=self._sleeper,
                 history=history,
-                maintain=self._maintainer.start,
+                maintain=self._maintain,
                 records=records,
                 leadership=leadership,
                 meters=self._meters,

@@ -16,8 +16,9 @@ import structlog
 from dramatiq.common import dq_name
 from redis.exceptions import ResponseError
 
-from dovecote.broker.broker import NewerRelay, OutboxBroker, RedisLost
+from dovecote.broker.broker import OutboxBroker
 from dovecote.broker.redis_client import is_wrong_type
+from dovecote.errors import NewerRelay, RedisLost
 from dovecote.route import Route, queues
 
 log = structlog.get_logger()

@@ -21,8 +21,8 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dovecote.broker.redis_client import connect_redis
-from dovecote.local.state_directory import Home
 from dovecote.privacy import KEY_BYTES, Keyring
+from dovecote.processes.state_directory import Home
 from dovecote.settings import keys
 from dovecote.settings.urls import names_ports, secrets_in, without_passwords
 from dovecote.settings.variables import ALIASES, PREFIX, SettingsError, chosen, dotenv

@@ -9,8 +9,7 @@ import time
 import psycopg
 import structlog
 
-from dovecote.broker.broker import NewerRelay
-from dovecote.errors import DovecoteError
+from dovecote.errors import DovecoteError, NewerRelay
 from dovecote.store.envelopes import Connection
 
 log = structlog.get_logger()

@@ -15,7 +15,7 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from dovecote.local.servers import Postgres, Server
-from dovecote.local.state_directory import make_ours
+from dovecote.processes.state_directory import make_ours
 from tests.support.processes import are_there, eventually
 
 # Checkpoints come often enough that a copy stays small, and a new standby finds what it did not get yet.

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from domain.pricing import PriceQuoted
-from dovecote.bootstrap import broker_for, declare_handlers, gateways_for
+from dovecote.bootstrap import broker_for, declare_handlers
 from dovecote.consumer.consumer import Consumer
 from dovecote.relay.bundler import Bundler, bundle
-from dovecote.route import Route, distinct
-from dovecote.route_rules import InvalidRoute
+from dovecote.route import InvalidRoute, Route, distinct
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route
+from workers.gateways import gateways_for
 from workers.routes import ROUTES
 
 ENVELOPE = b'{"specversion":"1.0","id":"01890a5d-ac96-774b-bcce-b302099a8057"}'

@@ -20,7 +20,7 @@ import sqlalchemy.exc
 
 from dovecote import operations
 from dovecote.database import connect
-from dovecote.local.state_directory import Home
+from dovecote.processes.state_directory import Home
 from tests.support.exact_counts import count_everything
 from tests.support.processes import a_place_for_servers, are_there, eventually
 from workers.routes import ROUTES

@@ -214,7 +214,11 @@ def test_whatever_is_typed_the_command_ends_with_a_sentence_and_a_code(home: Pat
     os.chdir(home)
     try:
         with (
-            patch.dict(os.environ, {"PATH": os.environ["PATH"], "DOVECOTE_HOME": str(home), **nowhere}, clear=True),
+            patch.dict(
+                os.environ,
+                {"PATH": os.environ["PATH"], "DOVECOTE_APP": "workers.app:app", "DOVECOTE_HOME": str(home), **nowhere},
+                clear=True,
+            ),
             patch.object(sys, "argv", ["dovecote", *words]),
             patch.object(sys, "stdin", StringIO("")),
             redirect_stdout(told),

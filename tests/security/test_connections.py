@@ -108,6 +108,7 @@ def test_exec_hands_every_word_on(url: str, tmp_path: Path) -> None:
         ["exec", sys.executable, "-c", program],
         {
             "PATH": os.environ["PATH"],
+            "DOVECOTE_APP": "workers.app:app",
             "PYTHONPATH": str(ROOT),
             "DOVECOTE_HOME": str(tmp_path),
             "DATABASE_URL": url,
@@ -327,6 +328,7 @@ def test_psql_by_exec_refuses_a_server_that_another_authority_vouches_for(
     def asked(authority: Path) -> subprocess.CompletedProcess[str]:
         variables = {
             "PATH": os.environ["PATH"],
+            "DOVECOTE_APP": "workers.app:app",
             "PYTHONPATH": str(ROOT),
             "DOVECOTE_HOME": str(tmp_path),
             "DATABASE_URL": f"{url}?sslmode=verify-full&sslrootcert={quote(str(authority))}&keepalives=1",

@@ -202,6 +202,7 @@ def test_a_place_for_metrics_that_somebody_has_taken_costs_metrics_and_no_consum
         [*CONSUMERS.split(), "--worker-shutdown-timeout", "100"],
         env={
             "PATH": os.environ["PATH"],
+            "DOVECOTE_APP": "workers.app:app",
             "PYTHONPATH": str(ROOT),
             "TMPDIR": str(tmp_path),
             "DOVECOTE_HOME": str(tmp_path / "home"),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dovecote.local.state_directory import Home, HomeError, make_ours
 from dovecote.processes.children import started_at
+from dovecote.processes.state_directory import Home, HomeError, make_ours
 from dovecote.settings import SettingsError, load_settings
 from tests.support.keys import KEYS
 

@@ -20,7 +20,7 @@ from tests.conftest import Servers, settings_for
 from tests.support.phone_numbers import a_mobile
 from tests.support.processes import eventually
 from tests.support.system import system_for
-from workers.purges import PURGES
+from workers.app import app as application
 
 pytestmark = pytest.mark.servers
 
@@ -56,9 +56,9 @@ def test_what_is_over_goes_and_what_is_not_stays(engine: Engine, sessions: Sessi
     ask(sessions, "over", OVER)
     ask(sessions, "kept", KEPT)
 
-    assert purge(engine, PURGES) == 3
+    assert purge(engine, application.purges) == 3
     assert left(engine) == (["kept"], 2)
-    assert purge(engine, PURGES) == 0
+    assert purge(engine, application.purges) == 0
 
 
 def test_it_takes_more_than_a_batch_and_waits_for_nobody(engine: Engine, sessions: Sessions) -> None:
@@ -74,9 +74,9 @@ def test_it_takes_more_than_a_batch_and_waits_for_nobody(engine: Engine, session
 
     with engine.begin() as other:
         other.execute(text("select from dovecote.challenges where user_id = 'over' for update"))
-        assert purge(engine, PURGES) == 2_502
+        assert purge(engine, application.purges) == 2_502
     assert left(engine) == (["over"], 0)
-    assert purge(engine, PURGES) == 1
+    assert purge(engine, application.purges) == 1
 
 
 def test_it_reads_an_index(engine: Engine, sessions: Sessions) -> None:

@@ -67,7 +67,12 @@ def hostile_to_us(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started_in(directory: Path, command: str, home: Path, **variables: str) -> str:
     """Run a command there until it says one of `STARTED`, as foreman and others do; return what it has said."""
-    environment = {"PATH": f"{BIN}{os.pathsep}{os.defpath}", "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(home)}
+    environment = {
+        "PATH": f"{BIN}{os.pathsep}{os.defpath}",
+        "DOVECOTE_APP": "workers.app:app",
+        "PYTHONPATH": str(ROOT),
+        "DOVECOTE_HOME": str(home),
+    }
     process = subprocess.Popen(
         shlex.split(command),
         cwd=directory,

@@ -46,7 +46,7 @@ from dovecote.processes.terminal import block, plain, write_line
 from dovecote.settings import Telemetry
 from tests.security.patterns import modules
 from tests.support.profiles import examples
-from workers.commands import demo as working
+from workers.commands import ingest as ingesting
 from workers.gateways.price_files import Refusal, Summary
 
 EVIL = (
@@ -147,7 +147,7 @@ SHOWN = st.one_of(
     shown_by(Plan, lambda plan: replaying._print_plan(plan, dry_run=True)),
     shown_by(Maintenance, maintaining._tell),
     shown_by(Recovery, recovering._tell),
-    st.builds(Refusal, LEAVES[int], TEXTS).map(lambda one: lambda: working._print_summary(Summary(refused=[one]))),
+    st.builds(Refusal, LEAVES[int], TEXTS).map(lambda one: lambda: ingesting._print_summary(Summary(refused=[one]))),
     TEXTS.map(lambda text: lambda: output.print_json({text: text})),
     TEXTS.map(lambda text: lambda: output.note(text)),
     TEXTS.map(lambda text: lambda: output.say_block(text)),

@@ -71,7 +71,7 @@ def _ready() -> socket.socket:
     subprocess.Popen(
         [sys.executable, "-m", "tests.support.commands", str(theirs.fileno())],
         # No more than a command is given: what a Python reads at its start must not come from the tests' own.
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        env={"PATH": os.environ["PATH"], "DOVECOTE_APP": "workers.app:app", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from sqlalchemy import text
 from domain.pricing import PriceQuoted
 from dovecote import bootstrap
 from dovecote.consumer import time_limits
-from dovecote.route import Route
+from dovecote.route import Dovecote, Route
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import note_as
 
@@ -108,7 +108,7 @@ def starts_of(handler: str) -> list[str]:
 def _work(threads: int) -> NoReturn:
     wanted = os.environ["DEADLY_HANDLERS"].split()
     time_limits.GRACE_SECONDS = 1.0
-    bootstrap.consumers([route for route in ROUTES if route.handler in wanted])
+    bootstrap.start_consumers(Dovecote(routes=[route for route in ROUTES if route.handler in wanted]))
     worker = dramatiq.Worker(dramatiq.get_broker(), worker_threads=threads, worker_timeout=100)
     worker.start()
 

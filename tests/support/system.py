@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from dovecote import operations
-from dovecote.bootstrap import broker_for, declare_handlers, engine_for, gateways_for, relay_for
+from dovecote.bootstrap import broker_for, declare_handlers, engine_for, relay_for
 from dovecote.broker.broker import OutboxBroker
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
@@ -25,7 +25,7 @@ from dovecote.settings import Settings
 from dovecote.telemetry.meters import ConsumerMeters, RelayMeters
 from tests.support.exact_counts import count_everything
 from tests.support.processes import eventually
-from workers.gateways import Gateways
+from workers.gateways import Gateways, gateways_for
 
 
 @dataclass
@@ -90,7 +90,9 @@ def system_for(settings: Settings, routes: Sequence[Route], meters: ConsumerMete
     broker = broker_for(settings, [HandBackWhatFails(pause_seconds=0.05)], meters)
     gateways = gateways_for(settings)
     sessions = sessions_for(engine)
-    consumer = Consumer(sessions, gateways, stopping, outage_pause_seconds=0.1, meters=meters)
+    consumer = Consumer(
+        sessions, gateways, stopping, outage_pause_seconds=0.1, meters=meters, keyring=settings.keyring_if_given()
+    )
     declare_handlers(broker, consumer, routes)
     try:
         yield System(settings, engine, sessions, routes, gateways, broker, consumer)

@@ -16,14 +16,15 @@ import pytest
 from dramatiq.broker import MessageProxy
 from dramatiq.common import current_millis
 
-from dovecote.bootstrap import _StopsWaiting, broker_for, declare_handlers, gateways_for
-from dovecote.broker.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from dovecote.bootstrap import _StopsWaiting, broker_for, declare_handlers
+from dovecote.broker.broker import OutboxBroker, QueuedBundle
 from dovecote.broker.fetcher import BlockingConsumer
 from dovecote.broker.redis_client import connect_redis
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.database import connect, sessions_for
 from dovecote.envelope.signatures import MessageKey
+from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import fence as marking
 from dovecote.relay.bundler import bundle
 from dovecote.relay.fence import Claim, RelayMarker
@@ -31,6 +32,7 @@ from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route
 from tests.support.processes import eventually
 from tests.support.system import claim
+from workers.gateways import gateways_for
 
 pytestmark = pytest.mark.servers
 

@@ -476,7 +476,7 @@ def test_a_caller_that_passes_over_an_error_hears_of_it_at_the_commit(bench: Ben
 @pytest.mark.parametrize("what", ["session.rollback()", "swallowed error", "session.close()", "savepoint left open"])
 def test_on_an_engine_of_somebody_else_s_it_is_noticed_after_the_call(bench: Bench, what: str) -> None:
     engine = create_engine(make_url(bench.url).set(drivername="postgresql+psycopg"))
-    consumer = Consumer(sessionmaker(engine, expire_on_commit=False), bench.gateways)
+    consumer = Consumer(sessionmaker(engine, expire_on_commit=False), bench.gateways, keyring=bench.gateways.keyring)
 
     consumer.consume(a_route(act=handler("test.note", CARELESS[what][0], False)), bench.write(1, 2, 3))
 

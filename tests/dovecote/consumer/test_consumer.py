@@ -23,12 +23,12 @@ from sqlalchemy.orm import Session, sessionmaker
 from structlog.testing import capture_logs
 
 from domain.pricing import PriceQuoted
-from dovecote.bootstrap import consumer_engine, gateways_for
+from dovecote.bootstrap import consumer_engine
 from dovecote.consumer import attempts
 from dovecote.consumer.consumer import Consumer, Stopping
 from dovecote.database import connect, sessions_for
 from dovecote.envelope import Envelope, read_envelope
-from dovecote.errors import NotFound, Refused
+from dovecote.errors import GatewayUnavailable, NotFound, Refused
 from dovecote.relay import leases
 from dovecote.route import Route
 from dovecote.settings import Settings
@@ -38,8 +38,7 @@ from tests.chaos.commits import PostgresProxy
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as
 from tests.support.processes import eventually
 from tests.support.quotes import a_quote
-from workers.gateways import Gateways
-from workers.gateways.errors import GatewayUnavailable
+from workers.gateways import Gateways, gateways_for
 
 pytestmark = pytest.mark.servers
 
@@ -68,7 +67,9 @@ class Bench:
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.consumer = Consumer(self.sessions, self.gateways, self.stopping, outage_pause_seconds=0.05)
+        self.consumer = Consumer(
+            self.sessions, self.gateways, self.stopping, outage_pause_seconds=0.05, keyring=self.gateways.keyring
+        )
 
     def write(self, *prices: int, symbol: str = "EUR") -> list[Envelope]:
         """Write quotes in one transaction; return the envelopes of exactly these."""

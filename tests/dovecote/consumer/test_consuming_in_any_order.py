@@ -19,17 +19,16 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.pricing import PriceQuoted
-from dovecote.bootstrap import gateways_for
 from dovecote.consumer.consumer import Consumer
 from dovecote.envelope import Envelope, read_envelope
-from dovecote.errors import Refused
+from dovecote.errors import GatewayUnavailable, Refused
 from dovecote.relay import leases
 from dovecote.settings import Settings
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, make_room_for_effects, note_as
 from tests.support.profiles import examples
 from tests.support.quotes import a_quote
-from workers.gateways.errors import GatewayUnavailable
+from workers.gateways import gateways_for
 
 WELL, FAILS, AWAY, REFUSED = "well", "fails", "away", "refused"
 EFFECT, DEAD, DISCARDED, WAITING = "effect", "dead", "discarded", "waiting"
@@ -241,7 +240,9 @@ def test_whatever_is_delivered_in_whatever_order_takes_effect_once(
         pass
 
     Machine.url, Machine.sessions, Machine.ordered = database_url, sessions, ordered
-    Machine.consumer = Consumer(sessions, gateways_for(settings_), outage_pause_seconds=0.05)
+    Machine.consumer = Consumer(
+        sessions, gateways_for(settings_), outage_pause_seconds=0.05, keyring=settings_.keyring_if_given()
+    )
     run_state_machine_as_test(Machine, settings=settings(max_examples=examples(25, 400), stateful_step_count=20))
 
 

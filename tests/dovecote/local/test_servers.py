@@ -24,8 +24,8 @@ from redis.retry import Retry
 
 from dovecote.local.binaries import Program, find_postgres, find_redis
 from dovecote.local.servers import NoBinary, Postgres, Redis, Server, ServerError, WrongVersion, servers
-from dovecote.local.state_directory import Home, HomeBusy, HomeError
 from dovecote.processes.children import ServerUser, started_at
+from dovecote.processes.state_directory import Home, HomeBusy, HomeError
 from tests.support.processes import a_place_for_servers, are_there, eventually
 
 FAST = {"fsync": "off"}

@@ -23,4 +23,4 @@ def pooled(settings: Settings, tmp_path: Path) -> Iterator[Settings]:
 
 def test_a_relay_behind_a_transaction_pool_says_what_is_wrong(pooled: Settings) -> None:
     with pytest.raises(NoSession, match="a proxy that pools transactions"):
-        relay_for(pooled).run()
+        relay_for(pooled, ()).run()

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import text
 
 from domain.pricing import PriceQuoted
-from dovecote.broker.broker import NewerRelay, RedisUsage
+from dovecote.broker.broker import RedisUsage
+from dovecote.errors import NewerRelay
 from dovecote.operations import doctor
 from dovecote.operations.handlers import pause, resume
 from dovecote.operations.replay_plans import Request

@@ -17,7 +17,7 @@ from sqlalchemy import make_url, text
 
 from domain.pricing import PriceQuoted
 from dovecote.bootstrap import relay_for
-from dovecote.broker.broker import NewerRelay
+from dovecote.errors import NewerRelay
 from dovecote.relay.fence import Claim, RelayMarker
 from dovecote.relay.history import History, TakenOver, run_of
 from dovecote.relay.leader import Leader

@@ -9,7 +9,8 @@ import orjson
 import pytest
 
 from dovecote.bootstrap import broker_for
-from dovecote.broker.broker import NewerRelay, OutboxBroker, QueuedBundle, RedisLost
+from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.errors import NewerRelay, RedisLost
 from dovecote.operations.handlers import pause, resume
 from dovecote.relay import renamed_queues
 from dovecote.relay.bundler import bundle

@@ -11,8 +11,8 @@ from psycopg.rows import TupleRow
 from typer.testing import CliRunner
 
 from dovecote import operations
-from dovecote.broker.broker import NewerRelay
 from dovecote.cli import app
+from dovecote.errors import NewerRelay
 from dovecote.exporter.collector import Survey
 from dovecote.operations import CannotRecover, Recovery
 from dovecote.operations.doctor.postgres import sequence as doctor_s_finding

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovecote import telemetry
-from dovecote.local.state_directory import Home
+from dovecote.processes.state_directory import Home
 from dovecote.settings import Settings, SettingsError, load_settings, options, shown
 from dovecote.settings.keys import weakness
 from tests.support import commands
@@ -35,7 +35,13 @@ def load(tmp_path: Path, variables: Mapping[str, str] = WELL) -> Settings:
 
 
 def dovecote(tmp_path: Path, *arguments: str, variables: Mapping[str, str] = WELL) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(tmp_path), **variables}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "DOVECOTE_APP": "workers.app:app",
+        "PYTHONPATH": str(ROOT),
+        "DOVECOTE_HOME": str(tmp_path),
+        **variables,
+    }
     return commands.run_text([*arguments], environment, tmp_path)
 
 
@@ -192,7 +198,7 @@ def of_dramatiq(*queues: str, **variables: str) -> subprocess.CompletedProcess[s
     command += ["--worker-shutdown-timeout", "100"]
     started = subprocess.Popen(
         [*command, *(["--queues", *queues] if queues else [])],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **variables},
+        env={"PATH": os.environ["PATH"], "DOVECOTE_APP": "workers.app:app", "PYTHONPATH": str(ROOT), **variables},
         cwd="/",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -50,7 +50,15 @@ class Looking:
     meters: Counting = field(default_factory=Counting)
 
     def __post_init__(self) -> None:
-        self.consumer = Consumer(self.bench.sessions, self.bench.gateways, self.bench.stopping, 0.05, None, self.meters)
+        self.consumer = Consumer(
+            self.bench.sessions,
+            self.bench.gateways,
+            self.bench.stopping,
+            0.05,
+            None,
+            self.meters,
+            keyring=self.bench.gateways.keyring,
+        )
 
     def forget(self, envelope: Envelope) -> Envelope:
         """Do what a restore does: the event is gone, and its message is not."""

@@ -389,6 +389,7 @@ def ingest_prices(
 def environment(home: Path, database_url: str) -> Mapping[str, str]:
     return {
         "PATH": os.environ["PATH"],
+        "DOVECOTE_APP": "workers.app:app",
         "PYTHONPATH": str(ROOT),
         "DOVECOTE_HOME": str(home),
         "DATABASE_URL": database_url,
