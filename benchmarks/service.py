@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from domain import billing
 from domain.billing.repository import Memberships
-from dovecote.database import connect, sessions_for
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 
 #: Makes the payload 300 bytes long.

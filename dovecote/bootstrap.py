@@ -29,7 +29,6 @@ from dovecote.broker.poison import Suspect
 from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.consumer.time_limits import GRACE_SECONDS
-from dovecote.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
 from dovecote.envelope.opening import Received, Refused
 from dovecote.envelope.stored_json import read_stored
 from dovecote.masking import never_show
@@ -41,6 +40,7 @@ from dovecote.relay.relay import Relay
 from dovecote.route import Dovecote, InvalidRoute, Purge, Route, distinct, queues
 from dovecote.settings import Settings, SettingsError, load_settings, secrets
 from dovecote.settings.application import find_app
+from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
 from dovecote.store.loaders import loads_anything
 from dovecote.store.lookup import history_in
 from dovecote.store.pauses import HandlerPaused

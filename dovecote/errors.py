@@ -1,7 +1,23 @@
-"""The small tree of errors; each branch says what the caller should do next."""
+"""The small tree of errors; each branch says what the caller should do next. And values as an error may show them.
 
+`repr` and `str` of a value from outside are neither short nor cheap: an integer of 5,000 digits makes them raise, a
+list in a list in a list makes them recurse, and a text of 250,000 characters ends up in a message, a log and a row.
+`shown` is short, on one line, and cheap however large the value is.
+"""
+
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from itertools import islice
 from typing import ClassVar
+
+MAX_SHOWN = 80
+MAX_SHOWN_ERROR = 200
+
+_MAX_DEPTH = 2
+_MAX_ITEMS = 4
+# Of a larger integer only the size is told: writing it in decimal takes time quadratic in its digits.
+_MAX_BITS = 256
 
 
 class DovecoteError(Exception):
@@ -86,3 +102,69 @@ class RedisLost(DovecoteError):
 
 class NewerRelay(DovecoteError):
     """Another relay has taken over; this one must not publish any more."""
+
+
+def shown(value: object, most: int = MAX_SHOWN) -> str:
+    """Return a value as `repr` writes it, cut behind `most` characters and without a line break in it."""
+    return cut(_shown(value, most, _MAX_DEPTH), most)
+
+
+def shown_error(error: BaseException, most: int = MAX_SHOWN_ERROR) -> str:
+    """Return an error's message, or its type and arguments where it has none of its own, cut behind `most` characters.
+
+    For errors of code that we call: they may hold any value, whole.
+    """
+    arguments = error.args
+    if len(arguments) == 1 and isinstance(arguments[0], str) and not isinstance(error, LookupError):
+        return cut(_legible(arguments[0][: most + 1]), most)
+    inner = ", ".join(shown(argument) for argument in arguments[:_MAX_ITEMS])
+    return cut(f"{type(error).__qualname__}({inner})", most)
+
+
+def cut(text: str, most: int) -> str:
+    """Return the text, or its first `most` characters and three dots."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _legible(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def _shown(value: object, most: int, depth: int) -> str:
+    match value:
+        case None | bool():
+            return repr(value)
+        case str() | bytes():
+            # Cut before `repr`, which may write one character as ten. A quote is missing where there is more.
+            whole = repr(value[: most + 1])
+            return whole if len(value) <= most else whole[:-1]
+        case int():
+            if value.bit_length() <= _MAX_BITS:
+                return repr(int(value))
+            return f"an integer of about {value.bit_length() * 30_103 // 100_000 + 1} digits"
+        case float():
+            return repr(value)
+        case Decimal():
+            return str(value)
+        case Mapping():
+            if not depth:
+                return f"{{... {len(value)} items}}" if value else "{}"
+            pairs = [
+                f"{_shown(key, most, 0)}: {_shown(item, most, depth - 1)}"
+                for key, item in islice(value.items(), _MAX_ITEMS)
+            ]
+            return "{" + ", ".join(pairs) + (", ..." if len(value) > _MAX_ITEMS else "") + "}"
+        case list() | tuple():
+            if not depth:
+                return f"[... {len(value)} items]" if value else "[]"
+            items = [_shown(item, most, depth - 1) for item in value[:_MAX_ITEMS]]
+            return "[" + ", ".join(items) + (", ..." if len(value) > _MAX_ITEMS else "") + "]"
+        case _:
+            return _of_its_own(value)
+
+
+def _of_its_own(value: object) -> str:
+    # A moment, a UUID, a member of an enum: `repr` of these is short. Of anything else only the type is safe to show.
+    if type(value).__module__ in ("datetime", "uuid") or hasattr(type(value), "__members__"):
+        return repr(value)
+    return f"a {type(value).__qualname__}"

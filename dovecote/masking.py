@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
-from dovecote.showing import shown
+from dovecote.errors import shown
 
 #: Characters of a text that are kept, of its beginning and its end, where nobody asks for more.
 MAX_CHARACTERS = 20_000

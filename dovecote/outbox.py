@@ -27,10 +27,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from dovecote.database import array, metadata
-from dovecote.errors import InvalidEvent
+from dovecote.errors import InvalidEvent, shown_error
 from dovecote.events import Event
 from dovecote.privacy import Keyring
-from dovecote.showing import shown_error
 
 # Bytes of JSON text, as Postgres prints it: ", " and ": " between its parts. The database takes as much of a payload,
 # and 16,384 bytes of headers, so that those of a trace (unit_of_work/trace_headers.py) fit beside the service's own.

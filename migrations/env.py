@@ -6,7 +6,8 @@ from alembic import context
 from sqlalchemy import Connection, text
 
 from domain.tables import metadata
-from dovecote.database import SCHEMA, connect
+from dovecote.database import SCHEMA
+from dovecote.store.connections import connect
 
 
 def _is_ours(thing: Any, name: str | None, kind: str, _reflected: bool, _compare_to: Any) -> bool:

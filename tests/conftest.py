@@ -19,10 +19,10 @@ from psycopg import sql
 from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
-from dovecote.database import connect, sessions_for
 from dovecote.local.servers import servers as embedded_servers
 from dovecote.migrations import schema
 from dovecote.settings import Settings, load_settings
+from dovecote.store.connections import connect, sessions_for
 from tests.support.keys import KEYS
 from tests.support.processes import a_place_for_servers, has_enough_memory
 

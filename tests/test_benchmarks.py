@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session, sessionmaker
 from benchmarks import plots
 from dovecote.bootstrap import broker_for
 from dovecote.broker.broker import OutboxBroker
-from dovecote.database import connect, sessions_for
 from dovecote.relay import leader as leading
 from dovecote.relay import replayer as replaying
 from dovecote.relay.history import History, take_over
@@ -22,6 +21,7 @@ from dovecote.relay.leader import Leader
 from dovecote.relay.sleeper import Sleeper
 from dovecote.route import queues
 from dovecote.settings import Settings
+from dovecote.store.connections import connect, sessions_for
 from dovecote.store.reader import Connection, Reader
 from dovecote.unit_of_work import unit_of_work
 from tests.support.processes import eventually

@@ -32,7 +32,7 @@ EMIT = """
 import os
 from datetime import UTC, datetime
 from domain import billing
-from dovecote.database import connect, sessions_for
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 with unit_of_work(sessions_for(connect(os.environ["DATABASE_URL"]))) as uow:
     print(billing.start_membership(uow, "user-1", billing.Tier.FREE, datetime.now(UTC)).id)

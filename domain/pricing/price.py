@@ -5,8 +5,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from domain.pricing.events import PriceQuoted
-from dovecote.errors import InvalidValue
-from dovecote.showing import shown
+from dovecote.errors import InvalidValue, shown
 
 MOST_SYMBOL_CHARACTERS = 100
 # The column is numeric(38, 18): beyond it Postgres would refuse or round.

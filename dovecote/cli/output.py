@@ -21,8 +21,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from dovecote.errors import cut
 from dovecote.processes import terminal
-from dovecote.showing import cut
 
 # A pipe has no width; a table in it must not be folded.
 _NO_WIDTH = 10_000

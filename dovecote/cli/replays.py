@@ -26,11 +26,11 @@ from dovecote.cli.options import (
     complete_handler,
 )
 from dovecote.cli.output import AsJson, add_row, note, print_json, print_table, progress_bar, say, shows_progress
+from dovecote.errors import shown
 from dovecote.operations import replays
 from dovecote.processes.terminal import plain
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
-from dovecote.showing import shown
 from dovecote.store.replays import Filter
 
 _WATCH_SECONDS = 0.25

@@ -14,9 +14,9 @@ from uuid import UUID
 import structlog
 from sqlalchemy.orm import Session
 
-from dovecote.database import driver_connection
 from dovecote.envelope import Envelope
 from dovecote.route import Route
+from dovecote.store.connections import driver_connection
 from dovecote.telemetry.failures import TimeLimitExceeded
 
 log = structlog.get_logger()

@@ -21,10 +21,10 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from sqlalchemy.orm import Session
 
-from dovecote.connections import Connection
 from dovecote.consumer.statements import statements_in
-from dovecote.database import driver_connection
 from dovecote.errors import DovecoteError
+from dovecote.store.connections import driver_connection
+from dovecote.store.watched import Connection
 
 _SAVEPOINT = "put what may fail into a savepoint: `with uow.session.begin_nested():`"
 _NO_END = (

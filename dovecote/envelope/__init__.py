@@ -13,11 +13,10 @@ from uuid import UUID
 
 import orjson
 
-from dovecote.errors import InvalidEvent
+from dovecote.errors import InvalidEvent, cut, shown, shown_error
 from dovecote.events import Event, read_event
 from dovecote.events.records import record
 from dovecote.privacy import Keyring
-from dovecote.showing import cut, shown, shown_error
 
 # What the broker and Dramatiq's worker take for granted in a message.
 _FIELDS: Mapping[str, type] = {

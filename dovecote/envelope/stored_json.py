@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from dovecote.showing import shown
+from dovecote.errors import shown
 
 # Digits of a number that is shown as one. Python writes no longer ones than 4,300, and JSON for machines seldom 20.
 _MAX_DIGITS = 300

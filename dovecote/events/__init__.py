@@ -16,12 +16,11 @@ from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
-from dovecote.errors import InvalidEvent, UnknownEvent
+from dovecote.errors import InvalidEvent, UnknownEvent, shown, shown_error
 from dovecote.events.ids import uuid7
 from dovecote.events.money import Money
 from dovecote.events.records import record
 from dovecote.privacy import Keyring
-from dovecote.showing import shown, shown_error
 
 type_name = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*\.v[1-9][0-9]*")
 _aggregate_name = re.compile(r"[a-z][a-z0-9_]{0,62}")

@@ -3,8 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from dovecote.errors import InvalidValue
-from dovecote.showing import shown
+from dovecote.errors import InvalidValue, shown
 
 _CURRENCY = re.compile(r"[A-Z]{3}")
 

@@ -20,12 +20,12 @@ from sqlalchemy import Connection
 
 from dovecote import operations
 from dovecote.broker.redis_client import connect_redis
-from dovecote.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from dovecote.operations.aggregates import count_blocked
 from dovecote.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS, POSTPONED
 from dovecote.operations.snapshot import snapshot
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
+from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from dovecote.store.foreign_locks import ForeignLock
 from dovecote.store.loaders import loads_anything
 from dovecote.telemetry.outages import passes

@@ -17,11 +17,11 @@ import psycopg
 import structlog
 
 from dovecote.broker.redis_client import connect_redis
-from dovecote.database import connection_parameters
 from dovecote.exporter.http import Page
 from dovecote.masking import masked
 from dovecote.migrations import schema
 from dovecote.settings import Settings
+from dovecote.store.connections import connection_parameters
 
 log = structlog.get_logger()
 

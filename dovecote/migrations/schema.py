@@ -15,7 +15,8 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from dovecote.database import ONLY_OUR_NAMES, SCHEMA, connect
+from dovecote.database import SCHEMA
+from dovecote.store.connections import ONLY_OUR_NAMES, connect
 from dovecote.telemetry.outages import passes
 
 log = structlog.get_logger()

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import structlog
 from sqlalchemy import Engine
 
-from dovecote.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from dovecote.operations import retention
 from dovecote.operations.purging import purge
 from dovecote.route import Purge, Route
 from dovecote.settings import Settings
+from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 
 log = structlog.get_logger()
 

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Engine
 
-from dovecote.database import sessions_for
 from dovecote.route import Purge
+from dovecote.store.connections import sessions_for
 from dovecote.unit_of_work import unit_of_work
 
 

@@ -9,10 +9,10 @@ from uuid import UUID
 
 import psycopg
 
-from dovecote.database import connection_parameters
 from dovecote.envelope import payload_of, read_head
 from dovecote.envelope.stored_json import read_stored
 from dovecote.operations.events import without_numbers
+from dovecote.store.connections import connection_parameters
 from dovecote.store.reader import Reader
 
 

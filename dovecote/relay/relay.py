@@ -16,14 +16,6 @@ import structlog
 
 from dovecote.broker.broker import OutboxBroker
 from dovecote.broker.redis_client import PASSING
-from dovecote.database import (
-    KEEPALIVES,
-    NO_TIME_LIMITS,
-    ONLY_OUR_NAMES,
-    SESSION_SETTINGS,
-    connection_parameters,
-    set_newer,
-)
 from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
@@ -37,6 +29,14 @@ from dovecote.relay.standby import NotOnStandby
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store import sequence
+from dovecote.store.connections import (
+    KEEPALIVES,
+    NO_TIME_LIMITS,
+    ONLY_OUR_NAMES,
+    SESSION_SETTINGS,
+    connection_parameters,
+    set_newer,
+)
 from dovecote.store.loaders import load_anything
 from dovecote.store.reader import Connection, Reader
 from dovecote.store.sequence import SequenceFault

@@ -12,10 +12,10 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from dovecote.database import driver_connection
 from dovecote.envelope import Envelope
 from dovecote.route import Route
 from dovecote.store.bundle import Bundle
+from dovecote.store.connections import driver_connection
 from dovecote.store.lookup import LOOKED_UP, REST, Found, found_in, parameters
 from dovecote.store.pauses import require_at_work
 from dovecote.unit_of_work import UnitOfWork

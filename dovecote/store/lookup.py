@@ -22,10 +22,11 @@ import structlog
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from dovecote.database import DURABLE, array, driver_connection, uuid_array
+from dovecote.database import array, uuid_array
 from dovecote.envelope import Envelope
 from dovecote.route import Route
 from dovecote.store.bundle import Bundle
+from dovecote.store.connections import DURABLE, driver_connection
 from dovecote.telemetry.meters import ConsumerMeters
 
 log = structlog.get_logger()

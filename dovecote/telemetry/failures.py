@@ -18,8 +18,8 @@ import psycopg
 import sqlalchemy.exc
 
 from dovecote.envelope import Envelope
+from dovecote.errors import cut
 from dovecote.masking import masked
-from dovecote.showing import cut
 
 # Characters of a headline, and of a message that a fingerprint is made of.
 _MAX_HEADLINE, _MAX_MESSAGE = 1_000, 2_000

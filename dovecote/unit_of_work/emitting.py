@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, event
 from sqlalchemy.event import listens_for
 from sqlalchemy.exc import InvalidRequestError
@@ -27,6 +26,8 @@ from dovecote.errors import AbortedTransaction, EventsDropped, EventsNotWritten,
 _KEY = "_dovecote_emitted"
 # SQLAlchemy's code of the one state that is not active and yet no end: the session is just getting its connection.
 _PROVISIONING = "isce"
+# libpq's PQTRANS_INERROR, as psycopg and psycopg2 return it.
+_IN_ERROR = 3
 
 
 @dataclass(slots=True)
@@ -242,7 +243,7 @@ def refuse_aborted(session: Session) -> None:
 def _is_aborted(connection: Connection) -> bool:
     # psycopg and psycopg2 know it from the last reply; asyncpg has nothing like it.
     info = getattr(connection.connection.driver_connection, "info", None)
-    return getattr(info, "transaction_status", None) == TransactionStatus.INERROR
+    return getattr(info, "transaction_status", None) == _IN_ERROR
 
 
 def _refuse_inactive(session: Session, row: dict[str, Any]) -> None:

@@ -23,11 +23,11 @@ from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 
 from dovecote import operations
-from dovecote.database import connect
 from dovecote.local.servers import Postgres, Redis
 from dovecote.migrations import schema
 from dovecote.processes.children import dying_with_us
 from dovecote.processes.state_directory import Home
+from dovecote.store.connections import connect
 from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.databases import Databases

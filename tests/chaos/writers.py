@@ -20,9 +20,9 @@ from sqlalchemy import MetaData, text
 from sqlalchemy.event import listen
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from dovecote.database import connect, sessions_for
 from dovecote.errors import ConcurrentChange, DovecoteError
 from dovecote.events.ids import uuid7
+from dovecote.store.connections import connect, sessions_for
 from dovecote.telemetry.outages import passes
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.chaos.clocks import real_time

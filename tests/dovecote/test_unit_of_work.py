@@ -22,9 +22,9 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from domain import billing
 from domain.pricing import PriceQuoted
-from dovecote.database import connect, sessions_for
 from dovecote.errors import EventsDropped, InvalidEvent
 from dovecote.outbox import MOST_HEADER_BYTES, MOST_PAYLOAD_BYTES
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, run_unit_of_work_async, unit_of_work
 from tests.support.quotes import NOON, a_quote
 

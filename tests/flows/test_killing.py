@@ -19,8 +19,8 @@ import pytest
 import sqlalchemy.exc
 
 from dovecote import operations
-from dovecote.database import connect
 from dovecote.processes.state_directory import Home
+from dovecote.store.connections import connect
 from tests.support.exact_counts import count_everything
 from tests.support.processes import a_place_for_servers, are_there, eventually
 from workers.routes import ROUTES

@@ -34,7 +34,7 @@ WRITE = """
 import os, sys
 from datetime import UTC, datetime, timedelta
 from domain import billing
-from dovecote.database import connect, sessions_for
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 
 sessions = sessions_for(connect(os.environ["DATABASE_URL"]))

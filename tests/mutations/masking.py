@@ -7,7 +7,7 @@ TERMINALS = "tests/security/test_terminals.py"
 
 MASKED = "dovecote/masking.py"
 FAILURES = "dovecote/telemetry/failures.py"
-SHOWING = "dovecote/showing.py"
+SHOWING = "dovecote/errors.py"
 TERMINAL = "dovecote/processes/terminal.py"
 OUTPUT = "dovecote/cli/output.py"
 

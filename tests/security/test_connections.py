@@ -23,7 +23,6 @@ from cryptography.x509.oid import NameOID
 from psycopg.conninfo import conninfo_to_dict
 
 from dovecote.broker.redis_client import connect_redis
-from dovecote.database import SESSION_SETTINGS, connect, connection_parameters
 from dovecote.local.clients import libpq_variables
 from dovecote.local.servers import Postgres, Redis
 from dovecote.operations.doctor import encryption
@@ -32,6 +31,7 @@ from dovecote.operations.doctor.postgres import session
 from dovecote.processes.children import ServerUser, listens, runs_as
 from dovecote.settings import SettingsError, load_settings, secrets, shown
 from dovecote.settings.urls import without_passwords
+from dovecote.store.connections import SESSION_SETTINGS, connect, connection_parameters
 from tests.conftest import settings_for
 from tests.support import commands
 from tests.support.processes import a_place_for_servers

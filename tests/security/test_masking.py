@@ -26,14 +26,13 @@ from domain.verification.events import CodeRequested
 from dovecote import masking
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.envelope.stored_json import read_stored
-from dovecote.errors import InvalidEvent, InvalidValue
+from dovecote.errors import InvalidEvent, InvalidValue, shown, shown_error
 from dovecote.events import Event, read_event
 from dovecote.events.ids import uuid7
 from dovecote.events.money import Money
 from dovecote.masking import MAX_CHARACTERS, masked, masked_facts, masked_payload
 from dovecote.processes.terminal import block, plain
 from dovecote.settings import Settings
-from dovecote.showing import shown, shown_error
 from dovecote.telemetry.failures import describe, fingerprint, traceback_of
 from tests.security.patterns import COMMON, Used, inline, patterns
 from tests.support.system import system_for

@@ -15,9 +15,9 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Engine, text
 
 from dovecote import operations
-from dovecote.database import connect
 from dovecote.operations import Filter, replays
 from dovecote.route import Route
+from dovecote.store.connections import connect
 from dovecote.store.replays import Filter as ReplayFilter
 from tests.conftest import Servers, settings_for
 from tests.security.logins import (

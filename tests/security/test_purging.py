@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from domain.verification import VerifiedPhones, answer_challenge, code_for, forget_user, request_code
 from dovecote.cli import app
-from dovecote.database import Sessions, connect, sessions_for
+from dovecote.database import Sessions
 from dovecote.operations.purging import purge
 from dovecote.privacy import Keyring
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 from tests.conftest import Servers, settings_for
 from tests.support.phone_numbers import a_mobile

@@ -17,11 +17,11 @@ from dovecote.bootstrap import broker_for, declare_handlers, engine_for, relay_f
 from dovecote.broker.broker import OutboxBroker
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
-from dovecote.database import sessions_for
 from dovecote.relay.fence import Claim, RelayMarker
 from dovecote.relay.relay import Relay
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
+from dovecote.store.connections import sessions_for
 from dovecote.telemetry.meters import ConsumerMeters, RelayMeters
 from tests.support.exact_counts import count_everything
 from tests.support.processes import eventually

@@ -9,8 +9,8 @@ import typer
 
 from dovecote.bootstrap import engine_during, refuse
 from dovecote.cli.output import AsJson, note, print_json, progress_bar, say, shows_progress
-from dovecote.database import sessions_for
 from dovecote.settings import load_settings
+from dovecote.store.connections import sessions_for
 from workers.gateways import price_files as ingestion
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from domain.pricing import Quote, record_quotes
 from dovecote.database import Sessions
-from dovecote.errors import DomainError
-from dovecote.showing import MAX_SHOWN, cut, shown, shown_error
+from dovecote.errors import MAX_SHOWN, DomainError, cut, shown, shown_error
 from dovecote.unit_of_work import unit_of_work
 
 

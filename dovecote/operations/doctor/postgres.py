@@ -12,12 +12,12 @@ import sqlalchemy.exc
 from psycopg.rows import namedtuple_row
 
 from dovecote.consumer.attempts import longest_retry
-from dovecote.database import ONLY_OUR_NAMES, connect, connection_parameters
 from dovecote.masking import masked
 from dovecote.migrations import schema
 from dovecote.operations.doctor import encryption, leftovers, progress, rights, rows
 from dovecote.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
 from dovecote.relay.standby import FLUSHED, blindness
+from dovecote.store.connections import ONLY_OUR_NAMES, connect, connection_parameters
 from dovecote.store.loaders import load_anything
 from dovecote.store.runs import Run
 

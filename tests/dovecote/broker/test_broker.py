@@ -22,12 +22,12 @@ from dovecote.broker.fetcher import BlockingConsumer
 from dovecote.broker.redis_client import connect_redis
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
-from dovecote.database import connect, sessions_for
 from dovecote.envelope.signatures import MessageKey
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import fence as marking
 from dovecote.relay.bundler import bundle
 from dovecote.relay.fence import Claim, RelayMarker
+from dovecote.store.connections import connect, sessions_for
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route
 from tests.support.processes import eventually

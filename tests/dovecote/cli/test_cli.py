@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from domain import billing
 from dovecote.cli import app
-from dovecote.database import connect, sessions_for
 from dovecote.migrations.schema import revisions
 from dovecote.settings import Settings
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 from tests.conftest import Servers
 from tests.support import commands

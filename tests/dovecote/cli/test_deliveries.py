@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import Engine, text
 
 from dovecote import operations
-from dovecote.database import connect
 from dovecote.operations import Filter
+from dovecote.store.connections import connect
 from tests.dovecote.cli.test_cli import assert_one_sentence, dovecote, environment
 
 HANDLER = "pricing.apply_quotes"

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from domain import billing
-from dovecote.database import connect, sessions_for
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 from tests.dovecote.cli.test_cli import assert_one_sentence, dovecote
 

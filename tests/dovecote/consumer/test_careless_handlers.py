@@ -18,8 +18,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.transaction_guard import EndedTransaction
-from dovecote.database import driver_connection
 from dovecote.envelope import Envelope
+from dovecote.store.connections import driver_connection
 from dovecote.unit_of_work import UnitOfWork
 from tests.dovecote.consumer.test_consumer import Bench, bench
 from tests.support.effects import a_route, note_as

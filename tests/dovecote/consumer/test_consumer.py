@@ -26,13 +26,13 @@ from domain.pricing import PriceQuoted
 from dovecote.bootstrap import consumer_engine
 from dovecote.consumer import attempts
 from dovecote.consumer.consumer import Consumer, Stopping
-from dovecote.database import connect, sessions_for
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import GatewayUnavailable, NotFound, Refused
 from dovecote.relay import leases
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store import deliveries
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.chaos.commits import PostgresProxy
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as

@@ -17,7 +17,7 @@ import redis
 from sqlalchemy import Engine, text
 
 from domain.pricing import PriceQuoted
-from dovecote.database import connect, sessions_for
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 from tests.conftest import Servers
 from tests.support.exact_counts import count_everything

@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine, event, text
 
 from dovecote.broker.redis_client import connect_redis
-from dovecote.database import connect, sessions_for
 from dovecote.exporter import collector as survey
 from dovecote.settings import Settings
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 from tests.conftest import settings_for
 from tests.support.effects import a_route

@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import Engine, text
 
 from dovecote import operations
-from dovecote.database import connect, sessions_for
 from dovecote.settings import Settings
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 from tests.support.exact_counts import count_everything
 from tests.support.processes import eventually

@@ -15,10 +15,10 @@ from sqlalchemy import Engine, text
 
 from domain.pricing import PriceQuoted
 from dovecote import operations
-from dovecote.database import connect, sessions_for
 from dovecote.errors import Refused
 from dovecote.operations import EventFilter, NoSuchEvent
 from dovecote.settings import Settings
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.dovecote.cli.test_cli import environment
 from tests.support.effects import a_route, make_room_for_effects, write_quotes

@@ -10,8 +10,8 @@ from sqlalchemy import Engine, text
 from typer.testing import CliRunner, Result
 
 from dovecote.cli import app
-from dovecote.database import connect
 from dovecote.operations import WrongRequest
+from dovecote.store.connections import connect
 from tests.conftest import Servers, settings_for
 from tests.support.past_weeks import an_old_id, fail, process, publish_all, subscribe, suffix, write_old
 from tests.support.processes import eventually

@@ -12,9 +12,9 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from dovecote import processed_events
-from dovecote.database import connect, sessions_for
 from dovecote.operations import archive, retention
 from dovecote.operations.retention import Archived, Maintenance
+from dovecote.store.connections import connect, sessions_for
 from tests.support.past_weeks import an_old_id, fail, process, publish_all, subscribe, suffix, write_old
 from tests.support.processes import eventually
 

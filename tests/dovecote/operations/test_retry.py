@@ -11,11 +11,11 @@ from sqlalchemy import Engine, text
 
 from domain.pricing import PriceQuoted
 from dovecote import operations
-from dovecote.database import connect
 from dovecote.errors import Refused
 from dovecote.operations import CannotChange, Filter, NoReason, NotThere
 from dovecote.route import Route
 from dovecote.settings import Settings
+from dovecote.store.connections import connect
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.conftest import Servers
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes

@@ -8,7 +8,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from dovecote import operations
-from dovecote.database import connect, sessions_for
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
 from tests.support.exact_counts import count_everything
 from tests.support.quotes import a_quote

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from sqlalchemy import text
 
-from dovecote.database import connect, sessions_for
 from dovecote.store import reader as reading
+from dovecote.store.connections import connect, sessions_for
 from dovecote.store.reader import Reader, Row, positions
 from dovecote.unit_of_work import unit_of_work
 from tests.support.outbox_rows import Connection, insert, positions_in, record

@@ -18,12 +18,12 @@ from sqlalchemy import make_url, text
 
 from domain.pricing import PriceQuoted
 from dovecote import operations
-from dovecote.database import connect
 from dovecote.operations import doctor, replays
 from dovecote.operations.replays import ReplayRefused, Request
 from dovecote.operations.retention import Archived
 from dovecote.operations.validation import WrongRequest
 from dovecote.route import Route
+from dovecote.store.connections import connect
 from dovecote.store.replays import Filter
 from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import Servers, settings_for

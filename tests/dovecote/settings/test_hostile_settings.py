@@ -11,11 +11,11 @@ from structlog.typing import EventDict
 
 from domain.pricing import PriceQuoted
 from dovecote import database, operations
-from dovecote.database import connect, sessions_for
 from dovecote.operations import doctor
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
 from dovecote.settings import Settings
+from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support.processes import eventually

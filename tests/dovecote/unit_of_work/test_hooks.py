@@ -11,8 +11,8 @@ from sqlalchemy import Engine, event, text
 from sqlalchemy.orm import Session, object_session, sessionmaker
 
 from domain.pricing import PriceQuoted
-from dovecote.database import connect
 from dovecote.errors import NoTransaction
+from dovecote.store.connections import connect
 from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, unit_of_work
 from tests.support.quotes import NOON, a_quote
 from tests.support.rows import Row, Transact, emit, state, written
