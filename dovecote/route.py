@@ -8,11 +8,12 @@ everywhere.
 import functools
 import inspect
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,24 @@ class Route:
     def event_types(self) -> list[str]:
         """Return the wire types it wants: of each event the newest version and those an upcaster leads from."""
         return [event_type for event in self.events for event_type in readable_as(event)]
+
+    def backoff(self, attempts: int) -> timedelta:
+        """Return the pause after this many attempts: doubling from the first, half of it jitter."""
+        return self._max_pause(attempts) * random.uniform(0.5, 1.0)
+
+    def outage_pause(self, age: timedelta) -> timedelta:
+        """Return the pause while a provider is away: as long as it has been away, within the route's limits."""
+        seconds = min(max(age.total_seconds(), self.backoff_seconds), self.longest_backoff_seconds)
+        return timedelta(seconds=seconds * random.uniform(0.5, 1.0))
+
+    @property
+    def longest_retry(self) -> timedelta:
+        """Return how long after its first failure an event may be tried for the last time, providers being there."""
+        return sum((self._max_pause(attempts) for attempts in range(1, self.attempts)), timedelta())
+
+    def _max_pause(self, attempts: int) -> timedelta:
+        # After 2^64 first pauses the longest one is reached; a float ends at 2^1024.
+        return timedelta(seconds=min(self.backoff_seconds * 2.0 ** min(attempts - 1, 64), self.longest_backoff_seconds))
 
     @property
     def wants_keys(self) -> bool:

@@ -1,6 +1,5 @@
 """What an attempt that failed leaves behind: a row in `deliveries`, and a pause before the next one, or its end."""
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,10 +88,10 @@ def _row(route: Route, attempt: Attempt, so_far: SoFar, replay: UUID | None) -> 
         # The event is well, the provider is not; or this is not the code for it, which will come. No attempt is
         # spent, however long it takes.
         attempts = so_far.attempts
-        final, pause = False, outage_pause(route, so_far.age)
+        final, pause = False, route.outage_pause(so_far.age)
     else:
         attempts = so_far.attempts + 1
-        final, pause = attempts >= route.attempts or _is_final(route, error), backoff(route, attempts)
+        final, pause = attempts >= route.attempts or _is_final(route, error), route.backoff(attempts)
     return {
         "handler_name": route.handler,
         "event_id": envelope.event_id,
@@ -110,27 +109,6 @@ def _row(route: Route, attempt: Attempt, so_far: SoFar, replay: UUID | None) -> 
         "trace_id": trace_id(envelope.traceparent),
         "replay_id": replay,
     }
-
-
-def backoff(route: Route, attempts: int) -> timedelta:
-    """Return the pause after this many attempts: doubling from the route's first, half of it jitter."""
-    return _longest_pause(route, attempts) * random.uniform(0.5, 1.0)
-
-
-def longest_retry(route: Route) -> timedelta:
-    """Return how long after its first failure an event may be tried for the last time, providers being there."""
-    return sum((_longest_pause(route, attempts) for attempts in range(1, route.attempts)), timedelta())
-
-
-def _longest_pause(route: Route, attempts: int) -> timedelta:
-    # After 2^64 first pauses the longest one is reached; a float ends at 2^1024.
-    return timedelta(seconds=min(route.backoff_seconds * 2.0 ** min(attempts - 1, 64), route.longest_backoff_seconds))
-
-
-def outage_pause(route: Route, age: timedelta) -> timedelta:
-    """Return the pause while a provider is away: as long as it has been away, within the route's limits."""
-    seconds = min(max(age.total_seconds(), route.backoff_seconds), route.longest_backoff_seconds)
-    return timedelta(seconds=seconds * random.uniform(0.5, 1.0))
 
 
 def _is_final(route: Route, error: BaseException) -> bool:

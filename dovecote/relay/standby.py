@@ -6,15 +6,14 @@ beyond their commits. There is no time-out: publishing all the same would give b
 
 import time
 from collections.abc import Callable
-from typing import Any
 
-import psycopg
 import structlog
 
 from dovecote.errors import DovecoteError
 from dovecote.relay.sleeper import Sleeper
 from dovecote.settings import Relay as RelaySettings
 from dovecote.store.envelopes import Connection
+from dovecote.store.standbys import FLUSHED, blindness
 from dovecote.telemetry.meters import RelayMeters
 
 log = structlog.get_logger()
@@ -26,38 +25,10 @@ _TELL_AGAIN_SECONDS = 60.0
 # A transaction that is open has written something that nobody flushes before it ends. So we do.
 _FLUSH_AFTER_SECONDS = 0.01
 
-# Standbys are seen as sessions of walsenders, with the right to see them, or by their slots, which everybody sees: the
-# restart_lsn of a physical slot is what its standby has confirmed as flushed. A subscriber to a publication is none,
-# nor is a backup that is being made, nor an archive: nobody can promote them. Their slots would be taken for standbys.
-#: Whether a standby has flushed up to here, or up to now; null where none is seen. And what is now.
-FLUSHED = """
-    select max(flushed) >= coalesce(%(upto)s::pg_lsn, pg_current_wal_insert_lsn()) as is_flushed,
-           pg_current_wal_insert_lsn()::text as now
-    from (
-        select r.flush_lsn as flushed from pg_stat_replication r
-        where r.state = 'streaming' and r.application_name not in ('pg_basebackup', 'pg_receivewal')
-          and not exists (select from pg_replication_slots s where s.active_pid = r.pid and s.slot_type = 'logical')
-        union all
-        select s.restart_lsn from pg_replication_slots s
-        where s.slot_type = 'physical' and s.active and not s.temporary
-    ) as standby
-"""
 # A record of WAL and a commit that is flushed here, and waits for no standby.
 _FLUSH = """
     select set_config('synchronous_commit', 'local', true), pg_logical_emit_message(true, 'dovecote', '')
 """
-_CAN_SEE = """
-    select pg_has_role(current_user, 'pg_read_all_stats', 'usage')
-        or exists (select from pg_replication_slots where slot_type = 'physical' and not temporary), current_user::text
-"""
-
-
-def blindness(connection: psycopg.Connection[Any]) -> str | None:
-    """Return what to do so that a standby can be seen by this login; None where one could be."""
-    can_see, login = connection.execute(_CAN_SEE).fetchone() or (False, "")
-    if can_see:
-        return None
-    return f"grant pg_read_all_stats to {login}, or give the standby a physical slot (primary_slot_name)"
 
 
 class NotOnStandby(DovecoteError):

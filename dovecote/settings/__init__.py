@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import psycopg
+import redis
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from dovecote.broker.redis_client import connect_redis
 from dovecote.privacy import KEY_BYTES, Keyring
 from dovecote.processes.state_directory import Home
 from dovecote.settings import keys
@@ -86,7 +86,8 @@ class Redis(Section):
             raise ValueError("a URL with a number for the port and a number for the database")
         if url:
             try:
-                connect_redis(url.get_secret_value(), 1.0).connection_pool.make_connection()
+                pool: Any = redis.BlockingConnectionPool.from_url(url.get_secret_value())
+                pool.make_connection()
             except (TypeError, ValueError):  # else at the first command, as a bug
                 raise ValueError("a URL with parameters that redis-py knows") from None
         return url

@@ -11,15 +11,14 @@ import psycopg
 import sqlalchemy.exc
 from psycopg.rows import namedtuple_row
 
-from dovecote.consumer.attempts import longest_retry
 from dovecote.masking import masked
 from dovecote.migrations import schema
 from dovecote.operations.doctor import encryption, leftovers, progress, rights, rows
 from dovecote.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
-from dovecote.relay.standby import FLUSHED, blindness
 from dovecote.store.connections import ONLY_OUR_NAMES, connect, connection_parameters
 from dovecote.store.loaders import load_anything
 from dovecote.store.runs import Run
+from dovecote.store.standbys import FLUSHED, blindness
 
 Connection = psycopg.Connection[Any]
 
@@ -359,7 +358,7 @@ def routes(connection: Connection, subject: Subject) -> list[Finding]:
 
 def retention(subject: Subject) -> Finding:
     """What is dropped from processed_events could be acted on twice by a retry that is still to come."""
-    route, longest = max(((route, longest_retry(route)) for route in subject.routes), key=lambda pair: pair[1])
+    route, longest = max(((route, route.longest_retry) for route in subject.routes), key=lambda pair: pair[1])
     kept = _kept(subject)
     found = f"the longest schedule of retries is {longest} ({route.handler}), dedup is kept {kept or 'for ever'}"
     if kept is not None and kept <= longest:

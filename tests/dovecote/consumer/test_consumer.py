@@ -24,7 +24,6 @@ from structlog.testing import capture_logs
 
 from domain.pricing import PriceQuoted
 from dovecote.bootstrap import consumer_engine
-from dovecote.consumer import attempts
 from dovecote.consumer.consumer import Consumer, Stopping
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import GatewayUnavailable, NotFound, Refused
@@ -295,7 +294,7 @@ def test_an_event_is_retried_with_growing_pauses_and_then_dead_with_its_tracebac
 def test_a_pause_is_never_longer_than_the_route_allows(tries: int, first: float, longest: float) -> None:
     route = a_route(backoff_seconds=first, longest_backoff_seconds=longest)
 
-    pause = attempts.backoff(route, tries).total_seconds()
+    pause = route.backoff(tries).total_seconds()
 
     usual = min(first * 2.0 ** min(tries - 1, 100), longest)
     assert usual / 2 - 1e-6 <= pause <= usual + 1e-6
