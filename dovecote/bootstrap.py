@@ -29,7 +29,7 @@ from dovecote.broker.poison import Suspect
 from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.consumer.time_limits import GRACE_SECONDS
-from dovecote.envelope.opening import Received, Refused
+from dovecote.envelope.message_reader import Received, Refused
 from dovecote.envelope.stored_json import read_stored
 from dovecote.masking import never_show
 from dovecote.migrations import schema

@@ -33,7 +33,7 @@ from dovecote.broker.poison import MARK_SECONDS
 from dovecote.broker.redis_client import connect_redis
 from dovecote.broker.refusals import Refusals
 from dovecote.envelope import read_message
-from dovecote.envelope.opening import Refused
+from dovecote.envelope.message_reader import Refused
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.telemetry.meters import ConsumerMeters
 
@@ -45,7 +45,7 @@ _LUA = Path(__file__).parent / "lua"
 _SAMPLES = 100
 # Of one call: Redis serves nobody else for some milliseconds.
 _MOST_TAKEN_BACK = 1_000
-# A bundle has a megabyte of envelopes (dovecote/relay/leases.py), and other programs may send larger messages.
+# A bundle has a megabyte of envelopes (dovecote/store/leases.py), and other programs may send larger messages.
 _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES = 16_000_000, 64_000_000
 # Refused messages that are kept for whoever wants to see what they were.
 _MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES = 1_000, 1_100_000
@@ -143,7 +143,7 @@ class OutboxBroker(RedisBroker):
     # For the relay ---------------------------------------------------------------------------
 
     @property
-    def marker_keys(self) -> list[str]:
+    def fence_keys(self) -> list[str]:
         """Where Redis keeps which relay may publish: its epoch, and what goes with it (dovecote/relay/fence.py)."""
         return [f"{self.namespace}:__relay__", f"{self.namespace}:__relay__.history"]
 
@@ -168,7 +168,7 @@ class OutboxBroker(RedisBroker):
         return added + self._call_publish(epoch, args)
 
     def _call_publish(self, epoch: int, args: Sequence[str | int | bytes]) -> int:
-        added = int(self._publish(keys=self.marker_keys, args=args))
+        added = int(self._publish(keys=self.fence_keys, args=args))
         if added == -1:
             raise RedisLost
         if added == -2:
@@ -248,7 +248,7 @@ class OutboxBroker(RedisBroker):
 
         For the declared queues, and for what is put aside for these (queue, handler).
         """
-        types = dict.fromkeys(self.marker_keys[:1], "string") | dict.fromkeys(self.marker_keys[1:], "hash")
+        types = dict.fromkeys(self.fence_keys[:1], "string") | dict.fromkeys(self.fence_keys[1:], "hash")
         types[f"{self.namespace}:__heartbeats__"] = "zset"
         for name in (name for queue in self.queues for name in (queue, dq_name(queue))):
             key = f"{self.namespace}:{name}"

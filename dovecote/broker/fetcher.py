@@ -17,7 +17,7 @@ from dramatiq.message import Message
 
 from dovecote.broker.redis_client import PASSING
 from dovecote.envelope import handler_named_in
-from dovecote.envelope.opening import Received, Refused
+from dovecote.envelope.message_reader import Received, Refused
 
 if TYPE_CHECKING:
     from dovecote.broker.broker import Fetched, OutboxBroker

@@ -31,7 +31,7 @@ from dovecote.consumer.time_limits import TimeLimits, Watch
 from dovecote.consumer.transaction_guard import TransactionGuard
 from dovecote.database import Sessions
 from dovecote.envelope import Contents, Envelope
-from dovecote.envelope.opening import Opener, Received
+from dovecote.envelope.message_reader import MessageReader, Received
 from dovecote.envelope.signatures import MessageKeys
 from dovecote.privacy import Keyring
 from dovecote.route import Route, require_nothing_returned
@@ -107,7 +107,7 @@ class Consumer:
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
         self.keys = keyring
         self.message_keys = MessageKeys(sessions)
-        self._opener = Opener(sessions, self.message_keys, keyring, self._held)
+        self._opener = MessageReader(sessions, self.message_keys, keyring, self._held)
         #: Returns the history in which the messages were sent that this is called with; None where nobody knows.
         self.history_in_redis: Callable[[], str | None] = lambda: None
 

@@ -119,6 +119,27 @@ def newest_key(connection: psycopg.Connection[Any]) -> MessageKey:
     return next(iter(valid_keys(connection).values()))
 
 
+class SigningKeys:
+    """The keys as the leading relay knows them: the one to sign with, and whether any was revoked.
+
+    Errors: NoMessageKey, psycopg.Error, when it is made and in `refresh`.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+        self._keys = valid_keys(connection)
+
+    @property
+    def newest(self) -> MessageKey:
+        """The key to sign with."""
+        return next(iter(self._keys.values()))
+
+    def refresh(self) -> bool:
+        """Read the keys again; return whether one was revoked. Consumers refuse what is queued and signed with it."""
+        before, self._keys = self._keys, valid_keys(self._connection)
+        return not before.keys() <= self._keys.keys()
+
+
 class MessageKeys:
     """The keys that a consumer takes, as Postgres has them; safe to use from many threads.
 

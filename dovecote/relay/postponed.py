@@ -18,10 +18,10 @@ import structlog
 from dovecote.broker.broker import QueuedBundle, RedisUsage
 from dovecote.errors import NewerRelay
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.unreadable import Unreadable
 from dovecote.route import Route, queues
 from dovecote.store.envelopes import Envelopes, Read, bounded
 from dovecote.store.reader import Connection, Row
+from dovecote.store.unsendable import Unreadable
 
 log = structlog.get_logger()
 
@@ -215,7 +215,7 @@ class Postponer:
     def _unsent(self, route: Route, after: int, before: int) -> Read:
         """Return the next rows up to `before` that the handler was not sent."""
         handler = route.handler
-        limit = self._envelopes.most_rows
+        limit = self._envelopes.max_rows
         return self._envelopes.read(_UNSENT, handler, handler, handler, after, before, route.event_types, limit)
 
     def _write(self, statement: str, handler: str, position: int) -> None:

@@ -25,12 +25,12 @@ from dovecote.envelope.signatures import NoMessageKey, valid_keys
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import recovery as missing
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.queued import Queued
-from dovecote.relay.unreadable import Unreadable, report, set_aside
+from dovecote.relay.queue_search import QueueSearch
 from dovecote.route import Route
 from dovecote.settings import Relay as RelaySettings
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Connection, Reader
+from dovecote.store.unsendable import Unreadable, report, set_aside
 from dovecote.telemetry.meters import RelayMeters
 
 log = structlog.get_logger()
@@ -104,7 +104,7 @@ class Reconciler:
     ) -> None:
         self._connect = connect
         self._broker = broker
-        self._queued = Queued(broker)
+        self._queued = QueueSearch(broker)
         self._bundler = bundler
         self._routes = {route.handler: route for route in routes}
         self._settings = settings

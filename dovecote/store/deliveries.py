@@ -2,7 +2,7 @@
 
 An event that went well never appears here. A row is made by the consumer in a transaction of its own
 (consumer/attempts.py), after the effect was rolled back, and goes away with the effect that finally commits. What is
-due is leased and sent by the relay (relay/leases.py).
+due is leased and sent by the relay (store/leases.py).
 """
 
 from collections.abc import Sequence

@@ -156,8 +156,8 @@ class History:
                 "ordered": [True for _ in wanted],
             },
         )
-        self.published_upto = max(self._reader.frontier, checkpoint)
-        # As _greet_redis does after a leader that knew less: what is published and not done is sent again.
+        self.published_upto = max(self._reader.high_water_mark, checkpoint)
+        # As _verify_redis does after a leader that knew less: what is published and not done is sent again.
         self._queued = {
             (handler, position)
             for position, kind in self._published

@@ -17,7 +17,7 @@ from dovecote.bootstrap import broker_for, declare_handlers, engine_for, relay_f
 from dovecote.broker.broker import OutboxBroker
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
-from dovecote.relay.fence import Claim, RelayMarker
+from dovecote.relay.fence import Claim, RedisFence
 from dovecote.relay.relay import Relay
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
@@ -105,4 +105,4 @@ def system_for(settings: Settings, routes: Sequence[Route], meters: ConsumerMete
 
 def claim(broker: OutboxBroker, epoch: int, over: str = "", history: str = "", **known: int) -> bool:
     """Let an epoch publish without a relay."""
-    return RelayMarker(broker).claim(Claim(epoch, history, "1 1 1", beat=5), over=over, **known)
+    return RedisFence(broker).claim(Claim(epoch, history, "1 1 1", beat=5), over=over, **known)

@@ -19,7 +19,7 @@ from dovecote.operations.doctor.postgres import sequence as doctor_s_finding
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store import sequence
-from dovecote.store.reader import outbox_run
+from dovecote.store.runs import outbox_run
 from dovecote.store.sequence import SequenceWatch
 from dovecote.telemetry.meters import RelayMeters, RelayState
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes

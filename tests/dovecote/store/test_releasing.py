@@ -18,11 +18,11 @@ from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import Refused
 from dovecote.operations.deliveries import Filter
 from dovecote.operations.handlers import pause, resume
-from dovecote.relay import leases
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.leases import MAX_BUNDLE_BYTES, Cursor, DueDelivery
 from dovecote.route import Route
 from dovecote.settings import Settings
+from dovecote.store import leases
+from dovecote.store.leases import MAX_BUNDLE_BYTES, Cursor, DueDelivery
 from dovecote.telemetry.meters import RelayMeters
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes

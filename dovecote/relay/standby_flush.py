@@ -10,7 +10,7 @@ from collections.abc import Callable
 import structlog
 
 from dovecote.errors import DovecoteError
-from dovecote.relay.sleeper import Sleeper
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.settings import Relay as RelaySettings
 from dovecote.store.envelopes import Connection
 from dovecote.store.standbys import FLUSHED, blindness
@@ -49,14 +49,14 @@ class Standby:
         settings: RelaySettings,
         leads: Connection,
         records: Connection,
-        sleeper: Sleeper,
+        stop: StopFlag,
         meters: RelayMeters,
         tell_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._is_wanted = settings.publish_after == "standby"
         self._leads = leads
         self._records = records
-        self._sleeper = sleeper
+        self._stop = stop
         self._meters = meters
         self._tell_alive = tell_alive
         if self._is_wanted and (blind := blindness(records)):
@@ -73,9 +73,9 @@ class Standby:
         is_flushed, upto = self._ask(None)
         pause, next_told, next_alive, flushes = 0.0005, began + _TELL_AFTER_SECONDS, began + _TELL_AFTER_SECONDS, True
         while not is_flushed:
-            if self._sleeper.stopping:
+            if self._stop.is_set():
                 raise NotOnStandby
-            self._sleeper.sleep(pause)
+            self._stop.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)
             now = time.monotonic()
             if flushes and now - began > _FLUSH_AFTER_SECONDS:
