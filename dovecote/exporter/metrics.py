@@ -31,6 +31,7 @@ from prometheus_client import (
 from dovecote.envelope import Envelope
 from dovecote.processes.children import started_at
 from dovecote.processes.state_directory import make_ours
+from dovecote.store.delivery_state import DeliveryState
 from dovecote.telemetry.meters import ConsumerMeters, RelayMeters, RelayState
 
 _EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000)
@@ -162,7 +163,7 @@ class ConsumerMetrics(ConsumerMeters):
             self._processed.labels(handler=handler)
             self._parked.labels(handler=handler)
             self._phantoms.labels(handler=handler)
-            for state in ("retrying", "dead"):
+            for state in (DeliveryState.RETRYING, DeliveryState.DEAD):
                 self._failed.labels(handler=handler, state=state)
 
     def fetching(self, queue: str) -> None:
