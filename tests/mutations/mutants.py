@@ -567,7 +567,7 @@ MUTANTS = (
         "dovecote/relay/wakeup.py",
         "            self._sleeper.sleep(self._pause_seconds)\n",
         "            self._sleeper.sleep(self._pause_seconds)\n"
-        "        else:\n            self._sleeper.sleep(self._settings.poll_seconds, self._connection)\n",
+        "        else:\n            self._sleeper.sleep(self._settings.poll_interval_seconds, self._connection)\n",
         RELAY,
     ),
     Mutant(
