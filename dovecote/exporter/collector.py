@@ -208,9 +208,9 @@ def _of_writers_and_weeks(connection: Connection) -> list[Metric]:
     floor = connection.exec_driver_sql(OLDEST_FLOOR).one_or_none()
     weeks = connection.exec_driver_sql(PARTITIONS).one()
     return [
-        _gauge("dovecote_floors_held", "Floors of writers at work.", {"": floor.held if floor else 0}),
+        _gauge("dovecote_active_writers", "Floors of writers at work.", {"": floor.held if floor else 0}),
         _gauge(
-            "dovecote_oldest_floor_seconds",
+            "dovecote_oldest_writer_seconds",
             "How long the writer at the lowest floor has been at work.",
             {"": floor.seconds if floor else 0.0},
         ),

@@ -85,7 +85,7 @@ class RelayMetrics(RelayMeters):
         self._reaped = Counter(
             "dovecote_reaped_messages_total", "Messages taken back from dead workers.", registry=registry
         )
-        self._rings = Counter("dovecote_bell_rings_total", "Times a writer woke the relay.", registry=registry)
+        self._rings = Counter("dovecote_wakeups_total", "Times a writer woke the relay.", registry=registry)
         for state in get_args(RelayState):
             self._state.labels(state=state).set(state == self.state)
         self.alive("starting")
@@ -135,7 +135,7 @@ class ConsumerMetrics(ConsumerMeters):
             registry=None,
         )
         self._at_work = Gauge(
-            "dovecote_at_work_seconds",
+            "dovecote_in_flight_seconds",
             "How long the oldest bundle in a handler's hands has been there; 0 when idle.",
             multiprocess_mode="liveall",
             registry=None,
