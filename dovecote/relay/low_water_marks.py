@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 
 import structlog
 
-from dovecote.store.reader import Connection
+from dovecote.store.envelopes import Connection
+from dovecote.store.progress import move_marks
 
 log = structlog.get_logger()
 
@@ -21,7 +22,6 @@ _LONGEST_PAUSE_SECONDS = 15.0
 #: Of each second, for what has fallen far behind: at most a tenth of a core for a history of millions.
 _CATCHING_UP_SECONDS = 0.1
 
-_MOVE = "select has_moved, is_behind, is_open from dovecote.move_marks(%s, %s)"
 # What somebody has read of a mark must not move back when Postgres crashes. A step never waits long, nor for a standby.
 _SETTINGS = "set synchronous_commit = local; set lock_timeout = '2s'; set statement_timeout = '60s'"
 
@@ -96,9 +96,8 @@ class Marks:
         ends_at = time.monotonic() + _CATCHING_UP_SECONDS
         has_moved = False
         while True:
-            row = session.execute(_MOVE, (self._epoch, upto)).fetchone()
-            assert row is not None, "the function returns one row"
-            moved, is_behind, self._is_open = row
-            has_moved = has_moved or moved
-            if not (is_behind and moved) or time.monotonic() > ends_at or self._stopping.is_set():
+            step = move_marks(session, self._epoch, upto)
+            self._is_open = step.is_open
+            has_moved = has_moved or step.has_moved
+            if not (step.is_behind and step.has_moved) or time.monotonic() > ends_at or self._stopping.is_set():
                 return has_moved

@@ -20,7 +20,7 @@ from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
 from dovecote.processes.stop_flag import StopFlag
-from dovecote.relay.history import History, StandsBack, await_right_of_way, take_over
+from dovecote.relay.history import History, StandsBack, await_right_of_way
 from dovecote.relay.leader import Leader
 from dovecote.relay.leader_lock import LeaderLock
 from dovecote.relay.low_water_marks import Marks
@@ -39,50 +39,13 @@ from dovecote.store.connections import (
 )
 from dovecote.store.loaders import load_anything
 from dovecote.store.reader import Connection, Reader
+from dovecote.store.relay_state import take_over
 from dovecote.store.sequence import SequenceFault
+from dovecote.store.subscriptions import subscribe
 from dovecote.telemetry.meters import RelayMeters, RelayState
 from dovecote.telemetry.outages import asks_again, passes
 
 log = structlog.get_logger()
-
-# Of a new handler is what is not published yet: all above the checkpoint but for exactly what is in a batch. A
-# version of a fact that the handler wants already is wanted since then: it may have been written before we knew it.
-_SUBSCRIBE = """
-    with published (above) as (
-        select coalesce(range_agg(positions), '{}') * int8multirange(int8range(%(checkpoint)s, null, '()'))
-        from dovecote.published_batches
-        where positions && int8multirange(int8range(%(checkpoint)s, null, '()'))
-          and not lower_inf(positions) and not upper_inf(positions)
-    )
-    insert into dovecote.subscriptions (handler_name, event_type, since_position, published_above, routed_epoch,
-                                        replayable, ordered)
-    select wanted.handler_name, wanted.event_type, coalesce(before.since_position, %(checkpoint)s),
-           coalesce(before.published_above, published.above), %(epoch)s, wanted.replayable, wanted.ordered
-    from unnest(%(handlers)s::text[], %(event_types)s::text[], %(replayable)s::boolean[], %(ordered)s::boolean[])
-        as wanted (handler_name, event_type, replayable, ordered)
-    cross join published
-    left join lateral (
-        select s.since_position, s.published_above from dovecote.subscriptions s
-        where s.handler_name = wanted.handler_name
-          and dovecote.fact_of(s.event_type) = dovecote.fact_of(wanted.event_type)
-        order by s.since_position limit 1
-    ) before on true
-    on conflict (handler_name, event_type) do update
-    set routed_epoch = excluded.routed_epoch, replayable = excluded.replayable, ordered = excluded.ordered
-"""
-# Something we route was not routed by the leader before us, who knew less: it has passed over events of ours.
-_PASSED_OVER = """
-    select exists (
-        select from unnest(%(handlers)s::text[], %(event_types)s::text[]) as wanted (handler_name, event_type)
-        join dovecote.subscriptions known on known.handler_name = wanted.handler_name
-            and dovecote.fact_of(known.event_type) = dovecote.fact_of(wanted.event_type)
-        left join dovecote.subscriptions own on own.handler_name = wanted.handler_name
-            and own.event_type = wanted.event_type
-        where own.routed_epoch is distinct from %(epoch)s - 1
-    )
-"""
-_FORGET_REDIS = "update dovecote.relay_state set redis_run_id = null where epoch = %(epoch)s"
-
 
 _SESSION_SETTINGS = {
     **SESSION_SETTINGS,
@@ -292,7 +255,7 @@ class Relay:
         epoch = taken.epoch
         limits = self._settings.relay
         reader = Reader(connection, taken.checkpoint, limits.batch_size, limits.batch_bytes)
-        passed_over = self._subscribe(connection, epoch, taken.checkpoint)
+        were_skipped = subscribe(connection, self._routes, epoch, taken.checkpoint)
         log.info("relay leads", epoch=epoch, checkpoint=taken.checkpoint)
         with self._session() as records:
             history = History(
@@ -301,7 +264,7 @@ class Relay:
                 records=records,
                 broker=self._broker,
                 meters=self._meters,
-                passed_over=passed_over,
+                sends_again=were_skipped,
             )
             history.require_one_run()
             leader = Leader(
@@ -330,24 +293,3 @@ class Relay:
             with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
                 leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
-
-    def _subscribe(self, connection: Connection, epoch: int, checkpoint: int) -> bool:
-        """Note since when each handler wants each type; what is noted already stays.
-
-        Return whether leaders before us may have passed over events that are wanted.
-        """
-        wanted = [(route, event_type) for route in self._routes for event_type in route.event_types]
-        parameters = {
-            "epoch": epoch,
-            "checkpoint": checkpoint,
-            "handlers": [route.handler for route, _ in wanted],
-            "event_types": [event_type for _, event_type in wanted],
-            "replayable": [route.replayable for route, _ in wanted],
-            "ordered": [route.ordered for route, _ in wanted],
-        }
-        with connection.transaction():
-            (passed_over,) = connection.execute(_PASSED_OVER, parameters).fetchone() or (False,)
-            connection.execute(_SUBSCRIBE, parameters)
-            if passed_over:
-                connection.execute(_FORGET_REDIS, parameters)
-        return bool(passed_over)
