@@ -39,6 +39,7 @@ from dovecote.store.unrouted import Unrouted
 from dovecote.store.unsendable import Unreadable, report, set_aside
 from dovecote.telemetry import publishing
 from dovecote.telemetry.meters import RelayMeters
+from dovecote.unit_of_work.backoff import Backoff
 
 log = structlog.get_logger()
 
@@ -51,6 +52,7 @@ _PARTITIONS_SECONDS = 3_600.0
 _FREE_NOTIFICATIONS_SECONDS = 60.0
 # How often the log may name somebody new who holds locks of ours.
 _NAME_STRANGERS_SECONDS = 5.0
+_BACKOFF = Backoff(first_seconds=0.04, max_seconds=1.0, log_first=3)
 # An event alone, or a few at once, are no traffic; more batches than that without a pause are.
 _FEW_IN_A_ROW = 3
 # So long may those who act on an event that came alone have the processor first.
@@ -277,11 +279,11 @@ class Leader:
                 if is_wrong_type(error):
                     self._mend()
                 self._meters.alive("waiting_for_redis")
-                if tries in (3, 30) or tries % 300 == 0:
+                if _BACKOFF.should_log(tries):
                     log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
                 if self._stop.is_set():
                     raise
-                self._stop.sleep(min(1.0, 0.02 * 2 ** min(tries, 8)))
+                self._stop.sleep(_BACKOFF.pause_seconds(tries))
                 # The leadership lives as long as this session: its end must not go unnoticed here.
                 self._require_leadership()
                 self._connection.execute("select")

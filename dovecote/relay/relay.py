@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from uuid import uuid4
 
 import psycopg
 import structlog
@@ -35,6 +34,7 @@ from dovecote.store.connections import (
     ONLY_OUR_NAMES,
     SESSION_SETTINGS,
     connection_parameters,
+    hears_notifications,
     set_newer,
 )
 from dovecote.store.loaders import load_anything
@@ -44,6 +44,7 @@ from dovecote.store.sequence import SequenceFault
 from dovecote.store.subscriptions import subscribe
 from dovecote.telemetry.meters import RelayMeters, RelayState
 from dovecote.telemetry.outages import asks_again, passes
+from dovecote.unit_of_work.backoff import Backoff
 
 log = structlog.get_logger()
 
@@ -62,6 +63,10 @@ _SESSION_SETTINGS = {
     "enable_sort": "off",
     "enable_indexscan": "on",
 }
+
+_BACKOFF = Backoff(first_seconds=0.1, max_seconds=2.0)
+# After data that cannot be processed, which only a repair changes.
+_SLOW_BACKOFF = Backoff(first_seconds=1.0, max_seconds=30.0)
 
 # A notification through one server takes a millisecond or two.
 _HEARD_WITHIN_SECONDS = 5.0
@@ -147,16 +152,16 @@ class Relay:
                     raise
                 tries += 1
                 self._meters.alive(_state_after(error))
-                if tries in (1, 10) or tries % 100 == 0:
+                if _BACKOFF.should_log(tries):
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
-                self._stop.sleep(min(2.0, 0.05 * 2 ** min(tries, 8)))
+                self._stop.sleep(_BACKOFF.pause_seconds(tries))
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 # Something that was read is not as we write it. It may be mended meanwhile, and ends no process.
                 tries += 1
                 self._meters.alive("starting")
                 log.exception("relay cannot go on with what it has read", tries=tries, error=type(error).__name__)
-                self._stop.sleep(min(30.0, 0.5 * 2 ** min(tries, 8)))
+                self._stop.sleep(_SLOW_BACKOFF.pause_seconds(tries))
 
     @contextmanager
     def _session(self) -> Iterator[Connection]:
@@ -174,24 +179,16 @@ class Relay:
             yield connection
 
     def _require_session(self, connection: Connection) -> None:
-        """Listen here and ring from another connection: only a session of our own hears it."""
-        channel = f"dovecote_{uuid4().hex}"
-        connection.execute(f"listen {channel}")
+        """Errors: NoSession where a notification from another connection is not heard on this one."""
         with self._session() as another:
             try:
-                another.execute(f"notify {channel}")
+                is_heard = hears_notifications(connection, another, _HEARD_WITHIN_SECONDS)
             except psycopg.errors.ProgramLimitExceeded as error:
-                # Full for now, because of somebody else. We poll, as for all that was written meanwhile.
+                # Another program has filled Postgres's queue of notifications. We poll, as for all written meanwhile.
                 log.warning("NOTIFY fails, so it is not known whether we would hear it", error=str(error))
-                connection.execute(f"unlisten {channel}")
                 return
-        # A list: the generator holds the connection's lock until it has come to its end.
-        heard = [
-            notification.channel for notification in connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)
-        ]
-        if channel not in heard:
+        if not is_heard:
             raise NoSession
-        connection.execute(f"unlisten {channel}")
 
     def _await_schema(self, connection: Connection) -> None:
         """Stand back while the schema is older than this code: relays from before the deploy go on meanwhile."""
