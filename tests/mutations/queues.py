@@ -6,7 +6,7 @@ from tests.mutations.progress import PROGRESS_SQL
 HOSTILE = "tests/dovecote/settings/test_hostile_settings.py"
 FULL_NOTIFY = "tests/dovecote/relay/test_full_notify_queue.py"
 
-POSTPONED = "tests/dovecote/relay/test_postponed.py"
+POSTPONED = "tests/dovecote/relay/test_postponer.py"
 NEW_HANDLER = "tests/dovecote/relay/test_new_handler.py"
 MISSING = "tests/dovecote/relay/test_recovery.py"
 
