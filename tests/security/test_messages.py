@@ -26,7 +26,8 @@ from dovecote.broker.poison import Marks, Suspect
 from dovecote.consumer import middleware as handing_back
 from dovecote.envelope import read_bundle
 from dovecote.envelope.message_reader import MessageReader, Received, Refused
-from dovecote.envelope.signatures import TAIL_BYTES, MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.envelope.signatures import MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.envelope.wire import TAIL_BYTES
 from dovecote.relay.bundler import bundle
 from tests.conftest import Servers
 from tests.security.attacked import ENVELOPE, KEY, MORE, NOTE, OTHER, Attacked, attacked, forged
