@@ -43,7 +43,7 @@ class Envelope:
     def event(self) -> Event:
         """The event itself.
 
-        Errors: UnknownEvent, InvalidEvent, CannotOpen.
+        Errors: UnknownEvent, InvalidEvent, CannotDecrypt.
         """
         if self.unreadable is not None:
             raise InvalidEvent(f"{self.type} {self.event_id}: its payload cannot be read: {cut(self.unreadable, 200)}")

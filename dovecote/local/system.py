@@ -80,7 +80,7 @@ def local_system(
         if "DATABASE_URL" in ours and psycopg.pq.version() >= _KNOWS_REQUIRE_AUTH:
             # Whoever has the port while our server is down could ask for the password as it is.
             ours["DATABASE_URL"] += "?require_auth=scram-sha-256"
-        # The keys stay with the data that they sealed, wherever that is.
+        # The keys stay with the data that they encrypted, wherever that is.
         ours |= Home(data if "DATABASE_URL" in servers else home.path).secrets()
         ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
         system = {**ours, **given}

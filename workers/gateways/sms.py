@@ -11,8 +11,8 @@ from typing import Protocol
 
 import structlog
 
+from domain.verification.phone import masked_phone
 from dovecote.errors import GatewayUnavailable
-from dovecote.privacy import masked
 
 # What a provider would remember for a day; 10,000 keys of 36 characters are about 1 MB.
 _KEYS_REMEMBERED = 10_000
@@ -57,11 +57,11 @@ class ConsoleSms:
             if idempotency_key in self._keys:
                 return
             if next(self._failures, False):
-                raise GatewayUnavailable("the console SMS gateway fails, as it was told to")
+                raise GatewayUnavailable("the console SMS gateway fails, as configured")
             self._show(to, text)
             self._remember(idempotency_key)
             self.sent += 1
-        log.info("sms sent", to=masked(to))
+        log.info("sms sent", to=masked_phone(to))
 
     def _show(self, to: str, text: str) -> None:
         if self._handset is None:
