@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from domain.pricing import PriceQuoted
-from dovecote import database, operations
+from dovecote import operations
 from dovecote.operations import doctor
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
@@ -125,7 +125,7 @@ def end_sessions_named(settings: Settings, name: str) -> None:
 def test_a_connection_that_ended_while_it_was_idle_is_replaced_before_anybody_has_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PING_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "_PING_AFTER_SECONDS", 0.05)
     engine = connect(settings.database.url.get_secret_value(), application_name="idle writer")
     writers = sessions_for(engine)
     with unit_of_work(writers) as uow:
