@@ -36,7 +36,7 @@ class BlockingConsumer(_RedisConsumer):
         self._unfinished: list[str] = []
 
     def __next__(self) -> MessageProxy | None:
-        self.broker.meters.fetching(self.queue_name)
+        self.broker.instrumentation.fetching(self.queue_name)
         try:
             if self._reclaim_first:
                 self.broker.reclaim(self.queue_name)

@@ -28,7 +28,7 @@ from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.fence import Claim, Marker, RedisFence
 from dovecote.store.reader import Connection
 from dovecote.store.runs import Run, server_run
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -136,7 +136,9 @@ def require_right_of_way(run: str, seen: Marker) -> None:
         raise StandsBack(ours, theirs)
 
 
-def await_right_of_way(connection: Connection, broker: OutboxBroker, stop: StopFlag, meters: RelayMeters) -> int:
+def await_right_of_way(
+    connection: Connection, broker: OutboxBroker, stop: StopFlag, instrumentation: RelayInstrumentation
+) -> int:
     """Stand back, loudly, while a relay of a newer database uses this Redis. Return the epoch that Redis has heard of.
 
     0 while Redis is away: it is asked again when it is greeted. The session is kept, and its lock with it.
@@ -154,7 +156,7 @@ def await_right_of_way(connection: Connection, broker: OutboxBroker, stop: StopF
         except StandsBack as reason:
             if stop.is_set():
                 raise
-            meters.alive("standing_back")
+            instrumentation.alive("standing_back")
             connection.execute(_STAND_BACK, (seen.instance, seen.instance))
             if tries % _TOLD_AGAIN_AFTER == 0:
                 log.error("relay stands back", why=str(reason))
@@ -178,12 +180,12 @@ class History:
         connection: Connection,
         broker: OutboxBroker,
         records: Connection | None = None,
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         passed_over: bool = False,
     ) -> None:
         self._connection = connection
         self._records = records or connection
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._broker = broker
         self._marker = RedisFence(broker)
         self.epoch = taken.epoch
@@ -217,13 +219,13 @@ class History:
         seen = self._marker.read()
         if not self._claims_as_known(seen.redis_run):
             # Until the last message is sent again, Postgres knows no Redis: a crash in between starts this over.
-            self._meters.alive("sending_again")
+            self._instrumentation.alive("sending_again")
             self._sends_again = True
             self._begin(seen)
         self._known_redis = known_redis(seen.redis_run, self.epoch)
         self._confirmed_beat = self._claim.beat
         if self._sends_again:
-            self._meters.alive("sending_again")
+            self._instrumentation.alive("sending_again")
             with self._alive():
                 send_again()
         self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))
@@ -285,7 +287,7 @@ class History:
             total += number
             if time.monotonic() >= say_at:
                 say_at = time.monotonic() + _SIGN_OF_LIFE_SECONDS
-                self._meters.alive("sending_again")
+                self._instrumentation.alive("sending_again")
                 self._connection.execute("select")
         return total
 

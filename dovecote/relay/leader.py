@@ -39,7 +39,7 @@ from dovecote.store.sequence import SequenceWatch
 from dovecote.store.unrouted import Unrouted
 from dovecote.store.unsendable import Unreadable, report, set_aside
 from dovecote.telemetry import publishing
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -90,7 +90,7 @@ class Leader:
         stop: StopFlag,
         history: History,
         maintain: Callable[[], None] | None = None,
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         records: Connection | None = None,
         leadership: LeaderLock | None = None,
     ) -> None:
@@ -108,10 +108,10 @@ class Leader:
         self._history = history
         self._epoch = epoch = history.epoch
         self._maintain = maintain
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._ahead = ReadAhead(reader)
         self._sequence = SequenceWatch(connection, epoch, run)
-        self._standby = Standby(settings, connection, self._records, stop, self._meters, self._tell_alive)
+        self._standby = Standby(settings, connection, self._records, stop, self._instrumentation, self._tell_alive)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -136,7 +136,7 @@ class Leader:
         self._renamed_queues = RenamedQueues(broker, routes, epoch)
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
-        self._waking = Wakeup(connection, stop, settings, self._meters)
+        self._waking = Wakeup(connection, stop, settings, self._instrumentation)
         self._unrouted = Unrouted(self._bundler.types)
         self._cursors = {route.handler: leases.Cursor() for route in routes}
         self._batches_in_a_row = 0
@@ -169,7 +169,7 @@ class Leader:
 
     def _turn(self) -> None:
         self._require_leadership()
-        self._meters.alive("leading")
+        self._instrumentation.alive("leading")
         heard, called = self._waking.turn()
         batch = self._ahead.take(at_once=called)
         if batch.rows:
@@ -214,7 +214,7 @@ class Leader:
             recorded = self._records.execute(_RECORD, record)
         self._require_ownership(recorded.rowcount)
         self._postponed.published(batch.rows)
-        self._meters.published(len(batch.rows))
+        self._instrumentation.published(len(batch.rows))
         self._unrouted.meet(batch.rows)
         if self._unrouted.has_news:
             self._unrouted.write(self._records)
@@ -259,7 +259,7 @@ class Leader:
 
         self._through_outages(publish)
         self._postponed.sent(queued)
-        self._meters.sent(sent)
+        self._instrumentation.sent(sent)
 
     def _record_checkpoint(self) -> None:
         if self.checkpoint > self._recorded_checkpoint:
@@ -297,7 +297,7 @@ class Leader:
                 tries += 1
                 if is_wrong_type(error):
                     self._mend()
-                self._meters.alive("waiting_for_redis")
+                self._instrumentation.alive("waiting_for_redis")
                 if tries in (3, 30) or tries % 300 == 0:
                     log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
                 if self._stop.is_set():
@@ -328,7 +328,7 @@ class Leader:
             self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
         )
         sent = self._broker.publish(self._epoch, found)
-        self._meters.republished(sent)
+        self._instrumentation.republished(sent)
         if sent:
             log.warning("messages that were lost or dropped were sent again", messages=sent)
 
@@ -340,7 +340,7 @@ class Leader:
     def _tick(self) -> None:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
-        self._meters.alive("leading")
+        self._instrumentation.alive("leading")
         self._sequence.look()
         self._look_at_keys()
         self._record_checkpoint()
@@ -367,7 +367,7 @@ class Leader:
 
     def _reap(self) -> None:
         self._mend()
-        self._meters.reaped(self._broker.reap())
+        self._instrumentation.reaped(self._broker.reap())
 
     def _mend(self) -> None:
         if self._broker.mend((route.queue, route.handler) for route in self._routes):
@@ -399,7 +399,7 @@ class Leader:
                 [Unreadable(made.item.handler_name, made.item.position, made.problem) for made in part if made.problem]
             )
             self._send(partial(self._retries, part))
-        self._meters.retried(len(due))
+        self._instrumentation.retried(len(due))
         if due:
             self._waking.busy()
             # There may be more: after the next batch of live events, and without a rest.

@@ -41,7 +41,7 @@ from dovecote.store.loaders import load_anything
 from dovecote.store.reader import Connection, Reader
 from dovecote.store.sequence import SequenceFault
 from dovecote.telemetry.failures import is_conflict, is_transient
-from dovecote.telemetry.meters import RelayMeters, RelayState
+from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 
 log = structlog.get_logger()
 
@@ -105,7 +105,7 @@ _HEARD_WITHIN_SECONDS = 5.0
 
 
 def of_a_value(error: psycopg.Error) -> bool:
-    """Tell whether Postgres could not work with a value in a row, such as a number that would be too large."""
+    """Return whether Postgres could not work with a value in a row, such as a number that would be too large."""
     return isinstance(error, psycopg.DataError)
 
 
@@ -142,11 +142,11 @@ class Relay:
         settings: Settings,
         broker: OutboxBroker,
         routes: Sequence[Route],
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         maintain: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._broker = broker
         self._routes = routes
         self._stop = StopFlag()
@@ -185,7 +185,7 @@ class Relay:
                 ):
                     raise
                 tries += 1
-                self._meters.alive(_state_after(error))
+                self._instrumentation.alive(_state_after(error))
                 if tries in (1, 10) or tries % 100 == 0:
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
@@ -193,7 +193,7 @@ class Relay:
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 # Something that was read is not as we write it. It may be mended meanwhile, and ends no process.
                 tries += 1
-                self._meters.alive("starting")
+                self._instrumentation.alive("starting")
                 log.exception("relay cannot go on with what it has read", tries=tries, error=type(error).__name__)
                 self._stop.sleep(min(30.0, 0.5 * 2 ** min(tries, 8)))
 
@@ -241,7 +241,7 @@ class Relay:
             if tries % 60 == 0:
                 log.warning(schema.WAITING, newest=pending[-1])
             tries += 1
-            self._meters.alive("waiting_for_schema")
+            self._instrumentation.alive("waiting_for_schema")
             self._stop.sleep(1.0)
         self._schema_is_current = not self._stop.is_set()
 
@@ -257,7 +257,7 @@ class Relay:
                 if self._may_lead(connection, leadership):
                     return True
                 continue
-            self._meters.alive("standing_by")
+            self._instrumentation.alive("standing_by")
             if not stood_by:
                 stood_by = True
                 log.info("relay stands by")
@@ -281,7 +281,7 @@ class Relay:
         return False
 
     def _refuse(self, fault: str) -> None:
-        self._meters.alive("refuses")
+        self._instrumentation.alive("refuses")
         if self._refused != fault:
             self._refused = fault
             log.error("relay refuses to lead", fault=fault)
@@ -289,7 +289,7 @@ class Relay:
 
     def _lead(self, connection: Connection, leadership: LeaderLock) -> None:
         leadership.begin()
-        past = await_right_of_way(connection, self._broker, self._stop, self._meters)
+        past = await_right_of_way(connection, self._broker, self._stop, self._instrumentation)
         taken = take_over(connection, past, f"{socket.gethostname()}:{os.getpid()}")
         epoch = taken.epoch
         limits = self._settings.relay
@@ -302,7 +302,7 @@ class Relay:
                 connection=connection,
                 records=records,
                 broker=self._broker,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
                 passed_over=passed_over,
             )
             history.require_one_run()
@@ -317,7 +317,7 @@ class Relay:
                 maintain=self._maintain,
                 records=records,
                 leadership=leadership,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
             )
             reconciler = Reconciler(
                 connect=self._session,
@@ -327,7 +327,7 @@ class Relay:
                 settings=self._settings.relay,
                 epoch=epoch,
                 published_upto=lambda: leader.published_upto,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
             )
             with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
                 leader.lead()

@@ -595,7 +595,7 @@ MUTANTS = (
     Mutant(
         "a silent writer that is over is waited for",
         "dovecote/relay/wakeup.py",
-        "self._silent_writers & at_work",
+        "self._silent_writers & in_flight",
         "self._silent_writers",
         HELD,
     ),
@@ -739,7 +739,7 @@ MUTANTS = (
     Mutant(
         "an event is parked while the one before it is just being done",
         "dovecote/consumer/consumer.py",
-        "        while found.at_work is not None and self",
+        "        while found.in_flight is not None and self",
         "        while False and self",
         CONSUME,
     ),
@@ -830,7 +830,7 @@ MUTANTS = (
     Mutant(
         "a server that only the handler asks is waited for",
         "dovecote/consumer/consumer.py",
-        "if answers <= _MOST_ANSWERS:",
+        "if answers <= _MAX_ANSWERS:",
         "if True:",
         f"{CONSUME}::test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event",
     ),
@@ -895,7 +895,7 @@ MUTANTS = (
     Mutant(
         "an event is started for ever",
         "dovecote/consumer/consumer.py",
-        "                if starts >= MOST_STARTS:\n",
+        "                if starts >= MAX_STARTS:\n",
         "                if False:\n",
         SUSPECTS,
     ),
@@ -909,7 +909,7 @@ MUTANTS = (
     Mutant(
         "a mark outlives a clean return",
         "dovecote/broker/lua/hand_back.lua",
-        "        redis.call('hdel', KEYS[2] .. '.at_work', ARGV[i])\n",
+        "        redis.call('hdel', KEYS[2] .. '.in_flight', ARGV[i])\n",
         "",
         BROKER,
     ),
@@ -1345,7 +1345,7 @@ MUTANTS = (
     Mutant(
         "effects are not counted",
         "dovecote/consumer/consumer.py",
-        "            self.meters.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
+        "            self.instrumentation.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
         "",
         TOLD,
     ),
@@ -1359,14 +1359,14 @@ MUTANTS = (
     Mutant(
         "rings are not counted",
         "dovecote/relay/wakeup.py",
-        "                self._meters.rang()\n",
+        "                self._instrumentation.rang()\n",
         "                pass\n",
         WATCHED,
     ),
     Mutant(
         "waiting for Redis looks like leading",
         "dovecote/relay/leader.py",
-        '                self._meters.alive("waiting_for_redis")\n',
+        '                self._instrumentation.alive("waiting_for_redis")\n',
         "",
         TOLD,
     ),

@@ -23,7 +23,7 @@ from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store import leases
 from dovecote.store.leases import MAX_BUNDLE_BYTES, Cursor, DueDelivery
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support.processes import eventually
@@ -35,7 +35,7 @@ HANDLER = "test.note"
 
 
 @dataclass
-class Counts(RelayMeters):
+class Counts(RelayInstrumentation):
     """What the relay did."""
 
     messages: int = 0
