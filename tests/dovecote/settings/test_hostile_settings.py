@@ -15,6 +15,7 @@ from dovecote.operations import doctor
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
 from dovecote.settings import Settings
+from dovecote.store import connections
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
