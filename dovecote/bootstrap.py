@@ -7,10 +7,8 @@ An application starts its processes with its app object, or has them find it: `d
 import gc
 import resource
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -18,33 +16,32 @@ import dramatiq
 import structlog
 from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import CurrentMessage, Middleware
-from psycopg.types.json import set_json_loads
 from sqlalchemy import Engine
-from sqlalchemy.event import listen
 
-from dovecote import telemetry
 from dovecote.broker.broker import OrjsonEncoder, OutboxBroker
 from dovecote.broker.fetcher import refuse as refuse_message
 from dovecote.broker.poison import Suspect
 from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.consumer.time_limits import GRACE_SECONDS
-from dovecote.envelope.message_reader import Received, Refused
-from dovecote.envelope.stored_json import read_stored
+from dovecote.envelope.message_reader import Received, RefusedMessage
 from dovecote.masking import never_show
 from dovecote.migrations import schema
 from dovecote.operations.maintainer import Maintainer
-from dovecote.processes import terminal
 from dovecote.processes.children import die_with_parent
+from dovecote.processes.terminal import refuse
 from dovecote.relay.relay import Relay
 from dovecote.route import Dovecote, InvalidRoute, Purge, Route, distinct, queues
 from dovecote.settings import Settings, SettingsError, load_settings, secrets
 from dovecote.settings.application import find_app
-from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
-from dovecote.store.loaders import loads_anything
+from dovecote.store.connections import sessions_for
+from dovecote.store.engines import engine_for
 from dovecote.store.lookup import history_in
 from dovecote.store.pauses import HandlerPaused
-from dovecote.telemetry.meters import ConsumerMeters, RelayMeters
+from dovecote.telemetry.configure import configure
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation, RelayInstrumentation
+from dovecote.telemetry.logs import log_uncaught
+from dovecote.telemetry.traces import end_traces
 from dovecote.unit_of_work import UnitOfWork
 
 log = structlog.get_logger()
@@ -59,14 +56,14 @@ def start_consumers(app: Dovecote) -> None:
     """Set up this process to act on events; called in each worker process of Dramatiq."""
     routes = app.routes
     settings = settings_or_exit()
-    telemetry.configure(settings.telemetry, "consumers")
-    telemetry.log_uncaught()
+    configure(settings.telemetry, "consumers")
+    log_uncaught()
     # A killed master must not leave its workers behind.
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
-    meters = _consumer_meters(settings, routes)
+    instrumentation = _consumer_instrumentation(settings, routes)
     middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()]
-    broker = broker_for(settings, middleware, meters)
+    broker = broker_for(settings, middleware, instrumentation)
     engine = consumer_engine(settings, routes)
     consumer = Consumer(
         sessions_for(engine),
@@ -74,7 +71,7 @@ def start_consumers(app: Dovecote) -> None:
         stopping,
         settings.consumers.outage_max_backoff_seconds,
         partial(schema.await_current, engine, stopping),
-        meters,
+        instrumentation,
         keyring=settings.keyring_if_given(),
     )
     declare_handlers(broker, consumer, routes)
@@ -113,25 +110,28 @@ def run_relay(app: Dovecote) -> None:
     """Be a relay until SIGTERM or SIGINT."""
     routes = app.routes
     settings = settings_or_exit()
-    telemetry.configure(settings.telemetry, "relay")
-    telemetry.log_uncaught()
-    running = relay_for(settings, routes, _relay_meters(settings, routes), app.purges)
+    configure(settings.telemetry, "relay")
+    log_uncaught()
+    running = relay_for(settings, routes, _relay_instrumentation(settings, routes), app.purges)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
     try:
         running.run()
     finally:
-        telemetry.end_traces()
+        end_traces()
 
 
 def relay_for(
-    settings: Settings, routes: Sequence[Route], meters: RelayMeters | None = None, purges: Sequence[Purge] = ()
+    settings: Settings,
+    routes: Sequence[Route],
+    instrumentation: RelayInstrumentation | None = None,
+    purges: Sequence[Purge] = (),
 ) -> Relay:
     """Return a relay that is not running yet."""
     broker = broker_for(settings, [])
     for queue in queues(routes):
         broker.declare_queue(queue)
-    return Relay(settings, broker, routes, meters, Maintainer(settings, routes, purges).start)
+    return Relay(settings, broker, routes, instrumentation, Maintainer(settings, routes, purges).start)
 
 
 def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
@@ -148,32 +148,6 @@ def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
         # Before statement_timeout, which would be a failure.
         lock_timeout=settings.database.statement_timeout_ms // 2,
     )
-
-
-def engine_for(settings: Settings, application_name: str, **session_settings: object) -> Engine:
-    """Return an engine with the settings' pool and time-outs, whatever those of the role or the database are."""
-    database = settings.database
-    engine = connect(
-        database.url.get_secret_value(),
-        pool_size=database.pool_size,
-        connect_timeout_seconds=database.connect_timeout_seconds,
-        statement_timeout_ms=database.statement_timeout_ms,
-        application_name=application_name,
-        session_settings={**NO_TIME_LIMITS, **session_settings},
-    )
-    # Postgres keeps numbers and nestings that Python's own parser refuses with an error.
-    listen(engine, "connect", lambda connection, _: set_json_loads(read_stored, connection))
-    return engine
-
-
-@contextmanager
-def engine_during(settings: Settings) -> Iterator[Engine]:
-    """Give an engine for the length of a command."""
-    engine = loads_anything(engine_for(settings, "dovecote cli", **ONLY_OUR_NAMES))
-    try:
-        yield engine
-    finally:
-        engine.dispose()
 
 
 def app_or_exit() -> Dovecote:
@@ -196,13 +170,9 @@ def settings_or_exit() -> Settings:
     return settings
 
 
-def refuse(sentence: str) -> NoReturn:
-    """End the process with code 2: it was started wrongly."""
-    terminal.write_line(sys.stderr, sentence, before="dovecote: ")
-    raise SystemExit(2)
-
-
-def broker_for(settings: Settings, middleware: list[Middleware], meters: ConsumerMeters | None = None) -> OutboxBroker:
+def broker_for(
+    settings: Settings, middleware: list[Middleware], instrumentation: ConsumerInstrumentation | None = None
+) -> OutboxBroker:
     """Return a broker on the settings' Redis; no connection is made yet."""
     # Every process must speak the same JSON; the relay writes it by hand.
     dramatiq.set_encoder(OrjsonEncoder())
@@ -215,12 +185,12 @@ def broker_for(settings: Settings, middleware: list[Middleware], meters: Consume
         # The relay reaps every few seconds; the workers need not.
         maintenance_chance=0,
         middleware=middleware,
-        meters=meters,
+        instrumentation=instrumentation,
         publish_bytes=settings.relay.publish_bytes,
     )
 
 
-def _consumer_meters(settings: Settings, routes: Sequence[Route]) -> ConsumerMeters | None:
+def _consumer_instrumentation(settings: Settings, routes: Sequence[Route]) -> ConsumerInstrumentation | None:
     if not settings.telemetry.http_port:
         return None
     from dovecote.exporter.server import show_consumers  # slow to import
@@ -228,7 +198,7 @@ def _consumer_meters(settings: Settings, routes: Sequence[Route]) -> ConsumerMet
     return show_consumers(settings, routes)
 
 
-def _relay_meters(settings: Settings, routes: Sequence[Route]) -> RelayMeters | None:
+def _relay_instrumentation(settings: Settings, routes: Sequence[Route]) -> RelayInstrumentation | None:
     if not settings.telemetry.http_port:
         return None
     from dovecote.exporter.server import show_relay  # slow to import
@@ -242,9 +212,9 @@ def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = No
     def act(received: Received) -> None:
         try:
             contents = consumer.open(received, route)
-            its_route = route or Route(handler=contents.handler, events=(), act=_not_here, queue=contents.queue)
-        except (Refused, InvalidRoute) as error:
-            refused = error if isinstance(error, Refused) else Refused("unreadable", str(error))
+            its_route = route or Route(handler=contents.handler, events=(), function=_not_here, queue=contents.queue)
+        except (RefusedMessage, InvalidRoute) as error:
+            refused = error if isinstance(error, RefusedMessage) else RefusedMessage("unreadable", str(error))
             refuse_message(_message_at_hand(), refused)
             return
         suspect = None
@@ -252,7 +222,7 @@ def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = No
             queue = f"{broker.namespace}:{received.queue}"
             suspect = Suspect(broker.client, consumer.message_keys, queue, received.id, received.crashes)
         consume = consumer.consume if route else consumer.keep_for_other_code
-        with consumer.meters.at_work(its_route.handler, len(contents.envelopes)):
+        with consumer.instrumentation.in_flight(its_route.handler, len(contents.envelopes)):
             consume(
                 its_route,
                 contents.envelopes,
@@ -292,7 +262,7 @@ class _RequiresKeys(Middleware):
 
 
 class _StopsWaiting(Middleware):
-    """Tells consumers that wait for a server to give their message back when the process must end."""
+    """Has consumers that wait for a server requeue their message when the process must end."""
 
     def __init__(self, stopping: threading.Event) -> None:
         self._stopping = stopping
@@ -305,4 +275,4 @@ class _SendsLastSpans(Middleware):
     """Sends what was not exported yet: Dramatiq's processes end without a word to `atexit`."""
 
     def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
-        telemetry.end_traces()
+        end_traces()

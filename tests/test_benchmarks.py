@@ -91,7 +91,7 @@ def test_a_batch_costs_three_statements_and_one_script(settings: Settings, monke
     """Reading, publishing and recording a batch more: horizon, rows, record; and one EVALSHA."""
     # What is done by the clock would be counted with the batches on a slow machine.
     monkeypatch.setattr(leading, "_TICK_SECONDS", 3_600.0)
-    monkeypatch.setattr(replaying, "_LOOK_SECONDS", 3_600.0)
+    monkeypatch.setattr(replaying, "_POLL_INTERVAL_SECONDS", 3_600.0)
     few = _lead_through(settings, batches=2)
     many = _lead_through(settings, batches=12)
 

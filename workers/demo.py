@@ -1,4 +1,4 @@
-"""Write mixed events of the three domains and wait until each is an effect, once."""
+"""Write mixed events of the three slices and wait until each is an effect, once."""
 
 import random
 import time
@@ -23,11 +23,11 @@ from dovecote.unit_of_work import UnitOfWork, unit_of_work
 _PER_TRANSACTION = 20
 _NUMBERS = 100
 
-# A demonstration asks again and again for the codes of a hundred numbers that do not exist.
+# A demonstration asks again and again for the codes of a hundred numbers that reach nobody.
 _WIDE = verification.Allowance(pause=timedelta(0), codes_an_hour=10_000, codes_a_day=10_000, answers_an_hour=10_000)
 _LIMITS = verification.Limits(phone=_WIDE, user=_WIDE)
 
-Scenario = Callable[[UnitOfWork, datetime], None]
+UseCase = Callable[[UnitOfWork, datetime], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Report:
 
     processed   events a handler has acted on
     lost        events that are, after the wait, neither processed nor known as retrying, waiting or dead
-    duplicated  effects beyond one a event
+    duplicated  effects beyond one per event
     """
 
     written: int
@@ -68,14 +68,14 @@ def run(
     began = time.monotonic()
     after = _last_position(engine)
     written = 0
-    scenarios = _scenarios(run_id, keys, random.Random(run_id.int))
+    use_cases = _use_cases(run_id, keys, random.Random(run_id.int))
     while written < events:
-        written += _write(sessions, run_id, list(islice(scenarios, min(_PER_TRANSACTION, events - written))))
+        written += _write(sessions, run_id, list(islice(use_cases, min(_PER_TRANSACTION, events - written))))
         progress(written, 0)
     deadline = time.monotonic() + timeout_seconds
     while (processed := _count(engine, _PROCESSED, run_id, after)) < written and time.monotonic() < deadline:
         progress(written, processed)
-        time.sleep(0.05)  # the database is asked for the condition; nothing notifies us
+        time.sleep(0.05)  # the database is polled: it has no notification for this
     progress(written, processed)
     return Report(
         written=written,
@@ -83,20 +83,20 @@ def run(
         processed=processed,
         lost=max(0, written - processed - _count(engine, _ON_THEIR_WAY, run_id, after)),
         # Fewer effects than events is what `lost` says already.
-        duplicated=max(0, _count(engine, _EFFECTS, run_id, after) - _count(engine, _FACTS_WITH_EFFECT, run_id, after)),
+        duplicated=max(0, _count(engine, _EFFECTS, run_id, after) - _count(engine, _EVENTS_WITH_EFFECT, run_id, after)),
         seconds=round(time.monotonic() - began, 3),
     )
 
 
-def _write(sessions: Sessions, run_id: UUID, scenarios: list[Scenario]) -> int:
+def _write(sessions: Sessions, run_id: UUID, use_cases: list[UseCase]) -> int:
     with unit_of_work(sessions, headers={"correlation_id": str(run_id)}) as uow:
-        for scenario in scenarios:
-            scenario(uow, datetime.now(UTC))
-    return len(scenarios)
+        for use_case in use_cases:
+            use_case(uow, datetime.now(UTC))
+    return len(use_cases)
 
 
-def _scenarios(run_id: UUID, keys: Keyring, chance: random.Random) -> Iterator[Scenario]:
-    """Yield scenarios of exactly one event each."""
+def _use_cases(run_id: UUID, keys: Keyring, chance: random.Random) -> Iterator[UseCase]:
+    """Yield use cases of exactly one event each."""
     # In turn, so that two demonstrations lock numbers in the same order.
     for turn in count(chance.randrange(_NUMBERS)):
         yield from _membership(f"demo-{run_id}", chance)
@@ -105,7 +105,7 @@ def _scenarios(run_id: UUID, keys: Keyring, chance: random.Random) -> Iterator[S
         yield from _challenge(f"demo-{run_id}", keys, turn)
 
 
-def _membership(user: str, chance: random.Random) -> Iterator[Scenario]:
+def _membership(user: str, chance: random.Random) -> Iterator[UseCase]:
     opened: list[UUID] = []
     tier = chance.choice([billing.Tier.MONTHLY, billing.Tier.ANNUAL])
 
@@ -122,7 +122,7 @@ def _membership(user: str, chance: random.Random) -> Iterator[Scenario]:
     yield from (start, activate, pay)
 
 
-def _quote(symbol: str, chance: random.Random) -> Scenario:
+def _quote(symbol: str, chance: random.Random) -> UseCase:
     def quote(uow: UnitOfWork, at: datetime) -> None:
         price = Decimal(chance.randrange(1, 1_000_000)) / 100
         pricing.record_quotes(uow, [pricing.Quote(symbol=symbol, price=price, as_of=at)], at)
@@ -130,7 +130,7 @@ def _quote(symbol: str, chance: random.Random) -> Scenario:
     return quote
 
 
-def _challenge(user: str, keys: Keyring, turn: int) -> Iterator[Scenario]:
+def _challenge(user: str, keys: Keyring, turn: int) -> Iterator[UseCase]:
     issued: list[UUID] = []
     user_id = f"{user}-{uuid7()}"
     # 555-0100 to 555-0199 are kept for fiction: no message can reach anybody (NANPA).
@@ -159,10 +159,10 @@ _PROCESSED = f"""
 _ON_THEIR_WAY = f"""
     select count(*) {_OURS} and exists (select from dovecote.deliveries d where d.event_id = o.id)
 """  # noqa: S608
-_FACTS_WITH_EFFECT = f"select count(*) {_OURS} and o.event_type ~ '^(billing|pricing)[.]'"
-# What the ledgers say: one hiscenario line a billing event, one count a quote.
+_EVENTS_WITH_EFFECT = f"select count(*) {_OURS} and o.event_type ~ '^(billing|pricing)[.]'"
+# What the ledgers say: one history line for each billing event, one count for each quote.
 _EFFECTS = """
-    select (select count(*) from dovecote.billing_hiscenario h where h.user_id = 'demo-' || :run_id)
+    select (select count(*) from dovecote.billing_history h where h.user_id = 'demo-' || :run_id)
          + (select coalesce(sum(l.quotes_applied), 0) from dovecote.latest_prices l
             where l.symbol in (select 'DEMO-' || :run_id || '-' || n from generate_series(0, 4) n))
 """

@@ -24,7 +24,7 @@ from dovecote.errors import DovecoteError
 # flood of made-up key ids costs Postgres one question in that time, and an honest message no wait.
 _AGE_SECONDS, _ASK_AGAIN_SECONDS = 5, 3.0
 # How long a key that was revoked may still be taken.
-_LOOK_SECONDS = 10.0
+_POLL_INTERVAL_SECONDS = 10.0
 # While Postgres is away.
 _PAUSE_SECONDS = 1.0
 
@@ -60,7 +60,7 @@ class MessageKey:
         return b"".join((unsigned, BEFORE_SIGNATURE, self.id, _digest(self._for_messages, unsigned), AFTER_SIGNATURE))
 
     def has_signed(self, message: bytes) -> bool:
-        """Tell whether the message is whole and as this key has signed it."""
+        """Return whether the message is whole and as this key has signed it."""
         digest = _digest(self._for_messages, memoryview(message)[:-TAIL_BYTES])
         expected = b"".join((BEFORE_SIGNATURE, self.id, digest, AFTER_SIGNATURE))
         return hmac.compare_digest(message[-TAIL_BYTES:], expected)
@@ -70,7 +70,7 @@ class MessageKey:
         return b"".join((mark, b"\n", self.id, self._mark_digest(message_id, mark)))
 
     def has_signed_mark(self, message_id: str, mark: bytes, digest: bytes) -> bool:
-        """Tell whether the mark is as this key has signed it for this message."""
+        """Return whether the mark is as this key has signed it for this message."""
         return hmac.compare_digest(digest, self._mark_digest(message_id, mark))
 
     def _mark_digest(self, message_id: str, mark: bytes) -> bytes:
@@ -155,7 +155,7 @@ class MessageKeys:
                 if time.monotonic() - self._asked_at >= _ASK_AGAIN_SECONDS:
                     self._ask()
                 return self._keys.get(id)
-        if time.monotonic() - max(self._asked_at + _LOOK_SECONDS, self._tried_at + _PAUSE_SECONDS) >= 0:
+        if time.monotonic() - max(self._asked_at + _POLL_INTERVAL_SECONDS, self._tried_at + _PAUSE_SECONDS) >= 0:
             self._look()
             found = self._keys.get(id)
         return found

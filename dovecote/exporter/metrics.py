@@ -1,6 +1,6 @@
-"""What relay and consumers tell, kept as Prometheus metrics. The catalogue is in the docstring of the package.
+"""What relay and consumers report, kept as Prometheus metrics. The catalogue is in the docstring of the package.
 
-The consumers of one Dramatiq master keep theirs in files of one directory, so that any of them can tell for all.
+The consumers of one Dramatiq master keep theirs in files of one directory, so that any of them can report for all.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ from prometheus_client import (
 
 from dovecote.envelope import Envelope
 from dovecote.processes.children import started_at
-from dovecote.processes.state_directory import make_ours
+from dovecote.processes.state_directory import ensure_private_directory
 from dovecote.store.delivery_state import DeliveryState
-from dovecote.telemetry.meters import ConsumerMeters, RelayMeters, RelayState
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation, RelayInstrumentation, RelayState
 
 _EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3_600)
@@ -53,7 +53,7 @@ class BulkHistogram(Histogram):
             below = upto
 
 
-class RelayMetrics(RelayMeters):
+class RelayMetrics(RelayInstrumentation):
     """Of one relay, in the memory of its process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -83,9 +83,9 @@ class RelayMetrics(RelayMeters):
             registry=registry,
         )
         self._reaped = Counter(
-            "dovecote_reaped_messages_total", "Messages taken back from dead workers.", registry=registry
+            "dovecote_reaped_messages_total", "Messages requeued from dead workers.", registry=registry
         )
-        self._rings = Counter("dovecote_wakeups_total", "Times a writer woke the relay.", registry=registry)
+        self._wakeups = Counter("dovecote_wakeups_total", "Times a writer woke the relay.", registry=registry)
         for state in get_args(RelayState):
             self._state.labels(state=state).set(state == self.state)
         self.alive("starting")
@@ -118,10 +118,10 @@ class RelayMetrics(RelayMeters):
         self._reaped.inc(messages)
 
     def rang(self) -> None:
-        self._rings.inc()
+        self._wakeups.inc()
 
 
-class ConsumerMetrics(ConsumerMeters):
+class ConsumerMetrics(ConsumerInstrumentation):
     """Of one worker process, in files that all workers of its master share; see `shared_directory`."""
 
     def __init__(self, handlers: Iterable[str]) -> None:
@@ -134,7 +134,7 @@ class ConsumerMetrics(ConsumerMeters):
             multiprocess_mode="liveall",
             registry=None,
         )
-        self._at_work = Gauge(
+        self._in_flight = Gauge(
             "dovecote_in_flight_seconds",
             "How long the oldest bundle in a handler's hands has been there; 0 when idle.",
             multiprocess_mode="liveall",
@@ -168,12 +168,12 @@ class ConsumerMetrics(ConsumerMeters):
 
     def fetching(self, queue: str) -> None:
         self._fetched[queue] = time.time()
-        # The thread of each queue tells of its own; the one that has been silent longest is what matters.
+        # The thread of each queue reports its own; the one that has been silent longest is what matters.
         self._heartbeat.set(min(list(self._fetched.values())))
-        self._at_work.set(self._oldest_at_work())
+        self._in_flight.set(self._oldest_in_flight())
 
     @contextmanager
-    def at_work(self, handler: str, events: int) -> Iterator[None]:
+    def in_flight(self, handler: str, events: int) -> Iterator[None]:
         thread = threading.get_ident()
         self._began[thread] = time.monotonic()
         try:
@@ -182,12 +182,12 @@ class ConsumerMetrics(ConsumerMeters):
             del self._began[thread]
             self._bundle.labels(handler=handler).observe(events)
 
-    def _oldest_at_work(self) -> float:
+    def _oldest_in_flight(self) -> float:
         began = list(self._began.values())
         return time.monotonic() - min(began) if began else 0.0
 
-    def handled(self, handler: str, moments: Sequence[float]) -> None:
-        self._duration.labels(handler=handler).observe_many(after - before for before, after in pairwise(moments))
+    def handled(self, handler: str, times: Sequence[float]) -> None:
+        self._duration.labels(handler=handler).observe_many(after - before for before, after in pairwise(times))
 
     def acted(self, handler: str, envelopes: Sequence[Envelope], *, again: bool) -> None:
         self._processed.labels(handler=handler).inc(len(envelopes))
@@ -221,8 +221,8 @@ def _histogram(name: str, meaning: str, buckets: Sequence[float]) -> BulkHistogr
     return BulkHistogram(name, meaning, ["handler"], buckets=buckets, registry=None)
 
 
-class OwnHeartbeat(ConsumerMeters):
-    """Of a worker that has no place for metrics: it works, and can tell that it lives."""
+class OwnHeartbeat(ConsumerInstrumentation):
+    """Of a worker that has no place for metrics: it works, and can show that it lives."""
 
     def __init__(self) -> None:
         self.heartbeat = time.time()
@@ -240,7 +240,7 @@ def shared_directory(secret: str = "") -> Path:
     It belongs to the master, by pid and start: one that gets the pid of another begins with nothing. Its name follows
     from `secret` besides, so that all workers find it and nobody else can make it before them. What masters left that
     are gone is removed.
-    Errors: HomeError or OSError when it cannot be made.
+    Errors: StateDirectoryError or OSError when it cannot be made.
     """
     temporary, ours = Path(tempfile.gettempdir()), f"dovecote-metrics-{os.geteuid()}-"
     for left in temporary.glob(f"{ours}*"):
@@ -251,15 +251,15 @@ def shared_directory(secret: str = "") -> Path:
     owner = f"{master}-{started_at(master)}"
     digest = hashlib.blake2b(owner.encode(), key=hashlib.sha256(secret.encode()).digest(), digest_size=12).hexdigest()
     directory = temporary / f"{ours}{owner}-{digest}"
-    make_ours(directory)
+    ensure_private_directory(directory)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     # Chosen when prometheus_client is imported, which a handler's module may have done before us.
     values.ValueClass = values.get_value_class()
     return directory
 
 
-def told_by_all(directory: Path) -> CollectorRegistry:
-    """Return what all workers that share the directory have told, also those that are gone."""
+def merged_registry(directory: Path) -> CollectorRegistry:
+    """Return what all workers that share the directory have reported, also dead ones."""
     for file in directory.glob("gauge_live*.db"):
         pid = int(file.stem.rpartition("_")[2])
         if started_at(pid) is None:
@@ -273,7 +273,7 @@ def heartbeats(directory: Path) -> Mapping[int, float]:
     """Return the last sign of life of each worker, in Unix time, by its pid."""
     return {
         int(sample.labels["pid"]): sample.value
-        for metric in told_by_all(directory).collect()
+        for metric in merged_registry(directory).collect()
         if metric.name == "dovecote_heartbeat_timestamp_seconds"
         for sample in metric.samples
     }

@@ -2,7 +2,7 @@
 
 Both are direct children of this process, on the loopback, behind a random password, and they end
 when it ends, even by SIGKILL. What is committed stays: fsync and the append-only file are on
-unless the caller says otherwise. One directory belongs to one process at a time (`Home.lock`).
+unless the caller says otherwise. One directory belongs to one process at a time (`StateDirectory.lock`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from redis.retry import Retry
 from dovecote.local.binaries import NoBinary, Program, ServerError, find_postgres, find_redis
 from dovecote.local.child_server import ChildServer, Server, StartFailed, WrongVersion, bare_environment, write_private
 from dovecote.processes.children import dying_with_us, listens, runs_as
-from dovecote.processes.state_directory import make_ours
+from dovecote.processes.state_directory import ensure_private_directory
 
 __all__ = ["NoBinary", "Postgres", "Redis", "Server", "ServerError", "WrongVersion", "servers"]
 
@@ -43,33 +43,33 @@ class Postgres(ChildServer):
         return f"postgresql://dovecote:{self._password}@127.0.0.1:{self._port}/dovecote"
 
     def _make_data(self) -> None:
-        """Make the cluster and its database aside and rename it: it is there whole, or not at all."""
+        """Make the cluster and its database in a temporary directory and rename it: all of it is there or nothing."""
         if (self.data / "PG_VERSION").exists():
             self._check_version()
             return
         for abandoned in self.directory.glob("new-*"):
             shutil.rmtree(abandoned, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(dir=self.directory, prefix="new-"))
+        new = Path(tempfile.mkdtemp(dir=self.directory, prefix="new-"))
         try:
-            self._init(aside)
-            (aside / "data").rename(self.data)
+            self._init(new)
+            (new / "data").rename(self.data)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
 
-    def _init(self, aside: Path) -> None:
-        password = aside / "password"
+    def _init(self, new: Path) -> None:
+        password = new / "password"
         write_private(password, self._password)
         if self._user:
-            os.chown(aside, self._user.uid, self._user.gid)
+            os.chown(new, self._user.uid, self._user.gid)
             os.chown(password, self._user.uid, self._user.gid)
-        initdb = [str(self._program.path.with_name("initdb")), "--pgdata", str(aside / "data")]
+        initdb = [str(self._program.path.with_name("initdb")), "--pgdata", str(new / "data")]
         initdb += ["--username=dovecote", "--auth=scram-sha-256", f"--pwfile={password}"]
         initdb += ["--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"]
         if self._settings.get("fsync") == "off":
             initdb += ["--no-sync"]
         self._run(initdb)
         # Single-user mode: no port, no password, nobody else, and the rename comes after it.
-        single = [str(self._program.path), "--single", "-D", str(aside / "data"), "postgres"]
+        single = [str(self._program.path), "--single", "-D", str(new / "data"), "postgres"]
         self._run(single, b"CREATE DATABASE dovecote\n")
 
     def _run(self, command: list[str], stdin: bytes = b"") -> None:
@@ -195,7 +195,7 @@ def servers(
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Server, Server]]:
     """Run both in `directory`, which is made if it is missing; both are stopped however this ends."""
-    make_ours(directory)
+    ensure_private_directory(directory)
     postgres = Postgres(directory / "postgres", postgres_settings, environ=environ)
     cache = Redis(directory / "redis", redis_settings, environ=environ)
     try:

@@ -20,9 +20,9 @@ from hashlib import blake2b
 from uuid import uuid4
 
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker, RedisUsage
-from dovecote.broker.redis_client import PASSING
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.fence import Claim, Fence, RedisFence
@@ -30,7 +30,7 @@ from dovecote.store import relay_state
 from dovecote.store.envelopes import Connection
 from dovecote.store.relay_state import MAX_AHEAD, TakenOver
 from dovecote.store.runs import Run, server_run
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -80,7 +80,9 @@ def require_right_of_way(run: str, seen: Fence) -> None:
         raise StandsBack(ours, theirs)
 
 
-def await_right_of_way(connection: Connection, broker: OutboxBroker, stop: StopFlag, meters: RelayMeters) -> int:
+def await_right_of_way(
+    connection: Connection, broker: OutboxBroker, stop: StopFlag, instrumentation: RelayInstrumentation
+) -> int:
     """Stand back, and log it, while a relay of a newer database uses this Redis. Return the epoch that Redis has seen.
 
     0 while Redis is away: `verify_redis` asks again. The session is kept, and its lock with it.
@@ -91,14 +93,14 @@ def await_right_of_way(connection: Connection, broker: OutboxBroker, stop: StopF
     while True:
         try:
             seen = redis_fence.read()
-        except PASSING:
+        except RedisError:
             return 0
         try:
             require_right_of_way(run, seen)
         except StandsBack as reason:
             if stop.is_set():
                 raise
-            meters.alive("standing_back")
+            instrumentation.alive("standing_back")
             relay_state.stand_back(connection, seen.instance)
             if tries % _LOG_EVERY == 0:
                 log.error("relay stands back", why=str(reason))
@@ -122,12 +124,12 @@ class History:
         connection: Connection,
         broker: OutboxBroker,
         records: Connection | None = None,
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         sends_again: bool = False,
     ) -> None:
         self._connection = connection
         self._records = records or connection
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._broker = broker
         self._fence = RedisFence(broker)
         self.epoch = taken.epoch
@@ -156,18 +158,18 @@ class History:
         """Claim Redis for this epoch. If it or Postgres is not in the recorded state, a new history begins.
 
         `send_again` puts on the queues what is published, not processed and not queued.
-        Errors: NewerRelay, RedisLost, PASSING, those of `send_again`.
+        Errors: NewerRelay, RedisLost, RedisError, those of `send_again`.
         """
         seen = self._fence.read()
         if not self._claims_as_known(seen.redis_run):
             # Until the last message is sent again, no Redis is recorded: a crash in between starts this over.
-            self._meters.alive("sending_again")
+            self._instrumentation.alive("sending_again")
             self._sends_again = True
             self._begin(seen)
         self._known_redis = known_redis(seen.redis_run, self.epoch)
         self._confirmed_heartbeat = self._claim.heartbeat
         if self._sends_again:
-            self._meters.alive("sending_again")
+            self._instrumentation.alive("sending_again")
             with self._heartbeats():
                 send_again()
         relay_state.remember_redis(self._connection, self.epoch, self._known_redis)
@@ -203,7 +205,7 @@ class History:
 
     def send_heartbeat(self) -> None:
         """Show in Redis that this leader is alive, or a relay of an older Postgres would no longer stand back."""
-        with suppress(*PASSING):
+        with suppress(RedisError):
             self._fence.heartbeat(self._claim, self._confirmed_heartbeat)
 
     @contextmanager
@@ -229,7 +231,7 @@ class History:
             total += number
             if time.monotonic() >= next_at:
                 next_at = time.monotonic() + _KEEP_ALIVE_SECONDS
-                self._meters.alive("sending_again")
+                self._instrumentation.alive("sending_again")
                 self._connection.execute("select")
         return total
 

@@ -11,9 +11,10 @@ from functools import partial
 from itertools import chain
 
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
-from dovecote.broker.redis_client import PASSING, is_wrong_type
+from dovecote.broker.redis_client import is_wrong_type
 from dovecote.envelope.signatures import SigningKeys
 from dovecote.errors import RedisLost
 from dovecote.processes.stop_flag import StopFlag
@@ -37,8 +38,8 @@ from dovecote.store.runs import outbox_run
 from dovecote.store.sequence import SequenceWatch
 from dovecote.store.unrouted import Unrouted
 from dovecote.store.unsendable import Unreadable, report, set_aside
-from dovecote.telemetry import publishing
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
+from dovecote.telemetry.traces import publishing
 from dovecote.unit_of_work.backoff import Backoff
 
 log = structlog.get_logger()
@@ -77,7 +78,7 @@ class Leader:
         stop: StopFlag,
         history: History,
         maintain: Callable[[], None] | None = None,
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         records: Connection | None = None,
         leadership: LeaderLock | None = None,
     ) -> None:
@@ -95,10 +96,10 @@ class Leader:
         self._history = history
         self._epoch = epoch = history.epoch
         self._maintain = maintain
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._ahead = ReadAhead(reader)
         self._sequence = SequenceWatch(connection, epoch, run)
-        self._standby = Standby(settings, connection, self._records, stop, self._meters, self._send_heartbeat)
+        self._standby = Standby(settings, connection, self._records, stop, self._instrumentation, self._send_heartbeat)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -123,7 +124,7 @@ class Leader:
         self._renamed_queues = RenamedQueues(broker, routes, epoch)
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
-        self._waking = Wakeup(connection, stop, settings, self._meters)
+        self._waking = Wakeup(connection, stop, settings, self._instrumentation)
         self._unrouted = Unrouted(self._bundler.types)
         self._cursors = {route.handler: leases.Cursor() for route in routes}
         self._batches_in_a_row = 0
@@ -156,7 +157,7 @@ class Leader:
 
     def _turn(self) -> None:
         self._require_leadership()
-        self._meters.alive("leading")
+        self._instrumentation.alive("leading")
         heard, called = self._waking.turn()
         batch = self._ahead.take(at_once=called)
         if batch.rows:
@@ -200,7 +201,7 @@ class Leader:
             recorded = published_batches.record(self._records, self._epoch, where, len(batch.rows))
         relay_state.require_leader(self._epoch, recorded)
         self._postponed.published(batch.rows)
-        self._meters.published(len(batch.rows))
+        self._instrumentation.published(len(batch.rows))
         self._unrouted.meet(batch.rows)
         if self._unrouted.has_news:
             self._unrouted.write(self._records)
@@ -245,7 +246,7 @@ class Leader:
 
         self._through_outages(publish)
         self._postponed.sent(queued)
-        self._meters.sent(sent)
+        self._instrumentation.sent(sent)
 
     def _record_checkpoint(self) -> None:
         if self.checkpoint > self._recorded_checkpoint:
@@ -274,11 +275,11 @@ class Leader:
                 if tries:
                     self._spare_workers(time.monotonic() - began)
                 return
-            except (*PASSING, RedisLost) as error:
+            except (RedisError, RedisLost) as error:
                 tries += 1
                 if is_wrong_type(error):
                     self._mend()
-                self._meters.alive("waiting_for_redis")
+                self._instrumentation.alive("waiting_for_redis")
                 if _BACKOFF.should_log(tries):
                     log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
                 if self._stop.is_set():
@@ -309,7 +310,7 @@ class Leader:
             self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
         )
         sent = self._broker.publish(self._epoch, found)
-        self._meters.republished(sent)
+        self._instrumentation.republished(sent)
         if sent:
             log.warning("messages that were lost or dropped were sent again", messages=sent)
 
@@ -321,7 +322,7 @@ class Leader:
     def _tick(self) -> None:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
-        self._meters.alive("leading")
+        self._instrumentation.alive("leading")
         self._sequence.look()
         self._look_at_keys()
         self._record_checkpoint()
@@ -348,7 +349,7 @@ class Leader:
 
     def _reap(self) -> None:
         self._mend()
-        self._meters.reaped(self._broker.reap())
+        self._instrumentation.reaped(self._broker.reap())
 
     def _mend(self) -> None:
         if self._broker.mend((route.queue, route.handler) for route in self._routes):
@@ -380,7 +381,7 @@ class Leader:
                 [Unreadable(made.item.handler_name, made.item.position, made.problem) for made in part if made.problem]
             )
             self._send(partial(self._retries, part))
-        self._meters.retried(len(due))
+        self._instrumentation.retried(len(due))
         if due:
             self._waking.busy()
             # There may be more: after the next batch of live events, and without a rest.

@@ -18,9 +18,9 @@ from itertools import islice
 from uuid import UUID
 
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
-from dovecote.broker.redis_client import PASSING
 from dovecote.envelope.signatures import NoMessageKey, valid_keys
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import recovery
@@ -32,7 +32,7 @@ from dovecote.store import progress, published_batches
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Connection, Reader
 from dovecote.store.unsendable import Unreadable, report, set_aside
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -64,7 +64,7 @@ class Reconciler:
         settings: RelaySettings,
         epoch: int,
         published_upto: Callable[[], int],
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
     ) -> None:
         self._connect = connect
         self._broker = broker
@@ -74,7 +74,7 @@ class Reconciler:
         self._settings = settings
         self._epoch = epoch
         self._published_upto = published_upto
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         after = settings.reconcile_after_seconds
         self._pause = min(_LONGEST_PAUSE_SECONDS, max(_SHORTEST_PAUSE_SECONDS, after / 10))
         self._looked_upto: int | None = None
@@ -88,7 +88,7 @@ class Reconciler:
 
     def __enter__(self) -> "Reconciler":
         for handler in self._routes:
-            self._meters.reconciled(handler, 0)  # an alert sees a counter grow, not appear
+            self._instrumentation.reconciled(handler, 0)  # an alert sees a counter grow, not appear
         self._thread.start()
         return self
 
@@ -105,7 +105,7 @@ class Reconciler:
             try:
                 with self._connect() as connection:
                     self._looked_upto = None if self.look(connection, upto) else upto
-            except (*PASSING, RedisLost, NewerRelay, NoMessageKey):
+            except (RedisError, RedisLost, NewerRelay, NoMessageKey):
                 self._looked_upto, self._goes_on = None, False  # the leader sees to it
             except Exception as error:
                 self._looked_upto, self._goes_on = None, False
@@ -115,7 +115,7 @@ class Reconciler:
     def look(self, connection: Connection, upto: int) -> bool:
         """Send again what is lost, as far as one look sees; return whether anything is open up to that position.
 
-        Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, PASSING.
+        Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, RedisError.
         """
         now, longest = time.monotonic(), max(map(self._min_age_seconds, self._routes.values()))
         self._sent_again = {sent: at for sent, at in self._sent_again.items() if now - at < longest}
@@ -138,7 +138,7 @@ class Reconciler:
         sent = self._send(connection, route, lost) if lost else 0
         if sent:
             self._goes_on = True  # there may be more
-            self._meters.reconciled(route.handler, sent)
+            self._instrumentation.reconciled(route.handler, sent)
             log.warning(
                 "events were lost by the queue and sent again", handler=route.handler, queue=route.queue, events=sent
             )

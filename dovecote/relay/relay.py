@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import psycopg
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker
-from dovecote.broker.redis_client import PASSING
 from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
@@ -42,8 +42,8 @@ from dovecote.store.reader import Connection, Reader
 from dovecote.store.relay_state import take_over
 from dovecote.store.sequence import SequenceFault
 from dovecote.store.subscriptions import subscribe
-from dovecote.telemetry.meters import RelayMeters, RelayState
-from dovecote.telemetry.outages import asks_again, passes
+from dovecote.telemetry.failures import is_conflict, is_transient
+from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from dovecote.unit_of_work.backoff import Backoff
 
 log = structlog.get_logger()
@@ -73,7 +73,7 @@ _HEARD_WITHIN_SECONDS = 5.0
 
 
 def of_a_value(error: psycopg.Error) -> bool:
-    """Tell whether Postgres could not work with a value in a row, such as a number that would be too large."""
+    """Return whether Postgres could not work with a value in a row, such as a number that would be too large."""
     return isinstance(error, psycopg.DataError)
 
 
@@ -110,11 +110,11 @@ class Relay:
         settings: Settings,
         broker: OutboxBroker,
         routes: Sequence[Route],
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         maintain: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._broker = broker
         self._routes = routes
         self._stop = StopFlag()
@@ -147,11 +147,13 @@ class Relay:
                             self._lead(connection, leadership)
             except (SequenceFault, NotOnStandby) as error:
                 log.error("relay stops leading", error=str(error))
-            except (psycopg.Error, *PASSING, NewerRelay, RedisLost, NoMessageKey) as error:
-                if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error) or of_a_value(error)):
+            except (psycopg.Error, RedisError, NewerRelay, RedisLost, NoMessageKey) as error:
+                if isinstance(error, psycopg.Error) and not (
+                    is_transient(error) or is_conflict(error) or of_a_value(error)
+                ):
                     raise
                 tries += 1
-                self._meters.alive(_state_after(error))
+                self._instrumentation.alive(_state_after(error))
                 if _BACKOFF.should_log(tries):
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
@@ -159,7 +161,7 @@ class Relay:
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 # Something that was read is not as we write it. It may be mended meanwhile, and ends no process.
                 tries += 1
-                self._meters.alive("starting")
+                self._instrumentation.alive("starting")
                 log.exception("relay cannot go on with what it has read", tries=tries, error=type(error).__name__)
                 self._stop.sleep(_SLOW_BACKOFF.pause_seconds(tries))
 
@@ -199,7 +201,7 @@ class Relay:
             if tries % 60 == 0:
                 log.warning(schema.WAITING, newest=pending[-1])
             tries += 1
-            self._meters.alive("waiting_for_schema")
+            self._instrumentation.alive("waiting_for_schema")
             self._stop.sleep(1.0)
         self._schema_is_current = not self._stop.is_set()
 
@@ -215,7 +217,7 @@ class Relay:
                 if self._may_lead(connection, leadership):
                     return True
                 continue
-            self._meters.alive("standing_by")
+            self._instrumentation.alive("standing_by")
             if not stood_by:
                 stood_by = True
                 log.info("relay stands by")
@@ -239,7 +241,7 @@ class Relay:
         return False
 
     def _refuse(self, fault: str) -> None:
-        self._meters.alive("refuses")
+        self._instrumentation.alive("refuses")
         if self._refused != fault:
             self._refused = fault
             log.error("relay refuses to lead", fault=fault)
@@ -247,7 +249,7 @@ class Relay:
 
     def _lead(self, connection: Connection, leadership: LeaderLock) -> None:
         leadership.begin()
-        past = await_right_of_way(connection, self._broker, self._stop, self._meters)
+        past = await_right_of_way(connection, self._broker, self._stop, self._instrumentation)
         taken = take_over(connection, past, f"{socket.gethostname()}:{os.getpid()}")
         epoch = taken.epoch
         limits = self._settings.relay
@@ -260,7 +262,7 @@ class Relay:
                 connection=connection,
                 records=records,
                 broker=self._broker,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
                 sends_again=were_skipped,
             )
             history.require_one_run()
@@ -275,7 +277,7 @@ class Relay:
                 maintain=self._maintain,
                 records=records,
                 leadership=leadership,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
             )
             reconciler = Reconciler(
                 connect=self._session,
@@ -285,7 +287,7 @@ class Relay:
                 settings=self._settings.relay,
                 epoch=epoch,
                 published_upto=lambda: leader.published_upto,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
             )
             with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
                 leader.lead()

@@ -30,9 +30,9 @@ from dovecote.store.unsendable import Unreadable, set_aside
 
 log = structlog.get_logger()
 
-_LOOK_SECONDS = 0.5
+_POLL_INTERVAL_SECONDS = 0.5
 # While none is active: whoever starts one rings.
-_IDLE_LOOK_SECONDS = 5.0
+_IDLE_POLL_INTERVAL_SECONDS = 5.0
 # A wave should take no longer than this, for the live events behind it; it may when one event takes longer.
 _WAVE_SECONDS = 0.25
 _MAX_EVENTS = 2_000
@@ -160,12 +160,12 @@ class Replayer:
         """Do what is due now: at most one wave for each active replay."""
         if time.monotonic() >= self._next_look:
             self._look_for_replays()
-            self._next_look = time.monotonic() + (_LOOK_SECONDS if self._runs else _IDLE_LOOK_SECONDS)
+            self._next_look = time.monotonic() + (_POLL_INTERVAL_SECONDS if self._runs else _IDLE_POLL_INTERVAL_SECONDS)
         for run in list(self._runs.values()):
             if time.monotonic() >= run.next_at:
                 if run.replay.handler_name in self._postponed:
                     # What its full queue kept back comes first.
-                    run.next_at = time.monotonic() + _LOOK_SECONDS
+                    run.next_at = time.monotonic() + _POLL_INTERVAL_SECONDS
                 elif run.wave is None:
                     self._send_wave(run)
                 else:
@@ -202,7 +202,7 @@ class Replayer:
         self._adapt_span(run, read_at - began)
         if not events:
             run.cursor = max(run.cursor, before)
-            run.next_at = 0.0 if before < upto else read_at + _LOOK_SECONDS
+            run.next_at = 0.0 if before < upto else read_at + _POLL_INTERVAL_SECONDS
             if run.cursor >= run.replay.upto_position:
                 self._record(run, run.cursor, 0)
             return
@@ -233,7 +233,7 @@ class Replayer:
             conditions=asked + (_OF_SINGLE_EVENTS if run.replay.of_single_events else ""),
             matched=is_matched(run.replay.strength),
         )
-        limit = self._most_events(run)
+        limit = self._max_events(run)
         fields = {**run.fields, "after": run.cursor, "before": before, "limit": limit}
         fields["max_small_bytes"] = _MAX_WAVE_BYTES // limit
         with self._connection.cursor(binary=True) as cursor:
@@ -256,7 +256,7 @@ class Replayer:
         set_aside(self._connection, self._epoch, unreadable, again)
         return events, full
 
-    def _most_events(self, run: _Run) -> int:
+    def _max_events(self, run: _Run) -> int:
         if run.replay.rate is None:
             return run.size
         return max(1, min(run.size, int(run.replay.rate * _WAVE_SECONDS)))
@@ -317,7 +317,7 @@ class Replayer:
         now = time.monotonic()
         took = now - wave.sent_at
         if wave.unsettled:
-            run.next_at = now + min(max(took / 4, _SHORTEST_PAUSE_SECONDS), _LOOK_SECONDS)
+            run.next_at = now + min(max(took / 4, _SHORTEST_PAUSE_SECONDS), _POLL_INTERVAL_SECONDS)
             if now >= wave.repeat_at:
                 wave.repeat_at = now + _REPEAT_SECONDS
                 self._through_outages(lambda: self._broker.publish(self._epoch, wave.bundles))

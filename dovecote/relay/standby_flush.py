@@ -14,7 +14,7 @@ from dovecote.processes.stop_flag import StopFlag
 from dovecote.settings import Relay as RelaySettings
 from dovecote.store.envelopes import Connection
 from dovecote.store.standbys import FLUSHED, blindness
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -50,14 +50,14 @@ class Standby:
         leads: Connection,
         records: Connection,
         stop: StopFlag,
-        meters: RelayMeters,
+        instrumentation: RelayInstrumentation,
         tell_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._is_wanted = settings.publish_after == "standby"
         self._leads = leads
         self._records = records
         self._stop = stop
-        self._meters = meters
+        self._instrumentation = instrumentation
         self._tell_alive = tell_alive
         if self._is_wanted and (blind := blindness(records)):
             log.warning("no standby can be seen", cure=blind)
@@ -89,7 +89,7 @@ class Standby:
                 )
             if now >= next_alive:
                 next_alive = now + _TELL_AFTER_SECONDS
-                self._meters.alive("waiting_for_standby")
+                self._instrumentation.alive("waiting_for_standby")
                 self._tell_alive()
                 # The leadership lives as long as this session: its end must not go unnoticed here.
                 self._leads.execute("select")

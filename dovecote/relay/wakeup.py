@@ -15,7 +15,7 @@ from dovecote.settings import Relay as RelaySettings
 from dovecote.store import pauses, replays
 from dovecote.store.gaps import active_writers
 from dovecote.store.reader import Connection
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 _CHANNELS = ("dovecote_outbox", "dovecote_deliveries", replays.CHANNEL, pauses.CHANNEL)
 
@@ -29,11 +29,13 @@ _MAX_IDLE_WAKEUPS = 100
 class Wakeup:
     """What has called the leading relay, and the lock that tells writers that it sleeps."""
 
-    def __init__(self, connection: Connection, stop: StopFlag, settings: RelaySettings, meters: RelayMeters) -> None:
+    def __init__(
+        self, connection: Connection, stop: StopFlag, settings: RelaySettings, instrumentation: RelayInstrumentation
+    ) -> None:
         self._connection = connection
         self._stop = stop
         self._settings = settings
-        self._meters = meters
+        self._instrumentation = instrumentation
         #: Channels on which a notification has come since the last turn.
         self.heard: set[str] = set()
         self._called = False
@@ -53,7 +55,7 @@ class Wakeup:
         def hear(notification: psycopg.Notify) -> None:
             self.heard.add(notification.channel)
             if notification.channel == "dovecote_outbox":
-                self._meters.rang()
+                self._instrumentation.rang()
 
         self._connection.add_notify_handler(hear)
         for channel in _CHANNELS:
@@ -136,5 +138,5 @@ class Wakeup:
 
         Those that are over by now are found by the read that follows.
         """
-        at_work = frozenset(xid for _, xid in active_writers(self._connection))
-        self._silent_writers = at_work if self._silent_writers is None else self._silent_writers & at_work
+        in_flight = frozenset(xid for _, xid in active_writers(self._connection))
+        self._silent_writers = in_flight if self._silent_writers is None else self._silent_writers & in_flight

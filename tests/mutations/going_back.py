@@ -157,7 +157,7 @@ GOING_BACK = (
     Mutant(
         "marks of messages that were dropped stay",
         "dovecote/broker/lua/drop.lua",
-        "    redis.pcall('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
+        "    redis.pcall('hdel', KEYS[2] .. '.in_flight', unpack(ours))\n",
         "",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),

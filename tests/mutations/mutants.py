@@ -595,7 +595,7 @@ MUTANTS = (
     Mutant(
         "a silent writer that is over is waited for",
         "dovecote/relay/wakeup.py",
-        "self._silent_writers & at_work",
+        "self._silent_writers & in_flight",
         "self._silent_writers",
         HELD,
     ),
@@ -690,7 +690,7 @@ MUTANTS = (
     Mutant(
         "trouble that passes spends an attempt",
         "dovecote/consumer/consumer.py",
-        "                    if passes(error):\n",
+        "                    if is_transient(error):\n",
         "                    if False:\n",
         CONSUME,
     ),
@@ -739,7 +739,7 @@ MUTANTS = (
     Mutant(
         "an event is parked while the one before it is just being done",
         "dovecote/consumer/consumer.py",
-        "        while found.at_work is not None and self",
+        "        while found.in_flight is not None and self",
         "        while False and self",
         CONSUME,
     ),
@@ -830,7 +830,7 @@ MUTANTS = (
     Mutant(
         "a server that only the handler asks is waited for",
         "dovecote/consumer/consumer.py",
-        "if answers <= _MOST_ANSWERS:",
+        "if answers <= _MAX_ANSWERS:",
         "if True:",
         f"{CONSUME}::test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event",
     ),
@@ -851,7 +851,7 @@ MUTANTS = (
     Mutant(
         "a provider that is away spends attempts",
         "dovecote/consumer/attempts.py",
-        "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):\n",
+        "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or is_transient(error):\n",
         "    if False:\n",
         CONSUME,
     ),
@@ -895,7 +895,7 @@ MUTANTS = (
     Mutant(
         "an event is started for ever",
         "dovecote/consumer/consumer.py",
-        "                if starts >= MOST_STARTS:\n",
+        "                if starts >= MAX_STARTS:\n",
         "                if False:\n",
         SUSPECTS,
     ),
@@ -909,7 +909,7 @@ MUTANTS = (
     Mutant(
         "a mark outlives a clean return",
         "dovecote/broker/lua/hand_back.lua",
-        "        redis.call('hdel', KEYS[2] .. '.at_work', ARGV[i])\n",
+        "        redis.call('hdel', KEYS[2] .. '.in_flight', ARGV[i])\n",
         "",
         BROKER,
     ),
@@ -1022,14 +1022,14 @@ MUTANTS = (
     Mutant(
         "a handler that returns a coroutine has succeeded",
         "dovecote/consumer/consumer.py",
-        "            require_nothing_returned(route.handler, route.act(argument, uow, self._gateways))\n",
-        "            route.act(argument, uow, self._gateways)\n",
+        "            require_nothing_returned(route.handler, route.function(argument, uow, self._gateways))\n",
+        "            route.function(argument, uow, self._gateways)\n",
         CARELESS,
     ),
     Mutant(
         "an async handler is a handler",
         "dovecote/route.py",
-        "        require_callable(self.handler, self.act)\n",
+        "        require_callable(self.handler, self.function)\n",
         "",
         ROUTES,
     ),
@@ -1345,7 +1345,7 @@ MUTANTS = (
     Mutant(
         "effects are not counted",
         "dovecote/consumer/consumer.py",
-        "            self.meters.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
+        "            self.instrumentation.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
         "",
         TOLD,
     ),
@@ -1359,14 +1359,14 @@ MUTANTS = (
     Mutant(
         "rings are not counted",
         "dovecote/relay/wakeup.py",
-        "                self._meters.rang()\n",
+        "                self._instrumentation.rang()\n",
         "                pass\n",
         WATCHED,
     ),
     Mutant(
         "waiting for Redis looks like leading",
         "dovecote/relay/leader.py",
-        '                self._meters.alive("waiting_for_redis")\n',
+        '                self._instrumentation.alive("waiting_for_redis")\n',
         "",
         TOLD,
     ),

@@ -21,7 +21,7 @@ from dovecote.operations.doctor import examine
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.leader_lock import LeaderLock, LeadershipLost
 from dovecote.relay.wakeup import Wakeup
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.processes import eventually
@@ -147,13 +147,13 @@ def test_what_a_stranger_prepares_is_not_heeded_and_what_a_writer_prepares_is(co
     writer.execute(APPEND)
     writer.execute(f"prepare transaction '{ours}'")
     seen = admin.execute(HORIZON).fetchone()
-    at_work = admin.execute("select floors from dovecote.writers_at_work()").fetchone()
+    in_flight = admin.execute("select floors from dovecote.writers_at_work()").fetchone()
     named = admin.execute("select prepared from dovecote.foreign_locks()").fetchall()
     for name in (theirs, ours):
         admin.execute(f"rollback prepared '{name}'")
 
     assert seen == (2, 1)
-    assert at_work == ([1],)
+    assert in_flight == ([1],)
     assert named == [(theirs,)]
 
 
@@ -213,11 +213,11 @@ def test_every_way_to_write_is_announced(
 
     with write(connect(login), admin):
         last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
-        at_work = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
+        in_flight = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
 
     assert settled < last
     assert settled <= before + 1  # what is rolled back to a savepoint had a position
-    assert at_work == (1,)
+    assert in_flight == (1,)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_a_writer_that_says_it_has_announced_announces(connect: Connect, told: s
         writer.execute(APPEND)
 
         last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
-        at_work = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
+        in_flight = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
 
     assert settled < last
-    assert at_work == (1,)
+    assert in_flight == (1,)
 
 
 def test_a_transaction_of_many_statements_takes_one_announcement(connect: Connect) -> None:
@@ -413,7 +413,7 @@ def test_wake_ups_that_bring_nothing_are_followed_by_a_pause() -> None:
 
     settings: Any = SimpleNamespace(busy_poll_interval_ms=10.0)
     nobody: Any = None  # nothing is asked here
-    waking = Wakeup(nobody, Sleepless(), settings, RelayMeters())
+    waking = Wakeup(nobody, Sleepless(), settings, RelayInstrumentation())
     for _ in range(100):
         waking.turn()
         waking.rest(was_woken=True)

@@ -14,7 +14,15 @@ __all__ = ["attacked"]
     [
         ["test"],
         ["test.msgs"],
-        ["test.XQ", "test.XQ.msgs", "test.at_work", "test.crashes", "test.DQ", "test.DQ.msgs", "test.aside.test.note"],
+        [
+            "test.XQ",
+            "test.XQ.msgs",
+            "test.in_flight",
+            "test.crashes",
+            "test.DQ",
+            "test.DQ.msgs",
+            "test.aside.test.note",
+        ],
         ["__relay__", "__relay__.history", "__heartbeats__"],
     ],
     ids=["the queue", "its messages", "the rest of it", "the relay's and the workers'"],

@@ -274,7 +274,7 @@ def test_what_is_dropped_is_ours_on_every_queue_there_is(broker_with: Brokers, m
         for id in [ids[0], others[0], others[1], *ids[1:4], others[2], ids[4], others[3]]:
             client.rpush(f"{space}:{name}", id)
             client.hset(f"{space}:{queue}.msgs", id, "message")
-            client.hset(f"{space}:{queue}.at_work", id, "mark")
+            client.hset(f"{space}:{queue}.in_flight", id, "mark")
     client.hset(f"{space}:{QUEUE}.msgs", OURS[7], "in a worker's hands")
 
     dropped = sum(RedisFence(broker).drop(Claim(1, "", "1 1 1", 5)))
@@ -284,7 +284,7 @@ def test_what_is_dropped_is_ours_on_every_queue_there_is(broker_with: Brokers, m
     for name, queue in lists.items():
         left = [id.decode() for id in client.lrange(f"{space}:{name}", 0, -1)]
         assert len(left) == 9 if name in kept else left == others
-        marks = {id.decode() for id in client.hkeys(f"{space}:{queue}.at_work")}
+        marks = {id.decode() for id in client.hkeys(f"{space}:{queue}.in_flight")}
         known = {id.decode() for id in client.hkeys(f"{space}:{queue}.msgs")}
         assert set(left) <= marks
         assert known - {OURS[7]} == marks
@@ -423,11 +423,11 @@ def test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is
         assert crashes() == {b"a": number}
 
     consumer = a_consumer(broker_with())
-    relay.client.hset(f"{relay.namespace}:{QUEUE}.at_work", "a", b"{}")
+    relay.client.hset(f"{relay.namespace}:{QUEUE}.in_flight", "a", b"{}")
     (fetched,) = relay.await_and_fetch(QUEUE, 1, 0.1)
     assert fetched.crashes == 2
     relay.hand_back(QUEUE, ["a"])
-    assert not relay.client.exists(f"{relay.namespace}:{QUEUE}.at_work"), "its mark outlives a clean return"
+    assert not relay.client.exists(f"{relay.namespace}:{QUEUE}.in_flight"), "its mark outlives a clean return"
     consumer.requeue(take(consumer, 1))
     assert crashes() == {b"a": b"2"}
 

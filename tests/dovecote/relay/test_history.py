@@ -21,7 +21,7 @@ from dovecote.relay.fence import Claim, Fence, RedisFence
 from dovecote.relay.history import History, OtherRun
 from dovecote.store.relay_state import TakenOver, take_over
 from dovecote.store.runs import Run, server_run
-from dovecote.telemetry.meters import RelayMeters, RelayState
+from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.postgres_back import PostgresThatGoesBack, postgres_that_goes_back
@@ -241,7 +241,7 @@ def test_both_sessions_of_a_leader_are_of_one_run(system_on: SystemOn) -> None:
 # Two databases and one Redis ----------------------------------------------------------------------
 
 
-class States(RelayMeters):
+class States(RelayInstrumentation):
     """Remembers what the relay said it was doing."""
 
     def __init__(self) -> None:

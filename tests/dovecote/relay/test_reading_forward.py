@@ -79,9 +79,9 @@ class Dawdler:
     def some_aggregates(self) -> list[int]:
         return sorted(self._chance.sample(AGGREGATES, self._chance.choice([1, 1, 1, 2, 3])))
 
-    def dawdle(self, likely: float, most_seconds: float) -> None:
+    def dawdle(self, likely: float, max_seconds: float) -> None:
         if self._chance.random() < likely:
-            time.sleep(self._chance.random() * most_seconds)
+            time.sleep(self._chance.random() * max_seconds)
 
     def with_raw_sql(self) -> None:
         with psycopg.connect(self._url) as connection:

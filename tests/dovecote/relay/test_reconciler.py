@@ -18,7 +18,7 @@ from dovecote.relay.history import salt
 from dovecote.relay.queue_search import QueueSearch
 from dovecote.relay.reconciler import Reconciler
 from dovecote.route import Route
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.outbox_rows import Connection
@@ -49,7 +49,7 @@ def system_with(fresh_database_url: str, servers: Servers, tmp_path: Any) -> Ite
         one.__exit__(None, None, None)
 
 
-class Counted(RelayMeters):
+class Counted(RelayInstrumentation):
     """Remembers what was sent again."""
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class Looking:
             settings=system.settings.relay,
             epoch=self.epoch,
             published_upto=lambda: self.upto,
-            meters=self.counted,
+            instrumentation=self.counted,
         )
 
     def _connect(self) -> Connection:
