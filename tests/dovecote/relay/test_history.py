@@ -234,7 +234,7 @@ def test_both_sessions_of_a_leader_are_of_one_run(system_on: SystemOn) -> None:
         ours = TakenOver(1, run=server_run(connection))
         History(ours, connection=connection, broker=system.broker).require_one_run()
 
-        with pytest.raises(OtherRun, match="leads to run 1 2 3"):
+        with pytest.raises(OtherRun, match="is of run 1 2 3"):
             History(TakenOver(1, run="1 2 3"), connection=connection, broker=system.broker).require_one_run()
 
 
