@@ -38,10 +38,10 @@ from dovecote.store.bundle import Bundle
 from dovecote.store.deliveries import Deliveries, FailedAttempt, SoFar
 from dovecote.store.pauses import HandlerPaused
 from dovecote.store.poison import MAX_CRASHES, PoisonMessage, one_at_a_time
-from dovecote.telemetry import acting_on, consuming, set_in_flight
-from dovecote.telemetry.context import event_in_flight
+from dovecote.telemetry.context import event_in_flight, set_in_flight
 from dovecote.telemetry.failures import KilledTheProcess, TimeLimitExceeded, UnknownHandler
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation
+from dovecote.telemetry.traces import acting_on, consuming
 from dovecote.unit_of_work import unit_of_work
 
 log = structlog.get_logger()

@@ -16,9 +16,10 @@ from dovecote.store.bundle import Bundle
 from dovecote.store.deliveries import Deliveries
 from dovecote.store.lookup import require_same_history
 from dovecote.store.pauses import require_not_paused
-from dovecote.telemetry import acting_on, acting_on_all, set_in_flight
+from dovecote.telemetry.context import set_in_flight
 from dovecote.telemetry.failures import TimeLimitExceeded
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation
+from dovecote.telemetry.traces import acting_on, acting_on_all
 from dovecote.unit_of_work import UnitOfWork
 
 #: Longest that the events of a bundle send nothing to Postgres together, besides the time limit of one: Postgres ends

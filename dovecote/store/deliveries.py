@@ -20,8 +20,8 @@ from dovecote.store.connections import driver_connection
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.lookup import LOOKED_UP, REST, Found, found_in, parameters
 from dovecote.store.pauses import require_not_paused
-from dovecote.telemetry import trace_id
 from dovecote.telemetry.failures import Failure
+from dovecote.telemetry.traces import trace_id
 from dovecote.unit_of_work import UnitOfWork
 
 # While the handler is paused these find nothing to do (dovecote/store/pauses.py).
