@@ -25,7 +25,11 @@ class DovecoteError(Exception):
 
     One is none of these, because no `except Exception` of a handler may catch it: dovecote.consumer.time_limits.CutOff.
     Private ones (`_Name`), which never leave their module, need not be.
+
+    exit_code  of a command that ends with it: 1 the work failed, 2 the command or a setting is wrong
     """
+
+    exit_code: ClassVar[int] = 1
 
 
 class DomainError(DovecoteError):
