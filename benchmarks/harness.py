@@ -20,7 +20,7 @@ from psycopg import sql
 from sqlalchemy import make_url
 
 from benchmarks.scene import BenchmarkFailed, Process, Scene
-from workers import schema
+from dovecote.migrations import schema
 from workers.embedded import servers as embedded_servers
 
 __all__ = ["BenchmarkFailed", "Options", "Process", "Scene", "Stage", "stage"]

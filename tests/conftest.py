@@ -20,9 +20,9 @@ from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.database import connect, sessions_for
+from dovecote.migrations import schema
 from tests.keys import KEYS
 from tests.support import a_place_for_servers, has_enough_memory
-from workers import schema
 from workers.embedded import servers as embedded_servers
 from workers.settings import Settings, load_settings
 

@@ -85,9 +85,14 @@ def run(*command: str, variables: Mapping[str, str] | None = None) -> str:
 def test_the_wheel_holds_code_migrations_scripts_and_procfile_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
 
-    for folder, pattern in (("migrations/sql", "*.sql"), ("migrations/versions", "*.py"), ("workers/lua", "*.lua")):
+    for folder, pattern, inside in (
+        ("dovecote/migrations/sql", "*.sql", "dovecote/migrations/sql/"),
+        ("dovecote/migrations/versions", "*.py", "dovecote/migrations/versions/"),
+        ("migrations/sql", "*.sql", "workers/migrations/sql/"),
+        ("migrations/versions", "*.py", "workers/migrations/versions/"),
+        ("workers/lua", "*.lua", "workers/lua/"),
+    ):
         here = sorted(path.name for path in (ROOT / folder).glob(pattern))
-        inside = f"workers/{folder.removeprefix('workers/')}/"
         assert here
         assert sorted(name.removeprefix(inside) for name in names if name.startswith(inside)) == here
     assert {"workers/Procfile", "workers/migrations/env.py", "domain/py.typed", "workers/py.typed"} <= set(names)

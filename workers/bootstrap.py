@@ -23,7 +23,8 @@ from sqlalchemy.event import listen
 
 from domain.database import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
 from domain.unit_of_work import UnitOfWork
-from workers import schema, telemetry, terminal
+from dovecote.migrations import waiting
+from workers import telemetry, terminal
 from workers.broker import OrjsonEncoder, OutboxBroker
 from workers.children import die_with_parent
 from workers.consume import SILENT_SECONDS, Consumer, Stopping
@@ -69,7 +70,7 @@ def consumers(routes: Sequence[Route] = ROUTES) -> None:
         gateways,
         stopping,
         settings.consumers.outage_pause_seconds,
-        partial(schema.await_current, engine, stopping),
+        partial(waiting.await_current, engine, stopping),
         meters,
     )
     declare_handlers(broker, consumer, routes)

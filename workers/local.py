@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psycopg
 
-from workers import schema
+from dovecote.migrations import schema
 from workers.embedded import Postgres, Redis, Server
 from workers.home import Home
 from workers.settings import given_variables, load_settings

@@ -23,13 +23,14 @@ from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 
 from domain.database import connect
+from dovecote.migrations import schema
 from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.databases import Databases
 from tests.chaos.history import Rewind
 from tests.proxy import Proxy
 from tests.support import eventually
-from workers import operations, schema
+from workers import operations
 from workers.children import dying_with_us
 from workers.embedded import Postgres, Redis
 from workers.home import Home

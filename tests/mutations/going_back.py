@@ -1,15 +1,13 @@
 """Mutants of what holds when Postgres goes back: history, the look into the outbox, positions, standbys."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import RELAY_SQL, SEQUENCE_SQL
 
 HISTORY = "tests/workers/relay/test_history.py"
 LOOKUP = "tests/workers/test_lookup.py"
 SEQUENCE = "tests/workers/relay/test_sequence.py"
 STANDBY = "tests/workers/relay/test_standby.py"
 CLAIM = "workers/lua/claim.lua"
-SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
-FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
-LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
 RELAY = "tests/workers/relay/test_relay.py"
 BROKER = "tests/workers/test_broker.py"
 
@@ -51,14 +49,14 @@ GOING_BACK = (
     ),
     Mutant(
         "recovering does not wait for who has written, and sessions keep their blocks",
-        FUNCTIONS_SQL,
+        SEQUENCE_SQL,
         "    alter sequence dovecote.outbox_position cache 1;\n",
         "",
         SEQUENCE,
     ),
     Mutant(
         "events keep the positions that hide them",
-        FUNCTIONS_SQL,
+        SEQUENCE_SQL,
         "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
         "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
         SEQUENCE,
@@ -72,7 +70,7 @@ GOING_BACK = (
     ),
     Mutant(
         "a sequence that was not called yet has handed out nothing",
-        "migrations/sql/0032_leader_lock.up.sql",
+        RELAY_SQL,
         "    select case when s.is_called then s.last_value else s.last_value - 1 end into",
         "    select case when s.is_called then s.last_value else 0 end into",
         SEQUENCE,
@@ -249,14 +247,14 @@ GOING_BACK = (
     ),
     Mutant(
         "any event of that id is the event",
-        LOOKUP_SQL,
+        RELAY_SQL,
         """where (select o."position" = event."position" and o.event_type = event.type""",
         """where (select o."position" = event."position" """,
         f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
     ),
     Mutant(
         "an event at another position is the event",
-        LOOKUP_SQL,
+        RELAY_SQL,
         """where (select o."position" = event."position" and o.event_type = event.type""",
         """where (select o.event_type = event.type""",
         f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
@@ -277,7 +275,7 @@ GOING_BACK = (
     ),
     Mutant(
         "a copy of the database is the same run",
-        LOOKUP_SQL,
+        RELAY_SQL,
         "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
         "''",
         f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",

@@ -1,29 +1,29 @@
 """Mutants of what keeps strangers' locks and rows that are not understood from stopping anybody."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import OUTBOX_SQL, RELAY_SQL
 
 LOCKS_TEST, ROWS_TEST = "tests/security/test_locks.py", "tests/security/test_rows.py"
-SQL = "migrations/sql/0032_leader_lock.up.sql"
 LEADERSHIP_PY, ACTIVE_PY = "workers/relay/leadership.py", "workers/relay/active_replays.py"
 
 LOCKS = (
     Mutant(
         "what a stranger announces counts",
-        SQL,
+        RELAY_SQL,
         "    ) h\n    where h.inserts;\n",
         "    ) h;\n",
         f"{LOCKS_TEST}::test_what_a_stranger_announces_is_not_heeded",
     ),
     Mutant(
         "a writer takes a forged announcement for its own",
-        SQL,
+        OUTBOX_SQL,
         "        if pg_current_xact_id() is not null\n",
         "        if announced >= 0 then return null; end if;\n        if pg_current_xact_id() is not null\n",
         f"{LOCKS_TEST}::test_a_writer_that_says_it_has_announced_announces",
     ),
     Mutant(
         "whoever holds the advisory key leads",
-        SQL,
+        RELAY_SQL,
         "           and pg_has_role(a.usesysid, 'dovecote_worker', 'member'))\n",
         ")\n",
         f"{LOCKS_TEST}::test_a_relay_leads_though_a_stranger_holds_the_key_and_names_him",

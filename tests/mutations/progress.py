@@ -1,12 +1,11 @@
 """Mutants of the low-water marks and of what is counted from them."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import OPERATORS_SQL, ORDER_SQL, PROGRESS_SQL, RETENTION_SQL
 
 MARKS = "tests/workers/relay/test_progress.py"
 STATUS = "tests/workers/operations/test_status.py"
 
-PROGRESS_SQL = "migrations/sql/0022_progress.up.sql"
-LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
 PROGRESS_PY = "workers/relay/progress.py"
 
 HISTORIES = f"{MARKS}::test_a_mark_is_true_at_every_step_of_a_random_history_and_exact_at_its_end"
@@ -33,11 +32,9 @@ PROGRESS = (
     Mutant("a replaced relay moves marks", PROGRESS_SQL, " where s.epoch = leading_epoch;", ";", HISTORIES),
     Mutant(
         "a handler subscribes while a step is under way",
-        LOCKS_SQL,
-        "('begin_progress', 'perform (pg_catalog\\.)?pg_advisory_xact_lock\\(dovecote\\.progress_key\\(\\)\\)',\n"
-        "             'lock table dovecote.progress_lock in share update exclusive mode')",
-        "('begin_progress', 'perform (pg_catalog\\.)?pg_advisory_xact_lock\\(dovecote\\.progress_key\\(\\)\\)',\n"
-        "             'perform 1')",
+        PROGRESS_SQL,
+        "    lock table dovecote.progress_lock in share update exclusive mode;\n    insert into dovecote.progress",
+        "    insert into dovecote.progress",
         f"{MARKS}::test_nobody_subscribes_while_a_step_is_under_way",
     ),
     Mutant(
@@ -63,7 +60,7 @@ PROGRESS = (
     ),
     Mutant(
         "a forgotten handler keeps its mark",
-        "migrations/sql/0029_operators_audit.up.sql",
+        OPERATORS_SQL,
         "    delete from dovecote.progress p where p.handler_name = handler;\n",
         "",
         FORGOTTEN,
@@ -92,7 +89,7 @@ PROGRESS = (
     Mutant("what is dead below the mark blocks nothing", PROGRESS_SQL, "d.state = 'dead' and", "false and", IN_THE_WAY),
     Mutant(
         "the way is looked for in all that an aggregate has",
-        PROGRESS_SQL,
+        ORDER_SQL,
         "          and o.position > (select dovecote.settled_upto(handler))\n          and (s.published_above is null"
         " or not s.published_above @> o.position)\n          and not exists",
         "          and (s.published_above is null or not s.published_above @> o.position)\n          and not exists",
@@ -100,7 +97,7 @@ PROGRESS = (
     ),
     Mutant(
         "a week goes up to what was examined",
-        PROGRESS_SQL,
+        RETENTION_SQL,
         "coalesce(p.mark, 0) as mark",
         "coalesce(p.examined, 0) as mark",
         HISTORIES,

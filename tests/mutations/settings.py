@@ -45,7 +45,7 @@ SETTINGS_AND_CONNECTIONS = (
     ),
     Mutant(
         "strangers may connect to a server of our own",
-        "workers/schema.py",
+        "dovecote/migrations/schema.py",
         "'revoke connect, temporary on database %I from public'",
         "'revoke temporary on database %I from public'",
         "tests/workers/test_local.py",

@@ -10,13 +10,13 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from dovecote.migrations import schema
 from tests import commands
 from tests.conftest import Servers, settings_for
 from tests.effects import a_route, write_quotes
 from tests.security.traps import TEMPORARY, one, session, trapped, traps_in
 from tests.support import eventually
 from tests.system import system_for
-from workers import schema
 from workers.bootstrap import engine_during, relay_for
 from workers.routes import ROUTES
 
@@ -71,7 +71,7 @@ _OWNED_BY_OTHERS = """
     )
     select name from ours
     where owner <> 'dovecote_owner'::regrole
-      and not (name ~ '^(schema dovecote|(dovecote[.])?alembic_version(_pkc)?([[][]])?)$'
+      and not (name ~ '^(schema dovecote|(dovecote[.])?dovecote_version(_pkc)?([[][]])?)$'
                and pg_has_role(owner, 'dovecote_owner', 'member'))
 """
 _DEMANDS = {

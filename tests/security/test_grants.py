@@ -172,8 +172,8 @@ def test_each_role_has_the_rights_that_are_written_here_and_no_others(owner: psy
     for name, relname, is_sequence, is_partition in owner.execute(_RELATIONS).fetchall():
         for role in ROLES:
             have, some = granted(owner, name, role_of(role), is_sequence)
-            if is_partition or relname == "alembic_version":
-                assert have in ("-", "r") if relname == "alembic_version" else have == "-", (
+            if is_partition or relname == "dovecote_version":
+                assert have in ("-", "r") if relname == "dovecote_version" else have == "-", (
                     f"{role} has {have} on {name}"
                 )
                 continue
@@ -203,7 +203,7 @@ def test_what_runs_as_the_owner_is_called_by_those_who_are_written_here(owner: p
 def test_nobody_but_the_owner_owns_or_passes_on(owner: psycopg.Connection[Any]) -> None:
     owners = owner.execute(
         "select distinct pg_get_userbyid(relowner) from pg_class where relnamespace = 'dovecote'::regnamespace"
-        " and relname !~ '^alembic_version'"
+        " and relname !~ '^dovecote_version'"
         " union select distinct pg_get_userbyid(proowner) from pg_proc where pronamespace = 'dovecote'::regnamespace"
     ).fetchall()
     passed_on = owner.execute(

@@ -9,10 +9,10 @@ import psycopg
 import pytest
 
 from domain.ids import uuid7
+from dovecote.migrations import schema
 from tests.effects import effects_in
 from tests.security.attacked import ENVELOPE, NOTE, Attacked, attacked
 from tests.support import eventually
-from workers import schema
 from workers.relay.bundles import bundle
 from workers.relay.marker import RelayMarker
 from workers.relay.renamed_queues import RenamedQueues

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from domain import billing
 from domain.database import connect, sessions_for
 from domain.unit_of_work import unit_of_work
+from dovecote.migrations.schema import revisions
 from tests import commands
 from tests.conftest import Servers
 from tests.keys import KEYS
@@ -27,7 +28,6 @@ from tests.support import a_place_for_servers, are_there
 from tests.system import system_for
 from workers.cli import app
 from workers.routes import ROUTES
-from workers.schema import revisions
 from workers.settings import Settings
 
 ROOT = Path(__file__).parents[2]

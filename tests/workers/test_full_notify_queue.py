@@ -11,11 +11,11 @@ from structlog.testing import capture_logs
 
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork
+from dovecote.migrations import schema
 from tests.conftest import settings_for
 from tests.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support import a_place_for_servers, eventually
 from tests.system import System, system_for
-from workers import schema
 from workers.embedded import servers
 from workers.gateways import Gateways
 from workers.operations import doctor

@@ -5,8 +5,8 @@ import socket
 import psycopg
 import pytest
 
+from dovecote.migrations import schema
 from tests.logins import ROLES, logins
-from workers import schema
 from workers.local import _ports
 
 NAMES = ("relay", "relay-2", "pricing")

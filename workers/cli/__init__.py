@@ -14,7 +14,8 @@ import sqlalchemy.exc
 import typer
 
 from domain.errors import DovecoteError
-from workers import masking, operations, schema
+from dovecote.migrations import schema
+from workers import masking, operations
 from workers.binaries import ServerError
 from workers.bootstrap import refuse
 from workers.cli import (

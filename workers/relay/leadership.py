@@ -142,7 +142,7 @@ class Leadership:
         self._told = set(found)
 
     def _may_pass_older(self) -> bool:
-        # Relays from before revision 0032 know the advisory key only: it is taken for them, and waited for.
+        # Relays from before that lock know the advisory key only: it is taken for them, and waited for.
         (taken,) = self._working.execute(_TAKE_OLDER).fetchone() or (False,)
         if taken:
             return True

@@ -1,7 +1,7 @@
 """The leading relay moves the handlers' low-water marks, beside its own work and on a session of its own.
 
-What the marks say and why it is true is written in migrations/sql/0022_progress.up.sql. Nothing here can make them
-wrong: a step that is lost is only late.
+What the marks say and why it is true is written in dovecote/migrations/sql/0005_progress.up.sql. Nothing here can
+make them wrong: a step that is lost is only late.
 """
 
 import threading

@@ -23,7 +23,8 @@ from domain.database import (
     set_newer,
 )
 from domain.errors import DovecoteError
-from workers import schema
+from dovecote.migrations import schema
+from dovecote.migrations.waiting import WAITING
 from workers.broker import NewerRelay, OutboxBroker, RedisLost
 from workers.loaders import load_anything
 from workers.operations.purging import Purge
@@ -127,13 +128,14 @@ class NoSession(DovecoteError):
         )
 
 
-def _revision(connection: Connection) -> str | None:
-    """Return the schema's revision; None while it is one that does not show it yet."""
+def _applied(connection: Connection) -> list[str] | None:
+    """Return the heads in the version table; None before the first revision, which grants the right to look."""
     try:
-        (revision,) = connection.execute(schema.REVISION).fetchone() or (None,)
+        applied: list[str] | None
+        (applied,) = connection.execute(schema.HEADS).fetchone() or (None,)
     except psycopg.errors.InsufficientPrivilege:
         return None
-    return None if revision is None else str(revision)
+    return applied
 
 
 class Relay:
@@ -237,9 +239,9 @@ class Relay:
         if self._schema_is_current:
             return
         tries = 0
-        while not self._sleeper.stopping and (pending := schema.pending_for(_revision(connection))):
+        while not self._sleeper.stopping and (pending := schema.pending_for(_applied(connection))):
             if tries % 60 == 0:
-                log.warning(schema.WAITING, newest=pending[-1])
+                log.warning(WAITING, newest=pending[-1])
             tries += 1
             self._meters.alive("waiting_for_schema")
             self._sleeper.sleep(1.0)

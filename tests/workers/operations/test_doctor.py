@@ -15,12 +15,13 @@ from dramatiq.common import current_millis
 from sqlalchemy import text
 from typer.testing import CliRunner
 
+from dovecote.migrations import schema
 from tests.conftest import Servers, settings_for
 from tests.effects import a_route, make_room_for_effects, write_quotes
 from tests.pooling import PGBOUNCER, pooled_url
 from tests.support import eventually
 from tests.system import System, system_for
-from workers import operations, schema
+from workers import operations
 from workers.cli import app
 from workers.operations import doctor
 from workers.operations.doctor import flow, postgres
@@ -146,7 +147,7 @@ def test_versions_that_are_too_old_are_errors(system: System, monkeypatch: pytes
 
 def test_a_schema_that_is_missing_or_old_is_an_error(empty_database_url: str, servers: Servers, tmp_path: Path) -> None:
     settings = settings_for(empty_database_url, servers.redis_url, tmp_path)
-    for revision in (None, "0004"):
+    for revision in (None, "dovecote_0004"):
         if revision:
             schema.upgrade(empty_database_url, revision)
 

@@ -13,12 +13,12 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
+from dovecote.migrations import schema
 from tests.conftest import Servers, settings_for
 from tests.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.postgres_back import PostgresThatGoesBack, postgres_that_goes_back
 from tests.support import a_place_for_servers, eventually
 from tests.system import System, system_for
-from workers import schema
 from workers.operations.doctor import postgres as doctor
 from workers.operations.doctor.finding import Subject
 from workers.relay import history as history_module

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from dovecote.migrations import schema
 from tests.conftest import settings_for
 from tests.support import a_place_for_servers, eventually
 from tests.workers.telemetry.scraping import Answer, status_of
-from workers import schema
 from workers.embedded import Redis
 from workers.settings import Settings
 from workers.telemetry.health import FRESH_SECONDS, Missing, health, require_fresh, servers

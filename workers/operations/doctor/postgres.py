@@ -12,7 +12,7 @@ import sqlalchemy.exc
 from psycopg.rows import namedtuple_row
 
 from domain.database import ONLY_OUR_NAMES, connect, connection_parameters
-from workers import schema
+from dovecote.migrations import schema
 from workers.attempts import longest_retry
 from workers.loaders import load_anything
 from workers.masking import masked
