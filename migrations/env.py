@@ -5,7 +5,7 @@ from migrations.tables import metadata
 
 
 def _url() -> str:
-    from workers.settings import load_settings  # only the command line needs it
+    from dovecote.settings import load_settings  # only the command line needs it
 
     return load_settings().database.url.get_secret_value()
 

@@ -9,7 +9,8 @@ from typing import Any
 from alembic import context
 from sqlalchemy import Connection, MetaData, text
 
-from domain.database import SCHEMA, connect
+from dovecote.database import SCHEMA
+from dovecote.store.connections import connect
 
 #: Not `alembic_version`, which a service's own tables in the same database may have.
 VERSION_TABLE = "dovecote_version"

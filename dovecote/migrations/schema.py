@@ -17,8 +17,9 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
-from domain.database import ONLY_OUR_NAMES, SCHEMA, connect
+from dovecote.database import SCHEMA
 from dovecote.migrations.environment import VERSION_TABLE
+from dovecote.store.connections import ONLY_OUR_NAMES, connect
 
 LIBRARY = Path(__file__).parent
 

@@ -18,9 +18,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import INT8MULTIRANGE, JSONB
 
-from domain.database import metadata
-from domain.outbox import outbox
-from domain.processed_events import processed_events
+from dovecote.database import metadata
+from dovecote.outbox import outbox
+from dovecote.processed_events import processed_events
 
 __all__ = [
     "audit_log",

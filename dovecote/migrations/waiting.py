@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from dovecote.migrations.schema import HEADS, pending_for
-from workers.outages import passes
+from dovecote.telemetry.outages import passes
 
 log = structlog.get_logger()
 

@@ -17,8 +17,8 @@ from alembic.script import ScriptDirectory
 
 from dovecote.migrations import schema
 from tests.conftest import Servers
-from tests.keys import KEYS
-from tests.support import eventually
+from tests.support.keys import KEYS
+from tests.support.processes import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,8 +31,8 @@ WRITE = """
 import os, sys
 from datetime import UTC, datetime, timedelta
 from domain import billing
-from domain.database import connect, sessions_for
-from domain.unit_of_work import unit_of_work
+from dovecote.store.connections import connect, sessions_for
+from dovecote.unit_of_work import unit_of_work
 
 sessions = sessions_for(connect(os.environ["DATABASE_URL"]))
 now = datetime.now(UTC)
@@ -125,8 +125,8 @@ def running(variables: dict[str, str], log: Path, *command: str) -> Iterator[Sta
             process.wait()
 
 
-RELAY = ("workers", "relay")
-CONSUMERS = ("dramatiq", "workers.bootstrap:consumers", "--queues", "billing", "--processes", "1", "--threads", "2",
+RELAY = ("dovecote", "relay")
+CONSUMERS = ("dramatiq", "dovecote.bootstrap:consumers", "--queues", "billing", "--processes", "1", "--threads", "2",
              "--skip-logging")  # fmt: skip
 
 
@@ -143,10 +143,11 @@ def test_relay_and_consumers_wait_for_a_schema_that_is_older_and_writers_do_not(
     variables = {
         "DATABASE_URL": empty_database_url,
         "REDIS_URL": servers.redis_url,
+        "DOVECOTE_APP": "workers.app:app",
         "DOVECOTE_HOME": str(tmp_path),
         "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
         **KEYS,
-        "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
+        "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
     }
     with (
         running(variables, tmp_path / "relay.log", *RELAY) as relay,

@@ -3,10 +3,10 @@
 from tests.mutations.mutant import Mutant
 from tests.mutations.sql_files import OPERATORS_SQL, ORDER_SQL, PROGRESS_SQL, RETENTION_SQL
 
-MARKS = "tests/workers/relay/test_progress.py"
-STATUS = "tests/workers/operations/test_status.py"
+MARKS = "tests/dovecote/relay/test_progress.py"
+STATUS = "tests/dovecote/operations/test_status.py"
 
-PROGRESS_PY = "workers/relay/progress.py"
+PROGRESS_PY = "dovecote/relay/progress.py"
 
 HISTORIES = f"{MARKS}::test_a_mark_is_true_at_every_step_of_a_random_history_and_exact_at_its_end"
 WITH_A_RELAY = f"{MARKS}::test_a_relay_moves_the_marks_says_nothing_when_idle_and_begins_anew_when_cut_off"
@@ -118,7 +118,7 @@ PROGRESS = (
     ),
     Mutant(
         "an unfinished count is told as exact",
-        "workers/operations/unprocessed.py",
+        "dovecote/operations/unprocessed.py",
         "_is_cut(row) or bool(",
         "bool(",
         STATUS,

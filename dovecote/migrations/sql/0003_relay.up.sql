@@ -130,7 +130,8 @@ begin atomic
 end;
 
 -- Who writes -----------------------------------------------------------------------------------
--- Reading beside held writers and rolled-back ones at no cost: workers/relay/reading.py, gaps.py and leading.py.
+-- Reading beside held writers and rolled-back ones at no cost: dovecote/store/reader.py, gaps.py and
+-- dovecote/relay/leader.py.
 --
 -- A shared lock announces a position if its transaction also has the lock on dovecote.outbox that every INSERT takes
 -- before its triggers are called, and keeps. Nobody has that one without a right on the outbox or the schema.
@@ -244,7 +245,7 @@ comment on sequence dovecote.relay_beat is
     'Moves at most once a second while messages are under way: first here, then in Redis. Should either go back without '
     'another run, the two differ.';
 
--- Is an event in the outbox? Consumers ask for messages of another run of Postgres (workers/lookup.py).
+-- Is an event in the outbox? Consumers ask for messages of another run of Postgres (dovecote/store/lookup.py).
 
 create function dovecote.outbox_run() returns text
 language sql stable parallel safe
@@ -290,7 +291,7 @@ comment on function dovecote.not_in_outbox is
 
 -- A CloudEvents 1.0 JSON envelope. `position` is text because a CloudEvents integer has 32 bits.
 -- Each field is escaped here, whatever let the row in, and the moment is in UTC, whatever the session's zone is.
--- The relay takes the id from where it stands (EVENT_ID in workers/relay/bundles.py).
+-- The relay takes the id from where it stands (EVENT_ID in dovecote/relay/bundler.py).
 create function dovecote.envelope(fact dovecote.outbox) returns text
 language sql stable parallel safe
 return '{"specversion":"1.0","id":"' || fact.id::text

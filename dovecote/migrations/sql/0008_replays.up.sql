@@ -1,5 +1,5 @@
--- Replays are asked for, paused, resumed and cancelled here; the relay does them (workers/relay/replaying.py), wave by
--- wave. What is in a replay is said there as well (workers/replays.py): the count and the work must mean the same events.
+-- Replays are asked for, paused, resumed and cancelled here; the relay does them (dovecote/relay/replayer.py), wave by
+-- wave. What is in a replay is said there as well (dovecote/store/replays.py): the count and the work must mean the same events.
 
 create table dovecote.replays (
     id           uuid        not null default dovecote.uuid_v7(),
