@@ -49,7 +49,7 @@ _POSTPONED = "How long the handler's queue has been full, or it has been catchin
 _DEAD_LETTERS = "Messages of the queue that nobody could read or that were given up, in Redis."
 
 
-class Survey(Collector):
+class SystemCollector(Collector):
     """Asks Postgres and Redis on a short connection each; a server that is away is a number too."""
 
     def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:

@@ -6,7 +6,7 @@ from tests.mutations.sql_files import RELAY_SQL, SEQUENCE_SQL
 HISTORY = "tests/dovecote/relay/test_history.py"
 LOOKUP = "tests/dovecote/store/test_lookup.py"
 SEQUENCE = "tests/dovecote/relay/test_sequence.py"
-STANDBY = "tests/dovecote/relay/test_standby.py"
+STANDBY = "tests/dovecote/relay/test_standby_flush.py"
 CLAIM = "dovecote/broker/lua/claim.lua"
 RELAY = "tests/dovecote/relay/test_relay.py"
 BROKER = "tests/dovecote/broker/test_broker.py"
@@ -15,7 +15,7 @@ GOING_BACK = (
     Mutant(
         "a sequence that was set back is read on",
         "dovecote/store/reader.py",
-        "if row[0] < self._horizon[0]:",
+        "if row[0] < self._watermark[0]:",
         "if False:",
         SEQUENCE,
     ),
@@ -84,7 +84,7 @@ GOING_BACK = (
     ),
     Mutant(
         "what nobody flushes is waited for",
-        "dovecote/relay/standby.py",
+        "dovecote/relay/standby_flush.py",
         "                self._records.execute(_FLUSH)\n",
         "",
         STANDBY,
@@ -155,7 +155,7 @@ GOING_BACK = (
     Mutant(
         "marks of messages that were dropped stay",
         "dovecote/broker/lua/drop.lua",
-        "    redis.pcall('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
+        "    redis.pcall('hdel', KEYS[2] .. '.in_flight', unpack(ours))\n",
         "",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
@@ -225,8 +225,8 @@ GOING_BACK = (
     Mutant(
         "two sessions of one leadership may lead to two servers",
         "dovecote/relay/history.py",
-        "        if (found := run_of(self._records)) != self._claim.instance:\n",
-        "        if (found := run_of(self._records)) is None:\n",
+        "        if (found := server_run(self._records)) != self._claim.instance:\n",
+        "        if (found := server_run(self._records)) is None:\n",
         f"{HISTORY}::test_both_sessions_of_a_leader_are_of_one_run",
     ),
     Mutant(
