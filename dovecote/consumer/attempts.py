@@ -19,15 +19,16 @@ from dovecote.telemetry.outages import passes
 _record_failure = text(
     """
     insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
-        event_type, state, attempts, next_attempt_at, error_type, error_fingerprint, error, trace_id, replay_id)
+        event_type, state, attempts, next_attempt_at, error_type, headline, error_fingerprint, error, trace_id,
+        replay_id)
     values (:handler_name, :event_id, :position, :aggregate_type, :aggregate_id, :event_type, :state,
             :attempts, clock_timestamp() + make_interval(secs => cast(:pause_seconds as float8)),
-            :error_type, :error_fingerprint, :error, :trace_id, :replay_id)
+            :error_type, :headline, :error_fingerprint, :error, :trace_id, :replay_id)
     on conflict (handler_name, event_id) do update set
         state = excluded.state, attempts = excluded.attempts, next_attempt_at = excluded.next_attempt_at,
-        error_type = excluded.error_type, error_fingerprint = excluded.error_fingerprint,
-        error = excluded.error, trace_id = excluded.trace_id, replay_id = excluded.replay_id,
-        updated_at = clock_timestamp()
+        error_type = excluded.error_type, headline = excluded.headline,
+        error_fingerprint = excluded.error_fingerprint, error = excluded.error, trace_id = excluded.trace_id,
+        replay_id = excluded.replay_id, updated_at = clock_timestamp()
         where known.state <> 'discarded'
     """
 )
@@ -105,6 +106,7 @@ def _row(route: Route, attempt: Attempt, so_far: SoFar, replay: UUID | None) -> 
         # The database's clock decides when, not the worker's.
         "pause_seconds": None if final else pause.total_seconds(),
         "error_type": failure.type,
+        "headline": failure.headline,
         "error_fingerprint": failure.fingerprint,
         "error": failure.text,
         "trace_id": trace_id(envelope.traceparent),

@@ -1,6 +1,6 @@
 """What an event is, how it becomes JSON and back, and which events exist.
 
-An event is a frozen dataclass that names its wire type, `<slice>.<fact>.v<n>`. The name and the shape
+An event is a frozen dataclass that names its wire type, `<slice>.<event>.v<n>`. The name and the shape
 of a version never change once they have been written; a new shape is a new version. Code knows the
 newest class of a fact only; an upcaster makes the payload of an older version one of the next.
 """
@@ -55,7 +55,7 @@ class Event:
     def __init_subclass__(cls, *, type: str, aggregate: str, key: str) -> None:
         super().__init_subclass__()
         if not type_name.fullmatch(type):
-            raise InvalidEvent(f"{cls.__name__}: type {type!r} is not <slice>.<fact>.v<n>")
+            raise InvalidEvent(f"{cls.__name__}: type {type!r} is not <slice>.<event>.v<n>")
         if not _aggregate_name.fullmatch(aggregate):
             raise InvalidEvent(f"{cls.__name__}: aggregate {aggregate!r} is not a lower-case word")
         if (known := _registry.get(type)) and known.__qualname__ != cls.__qualname__:
@@ -147,7 +147,7 @@ def versioned(type: str) -> tuple[str, int]:
     Errors: InvalidEvent when it is no wire type.
     """
     if not type_name.fullmatch(type):
-        raise InvalidEvent(f"type {type!r} is not <slice>.<fact>.v<n>")
+        raise InvalidEvent(f"type {type!r} is not <slice>.<event>.v<n>")
     fact, _, version = type.rpartition(".v")
     return fact, int(version)
 

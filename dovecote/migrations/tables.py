@@ -25,7 +25,7 @@ from dovecote.processed_events import processed_events
 __all__ = [
     "audit_log",
     "deliveries",
-    "dropped_weeks",
+    "dropped_partitions",
     "message_keys",
     "metadata",
     "outbox",
@@ -54,7 +54,7 @@ published_batches = Table(
     Column("epoch", BigInteger, nullable=False),
     _moment("published_at"),
     Index("published_batches_positions_idx", "positions", postgresql_using="gist"),
-    Index("published_batches_moment_idx", "published_at"),
+    Index("published_batches_published_at_idx", "published_at"),
     postgresql_partition_by="RANGE (published_at)",
 )
 
@@ -71,6 +71,7 @@ deliveries = Table(
     Column("attempts", Integer, nullable=False, server_default=text("0")),
     _moment("next_attempt_at", nullable=True),
     Column("error_type", Text),
+    Column("headline", Text),
     Column("error_fingerprint", Text),
     Column("error", Text),
     Column("trace_id", Text),
@@ -125,8 +126,7 @@ paused_handlers = Table(
     metadata,
     Column("handler_name", Text, primary_key=True),
     Column("state", Text, nullable=False, server_default=text("'paused'")),
-    Column("sent_up_to", BigInteger, nullable=False, server_default=text("0")),
-    Column("paused_by", Text, nullable=False),
+    Column("actor", Text, nullable=False),
     Column("reason", Text, nullable=False),
     _moment("paused_at"),
     CheckConstraint("state in ('paused', 'resuming')", name="paused_handlers_state_is_known"),
@@ -151,7 +151,7 @@ progress = Table(
     Column("handler_name", Text, primary_key=True),
     Column("examined", BigInteger, nullable=False),
     Column("open", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
-    Column("mark", BigInteger, Computed("coalesce(lower(open) - 1, examined)", persisted=True)),
+    Column("low_water_mark", BigInteger, Computed("coalesce(lower(open) - 1, examined)", persisted=True)),
     _moment("moved_at"),
     CheckConstraint(
         "open <@ int8multirange(int8range(null::bigint, examined, '(]'))", name="progress_open_is_examined"
@@ -187,9 +187,9 @@ replays = Table(
     "replays",
     metadata,
     Column("id", Uuid, primary_key=True, server_default=func.dovecote.uuid_v7()),
-    Column("requested_by", Text, nullable=False),
+    Column("actor", Text, nullable=False),
     Column("reason", Text, nullable=False),
-    Column("strength", Text, nullable=False),
+    Column("mode", Text, nullable=False),
     Column("handler_name", Text, nullable=False),
     Column("filter", JSONB, nullable=False),
     Column("state", Text, nullable=False, server_default=text("'pending'")),
@@ -224,8 +224,8 @@ audit_log = Table(
     Column("affected", BigInteger),
 )
 
-dropped_weeks = Table(
-    "dropped_weeks",
+dropped_partitions = Table(
+    "dropped_partitions",
     metadata,
     Column("id", Uuid, primary_key=True, server_default=func.dovecote.uuid_v7()),
     Column("week", Text, nullable=False),
@@ -239,9 +239,9 @@ dropped_weeks = Table(
     _moment("last_created_at", nullable=True),
     Column("archive", Text),
     Column("checksum", Text),
-    Column("dropped_by", Text, nullable=False),
+    Column("actor", Text, nullable=False),
     _moment("dropped_at"),
-    Index("dropped_weeks_ids_idx", "lower_id"),
+    Index("dropped_partitions_ids_idx", "lower_id"),
 )
 
 unrouted_types = Table(

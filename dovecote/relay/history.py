@@ -55,7 +55,7 @@ _TAKE_OVER = f"""
     returning state.epoch, checkpoint, redis_run_id, coalesce(history, ''), coalesce(instance, '')
 """  # noqa: S608 - put together from constants
 # A statement after the take-over: from then on no earlier epoch moves it.
-_LAST_BEAT = "select last_value from dovecote.relay_beat"
+_LAST_BEAT = "select last_value from dovecote.relay_heartbeat"
 _STAND_BACK = "update dovecote.relay_state set stands_back_for = %s where stands_back_for is distinct from %s"
 # What Redis is told next must not be forgotten; batches may be, with what the same crash forgets. It is flushed here
 # only: a failover to a standby that has less is another run, and a standby that is away must not hold the leader up.
@@ -67,7 +67,7 @@ _BEGIN = f"""
 _KNOWN = f"update dovecote.relay_state set redis_run_id = %s where epoch = %s returning {_DURABLY}"  # noqa: S608 - as above
 # The row is locked and not written, as for a batch (leading.py). With a transaction id, so the commit is flushed.
 _BEAT = f"""
-    select setval('dovecote.relay_beat', %s), {_DURABLY}
+    select setval('dovecote.relay_heartbeat', %s), {_DURABLY}
     from (select from dovecote.relay_state where epoch = %s for no key update) as owner
 """  # noqa: S608 - as above
 

@@ -21,7 +21,7 @@ _LONGEST_PAUSE_SECONDS = 15.0
 #: Of each second, for what has fallen far behind: at most a tenth of a core for a history of millions.
 _CATCHING_UP_SECONDS = 0.1
 
-_MOVE = "select has_moved, is_behind, is_open from dovecote.move_marks(%s, %s)"
+_MOVE = "select has_moved, is_behind, is_open from dovecote.move_low_water_marks(%s, %s)"
 # What somebody has read of a mark must not move back when Postgres crashes. A step never waits long, nor for a standby.
 _SETTINGS = "set synchronous_commit = local; set lock_timeout = '2s'; set statement_timeout = '60s'"
 

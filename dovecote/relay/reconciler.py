@@ -48,12 +48,12 @@ _MAX_SENT_AGAIN = 100_000
 # events a replay sends. Nobody is while the leader sends again what Redis has lost.
 _OPEN = """
     select p.handler_name, (p.open + int8multirange(int8range(p.examined, greatest(p.examined, %(upto)s), '(]')))::text,
-           p.mark + 1,
+           p.low_water_mark + 1,
            exists (select from dovecote.relay_state where epoch = %(epoch)s and redis_run_id is not null)
            and not exists (select from dovecote.paused_handlers h where h.handler_name = p.handler_name)
            and not exists (select from dovecote.postponed h where h.handler_name = p.handler_name)
            and not exists (select from dovecote.replays r where r.handler_name = p.handler_name
-                             and r.strength = 'missing' and r.state in ('pending', 'running'))
+                             and r.mode = 'backfill' and r.state in ('pending', 'running'))
     from dovecote.progress p
     where p.handler_name = any(%(handlers)s) and (not isempty(p.open) or p.examined < %(upto)s)
 """

@@ -88,7 +88,7 @@ _NEXT_BATCHES = """
     order by next.published_at, next.positions
 """
 
-# What handlers have not settled of the first events in these ranges. dovecote.unsettled_of returns ranges, in which
+# What handlers have not settled of the first events in these ranges. dovecote.outstanding_of returns ranges, in which
 # there may be events that a handler does not want, and counts versions that it does not know yet.
 _UNSETTLED = """
     with look as materialized (
@@ -96,7 +96,7 @@ _UNSETTLED = """
             %(ranges)s::int8multirange * int8multirange(int8range(%(begin)s, null)), %(events)s)
     ), unsettled as materialized (
         select u.handler_name, u.ranges from look
-        cross join lateral dovecote.unsettled_of(%(handlers)s::text[], look.positions, look.ids, look.types) u
+        cross join lateral dovecote.outstanding_of(%(handlers)s::text[], look.positions, look.ids, look.types) u
     ), wanted as materialized (
         select s.handler_name, s.event_type, s.since_position, s.published_above, u.ranges
         from unsettled u join dovecote.subscriptions s on s.handler_name = u.handler_name

@@ -27,7 +27,7 @@ comment on table dovecote.memberships is
 
 create index memberships_user_idx on dovecote.memberships (user_id);
 
--- No foreign key to memberships: a fact may come from a writer whose memberships live elsewhere.
+-- No foreign key to memberships: an event may come from a writer whose memberships live elsewhere.
 create table dovecote.billing_history (
     id              bigint      not null generated always as identity,
     membership_id   uuid        not null,
@@ -46,7 +46,7 @@ create table dovecote.billing_history (
     constraint billing_history_currency_is_three_capitals check (currency ~ '^[A-Z]{3}$')
 );
 
-comment on table dovecote.billing_history is 'One line per fact of billing, written once and never changed.';
+comment on table dovecote.billing_history is 'One line per event of billing, written once and never changed.';
 comment on column dovecote.billing_history.amount_minor is
     'Whole minor units of the currency; negative for money that went back.';
 

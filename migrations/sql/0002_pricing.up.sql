@@ -9,7 +9,7 @@ create table dovecote.price_quotes (
     constraint price_quotes_price_is_positive check (price > 0)
 );
 
-comment on table dovecote.price_quotes is 'The history: what a source quoted for a symbol at a moment; the last word wins.';
+comment on table dovecote.price_quotes is 'The history: what a source quoted for a symbol at a time; the last quote wins.';
 
 create table dovecote.latest_prices (
     symbol         text           not null,
@@ -21,7 +21,7 @@ create table dovecote.latest_prices (
 ) with (fillfactor = 50);
 
 comment on column dovecote.latest_prices.position is
-    'Outbox position of the quote that set the price: decides between two quotes of the same moment.';
+    'Outbox position of the quote that set the price: decides between two quotes of the same time.';
 comment on column dovecote.latest_prices.quotes_applied is
     'How many quotes the consumer has acted on for this symbol, older ones included.';
 

@@ -13,7 +13,7 @@ create table dovecote.challenges (
     constraint challenges_pkey primary key (id),
     constraint challenges_one_per_user_and_phone unique (user_id, phone_hash),
     constraint challenges_phone_hash_is_a_sha_256 check (phone_hash ~ '^[0-9a-f]{64}$'),
-    constraint challenges_phone_is_sealed check (phone_ciphertext ~ '^[A-Za-z0-9_-]+:[A-Za-z0-9+/]{38,}=*$'),
+    constraint challenges_phone_is_encrypted check (phone_ciphertext ~ '^[A-Za-z0-9_-]+:[A-Za-z0-9+/]{38,}=*$'),
     constraint challenges_phone_last4_is_four_digits check (phone_last4 ~ '^[0-9]{4}$'),
     constraint challenges_code_hash_is_a_sha_256 check (code_hash ~ '^[0-9a-f]{64}$'),
     constraint challenges_tries_are_not_negative check (tries_left >= 0),
@@ -55,12 +55,12 @@ create table dovecote.verification_quotas (
 comment on table dovecote.verification_quotas is
     'When codes were requested and answers judged lately, for each phone number and each user.';
 comment on column dovecote.verification_quotas.subject is 'The HMAC-SHA-256 of an E.164 number, in hex, or a user id.';
-comment on column dovecote.verification_quotas.last_at is 'The latest of all moments; a day later the row is removed.';
+comment on column dovecote.verification_quotas.last_at is 'The latest of all times; a day later the row is removed.';
 
 create index verification_quotas_last_idx on dovecote.verification_quotas (last_at);
 
 -- Of a challenge, not the encrypted number and not the code's hash: nobody who looks has a use for them. A verified phone
--- is deleted for a user who wants to be forgotten.
+-- is deleted for a user who wants to be deleted.
 
 grant select, insert, update, delete on dovecote.challenges, dovecote.verified_phones, dovecote.verification_quotas
     to dovecote_service, dovecote_worker;

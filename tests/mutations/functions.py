@@ -41,8 +41,8 @@ FUNCTIONS = (
     Mutant(
         "a function is for everybody",
         RETENTION_SQL,
-        "dovecote.hold_week, dovecote.drop_week to dovecote_worker, dovecote_operator;\n",
-        "dovecote.hold_week, dovecote.drop_week to dovecote_worker, dovecote_operator, public;\n",
+        "dovecote.lock_partition, dovecote.drop_partition to dovecote_worker, dovecote_operator;\n",
+        "dovecote.lock_partition, dovecote.drop_partition to dovecote_worker, dovecote_operator, public;\n",
         TESTS,
     ),
     Mutant(

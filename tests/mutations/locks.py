@@ -52,7 +52,7 @@ LOCKS = (
     Mutant(
         "the relay acts again whatever the route says",
         ACTIVE_PY,
-        'replay.strength == "again" and not route.replayable',
+        'replay.mode == "reprocess" and not route.replayable',
         "False",
         f"{ROWS_TEST}::test_a_replay_that_acts_again_is_refused_by_the_relay_where_the_route_does_not_allow_it",
     ),

@@ -61,7 +61,7 @@ MUTANTS = (
     Mutant(
         "no floor is announced",
         OUTBOX_SQL,
-        "    if not pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then",
+        "    if not pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then",
         "    if false then",
         READING,
     ),
@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant(
         "a transaction announces itself once in a session's life",
         OUTBOX_SQL,
-        "           and pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then\n",
+        "           and pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then\n",
         "           then\n",
         READING,
     ),
@@ -593,9 +593,9 @@ MUTANTS = (
     Mutant(
         "a writer keeps the bell until its end",
         OUTBOX_SQL,
-        "(case when pg_try_advisory_lock_shared(dovecote.bell_key())\n"
-        "             then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
-        "not pg_try_advisory_xact_lock_shared(dovecote.bell_key())",
+        "(case when pg_try_advisory_lock_shared(dovecote.wakeup_key())\n"
+        "             then not pg_advisory_unlock_shared(dovecote.wakeup_key()) else true end)",
+        "not pg_try_advisory_xact_lock_shared(dovecote.wakeup_key())",
         HELD,
     ),
     Mutant(
@@ -623,7 +623,7 @@ MUTANTS = (
     Mutant(
         "a writer need not ring once the relay has slept",
         "dovecote/relay/wakeup.py",
-        '            self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")\n',
+        '            self._connection.execute("select pg_advisory_unlock(dovecote.wakeup_key())")\n',
         "",
         f"{RELAY} tests/test_benchmarks.py",
     ),

@@ -25,7 +25,7 @@ PROGRESS = (
     Mutant(
         "a version that nobody knows yet is passed",
         PROGRESS_SQL,
-        "s.handler_name = any(handlers) and dovecote.fact_of(s.event_type) = dovecote.fact_of(t.name)",
+        "s.handler_name = any(handlers) and dovecote.event_name(s.event_type) = dovecote.event_name(t.name)",
         "s.handler_name = any(handlers) and s.event_type = t.name",
         MARKS,
     ),
@@ -82,23 +82,23 @@ PROGRESS = (
     Mutant(
         "every look begins at the lowest mark",
         PROGRESS_SQL,
-        "case when q.examined - q.mark <= max_events / 2 then q.mark else q.examined end",
-        "q.mark",
+        "case when q.examined - q.low_water_mark <= max_events / 2 then q.low_water_mark else q.examined end",
+        "q.low_water_mark",
         f"{MARKS}::test_every_event_is_looked_at_once_and_a_backlog_costs_a_look_at_its_head",
     ),
     Mutant("what is dead below the mark blocks nothing", PROGRESS_SQL, "d.state = 'dead' and", "false and", IN_THE_WAY),
     Mutant(
         "the way is looked for in all that an aggregate has",
         ORDER_SQL,
-        "          and o.position > (select dovecote.settled_upto(handler))\n          and (s.published_above is null"
-        " or not s.published_above @> o.position)\n          and not exists",
+        "          and o.position > (select dovecote.unblocked_up_to(handler))\n          and (s.published_above"
+        " is null or not s.published_above @> o.position)\n          and not exists",
         "          and (s.published_above is null or not s.published_above @> o.position)\n          and not exists",
         IN_THE_WAY,
     ),
     Mutant(
         "a week goes up to what was examined",
         RETENTION_SQL,
-        "coalesce(p.mark, 0) as mark",
+        "coalesce(p.low_water_mark, 0) as mark",
         "coalesce(p.examined, 0) as mark",
         HISTORIES,
     ),

@@ -73,8 +73,8 @@ QUEUES = (
     Mutant(
         "what was published before a handler's time keeps a week",
         RETENTION_SQL,
-        "and not s.published_above @> o.position and o.position > s.mark\n",
-        "and o.position > s.mark\n",
+        "and not s.published_above @> o.position and o.position > s.low_water_mark\n",
+        "and o.position > s.low_water_mark\n",
         NEW_HANDLER,
     ),
     Mutant(

@@ -31,8 +31,8 @@ TABLES = """
     postponed            -       r,a,w,d   r         r       -        -
     unrouted_types       -       r,a,w,d   r         r       -        -
     relay_state          -       r,w       r         r       -        -
-    relay_beat           -       r,w       r         r       -        -
-    dropped_weeks        -       r         r         r       -        -
+    relay_heartbeat           -       r,w       r         r       -        -
+    dropped_partitions        -       r         r         r       -        -
 
     replays              -       r,w*      r         r       -        -
     paused_handlers      -       r         r         r       -        -
@@ -86,7 +86,7 @@ AS_OWNER = """
     discard_deliveries   operator
     pause_handler        operator
     resume_handler       operator
-    forget_handler       operator
+    unsubscribe_handler       operator
     start_replay         operator
     pause_replay         operator
     resume_replay        operator
@@ -98,10 +98,10 @@ AS_OWNER = """
 
     recover              operator worker
     ensure_partitions    operator worker
-    place_strays         operator worker
-    copy_strays          operator worker
-    hold_week            operator worker
-    drop_week            operator worker
+    place_misplaced_rows         operator worker
+    copy_misplaced_rows          operator worker
+    lock_partition            operator worker
+    drop_partition            operator worker
     processed_lately     operator worker viewer
 
     recover_sequence     worker
@@ -110,9 +110,9 @@ AS_OWNER = """
     begin_progress       -
     widen_progress       -
     make_partitions      -
-    move_strays          -
-    refuse_dropped_week  -
-    skip_dropped_week    -
+    move_misplaced_rows          -
+    refuse_dropped_partition  -
+    skip_dropped_partition    -
 """
 
 _LETTERS = {"r": "SELECT", "a": "INSERT", "w": "UPDATE", "d": "DELETE", "u": "USAGE"}

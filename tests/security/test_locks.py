@@ -30,8 +30,8 @@ from tests.support.system import System, system_for
 pytestmark = pytest.mark.servers
 
 APPEND = "select dovecote.append_event('order', '1', 'shop.order_placed.v1', '{}')"
-HORIZON = "select last_position, settled from dovecote.horizon()"
-AT_WORK = "select * from dovecote.writers_at_work()"
+HORIZON = "select last_position, safe_position from dovecote.low_watermark()"
+AT_WORK = "select * from dovecote.active_writers()"
 ANNOUNCE = "select pg_advisory_lock_shared((17602::bigint << 48) | %s)"
 LEADER = "select pid, login, is_older from dovecote.leader()"
 
@@ -100,7 +100,7 @@ def test_a_writer_writes_though_a_stranger_holds_every_key_it_would_announce_wit
         writer.execute(APPEND)
 
         assert admin.execute(HORIZON).fetchone() == (2, 0)
-        assert admin.execute("select floors from dovecote.writers_at_work()").fetchone() == ([0],)
+        assert admin.execute("select floors from dovecote.active_writers()").fetchone() == ([0],)
     assert admin.execute(HORIZON).fetchone() == (2, 2)
 
 
@@ -147,7 +147,7 @@ def test_what_a_stranger_prepares_is_not_heeded_and_what_a_writer_prepares_is(co
     writer.execute(APPEND)
     writer.execute(f"prepare transaction '{ours}'")
     seen = admin.execute(HORIZON).fetchone()
-    in_flight = admin.execute("select floors from dovecote.writers_at_work()").fetchone()
+    in_flight = admin.execute("select floors from dovecote.active_writers()").fetchone()
     named = admin.execute("select prepared from dovecote.foreign_locks()").fetchall()
     for name in (theirs, ours):
         admin.execute(f"rollback prepared '{name}'")
@@ -213,7 +213,7 @@ def test_every_way_to_write_is_announced(
 
     with write(connect(login), admin):
         last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
-        in_flight = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
+        in_flight = admin.execute("select cardinality(floors) from dovecote.active_writers()").fetchone()
 
     assert settled < last
     assert settled <= before + 1  # what is rolled back to a savepoint had a position
@@ -235,7 +235,7 @@ def test_a_writer_that_says_it_has_announced_announces(connect: Connect, told: s
         writer.execute(APPEND)
 
         last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
-        in_flight = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
+        in_flight = admin.execute("select cardinality(floors) from dovecote.active_writers()").fetchone()
 
     assert settled < last
     assert in_flight == (1,)
@@ -369,11 +369,11 @@ def test_the_engine_s_other_turns_are_nobody_s_to_take(connect: Connect) -> None
     worker.execute("set statement_timeout = '5s'")
 
     worker.execute("select dovecote.ensure_partitions()")
-    admin.execute("select dovecote.copy_strays()")
+    admin.execute("select dovecote.copy_misplaced_rows()")
     worker.execute(
         "insert into dovecote.subscriptions (handler_name, event_type, since_position) values ('h', 'a.b.v1', 0)"
     )
-    moved = worker.execute("select has_moved, is_open from dovecote.move_marks(0, 0)").fetchone()
+    moved = worker.execute("select has_moved, is_open from dovecote.move_low_water_marks(0, 0)").fetchone()
 
     assert moved is not None
 

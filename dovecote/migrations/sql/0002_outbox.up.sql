@@ -34,10 +34,10 @@ begin
     end if;
 end $$;
 
-create function dovecote.uuid_v7_floor(moment timestamptz) returns uuid
+create function dovecote.uuid_v7_lower_bound(at timestamptz) returns uuid
 language sql immutable parallel safe
 -- The least uuid of that millisecond: the border between two partitions.
-return rpad(lpad(to_hex(floor(extract(epoch from moment) * 1000)::bigint), 12, '0'), 32, '0')::uuid;
+return rpad(lpad(to_hex(floor(extract(epoch from at) * 1000)::bigint), 12, '0'), 32, '0')::uuid;
 
 create function dovecote.uuid_v7_time(id uuid) returns timestamptz
 language sql immutable parallel safe
@@ -45,7 +45,7 @@ return to_timestamp(('x' || encode(substring(uuid_send(id) from 1 for 6), 'hex')
 
 -- The table ------------------------------------------------------------------------------------
 
--- Cache 1: a cached block of positions would be handed out long after its floor was announced.
+-- Cache 1: a cached block of positions would be handed out long after the writer announced its low-water mark.
 create sequence dovecote.outbox_position as bigint cache 1;
 
 create table dovecote.outbox (
@@ -62,7 +62,7 @@ create table dovecote.outbox (
 
 create table dovecote.outbox_default partition of dovecote.outbox default;
 
-comment on table dovecote.outbox is 'Facts in writing order; append only. See DESIGN sections 3 and 4.';
+comment on table dovecote.outbox is 'Events in writing order; append only.';
 
 create index outbox_position_idx on dovecote.outbox (position);
 -- Ordered handlers ask for the event before this one of the same aggregate.
@@ -88,17 +88,17 @@ end $$;
 
 comment on function dovecote.wake is 'Notify a channel of ours, unless the queue of notifications is half full.';
 
-create function dovecote.bell_key() returns bigint
+create function dovecote.wakeup_key() returns bigint
 language sql immutable parallel safe return 17603::bigint << 48;
 
--- Announcing a floor ---------------------------------------------------------------------------
+-- Announcing a low-water mark ------------------------------------------------------------------
 -- What every writer pays for. In each transaction plpgsql sets every expression that it evaluates up anew, so the size
 -- of an expression costs more than its result. What is always evaluated is therefore short, and the words of a refusal
 -- are looked for only when there is one.
 
 -- One advisory lock key is 64 bits: 16 name the purpose, 48 carry a position (2.8e14 of them).
-create function dovecote.floor_key(floor_position bigint) returns bigint
-language sql immutable parallel safe return (17602::bigint << 48) | floor_position;
+create function dovecote.writer_key(low_water_mark bigint) returns bigint
+language sql immutable parallel safe return (17602::bigint << 48) | low_water_mark;
 
 create function dovecote.announce() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -107,31 +107,31 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 -- setting together. Anybody may write the setting: it says which lock to take once more, which costs nothing where it
 -- is held. An announcement at a lower position is as good.
 declare
-    told constant text := current_setting('dovecote.announced', true);
+    before constant text := current_setting('dovecote.announced', true);
     announced     bigint;
     last_position bigint;
 begin
-    if told <> '' then
+    if before <> '' then
         -- What is no number is not announced: a session of a pool may be another's before.
-        announced := case when told ~ '^[0-9]{1,15}$' then told end;
+        announced := case when before ~ '^[0-9]{1,15}$' then before end;
         if pg_current_xact_id() is not null
            and (announced between 0 and pg_sequence_last_value('dovecote.outbox_position')
                 or announced between 1::bigint << 47 and (1::bigint << 48) - 1)
-           and pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then
+           and pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then
             return null;
         end if;
     end if;
-    -- The number of the transaction first: dovecote.writers_at_work() takes an announcement without one for over.
+    -- The number of the transaction first: dovecote.active_writers() takes an announcement without one for over.
     last_position := case when pg_current_xact_id() is not null
                      then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) end;
     announced := last_position;
-    if not pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then
+    if not pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then
         -- A stranger has it. A session cannot hold so many locks that it has most of those below, and none can have
         -- most of those that say no more than that somebody writes.
         for try in 1 .. 10 loop
             announced := case when try <= 2 then last_position - floor(random() * least(last_position, 100000))::bigint
                          else (1::bigint << 47) + floor(random() * (1::bigint << 47))::bigint end;
-            exit when pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced));
+            exit when pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced));
             if try = 10 then
                 raise exception 'no announcement could be made: other sessions hold each lock that was tried'
                     using hint = 'select * from dovecote.foreign_locks() names them.', errcode = 'lock_not_available';
@@ -143,8 +143,8 @@ begin
     -- A relay that sleeps holds this key for itself, and is woken. The key is given back at once, in the same
     -- expression, where nothing can be interrupted: held to the end it would keep the relay from sleeping. The
     -- announcement comes first: by it a relay that falls asleep now knows that we shall say nothing.
-    if (case when pg_try_advisory_lock_shared(dovecote.bell_key())
-             then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end) then
+    if (case when pg_try_advisory_lock_shared(dovecote.wakeup_key())
+             then not pg_advisory_unlock_shared(dovecote.wakeup_key()) else true end) then
         -- As in dovecote.wake; a call of it would be a query.
         if float8lt(pg_notification_queue_usage(), 0.5) then
             perform pg_notify('dovecote_outbox', '');
@@ -181,7 +181,7 @@ begin
             bytes := bytes + octet_length(jsonb_path_query_array(
                 numbers, '$[$low to $high]', jsonb_build_object('low', low, 'high', low + 249))::text);
             if bytes > 2::bigint * most then
-                return null;  -- twice: of what is near the limit the very length is told
+                return null;  -- twice: near the limit the exact length is reported
             end if;
         end loop;
     end if;
@@ -211,7 +211,7 @@ begin
                       coalesce(length(event.aggregate_id)::text, 'null'));
     elsif event.event_type is null or length(event.event_type) > 200
           or event.event_type !~ '^[a-z][a-z0-9_]*[.][a-z][a-z0-9_]*[.]v[1-9][0-9]*$' then
-        return format('event_type %L is not <slice>.<fact>.v<n> such as ''billing.payment_recorded.v1''',
+        return format('event_type %L is not <slice>.<event>.v<n> such as ''billing.payment_recorded.v1''',
                       left(event.event_type, 200));
     elsif event.payload is null or jsonb_typeof(event.payload) <> 'object' then
         return format('payload must be a JSON object, got %s', coalesce(jsonb_typeof(event.payload), 'null'));
@@ -286,10 +286,10 @@ begin
 end $$;
 
 comment on function dovecote.append_event is
-    'Write one fact in the transaction at hand and return its id. What the outbox refuses, it refuses in words.';
+    'Write one event in the transaction at hand and return its id. What the outbox refuses, it refuses in words.';
 
 -- Rights ---------------------------------------------------------------------------------------
--- On the parents only: a row put straight into a partition would not announce its floor. Neither the position, which
+-- On the parents only: a row put straight into a partition would not announce its low-water mark. Neither the position, which
 -- could lie where the relay has already been, nor the time, which is the server's own word, is a writer's choice.
 
 grant select on dovecote.outbox to dovecote_worker, dovecote_operator, dovecote_viewer;
@@ -298,7 +298,7 @@ grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers)
 grant select on sequence dovecote.outbox_position to dovecote_operator, dovecote_viewer;
 grant usage, select on sequence dovecote.outbox_position to dovecote_writer, dovecote_service, dovecote_worker;
 grant execute on function
-    dovecote.uuid_v7, dovecote.uuid_v7_floor, dovecote.uuid_v7_time, dovecote.bell_key, dovecote.floor_key,
+    dovecote.uuid_v7, dovecote.uuid_v7_lower_bound, dovecote.uuid_v7_time, dovecote.wakeup_key, dovecote.writer_key,
     dovecote.json_text_bytes
     to dovecote_writer, dovecote_service, dovecote_worker, dovecote_operator, dovecote_viewer;
 grant execute on function dovecote.wake to dovecote_writer, dovecote_worker, dovecote_operator;

@@ -23,7 +23,7 @@ create table dovecote.relay_state (
 ) with (fillfactor = 10);
 
 comment on column dovecote.relay_state.history is
-    'Redis holds what was published in this history, and names it. Another begins when either may have forgotten.';
+    'Redis holds what was published in this history, and names it. Another begins when either may have lost data.';
 comment on column dovecote.relay_state.instance is 'server_run() in which the history began or was last found as known.';
 comment on column dovecote.relay_state.stands_back_for is
     'server_run() of the newer Postgres whose relay uses our Redis; ours does not publish meanwhile.';
@@ -45,15 +45,15 @@ comment on table dovecote.published_batches is 'One row per batch the relay publ
 
 create index published_batches_positions_idx on dovecote.published_batches using gist (positions);
 -- How much was published lately.
-create index published_batches_moment_idx on dovecote.published_batches (published_at);
+create index published_batches_published_at_idx on dovecote.published_batches (published_at);
 
 create view dovecote.outbox_events as
     select o.*,
            (select min(b.published_at) from dovecote.published_batches b where b.positions @> o.position)
-               as processed_at
+               as published_at
     from dovecote.outbox o;
 
-comment on view dovecote.outbox_events is 'The outbox as people ask for it: processed_at is when the relay published it.';
+comment on view dovecote.outbox_events is 'The outbox as people ask for it: published_at is when the relay published it.';
 
 create table dovecote.unrouted_types (
     event_type     text        not null,
@@ -140,11 +140,11 @@ end;
 -- the sequence as it was read before. PREPARE TRANSACTION hands the locks over one by one, and each keeps the number of
 -- the virtual transaction.
 --
--- From 2^47 on, above all positions there can be, it announces that a writer is at work and not where.
+-- From 2^47 on, above all positions there can be, it announces an active writer and not its position.
 
-create function dovecote.horizon(out last_position bigint, out settled bigint)
+create function dovecote.low_watermark(out last_position bigint, out safe_position bigint)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
--- `last_position`: the highest position handed out. `settled`: everything at or below it is committed
+-- `last_position`: the highest position handed out. `safe_position`: everything at or below it is committed
 -- or gone for ever. The order is the proof: first the sequence, then what writers announce, and rows only after both.
 declare
     lowest bigint;
@@ -165,19 +165,19 @@ begin
         group by l.virtualtransaction
     ) h
     where h.inserts;
-    settled := least(last_position, lowest);
+    safe_position := least(last_position, lowest);
 end $$;
 
-create function dovecote.writers_at_work(out floors bigint[], out xids bigint[])
+create function dovecote.active_writers(out positions bigint[], out xids bigint[])
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
--- Each writer at work: the position it has announced, and its transaction. One that holds its announcement and no number
+-- Each active writer: the position it has announced, and its transaction. One that holds its announcement and no number
 -- of a transaction any more is over: numbers are given back first.
 -- Savepoints hold numbers too, all above that of their transaction: the lowest of a holder is the transaction's.
 -- pg_locks shows the lower 32 of 64 bits. Shifted up and down they are the signed distance from the number of now.
 declare
     now_xid constant bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
 begin
-    select coalesce(array_agg(h.announced), '{}'), coalesce(array_agg(h.xid), '{}') into floors, xids
+    select coalesce(array_agg(h.announced), '{}'), coalesce(array_agg(h.xid), '{}') into positions, xids
     from (
         select min(case when l.classid::bigint & 32768 = 0
                         then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end)
@@ -196,7 +196,7 @@ begin
 end $$;
 
 -- Which run of Postgres this is ------------------------------------------------------------------
--- And the history in which Redis was told what it holds.
+-- And the history in which Redis was filled.
 
 create function dovecote.server_started() returns bigint
 language sql stable parallel safe
@@ -207,7 +207,7 @@ begin atomic
 end;
 
 comment on function dovecote.server_started is
-    'When this run of Postgres began. What a session has seen committed is forgotten only with the run: by a crash, a '
+    'When this run of Postgres began. What a session has seen committed is lost only with the run: by a crash, a '
     'restore, a failover.';
 
 create function dovecote.server_run() returns text
@@ -235,13 +235,13 @@ end $$;
 
 comment on function dovecote.server_run is
     'Which run of which database this is: system identifier, timeline, start, database, file of relay_state. Another '
-    'one may have forgotten what this one told.';
+    'one may have lost what this one reported.';
 
--- How far Postgres is, told to Redis once it is on disk. A sequence keeps no old versions, and setval() logs each value
+-- How far Postgres is, written to Redis once it is on disk. A sequence keeps no old versions, and setval() logs each value
 -- where nextval() would log 32 ahead.
-create sequence dovecote.relay_beat as bigint minvalue 0 start 0 cache 1;
+create sequence dovecote.relay_heartbeat as bigint minvalue 0 start 0 cache 1;
 
-comment on sequence dovecote.relay_beat is
+comment on sequence dovecote.relay_heartbeat is
     'Moves at most once a second while messages are under way: first here, then in Redis. Should either go back without '
     'another run, the two differ.';
 
@@ -260,7 +260,7 @@ comment on function dovecote.outbox_run is
     'In which run of Postgres, and since which restore, the outbox is read: what was seen committed in this one is there.';
 
 create function dovecote.not_in_outbox(event_ids uuid[], positions bigint[], event_types text[]) returns setof uuid
--- Volatile: its statement takes its snapshot after its locks. A row that dovecote.place_strays moves would be seen in
+-- Volatile: its statement takes its snapshot after its locks. A row that dovecote.place_misplaced_rows moves would be seen in
 -- neither place by a snapshot from before.
 language plpgsql volatile
 -- Mostly all of them are there.
@@ -284,52 +284,52 @@ begin
 end $$;
 
 comment on function dovecote.not_in_outbox is
-    'Which of these events are not in the outbox with this id, position and type: Postgres has forgotten them, or never '
+    'Which of these events are not in the outbox with this id, position and type: Postgres has lost them, or never '
     'knew them.';
 
 -- What it sends -----------------------------------------------------------------------------
 
 -- A CloudEvents 1.0 JSON envelope. `position` is text because a CloudEvents integer has 32 bits.
--- Each field is escaped here, whatever let the row in, and the moment is in UTC, whatever the session's zone is.
+-- Each field is escaped here, whatever let the row in, and the time is in UTC, whatever the session's zone is.
 -- The relay takes the id from where it stands (EVENT_ID in dovecote/relay/bundler.py).
-create function dovecote.envelope(fact dovecote.outbox) returns text
+create function dovecote.envelope(event dovecote.outbox) returns text
 language sql stable parallel safe
-return '{"specversion":"1.0","id":"' || fact.id::text
-    || '","source":' || to_json('/dovecote/' || fact.aggregate_type)::text
-    || ',"type":' || to_json(fact.event_type)::text
-    || ',"subject":' || to_json(fact.aggregate_id)::text
-    || ',"time":' || left(to_json(fact.created_at at time zone interval '0')::text, -1) || '+00:00"'
-    || ',"dataschema":' || to_json('urn:dovecote:' || fact.event_type)::text
-    || ',"position":"' || fact.position::text || '"'
-    || coalesce(',"traceparent":' || (fact.headers -> 'traceparent')::text, '')
-    || coalesce(',"tracestate":' || (fact.headers -> 'tracestate')::text, '')
-    || coalesce(',"correlationid":' || (fact.headers -> 'correlation_id')::text, '')
-    || ',"data":' || fact.payload::text || '}';
+return '{"specversion":"1.0","id":"' || event.id::text
+    || '","source":' || to_json('/dovecote/' || event.aggregate_type)::text
+    || ',"type":' || to_json(event.event_type)::text
+    || ',"subject":' || to_json(event.aggregate_id)::text
+    || ',"time":' || left(to_json(event.created_at at time zone interval '0')::text, -1) || '+00:00"'
+    || ',"dataschema":' || to_json('urn:dovecote:' || event.event_type)::text
+    || ',"position":"' || event.position::text || '"'
+    || coalesce(',"traceparent":' || (event.headers -> 'traceparent')::text, '')
+    || coalesce(',"tracestate":' || (event.headers -> 'tracestate')::text, '')
+    || coalesce(',"correlationid":' || (event.headers -> 'correlation_id')::text, '')
+    || ',"data":' || event.payload::text || '}';
 
 -- The envelope of a row that is small as it is stored; null for the others, which `envelopes` makes one by one. A
 -- plain expression, so that it becomes part of the statement that reads. It is `envelope` without what costs most there,
 -- to escape words: an aggregate type that is no word is for `envelopes`, and a type that is none is in no route, so that
 -- nobody is sent what is made of it.
 -- To quote an identifier is the cheapest question for a word; with the underscore it is no key word such as `order`.
-create function dovecote.small_envelope(fact dovecote.outbox) returns text
+create function dovecote.small_envelope(event dovecote.outbox) returns text
 language sql stable parallel safe
 return case
-    when quote_ident(fact.aggregate_type || '_') = fact.aggregate_type || '_'
-         and pg_column_compression(fact.payload) is null
-         and pg_column_size(fact.payload) < 4000
-         and pg_column_compression(fact.headers) is null
-         and pg_column_size(fact.headers) < 4000
-    then '{"specversion":"1.0","id":"' || fact.id::text
-        || '","source":"/dovecote/' || fact.aggregate_type
-        || '","type":"' || fact.event_type
-        || '","subject":' || to_json(fact.aggregate_id)::text
-        || ',"time":' || left(to_json(fact.created_at at time zone interval '0')::text, -1)
-        || '+00:00","dataschema":"urn:dovecote:' || fact.event_type
-        || '","position":"' || fact.position::text || '"'
-        || coalesce(',"traceparent":' || (fact.headers -> 'traceparent')::text, '')
-        || coalesce(',"tracestate":' || (fact.headers -> 'tracestate')::text, '')
-        || coalesce(',"correlationid":' || (fact.headers -> 'correlation_id')::text, '')
-        || ',"data":' || fact.payload::text || '}'
+    when quote_ident(event.aggregate_type || '_') = event.aggregate_type || '_'
+         and pg_column_compression(event.payload) is null
+         and pg_column_size(event.payload) < 4000
+         and pg_column_compression(event.headers) is null
+         and pg_column_size(event.headers) < 4000
+    then '{"specversion":"1.0","id":"' || event.id::text
+        || '","source":"/dovecote/' || event.aggregate_type
+        || '","type":"' || event.event_type
+        || '","subject":' || to_json(event.aggregate_id)::text
+        || ',"time":' || left(to_json(event.created_at at time zone interval '0')::text, -1)
+        || '+00:00","dataschema":"urn:dovecote:' || event.event_type
+        || '","position":"' || event.position::text || '"'
+        || coalesce(',"traceparent":' || (event.headers -> 'traceparent')::text, '')
+        || coalesce(',"tracestate":' || (event.headers -> 'tracestate')::text, '')
+        || coalesce(',"correlationid":' || (event.headers -> 'correlation_id')::text, '')
+        || ',"data":' || event.payload::text || '}'
 end;
 
 create function dovecote.envelopes(ids uuid[], most_bytes bigint)
@@ -344,30 +344,30 @@ declare
     most_of_one constant integer := 1000000;
     made bigint := 0;
     failed integer := 0;
-    fact dovecote.outbox;
+    event dovecote.outbox;
 begin
-    for fact in
+    for event in
         select o.* from unnest(ids) with ordinality as wanted (id, place)
         left join lateral (select * from dovecote.outbox where id = wanted.id limit 1) o on true order by place
     loop
         envelope := null;
         problem := null;
         begin
-            if fact.id is null then
+            if event.id is null then
                 problem := 'it is not in the outbox any more';
-            elsif fact.aggregate_type !~ '^[a-z0-9_]+$' or fact.event_type !~ '^[a-z0-9_.]+$' then
+            elsif event.aggregate_type !~ '^[a-z0-9_]+$' or event.event_type !~ '^[a-z0-9_.]+$' then
                 problem := 'its aggregate_type or event_type is no lower-case word';
             else
-                fact.payload := fact.payload #> '{}';  -- not compressed any more: it is looked at several times
+                event.payload := event.payload #> '{}';  -- not compressed any more: it is looked at several times
                 -- Less than that becomes no text that would be too much to make.
-                if pg_column_size(fact.payload) > 8000
-                   and dovecote.json_text_bytes(fact.payload, most_of_one) is null then
+                if pg_column_size(event.payload) > 8000
+                   and dovecote.json_text_bytes(event.payload, most_of_one) is null then
                     problem := format('its payload has more than %s bytes as text', most_of_one);
-                elsif pg_column_size(fact.headers) > 100
-                   and dovecote.json_text_bytes(fact.headers, most_of_one) is null then
+                elsif pg_column_size(event.headers) > 100
+                   and dovecote.json_text_bytes(event.headers, most_of_one) is null then
                     problem := format('its headers have more than %s bytes as text', most_of_one);
                 else
-                    envelope := convert_to(dovecote.envelope(fact), 'UTF8');
+                    envelope := convert_to(dovecote.envelope(event), 'UTF8');
                     if octet_length(envelope) > most_of_one then
                         problem := format('its envelope has %s bytes, at most %s are sent',
                                           octet_length(envelope), most_of_one);
@@ -415,12 +415,12 @@ grant select, insert on dovecote.published_batches to dovecote_worker;
 grant select on dovecote.outbox_events to dovecote_worker, dovecote_operator, dovecote_viewer;
 grant select, insert, update, delete on dovecote.unrouted_types, dovecote.postponed to dovecote_worker;
 grant update on dovecote.relay_leader to dovecote_worker;
-grant select on sequence dovecote.relay_beat to dovecote_operator, dovecote_viewer;
-grant select, update on sequence dovecote.relay_beat to dovecote_worker;
+grant select on sequence dovecote.relay_heartbeat to dovecote_operator, dovecote_viewer;
+grant select, update on sequence dovecote.relay_heartbeat to dovecote_worker;
 grant execute on function dovecote.try_lock to dovecote_worker;
 grant execute on function dovecote.leader_key to dovecote_writer, dovecote_worker, dovecote_operator, dovecote_viewer;
 grant execute on function
-    dovecote.leader, dovecote.horizon, dovecote.writers_at_work, dovecote.server_started, dovecote.server_run,
+    dovecote.leader, dovecote.low_watermark, dovecote.active_writers, dovecote.server_started, dovecote.server_run,
     dovecote.outbox_run, dovecote.not_in_outbox, dovecote.envelope, dovecote.small_envelope, dovecote.envelopes,
     dovecote.message_bytes
     to dovecote_worker, dovecote_operator, dovecote_viewer;

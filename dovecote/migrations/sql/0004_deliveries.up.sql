@@ -26,12 +26,13 @@ create table dovecote.deliveries (
     attempts        integer     not null default 0,
     next_attempt_at timestamptz,
     error_type      text,
+    headline        text,
     error_fingerprint text,
     error           text,
     trace_id        text,
     first_failed_at timestamptz not null default clock_timestamp(),
     updated_at      timestamptz not null default clock_timestamp(),
-    -- A retry is leased while this equals next_attempt_at: whoever gives it another time ends the lease with it.
+    -- A retry is leased while this equals next_attempt_at: another time ends the lease.
     leased_until    timestamptz,
     -- The replay that failed on this event: its retry acts again, once.
     replay_id       uuid,
@@ -42,6 +43,7 @@ create table dovecote.deliveries (
 );
 
 comment on table dovecote.deliveries is 'Only what did not go well: retrying, waiting behind another, dead, discarded.';
+comment on column dovecote.deliveries.headline is 'Type and message of the error in one line; `error` has the traceback.';
 comment on column dovecote.deliveries.leased_until is 'Equals next_attempt_at while the retry is on a queue or in a worker''s hands.';
 comment on column dovecote.deliveries.first_leased_at is
     'When this attempt was leased first. What was leased together then is one message, however often it is sent.';
@@ -62,7 +64,7 @@ create index deliveries_group_idx on dovecote.deliveries (state, handler_name, e
 
 -- Subscriptions --------------------------------------------------------------------------------
 
--- Since when a handler wants events of a type. Those at or below `since_position` were told before: they are
+-- Since when a handler wants events of a type. Those at or below `since_position` are older: they are
 -- none of its business, neither to send again nor to wait for. When the relay first leads with a handler, some events
 -- above the checkpoint are published already, and beside them are gaps: positions of writers that are still at work.
 -- What turns up in a gap is published to the new handler.
@@ -73,7 +75,7 @@ create table dovecote.subscriptions (
     created_at     timestamptz not null default clock_timestamp(),
     routed_epoch   bigint,
     published_above int8multirange not null default '{}',
-    -- What only code knows, told by the relay that routes it. Null: by a relay that does not tell.
+    -- What only code knows, recorded by the relay that routes it. Null: by a relay that does not record it.
     replayable     boolean,
     ordered        boolean,
     constraint subscriptions_pkey primary key (handler_name, event_type)
@@ -88,27 +90,25 @@ comment on column dovecote.subscriptions.published_above is
 comment on column dovecote.subscriptions.replayable is 'Whether the handler''s route lets it act again on what it has acted on.';
 comment on column dovecote.subscriptions.ordered is 'Whether the handler''s route keeps the order of each aggregate.';
 
-create function dovecote.fact_of(event_type text) returns text
+create function dovecote.event_name(event_type text) returns text
 language sql immutable parallel safe
 -- 'billing.payment_recorded' of 'billing.payment_recorded.v2'
 return substring(event_type from '^(.*)[.]v[0-9]+$');
 
 -- Paused handlers ------------------------------------------------------------------------------
--- A paused handler's messages are put aside in Redis, so nothing has to be known of positions.
+-- A paused handler's messages are held in Redis, so nothing has to be known of positions.
 
 create table dovecote.paused_handlers (
     handler_name text        not null,
     state        text        not null default 'paused',
-    sent_up_to   bigint      not null default 0,
-    paused_by    text        not null,
+    actor        text        not null,
     reason       text        not null,
     paused_at    timestamptz not null default clock_timestamp(),
     constraint paused_handlers_pkey primary key (handler_name),
     constraint paused_handlers_state_is_known check (state in ('paused', 'resuming'))
 );
 
-comment on table dovecote.paused_handlers is 'One row for each handler that is paused or catching up; none for one at work.';
-comment on column dovecote.paused_handlers.sent_up_to is 'Not used.';
+comment on table dovecote.paused_handlers is 'One row for each handler that is paused or catching up; none for a running one.';
 
 -- How fast they act ------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ create function dovecote.processed_lately(seconds integer, pages integer default
 returns table (handler_name text, events_per_second float8)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 -- How fast each handler acts. New rows lie at the end of a partition's file, however old their event is: the last
--- pages tell it, without an index on the moment and without a look at the rest. Definer's rights because nobody
+-- pages show it, without an index on the time and without a look at the rest. Definer's rights because nobody
 -- else may read a partition by its name.
 declare
     part record;
@@ -152,12 +152,12 @@ grant select, insert on dovecote.processed_events, dovecote.subscriptions to dov
 grant update (processed_at, replay_id) on dovecote.processed_events to dovecote_worker;
 grant select, delete on dovecote.deliveries to dovecote_worker;
 grant insert (handler_name, event_id, position, aggregate_type, aggregate_id, event_type, state, attempts,
-              next_attempt_at, error_type, error_fingerprint, error, trace_id, replay_id),
-      update (state, attempts, next_attempt_at, error_type, error_fingerprint, error, trace_id, replay_id,
+              next_attempt_at, error_type, headline, error_fingerprint, error, trace_id, replay_id),
+      update (state, attempts, next_attempt_at, error_type, headline, error_fingerprint, error, trace_id, replay_id,
               leased_until, first_leased_at, updated_at)
     on dovecote.deliveries to dovecote_worker;
 grant update (routed_epoch, replayable, ordered) on dovecote.subscriptions to dovecote_worker;
 grant select on dovecote.paused_handlers to dovecote_worker, dovecote_operator, dovecote_viewer;
-grant execute on function dovecote.fact_of
+grant execute on function dovecote.event_name
     to dovecote_writer, dovecote_service, dovecote_worker, dovecote_operator, dovecote_viewer;
 grant execute on function dovecote.processed_lately to dovecote_worker, dovecote_operator, dovecote_viewer;

@@ -1,35 +1,35 @@
 -- How far each handler is: its low-water mark, and what is open above it.
 --
 -- A row says one thing, and it is true in every snapshot that sees the row: an event that the handler wants, at or below
--- `examined` and not in `open`, is settled. Settled is what the handler has processed, and what is in `deliveries`
--- in whatever state. Nothing settled ever becomes unsettled: rows leave `deliveries` only together with a row in
+-- `examined` and not in `open`, is recorded. Recorded is what the handler has processed, and what is in `deliveries`
+-- in any state. Nothing recorded ever becomes outstanding again: rows leave `deliveries` only together with a row in
 -- `processed_events`, or with their week.
 --
--- `open` is a superset. What is in it may be settled by now, or no event at all. So removing something too late is never
+-- `open` is a superset. What is in it may be recorded by now, or no event at all. So removing something too late is never
 -- wrong, and no crash, lost tick or second relay can make a row false.
 
 create table dovecote.progress (
     handler_name text           not null,
     examined     bigint         not null,
     open         int8multirange not null default '{}',
-    mark         bigint         generated always as (coalesce(lower(open) - 1, examined)) stored,
+    low_water_mark bigint       generated always as (coalesce(lower(open) - 1, examined)) stored,
     moved_at     timestamptz    not null default clock_timestamp(),
     constraint progress_pkey primary key (handler_name),
     constraint progress_open_is_examined check (open <@ int8multirange(int8range(null, examined, '(]')))
 ) with (fillfactor = 10);  -- some small rows, updated once a second: always HOT, on the same page
 
 comment on table dovecote.progress is
-    'At or below `mark` a handler has settled all that it wants: processed it, or it is in deliveries.';
+    'At or below `low_water_mark` all that a handler wants is recorded: it is processed, or in deliveries.';
 comment on column dovecote.progress.examined is
-    'What the handler wants at or below this position, and is not in `open`, is settled.';
-comment on column dovecote.progress.open is 'Positions at or below `examined` that may not be settled yet.';
-comment on column dovecote.progress.mark is 'The low-water mark: below it nothing is open.';
+    'What the handler wants at or below this position, and is not in `open`, is recorded.';
+comment on column dovecote.progress.open is 'Positions at or below `examined` that may not be recorded yet.';
+comment on column dovecote.progress.low_water_mark is 'Below it nothing is open.';
 
--- One at a time moves the marks, adds subscriptions and opens ranges: each takes this lock until its transaction ends.
+-- One at a time moves the low-water marks, adds subscriptions and opens ranges: each takes this lock until its transaction ends.
 create view dovecote.progress_lock as select 'held while low-water marks are moved or opened' as purpose;
 
 -- What handlers want of types: what is above `since_position` and not in `published_above`. A version that nobody has
--- subscribed to yet, of a fact that the handler wants, counts as wanted since that fact: the code that knows it will
+-- subscribed to yet, of an event that the handler wants, counts as wanted since that event: the code that knows it will
 -- subscribe to it from there on (dovecote/relay/relay.py, _SUBSCRIBE).
 create function dovecote.wanted_since(handlers text[], event_types text[])
 returns table (handler_name text, event_type text, since_position bigint, published_above int8multirange)
@@ -38,12 +38,12 @@ begin atomic
     select distinct on (s.handler_name, t.name) s.handler_name, t.name, s.since_position, s.published_above
     from pg_catalog.unnest(event_types) as t (name)
     join dovecote.subscriptions s
-        on s.handler_name = any(handlers) and dovecote.fact_of(s.event_type) = dovecote.fact_of(t.name)
+        on s.handler_name = any(handlers) and dovecote.event_name(s.event_type) = dovecote.event_name(t.name)
     order by s.handler_name, t.name, s.event_type <> t.name, s.since_position, s.event_type;
 end;
 
 -- The same positions and more, in `max_ranges` ranges: the smallest gaps are closed. What was known of them is
--- found out again when the mark comes there.
+-- found out again when the low-water mark comes there.
 create function dovecote.coarser(ranges int8multirange, max_ranges integer) returns int8multirange
 language sql immutable parallel safe
 begin atomic
@@ -65,7 +65,7 @@ create function dovecote.events_in(
     ranges int8multirange, max_events integer, of_types text[] default null,
     out positions bigint[], out ids uuid[], out types text[], out events_read integer, out upto bigint
 )
--- Volatile: its statements take their snapshots after their locks. Rows that dovecote.place_strays moves would be seen
+-- Volatile: its statements take their snapshots after their locks. Rows that dovecote.place_misplaced_rows moves would be seen
 -- in neither place by a snapshot from before.
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_bitmapscan = off
@@ -92,10 +92,10 @@ begin
     end loop;
 end $$;
 
--- What of these events is not settled: one row for each handler that wants any of it. `events` counts them, `ranges`
--- covers them, and nothing settled that the handler wants. What it does not want may lie inside, or a handler that wants
+-- Which of these events are outstanding: one row for each handler that wants any of it. `events` counts them, `ranges`
+-- covers them, and nothing recorded that the handler wants. What it does not want may lie inside, or a handler that wants
 -- every fourth event would have a range for each.
-create function dovecote.unsettled_of(handlers text[], positions bigint[], ids uuid[], types text[])
+create function dovecote.outstanding_of(handlers text[], positions bigint[], ids uuid[], types text[])
 returns table (handler_name text, events bigint, ranges int8multirange)
 language plpgsql volatile
 -- The planner takes `= any` of an array for ten rows and would compare everything with everything: 1.8 s instead of
@@ -125,29 +125,29 @@ begin
     ), undone as materialized (
         select w.* from wants w
         where not exists (select from done p where p.event_id = w.id and p.handler_name = w.handler_name)
-    ), unsettled as materialized (
+    ), outstanding as materialized (
         select w.handler_name, w.position
         from undone w
         left join lateral (select true as is_kept from dovecote.deliveries d
                            where d.handler_name = w.handler_name and d.event_id = w.id limit 1) d on true
         where d.is_kept is null
     ), counted as materialized (
-        select u.handler_name, count(*) as events from unsettled u group by 1
+        select u.handler_name, count(*) as events from outstanding u group by 1
     ), few as (  -- the usual case: what is under way right now
         select u.handler_name, range_agg(int8range(u.position, u.position, '[]')) as ranges
-        from unsettled u join counted c on c.handler_name = u.handler_name and c.events <= 64 group by 1
+        from outstanding u join counted c on c.handler_name = u.handler_name and c.events <= 64 group by 1
     ), runs as (  -- a backlog: neighbours among the wanted ones make one range
         select r.handler_name, int8range(min(r.position), max(r.position), '[]') as range
         from (
-            select w.handler_name, w.position, u.position is not null as is_unsettled,
+            select w.handler_name, w.position, u.position is not null as is_outstanding,
                    row_number() over (partition by w.handler_name order by w.position)
                    - row_number() over (partition by w.handler_name, u.position is not null order by w.position) as run
             from counted c
             join wants w on w.handler_name = c.handler_name
-            left join unsettled u on u.handler_name = w.handler_name and u.position = w.position
+            left join outstanding u on u.handler_name = w.handler_name and u.position = w.position
             where c.events > 64
         ) r
-        where r.is_unsettled group by r.handler_name, r.run
+        where r.is_outstanding group by r.handler_name, r.run
     )
     select c.handler_name, c.events,
            coalesce((select f.ranges from few f where f.handler_name = c.handler_name),
@@ -163,11 +163,11 @@ begin atomic
            - coalesce((select range_agg(int8range(x, x, '[]')) from pg_catalog.unnest(positions) x where x > checkpoint), '{}');
 end;
 
--- Look again at what one handler has open from a position on: 64 events, and four times as many as long as all
--- of them are found settled. The caller has the lock.
-create function dovecote.look_again(
+-- Examine again what one handler has open from a position on: 64 events, and four times as many as long as all
+-- of them are found recorded. The caller has the lock.
+create function dovecote.examine_again(
     handler text, begins bigint, checkpoint bigint, max_events integer, max_ranges integer,
-    out events_read integer, out unsettled bigint, out has_moved boolean
+    out events_read integer, out outstanding bigint, out has_moved boolean
 )
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -177,16 +177,16 @@ declare
     looked int8multirange;
     stays  int8multirange;
 begin
-    events_read := 0; unsettled := 0; has_moved := false;
+    events_read := 0; outstanding := 0; has_moved := false;
     loop
         select p.open * int8multirange(int8range(begins, null)) into ranges
         from dovecote.progress p where p.handler_name = handler;
         exit when ranges is null or isempty(ranges);
         select * into look from dovecote.events_in(ranges, batch);
         looked := int8multirange(int8range(null, look.upto, '(]')) * ranges;
-        select coalesce(sum(u.events), 0), coalesce(range_agg(u.ranges), '{}') into unsettled, stays
-        from dovecote.unsettled_of(array[handler], look.positions, look.ids, look.types) u;
-        -- A range may reach over what was known to be settled between two open ones: that is cut out again.
+        select coalesce(sum(u.events), 0), coalesce(range_agg(u.ranges), '{}') into outstanding, stays
+        from dovecote.outstanding_of(array[handler], look.positions, look.ids, look.types) u;
+        -- A range may reach over what was known to be recorded between two open ones: that is cut out again.
         stays := (dovecote.absent(looked, checkpoint, look.positions) + stays) * ranges;
         if stays <> looked then
             has_moved := true;
@@ -195,27 +195,27 @@ begin
             where p.handler_name = handler;
         end if;
         events_read := events_read + look.events_read;
-        exit when unsettled > 0 or look.events_read < batch or events_read >= max_events;
+        exit when outstanding > 0 or look.events_read < batch or events_read >= max_events;
         batch := least(batch * 4, max_events - events_read);
         begins := look.upto + 1;
     end loop;
 end $$;
 
--- One step of the marks: look at what is above them, at most `max_events` events for all handlers that are at the
+-- One step of the low-water marks: look at what is above them, at most `max_events` events for all handlers that are at the
 -- same place, and at the head of what a handler has had open for long.
 --
 --     events_read  how many were looked at
---     unsettled    how many of those are not settled, for all handlers
+--     outstanding  how many of those are outstanding, for all handlers
 --     has_moved    whether any row has changed
 --     is_behind    whether another step now would find out more
 --     is_open      whether anything is left to find out: something is open, or nobody has examined it
 --
 -- READ COMMITTED only, a transaction of its own. The order of the looks is the proof: first the checkpoint (what is not
--- there at or below it is gone for ever), then the outbox, then what is settled. Each snapshot sees all that the one
--- before it saw, and what is settled stays settled.
-create function dovecote.move_marks(
+-- there at or below it is gone for ever), then the outbox, then what is recorded. Each snapshot sees all that the one
+-- before it saw, and what is recorded stays recorded.
+create function dovecote.move_low_water_marks(
     leading_epoch bigint, published_upto bigint, max_events integer default 5000, max_ranges integer default 100,
-    out events_read integer, out unsettled bigint, out has_moved boolean, out is_behind boolean, out is_open boolean
+    out events_read integer, out outstanding bigint, out has_moved boolean, out is_behind boolean, out is_open boolean
 )
 language plpgsql volatile set search_path = pg_catalog, pg_temp set jit = off as $$
 declare
@@ -230,7 +230,7 @@ declare
     here          bigint;
     moved         bigint;
 begin
-    events_read := 0; unsettled := 0; has_moved := false; is_behind := false; is_open := true;
+    events_read := 0; outstanding := 0; has_moved := false; is_behind := false; is_open := true;
     -- A relay that was replaced moves nothing: a later leader that subscribes to more takes the lock too, and has raised the epoch.
     if not dovecote.try_lock('progress_lock') then
         return;
@@ -239,15 +239,15 @@ begin
     if not found then
         return;
     end if;
-    -- Never above what is published: a new fact is wanted from the next leader's checkpoint on.
+    -- Never above what is published: a new event is wanted from the next leader's checkpoint on.
     to_examine := greatest(published_upto, at_checkpoint);
     select max(p.examined) into front from dovecote.progress p;
 
-    -- Forward, for all together from the lowest mark near the front. Those that are further behind have a look of
+    -- Forward, for all together from the lowest low-water mark near the front. Those that are further behind have a look of
     -- their own. What has been open for long is no place to begin: the look would read the same events for ever.
     for part in
         select array_agg(p.handler_name) as names, min(p.begins) as begins
-        from (select q.handler_name, case when q.examined - q.mark <= max_events / 2 then q.mark else q.examined end as begins
+        from (select q.handler_name, case when q.examined - q.low_water_mark <= max_events / 2 then q.low_water_mark else q.examined end as begins
               from dovecote.progress q) p
         group by case when front - p.begins <= 2 * max_events then -1 else p.begins end
         order by 2 desc
@@ -263,12 +263,12 @@ begin
         end if;
         looked := int8multirange(int8range(part.begins, upto, '(]'));
         not_there := dovecote.absent(looked, at_checkpoint, look.positions);
-        with unsettled_here as materialized (
-            select * from dovecote.unsettled_of(part.names, look.positions, look.ids, look.types)
+        with outstanding_here as materialized (
+            select * from dovecote.outstanding_of(part.names, look.positions, look.ids, look.types)
         ), after as materialized (
             select p.handler_name, greatest(p.examined, upto) as examined,
                    dovecote.coarser(p.open - looked + not_there + coalesce(u.ranges, '{}'), max_ranges) as open
-            from dovecote.progress p left join unsettled_here u on u.handler_name = p.handler_name
+            from dovecote.progress p left join outstanding_here u on u.handler_name = p.handler_name
             where p.handler_name = any(part.names)
         ), changed as (
             update dovecote.progress p
@@ -277,9 +277,9 @@ begin
             where p.handler_name = a.handler_name and (p.examined <> a.examined or p.open <> a.open)
             returning 1
         )
-        select coalesce((select sum(u.events) from unsettled_here u), 0), (select count(*) from changed) into here, moved;
+        select coalesce((select sum(u.events) from outstanding_here u), 0), (select count(*) from changed) into here, moved;
         events_read := events_read + cardinality(look.positions);
-        unsettled := unsettled + here;
+        outstanding := outstanding + here;
         has_moved := has_moved or moved > 0;
     end loop;
 
@@ -287,15 +287,15 @@ begin
     -- head is where things change. A second look somewhere inside finds what was done behind a head that stands still.
     for part in
         select p.handler_name as name, lower(p.open) as low, upper(p.open) as high from dovecote.progress p
-        where p.examined - p.mark > max_events / 2 order by p.handler_name
+        where p.examined - p.low_water_mark > max_events / 2 order by p.handler_name
     loop
-        select * into look from dovecote.look_again(part.name, part.low, at_checkpoint, max_events, max_ranges);
+        select * into look from dovecote.examine_again(part.name, part.low, at_checkpoint, max_events, max_ranges);
         events_read := events_read + look.events_read;
-        unsettled := unsettled + look.unsettled;
+        outstanding := outstanding + look.outstanding;
         has_moved := has_moved or look.has_moved;
-        is_behind := is_behind or (look.unsettled = 0 and look.events_read >= max_events);
-        if look.unsettled > 0 then
-            select * into look from dovecote.look_again(
+        is_behind := is_behind or (look.outstanding = 0 and look.events_read >= max_events);
+        if look.outstanding > 0 then
+            select * into look from dovecote.examine_again(
                 part.name, part.low + floor(random() * (part.high - part.low))::bigint, at_checkpoint, max_events, max_ranges);
             events_read := events_read + look.events_read;
             has_moved := has_moved or look.has_moved;
@@ -305,7 +305,7 @@ begin
     select coalesce(bool_or(not isempty(p.open) or p.examined < to_examine), false) into is_open from dovecote.progress p;
 end $$;
 
--- How many events a handler wants and has not settled, and when the first of them in writing order was written. Looked
+-- How many events a handler wants and has outstanding, and when the first of them in writing order was written. Looked
 -- at is what is open and what nobody has examined; `of_types`: of these types only.
 --
 -- `at_least`: there may be more. It stops at `bound` events, and after reading some times as many; a handler that has no
@@ -317,7 +317,7 @@ create function dovecote.unprocessed(
 language plpgsql volatile set search_path = pg_catalog, pg_temp set jit = off as $$
 declare
     step   constant integer := least(5000, bound);
-    -- To read an event costs a fifth of what it costs to find out whether it is settled.
+    -- To read an event costs a fifth of what it costs to find out whether it is recorded.
     unread bigint := bound::bigint * 10;
     ranges int8multirange;
     look   record;
@@ -333,7 +333,7 @@ begin
     loop
         select * into look from dovecote.events_in(ranges, step, of_types);
         select coalesce(sum(u.events), 0) as events, min(lower(u.ranges)) as first into here
-        from dovecote.unsettled_of(array[handler], look.positions, look.ids, look.types) u;
+        from dovecote.outstanding_of(array[handler], look.positions, look.ids, look.types) u;
         events := events + here.events;
         if oldest is null and here.first is not null then
             select o.created_at into oldest from dovecote.outbox o where o.position = here.first;
@@ -360,7 +360,7 @@ end;
 
 create function dovecote.begin_progress() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
--- A new version of a wanted fact was counted as wanted before (dovecote.wanted_since): it opens nothing.
+-- A new version of a wanted event was counted as wanted before (dovecote.wanted_since): it opens nothing.
 begin
     lock table dovecote.progress_lock in share update exclusive mode;
     insert into dovecote.progress (handler_name, examined)
@@ -371,7 +371,7 @@ begin
     from added a
     left join lateral (
         select s.since_position, s.published_above from dovecote.subscriptions s
-        where s.handler_name = a.handler_name and dovecote.fact_of(s.event_type) = dovecote.fact_of(a.event_type)
+        where s.handler_name = a.handler_name and dovecote.event_name(s.event_type) = dovecote.event_name(a.event_type)
           and (s.handler_name, s.event_type) not in (select b.handler_name, b.event_type from added b)
         order by s.since_position, s.event_type limit 1
     ) before on true
@@ -397,7 +397,7 @@ create trigger widen_progress after update on dovecote.subscriptions
     when (new.since_position < old.since_position or not new.published_above @> old.published_above)
     execute function dovecote.widen_progress();
 
--- Everything is looked at again: to be called when events may have appeared below the marks, such as after a restore.
+-- Everything is examined again: to be called when events may have appeared below the low-water marks, such as after a restore.
 create function dovecote.reopen_progress() returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -413,22 +413,22 @@ begin
 end $$;
 
 comment on function dovecote.reopen_progress is
-    'Make the leading relay look again at everything that handlers want; return for how many handlers.';
+    'Make the leading relay examine again everything that handlers want; return for how many handlers.';
 
--- Up to where nothing can stand in a handler's way: its mark, or 0 while something at or below it has failed and is
+-- Up to where nothing can stand in a handler's way: its low-water mark, or 0 while something at or below it has failed and is
 -- neither processed nor discarded.
-create function dovecote.settled_upto(handler text) returns bigint
+create function dovecote.unblocked_up_to(handler text) returns bigint
 language sql stable
 begin atomic
     select coalesce((
-        select p.mark from dovecote.progress p
+        select p.low_water_mark from dovecote.progress p
         where p.handler_name = handler
           and not exists (select from dovecote.deliveries d
-                          where d.handler_name = handler and d.state = 'dead' and d.position <= p.mark)
+                          where d.handler_name = handler and d.state = 'dead' and d.position <= p.low_water_mark)
           and not exists (select from dovecote.deliveries d
-                          where d.handler_name = handler and d.state = 'retrying' and d.position <= p.mark)
+                          where d.handler_name = handler and d.state = 'retrying' and d.position <= p.low_water_mark)
           and not exists (select from dovecote.deliveries d
-                          where d.handler_name = handler and d.state = 'waiting' and d.position <= p.mark)), 0);
+                          where d.handler_name = handler and d.state = 'waiting' and d.position <= p.low_water_mark)), 0);
 end;
 
 -- Rights ---------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ grant select on dovecote.progress to dovecote_operator, dovecote_viewer;
 grant select, insert, update on dovecote.progress to dovecote_worker;
 grant update on dovecote.progress_lock to dovecote_worker;
 grant execute on function
-    dovecote.wanted_since, dovecote.coarser, dovecote.events_in, dovecote.unsettled_of, dovecote.absent,
-    dovecote.unprocessed, dovecote.settled_upto
+    dovecote.wanted_since, dovecote.coarser, dovecote.events_in, dovecote.outstanding_of, dovecote.absent,
+    dovecote.unprocessed, dovecote.unblocked_up_to
     to dovecote_worker, dovecote_operator, dovecote_viewer;
-grant execute on function dovecote.look_again, dovecote.move_marks, dovecote.reopen_progress to dovecote_worker;
+grant execute on function dovecote.examine_again, dovecote.move_low_water_marks, dovecote.reopen_progress to dovecote_worker;

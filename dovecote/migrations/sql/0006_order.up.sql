@@ -3,12 +3,12 @@
 --
 -- A blocked aggregate is released one bundle at a time: the commit of a bundle releases the first event that waits
 -- behind it, and the relay takes those behind that one along when it leases it. All at once would each be sent, found
--- to wait and put back, again and again.
+-- to wait and requeued, again and again.
 
 -- What blocks ----------------------------------------------------------------------------------
 
 -- The one before is the last that was not discarded. Discarding an event that itself waits says nothing of what it
--- waited for: what comes after it must go on waiting for that. What the aggregate has at or below settled_upto() is not
+-- waited for: what comes after it must go on waiting for that. What the aggregate has at or below unblocked_up_to() is not
 -- read.
 create function dovecote.blocker(
     handler text, event_types text[], of_aggregate_type text, of_aggregate_id text, before_position bigint
@@ -24,7 +24,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         where o.aggregate_type = of_aggregate_type and o.aggregate_id = of_aggregate_id
           and o.position < before_position and o.event_type = any(event_types)
           and o.position > coalesce(s.since_position, 0)
-          and o.position > (select dovecote.settled_upto(handler))
+          and o.position > (select dovecote.unblocked_up_to(handler))
           and (s.published_above is null or not s.published_above @> o.position)
           and not exists (select from dovecote.deliveries d
                           where d.event_id = o.id and d.handler_name = handler and d.state = 'discarded')
@@ -52,7 +52,7 @@ set enable_seqscan = off set enable_sort = off as $$
         where o.aggregate_type = event.aggregate_type and o.aggregate_id = event.aggregate_id
           and o.position < event.position and o.event_type = any(event_types)
           and o.position > coalesce(s.since_position, 0)
-          and o.position > (select dovecote.settled_upto(handler))
+          and o.position > (select dovecote.unblocked_up_to(handler))
           and (s.published_above is null or not s.published_above @> o.position)
           -- By its key: asked for by one value, any index that begins with the handler would seem as good.
           and (select d.state from dovecote.deliveries d
@@ -66,13 +66,13 @@ $$;
 
 -- Releasing ------------------------------------------------------------------------------------
 
--- Whoever parks an event and whoever commits the one before it meet here, or neither would see the other.
+-- The transaction that parks an event and the one that commits its predecessor meet here, or neither would see the other.
 create function dovecote.release_key(handler text) returns bigint
 language sql immutable parallel safe return (17607::bigint << 48) | (hashtext(handler)::bigint & 4294967295);
 
 create function dovecote.share_release_lock(handler text) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
--- Take the lock that whoever parks events of the handler takes alone. Wait for a second at most, and not for a stranger:
+-- Share the lock that is taken exclusively to park events of the handler. Wait for a second at most, and not for a stranger:
 -- what is not released now, the relay does within a second or two.
 declare
     give_up_at timestamptz := clock_timestamp() + interval '1 second';
@@ -92,8 +92,8 @@ create function dovecote.release(handler text, event_types text[], event_ids uui
 language sql volatile
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_custom_plan set enable_bitmapscan = off
 set enable_seqscan = off set enable_sort = off as $$
-    -- Let those of the waiting events go on that nothing blocks any more; return how many. One that somebody has
-    -- locked is left to whoever that is.
+    -- Let those of the waiting events go on that nothing blocks any more; return how many. One that is
+    -- locked is left to the holder of the lock.
     with blocked as materialized (
         select b.event_id
         from (select pg_catalog.array_agg(d.event_id) as ids, pg_catalog.array_agg(d.aggregate_type) as types,
@@ -129,7 +129,7 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_bitmapscan = off
 set enable_seqscan = off set enable_sort = off as $$
 -- Release the first event that waits in each aggregate above the position that is done; return how many. The last
--- statement of a transaction: what is parked meanwhile is looked at again once it has committed.
+-- statement of a transaction: what is parked meanwhile is examined again once it has committed.
 declare
     firsts uuid[];
 begin

@@ -60,7 +60,7 @@ create trigger check_audit_line before insert on dovecote.audit_log
 create function dovecote.write_audit_line(
     actor text, action text, reason text, affected bigint, details jsonb) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
--- What an operator was told is done, is not lost in a crash.
+-- What was reported to an operator as done is not lost in a crash.
 begin
     if current_setting('synchronous_commit') = 'off' then
         perform set_config('synchronous_commit', 'on', true);
@@ -84,7 +84,7 @@ end $$;
 
 create function dovecote.require_keys(filter jsonb, kinds jsonb) returns void
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
--- `kinds`: what may be asked -> string, moment, uuid, position, boolean or array. A null would ask for everything where
+-- `kinds`: what may be asked -> string, timestamp, uuid, position, boolean or array. A null would ask for everything where
 -- something was meant, so it is refused.
 declare
     one  record;
@@ -111,7 +111,7 @@ begin
                    when 'uuid' then jsonb_typeof(one.value) = 'string' and one.words::uuid is not null
                    when 'position' then jsonb_typeof(one.value) = 'number' and one.words ~ '^[1-9][0-9]{0,17}$'
                    -- As ISO 8601 with its zone: what relays read as well, and the same in every session.
-                   when 'moment' then jsonb_typeof(one.value) = 'string'
+                   when 'timestamp' then jsonb_typeof(one.value) = 'string'
                        and one.words ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]{1,6})?)?([+-][0-9]{2}:[0-9]{2}|Z)$'
                        and one.words::timestamptz >= timestamptz '2000-01-01 00:00:00+00'
                    when 'array' then jsonb_typeof(one.value) = 'array' and jsonb_array_length(one.value) between 1 and 100
@@ -123,7 +123,7 @@ begin
             raise exception 'the filter''s % must be %, not %', one.key,
                             case kind when 'string' then 'a text' when 'uuid' then 'a UUID' when 'boolean' then 'true or false'
                                       when 'position' then 'a position, a number from 1 on'
-                                      when 'moment' then 'a moment from the year 2000 on, as ISO 8601 with its zone'
+                                      when 'timestamp' then 'a timestamp from the year 2000 on, as ISO 8601 with its zone'
                                       else 'a list of 1 to 100 texts' end,
                             left(one.value::text, 80)
                 using errcode = 'invalid_parameter_value';
@@ -158,7 +158,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set lock
 begin
     perform dovecote.require_who_and_why(actor, reason, 'a pause needs a reason: others have to know why the handler stands still');
     perform dovecote.require_known(handler);
-    insert into dovecote.paused_handlers (handler_name, paused_by, reason) values (handler, actor, reason)
+    insert into dovecote.paused_handlers (handler_name, actor, reason) values (handler, actor, reason)
     on conflict do nothing;
     if not found then
         raise exception '% is paused already; look at `dovecote handlers list`', handler
@@ -179,24 +179,24 @@ begin
             using errcode = 'object_not_in_prerequisite_state';
     end if;
     perform dovecote.write_audit_line(actor, 'handlers.resume', reason, null,
-                                      jsonb_build_object('handler', handler, 'paused_by', before.paused_by));
+                                      jsonb_build_object('handler', handler, 'pause_actor', before.actor));
     perform dovecote.wake('dovecote_handlers'), dovecote.wake('dovecote_deliveries');
 end $$;
 
-create function dovecote.forget_handler(handler text, forgotten_by text) returns bigint
+create function dovecote.unsubscribe_handler(handler text, actor text) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '10s' as $$
 declare
     ended bigint;
 begin
     if dovecote.is_routed(handler) then
-        raise exception '% has a route in the relay that leads: deploy code without it before it is forgotten', handler
+        raise exception '% has a route in the relay that leads: deploy code without it before it is unsubscribed', handler
             using errcode = 'invalid_parameter_value';
     end if;
     delete from dovecote.subscriptions s where s.handler_name = handler;
     get diagnostics ended = row_count;
     delete from dovecote.progress p where p.handler_name = handler;
     if ended > 0 or found then
-        perform dovecote.write_audit_line(forgotten_by, 'handler.forgotten', null, ended,
+        perform dovecote.write_audit_line(actor, 'handlers.unsubscribe', null, ended,
                                           jsonb_build_object('handler', handler, 'subscriptions', ended));
     end if;
     return ended;
@@ -218,7 +218,7 @@ declare
     possible text[];
 begin
     perform dovecote.require_keys(filter, '{"handler": "string", "state": "string", "fingerprint": "string",
-        "event_type": "string", "aggregate_type": "string", "aggregate_id": "string", "since": "moment",
+        "event_type": "string", "aggregate_type": "string", "aggregate_id": "string", "since": "timestamp",
         "event_id": "uuid", "without_route": "boolean"}');
     if filter ? 'event_id' and not filter ? 'handler' then
         raise exception 'a single delivery is named by its handler and its event' using errcode = 'invalid_parameter_value';
@@ -284,7 +284,7 @@ create function dovecote.change_deliveries(
     verb text, actor text, reason text, filter jsonb, changed_before timestamptz, most integer,
     out affected bigint, out released bigint)
 language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_custom_plan as $$
--- One batch: at most `most` deliveries last changed before that moment, with one line of the audit log. The rest is for
+-- One batch: at most `most` deliveries last changed before that time, with one line of the audit log. The rest is for
 -- the next call: a transaction holds the locks of 5,000 rows for some 200 ms.
 declare
     states   constant text[] := dovecote.changeable_states(verb, filter);
@@ -292,12 +292,12 @@ declare
     events   uuid[];
 begin
     if changed_before is null or most is null or most not between 1 and 5000 then
-        raise exception 'a batch is of 1 to 5000 deliveries that were last changed before a moment'
+        raise exception 'a batch is of 1 to 5000 deliveries that were last changed before a given time'
             using errcode = 'invalid_parameter_value';
     end if;
     affected := 0;
     released := 0;
-    -- One that is tried at this moment is locked by its worker. A group leaves it alone; a single one is waited for.
+    -- One that is being tried is locked by its worker. A group leaves it alone; a single one is waited for.
     if filter ? 'event_id' then
         select array_agg(c.handler_name), array_agg(c.event_id) into handlers, events
         from (select d.handler_name, d.event_id from dovecote.deliveries d
@@ -336,7 +336,7 @@ language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = for
 declare
     waited bigint;
 begin
-    -- An event that is being parked behind one of these is looked at again by who parks it, after this has committed.
+    -- An event that is being parked behind one of these is examined again after it is parked and this has committed.
     perform dovecote.share_release_lock(h) from (select distinct unnest(handlers) as h order by 1) as d;
     with done as (
         select d.handler_name as handler, d.aggregate_type as type, d.aggregate_id as id, d.replay_id as replay,
@@ -397,6 +397,6 @@ grant execute on function
     dovecote.is_changeable, dovecote.count_changeable
     to dovecote_operator, dovecote_viewer;
 grant execute on function
-    dovecote.pause_handler, dovecote.resume_handler, dovecote.forget_handler, dovecote.retry_deliveries,
+    dovecote.pause_handler, dovecote.resume_handler, dovecote.unsubscribe_handler, dovecote.retry_deliveries,
     dovecote.discard_deliveries
     to dovecote_operator;

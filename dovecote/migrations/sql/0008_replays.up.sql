@@ -3,15 +3,15 @@
 
 create table dovecote.replays (
     id           uuid        not null default dovecote.uuid_v7(),
-    requested_by text        not null,
+    actor        text        not null,
     reason       text        not null,
-    strength     text        not null,
+    mode         text        not null,
     handler_name text        not null,
     filter       jsonb       not null,
     state        text        not null default 'pending',
     total        bigint,
     done         bigint      not null default 0,
-    -- How far all is settled: acted on, or in `deliveries`.
+    -- How far all is recorded: processed, or in `deliveries`.
     cursor_position bigint   not null default 0,
     created_at   timestamptz not null default clock_timestamp(),
     updated_at   timestamptz not null default clock_timestamp(),
@@ -24,7 +24,7 @@ create table dovecote.replays (
     finished_at  timestamptz,
     problem      text,
     constraint replays_pkey primary key (id),
-    constraint replays_strength_is_known check (strength in ('missing', 'again')),
+    constraint replays_mode_is_known check (mode in ('backfill', 'reprocess')),
     constraint replays_state_is_known check (state in ('pending', 'running', 'paused', 'cancelled', 'done'))
 );
 
@@ -42,22 +42,22 @@ return o.event_type = any(event_types)
     and (event_ids is null or o.id = any(event_ids))
     and (filter ->> 'aggregate_type' is null or o.aggregate_type = filter ->> 'aggregate_type')
     and (filter ->> 'aggregate_id' is null or o.aggregate_id = filter ->> 'aggregate_id')
-    and (filter ->> 'since' is null or o.id >= dovecote.uuid_v7_floor((filter ->> 'since')::timestamptz))
-    and (filter ->> 'until' is null or o.id < dovecote.uuid_v7_floor((filter ->> 'until')::timestamptz))
+    and (filter ->> 'since' is null or o.id >= dovecote.uuid_v7_lower_bound((filter ->> 'since')::timestamptz))
+    and (filter ->> 'until' is null or o.id < dovecote.uuid_v7_lower_bound((filter ->> 'until')::timestamptz))
     and (filter ->> 'from_position' is null or o.position >= (filter ->> 'from_position')::bigint)
     and (filter ->> 'upto_position' is null or o.position <= (filter ->> 'upto_position')::bigint);
 
 create function dovecote.is_replayed(
-    strength text, p dovecote.processed_events, d dovecote.deliveries, asked_at timestamptz) returns boolean
+    mode text, p dovecote.processed_events, d dovecote.deliveries, asked_at timestamptz) returns boolean
 language sql stable parallel safe
 -- Of an event's rows for the handler. What happens after the replay was asked for does not take an event out of it.
-return case strength
-    when 'missing' then (p.event_id is null or p.processed_at > asked_at)
+return case mode
+    when 'backfill' then (p.event_id is null or p.processed_at > asked_at)
                         and (d.event_id is null or d.first_failed_at > asked_at)
     else p.processed_at <= asked_at and d.event_id is null end;
 
 create function dovecote.plan_replay(
-    handler text, strength text, filter jsonb, inout event_types text[], event_ids uuid[] default null,
+    handler text, mode text, filter jsonb, inout event_types text[], event_ids uuid[] default null,
     keeps_order boolean default false, out asked_at timestamptz, out events bigint, out left_alone bigint,
     out first_position bigint, out last_position bigint, out positions int8multirange)
 language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_custom_plan as $$
@@ -71,10 +71,10 @@ declare
     began   bigint;
 begin
     perform dovecote.require_keys(filter, '{"event_types": "array", "aggregate_type": "string", "aggregate_id": "string",
-        "since": "moment", "until": "moment", "from_position": "position", "upto_position": "position"}');
+        "since": "timestamp", "until": "timestamp", "from_position": "position", "upto_position": "position"}');
     perform dovecote.require_known(handler);
     because := case
-        when strength is null or strength not in ('missing', 'again') then 'a replay sends what is missing, or again'
+        when mode is null or mode not in ('backfill', 'reprocess') then 'the mode of a replay is backfill or reprocess'
         when filter ? 'aggregate_id' and not filter ? 'aggregate_type' then 'an aggregate''s id needs its type too'
         when (filter ->> 'since')::timestamptz >= (filter ->> 'until')::timestamptz then
             format('the range of time ends (%s) before it begins (%s)', filter ->> 'until', filter ->> 'since')
@@ -92,8 +92,8 @@ begin
     keeps_order := keeps_order or coalesce(routed.ordered, false);
     event_types := coalesce((select array_agg(t) from jsonb_array_elements_text(filter -> 'event_types') as t),
                             routed.event_types, event_types);
-    if strength = 'again' and exists (select from dovecote.subscriptions s where s.handler_name = handler and not s.replayable) then
-        raise exception '% may not act again: its route says so; --strength missing is possible', handler
+    if mode = 'reprocess' and exists (select from dovecote.subscriptions s where s.handler_name = handler and not s.replayable) then
+        raise exception '% may not process events again: its route says so; --mode backfill is possible', handler
             using errcode = 'object_not_in_prerequisite_state';
     end if;
 
@@ -104,7 +104,7 @@ begin
         from dovecote.outbox o
         left join dovecote.processed_events p on p.event_id = o.id and p.handler_name = handler
         left join dovecote.deliveries d on d.event_id = o.id and d.handler_name = handler
-        where dovecote.is_asked(o, filter, event_types, event_ids) and dovecote.is_replayed(strength, p, d, asked_at)
+        where dovecote.is_asked(o, filter, event_types, event_ids) and dovecote.is_replayed(mode, p, d, asked_at)
     ) c);
     select counted.events, counted.first, counted.last into events, first_position, last_position;
     select count(*) into left_alone
@@ -112,12 +112,12 @@ begin
     where d.handler_name = handler and dovecote.is_asked(o, filter, event_types, event_ids);
     if events = 0 then
         raise exception 'there is nothing to replay: no event matches, or %', format(
-                case strength when 'missing' then '%s has acted on all that match%s'
+                case mode when 'backfill' then '%s has acted on all that match%s'
                               else '%s has acted on none that match%s' end, handler,
                 case when left_alone > 0 then format('; %s are in deliveries: see `dovecote deliveries`', left_alone) end)
             using errcode = 'object_not_in_prerequisite_state';
     end if;
-    if keeps_order and strength = 'missing' then
+    if keeps_order and mode = 'backfill' then
         -- The handler began here: what lies at or below, but for gaps, was published before it wanted to know.
         select greatest(s.since_position, upper(s.published_above) - 1) into began
         from dovecote.subscriptions s
@@ -126,11 +126,11 @@ begin
                       left join dovecote.processed_events p on p.event_id = o.id and p.handler_name = handler
                       left join dovecote.deliveries d on d.event_id = o.id and d.handler_name = handler
                       where dovecote.is_asked(o, filter, event_types, event_ids)
-                        and dovecote.is_replayed(strength, p, d, asked_at) and o.event_type = s.event_type
+                        and dovecote.is_replayed(mode, p, d, asked_at) and o.event_type = s.event_type
                         and (o.position <= s.since_position or s.published_above @> o.position))
         order by 1 desc limit 1;
         if found then
-            raise exception '% keeps the order of each aggregate and has its events from position % on: what is before cannot be told in order any more; ask with --from-position %',
+            raise exception '% keeps the order of each aggregate and has its events from position % on: earlier ones cannot be delivered in order any more; ask with --from-position %',
                             handler, began + 1, began + 1
                 using errcode = 'object_not_in_prerequisite_state';
         end if;
@@ -140,12 +140,12 @@ begin
         from dovecote.outbox o
         left join dovecote.processed_events p on p.event_id = o.id and p.handler_name = handler
         left join dovecote.deliveries d on d.event_id = o.id and d.handler_name = handler
-        where dovecote.is_asked(o, filter, event_types, event_ids) and dovecote.is_replayed(strength, p, d, asked_at);
+        where dovecote.is_asked(o, filter, event_types, event_ids) and dovecote.is_replayed(mode, p, d, asked_at);
     end if;
 end $$;
 
 create function dovecote.start_replay(
-    actor text, reason text, handler text, strength text, filter jsonb, event_types text[],
+    actor text, reason text, handler text, mode text, filter jsonb, event_types text[],
     event_ids uuid[] default null, rate integer default null, keeps_order boolean default false,
     out id uuid, out asked_at timestamptz, out events bigint, out left_alone bigint, out first_position bigint,
     out last_position bigint, out counted_types text[])
@@ -158,13 +158,13 @@ begin
     if rate < 1 then
         raise exception 'the rate is in events a second, at least 1; got %', rate using errcode = 'invalid_parameter_value';
     end if;
-    select * into plan from dovecote.plan_replay(handler, strength, filter, event_types, event_ids, keeps_order);
+    select * into plan from dovecote.plan_replay(handler, mode, filter, event_types, event_ids, keeps_order);
     select plan.asked_at, plan.events, plan.left_alone, plan.first_position, plan.last_position, plan.event_types
         into asked_at, events, left_alone, first_position, last_position, counted_types;
     begin
-        insert into dovecote.replays as r (requested_by, reason, strength, handler_name, filter, total, cursor_position,
+        insert into dovecote.replays as r (actor, reason, mode, handler_name, filter, total, cursor_position,
                                            upto_position, positions, rate, created_at, updated_at)
-        values (actor, reason, strength, handler, filter, plan.events, plan.first_position - 1,
+        values (actor, reason, mode, handler, filter, plan.events, plan.first_position - 1,
                 plan.last_position, plan.positions, rate, plan.asked_at, plan.asked_at)
         returning r.id into id;
     exception when unique_violation then
@@ -172,12 +172,12 @@ begin
         where r.handler_name = handler and r.state in ('pending', 'running', 'paused');
         raise exception '%', case when found
                 then format('%s has a replay already: %s (%s); wait for it, or cancel it', handler, other.id, other.state)
-                else format('another replay of %s began at the same moment; try again', handler) end
+                else format('another replay of %s began at the same time; try again', handler) end
             using errcode = 'object_not_in_prerequisite_state';
     end;
     perform dovecote.write_audit_line(
         actor, 'replay.start', reason, plan.events,
-        jsonb_build_object('replay', id, 'handler', handler, 'strength', strength, 'rate', rate, 'filter', filter ||
+        jsonb_build_object('replay', id, 'handler', handler, 'mode', mode, 'rate', rate, 'filter', filter ||
             case when event_ids is null then '{}' else jsonb_build_object('event_ids', cardinality(event_ids)) end));
     perform dovecote.wake('dovecote_replays');
 end $$;
@@ -211,7 +211,7 @@ begin
     if to_state = 'cancelled' then
         delete from dovecote.deliveries d where d.replay_id = replay and d.state in ('retrying', 'waiting');
         get diagnostics retries = row_count;
-        details := details || jsonb_build_object('retries_forgotten', retries);
+        details := details || jsonb_build_object('retries_deleted', retries);
     end if;
     perform dovecote.write_audit_line(actor, 'replay.' || verb, reason, before.done, details);
     perform dovecote.wake('dovecote_replays');

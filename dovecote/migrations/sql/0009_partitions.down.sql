@@ -1,9 +1,9 @@
-drop trigger skip_dropped_week on dovecote.processed_events_default;
-drop trigger refuse_dropped_week on dovecote.outbox_default;
-drop function dovecote.place_strays, dovecote.move_strays, dovecote.copy_strays, dovecote.make_aside,
-              dovecote.stray_weeks, dovecote.stray_key, dovecote.skip_dropped_week, dovecote.refuse_dropped_week,
+drop trigger skip_dropped_partition on dovecote.processed_events_default;
+drop trigger refuse_dropped_partition on dovecote.outbox_default;
+drop function dovecote.place_misplaced_rows, dovecote.move_misplaced_rows, dovecote.copy_misplaced_rows, dovecote.make_staging_table,
+              dovecote.misplaced_weeks, dovecote.partition_key, dovecote.skip_dropped_partition, dovecote.refuse_dropped_partition,
               dovecote.ensure_partitions, dovecote.make_partitions, dovecote.week_monday, dovecote.week_suffix;
-drop table dovecote.dropped_weeks;
+drop table dovecote.dropped_partitions;
 drop view dovecote.retention_lock;
 
 -- The weeks go with their rows, as every table does whose revision is taken back.

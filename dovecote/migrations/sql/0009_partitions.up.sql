@@ -2,7 +2,7 @@
 -- remembered.
 --
 -- What runs as the owner takes no lock for nothing, as it holds it until its caller's transaction ends, and no argument
--- without a bound. Weeks begin and end in UTC: in another zone seven days may be an hour more or less, and a moment that
+-- without a bound. Weeks begin and end in UTC: in another zone seven days may be an hour more or less, and a time that
 -- is made a text may be read as another one ('IST' is Israel's).
 
 create function dovecote.week_suffix(monday timestamptz) returns text
@@ -21,7 +21,7 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '500ms' as $$
 -- Make the partitions of last week, this week and `weeks_ahead` more; return how many weeks were new.
 -- Last week too: an id may be a day older than the row.
--- Made aside and attached: CREATE ... PARTITION OF would wait for every open transaction that has written,
+-- Made as tables of their own and attached: CREATE ... PARTITION OF would wait for every open transaction that has written,
 -- and all writers would wait for it.
 declare
     made    integer := 0;
@@ -53,10 +53,10 @@ begin
         begin
             for part in
                 select parent, parent || '_' || suffix as name, lower, upper
-                from (values ('outbox', dovecote.uuid_v7_floor(monday)::text,
-                                        dovecote.uuid_v7_floor(monday + interval '7 days')::text),
-                             ('processed_events', dovecote.uuid_v7_floor(monday)::text,
-                                                  dovecote.uuid_v7_floor(monday + interval '7 days')::text),
+                from (values ('outbox', dovecote.uuid_v7_lower_bound(monday)::text,
+                                        dovecote.uuid_v7_lower_bound(monday + interval '7 days')::text),
+                             ('processed_events', dovecote.uuid_v7_lower_bound(monday)::text,
+                                                  dovecote.uuid_v7_lower_bound(monday + interval '7 days')::text),
                              ('published_batches', monday::text, (monday + interval '7 days')::text))
                      as wanted (parent, lower, upper)
             loop
@@ -92,7 +92,7 @@ select dovecote.make_partitions();
 
 -- What was dropped ------------------------------------------------------------------------------
 
-create table dovecote.dropped_weeks (
+create table dovecote.dropped_partitions (
     id               uuid        not null default dovecote.uuid_v7(),
     week             text        not null,
     lower_id         uuid        not null,
@@ -105,24 +105,24 @@ create table dovecote.dropped_weeks (
     last_created_at  timestamptz,
     archive          text,
     checksum         text,
-    dropped_by       text        not null,
+    actor            text        not null,
     dropped_at       timestamptz not null default clock_timestamp(),
-    constraint dropped_weeks_pkey primary key (id),
-    constraint dropped_weeks_archive_has_a_checksum check ((archive is null) = (checksum is null))
+    constraint dropped_partitions_pkey primary key (id),
+    constraint dropped_partitions_archive_has_a_checksum check ((archive is null) = (checksum is null))
 );
 
-comment on table dovecote.dropped_weeks is 'Weeks that are gone: what was in them, where their archive is, who dropped them.';
-comment on column dovecote.dropped_weeks.checksum is 'SHA-256 of the archive''s manifest.json, in hex.';
+comment on table dovecote.dropped_partitions is 'Weeks that are gone: what was in them, where their archive is, who dropped them.';
+comment on column dovecote.dropped_partitions.checksum is 'SHA-256 of the archive''s manifest.json, in hex.';
 
-create index dropped_weeks_ids_idx on dovecote.dropped_weeks (lower_id);
+create index dropped_partitions_ids_idx on dovecote.dropped_partitions (lower_id);
 
 -- A row of a dropped week finds no partition and comes to the default one. Nobody else pays for these triggers.
 
-create function dovecote.refuse_dropped_week() returns trigger
+create function dovecote.refuse_dropped_partition() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' as $$
 begin
-    if exists (select from dovecote.dropped_weeks w where new.id >= w.lower_id and new.id < w.upper_id) then
+    if exists (select from dovecote.dropped_partitions w where new.id >= w.lower_id and new.id < w.upper_id) then
         raise exception 'the outbox refuses the event: id % is of %, a week that was dropped; make the id when the event is written',
                         new.id, dovecote.uuid_v7_time(new.id)
             using errcode = 'check_violation', schema = 'dovecote', table = 'outbox';
@@ -130,74 +130,74 @@ begin
     return new;
 end $$;
 
-create trigger refuse_dropped_week before insert on dovecote.outbox_default
-    for each row execute function dovecote.refuse_dropped_week();
+create trigger refuse_dropped_partition before insert on dovecote.outbox_default
+    for each row execute function dovecote.refuse_dropped_partition();
 
-create function dovecote.skip_dropped_week() returns trigger
+create function dovecote.skip_dropped_partition() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 -- Every event of a dropped week was done. A copy of its message that turns up now is not new to anyone.
 begin
-    if exists (select from dovecote.dropped_weeks w where new.event_id >= w.lower_id and new.event_id < w.upper_id) then
+    if exists (select from dovecote.dropped_partitions w where new.event_id >= w.lower_id and new.event_id < w.upper_id) then
         return null;
     end if;
     return new;
 end $$;
 
-create trigger skip_dropped_week before insert on dovecote.processed_events_default
-    for each row execute function dovecote.skip_dropped_week();
+create trigger skip_dropped_partition before insert on dovecote.processed_events_default
+    for each row execute function dovecote.skip_dropped_partition();
 
 -- Rows that came before their partition ---------------------------------------------------------
 
-create function dovecote.stray_key(parent text) returns text
+create function dovecote.partition_key(parent text) returns text
 language sql immutable
 return case parent when 'outbox' then 'id' when 'processed_events' then 'event_id'
                    when 'published_batches' then 'published_at' end;
 
-create function dovecote.stray_weeks(parent text) returns setof timestamptz
+create function dovecote.misplaced_weeks(parent text) returns setof timestamptz
 language plpgsql stable set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' as $$
 -- The Mondays of the weeks that the default partition holds rows of.
 declare
-    key    constant text := dovecote.stray_key(parent);
+    key    constant text := dovecote.partition_key(parent);
     found  timestamptz;
     bound  text := '-infinity';
-    moment constant text := case key when 'published_at' then key else format('dovecote.uuid_v7_time(%I)', key) end;
+    time_of constant text := case key when 'published_at' then key else format('dovecote.uuid_v7_time(%I)', key) end;
 begin
     if key <> 'published_at' then
         bound := '00000000-0000-0000-0000-000000000000';
     end if;
     loop
         execute format('select %s from dovecote.%I where %I >= %L order by %I limit 1',
-                       moment, parent || '_default', key, bound, key) into found;
+                       time_of, parent || '_default', key, bound, key) into found;
         exit when found is null;
         found := date_trunc('week', found at time zone 'UTC') at time zone 'UTC';
         return next found;
         bound := case key when 'published_at' then (found + interval '7 days')::text
-                          else dovecote.uuid_v7_floor(found + interval '7 days')::text end;
+                          else dovecote.uuid_v7_lower_bound(found + interval '7 days')::text end;
     end loop;
 end $$;
 
-create function dovecote.make_aside(parent text, monday timestamptz) returns text
+create function dovecote.make_staging_table(parent text, monday timestamptz) returns text
 language plpgsql set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' as $$
 -- A table like the week's partition to be, with its indexes and a constraint that spares attaching it a scan.
 declare
-    aside constant text := format('%s_%s_aside', parent, dovecote.week_suffix(monday));
-    key   constant text := dovecote.stray_key(parent);
+    staging constant text := format('%s_%s_staging', parent, dovecote.week_suffix(monday));
+    key   constant text := dovecote.partition_key(parent);
     lower text := monday::text;
     upper text := (monday + interval '7 days')::text;
 begin
-    if to_regclass('dovecote.' || aside) is null then
+    if to_regclass('dovecote.' || staging) is null then
         if key <> 'published_at' then
-            lower := dovecote.uuid_v7_floor(monday)::text;
-            upper := dovecote.uuid_v7_floor(monday + interval '7 days')::text;
+            lower := dovecote.uuid_v7_lower_bound(monday)::text;
+            upper := dovecote.uuid_v7_lower_bound(monday + interval '7 days')::text;
         end if;
-        execute format('create table dovecote.%I (like dovecote.%I including defaults including constraints including indexes)', aside, parent);
+        execute format('create table dovecote.%I (like dovecote.%I including defaults including constraints including indexes)', staging, parent);
         execute format('alter table dovecote.%I add constraint of_its_week check (%I is not null and %I >= %L and %I < %L)',
-                       aside, key, key, lower, key, upper);
+                       staging, key, key, lower, key, upper);
     end if;
-    return aside;
+    return staging;
 end $$;
 
-create function dovecote.copy_strays(most integer default 10000) returns bigint
+create function dovecote.copy_misplaced_rows(most integer default 10000) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '500ms' as $$
 -- Copy up to `most` rows of the default partitions to the partition their week is to have; return how many, 0 when
@@ -205,7 +205,7 @@ set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO'
 declare
     part   record;
     monday timestamptz;
-    aside  text;
+    staging  text;
     copied bigint;
 begin
     if most is null or most not between 1 and 100000 then
@@ -213,19 +213,19 @@ begin
             using errcode = 'invalid_parameter_value';
     end if;
     if not dovecote.try_lock('retention_lock') then
-        raise exception 'another run of dovecote maintain is at work' using errcode = 'lock_not_available';
+        raise exception 'another run of dovecote maintain is in progress' using errcode = 'lock_not_available';
     end if;
     for part in select * from (values ('outbox', 'id'), ('processed_events', 'event_id')) as parents (name, key) loop
-        for monday in select dovecote.stray_weeks(part.name) loop
-            aside := dovecote.make_aside(part.name, monday);
+        for monday in select dovecote.misplaced_weeks(part.name) loop
+            staging := dovecote.make_staging_table(part.name, monday);
             execute format(
                 'insert into dovecote.%1$I
                  select d.* from dovecote.%2$I d
                  where d.%3$I < %4$L and d.%3$I >= %5$L
                    and d.%3$I > coalesce((select a.%3$I from dovecote.%1$I a order by a.%3$I desc limit 1), %5$L)
                  order by d.%3$I limit %6$s',
-                aside, part.name || '_default', part.key,
-                dovecote.uuid_v7_floor(monday + interval '7 days'), dovecote.uuid_v7_floor(monday), most);
+                staging, part.name || '_default', part.key,
+                dovecote.uuid_v7_lower_bound(monday + interval '7 days'), dovecote.uuid_v7_lower_bound(monday), most);
             get diagnostics copied = row_count;
             if copied > 0 then
                 return copied;
@@ -235,7 +235,7 @@ begin
     return 0;
 end $$;
 
-create function dovecote.move_strays() returns bigint
+create function dovecote.move_misplaced_rows() returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '100ms' as $$
 -- Make the copies the partitions of their weeks, and empty the default ones, at once; return how many rows that
@@ -246,17 +246,17 @@ declare
                                      'a.published_at = d.published_at and a.positions = d.positions'];
     mondays timestamptz[];
     monday  timestamptz;
-    aside   text;
+    staging   text;
     suffix  text;
     lower   text;
     upper   text;
-    strays  bigint;
+    rows_there  bigint;
     copied  bigint;
     part    bigint;
     moved   bigint := 0;
 begin
     if not dovecote.try_lock('retention_lock') then
-        raise exception 'another run of dovecote maintain is at work' using errcode = 'lock_not_available';
+        raise exception 'another run of dovecote maintain is in progress' using errcode = 'lock_not_available';
     end if;
     if not exists (select from dovecote.outbox_default) and not exists (select from dovecote.processed_events_default)
        and not exists (select from dovecote.published_batches_default) then
@@ -277,9 +277,9 @@ begin
         end;
     end loop;
 
-    mondays := array(select distinct w from unnest(parents) p, dovecote.stray_weeks(p) w order by w);
+    mondays := array(select distinct w from unnest(parents) p, dovecote.misplaced_weeks(p) w order by w);
     for i in 1 .. 3 loop
-        execute format('select count(*) from dovecote.%I', parents[i] || '_default') into strays;
+        execute format('select count(*) from dovecote.%I', parents[i] || '_default') into rows_there;
         copied := 0;
         foreach monday in array mondays loop
             suffix := dovecote.week_suffix(monday);
@@ -287,38 +287,38 @@ begin
             lower := monday::text;
             upper := (monday + interval '7 days')::text;
             if parents[i] <> 'published_batches' then
-                lower := dovecote.uuid_v7_floor(monday)::text;
-                upper := dovecote.uuid_v7_floor(monday + interval '7 days')::text;
+                lower := dovecote.uuid_v7_lower_bound(monday)::text;
+                upper := dovecote.uuid_v7_lower_bound(monday + interval '7 days')::text;
                 -- A dropped week stays without a partition: its absence is what keeps late copies out.
-                continue when exists (select from dovecote.dropped_weeks w where w.lower_id = lower::uuid);
+                continue when exists (select from dovecote.dropped_partitions w where w.lower_id = lower::uuid);
             end if;
-            aside := dovecote.make_aside(parents[i], monday);
+            staging := dovecote.make_staging_table(parents[i], monday);
             if parents[i] = 'processed_events' then  -- a replay may have signed it since
                 execute format('delete from dovecote.%I a using dovecote.%I d where %s and a.replay_id is distinct from d.replay_id',
-                               aside, parents[i] || '_default', same[i]);
+                               staging, parents[i] || '_default', same[i]);
             end if;
             execute format(
                 'insert into dovecote.%1$I select d.* from dovecote.%2$I d
                  where d.%3$I >= %4$L and d.%3$I < %5$L and not exists (select from dovecote.%1$I a where %6$s)',
-                aside, parents[i] || '_default', dovecote.stray_key(parents[i]), lower, upper, same[i]);
-            execute format('select count(*) from dovecote.%I', aside) into part;
+                staging, parents[i] || '_default', dovecote.partition_key(parents[i]), lower, upper, same[i]);
+            execute format('select count(*) from dovecote.%I', staging) into part;
             copied := copied + part;
         end loop;
-        if copied <> strays then
-            raise exception '%: % rows copied of %', parents[i] || '_default', copied, strays using errcode = 'data_exception';
+        if copied <> rows_there then
+            raise exception '%: % rows copied of %', parents[i] || '_default', copied, rows_there using errcode = 'data_exception';
         end if;
         execute format('truncate dovecote.%I', parents[i] || '_default');
         foreach monday in array mondays loop
             suffix := dovecote.week_suffix(monday);
-            aside := format('%s_%s_aside', parents[i], suffix);
-            continue when to_regclass('dovecote.' || aside) is null;
+            staging := format('%s_%s_staging', parents[i], suffix);
+            continue when to_regclass('dovecote.' || staging) is null;
             lower := monday::text;
             upper := (monday + interval '7 days')::text;
             if parents[i] <> 'published_batches' then
-                lower := dovecote.uuid_v7_floor(monday)::text;
-                upper := dovecote.uuid_v7_floor(monday + interval '7 days')::text;
+                lower := dovecote.uuid_v7_lower_bound(monday)::text;
+                upper := dovecote.uuid_v7_lower_bound(monday + interval '7 days')::text;
             end if;
-            execute format('alter table dovecote.%I rename to %I', aside, parents[i] || '_' || suffix);
+            execute format('alter table dovecote.%I rename to %I', staging, parents[i] || '_' || suffix);
             execute format('alter table dovecote.%I attach partition dovecote.%I for values from (%L) to (%L)',
                            parents[i], parents[i] || '_' || suffix, lower, upper);
             execute format('alter table dovecote.%I drop constraint of_its_week', parents[i] || '_' || suffix);
@@ -328,11 +328,11 @@ begin
     return moved;
 end $$;
 
-create function dovecote.place_strays() returns bigint
+create function dovecote.place_misplaced_rows() returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 -- Move what lies in the default partitions into the partitions of its weeks; return how many rows that were.
 declare
-    moved constant bigint := dovecote.move_strays();
+    moved constant bigint := dovecote.move_misplaced_rows();
 begin
     if moved > 0 then
         perform dovecote.write_audit_line(session_user, 'partitions.filled', null, moved, '{}');
@@ -342,8 +342,8 @@ end $$;
 
 -- Rights ---------------------------------------------------------------------------------------
 
-grant select on dovecote.dropped_weeks to dovecote_worker, dovecote_operator, dovecote_viewer;
+grant select on dovecote.dropped_partitions to dovecote_worker, dovecote_operator, dovecote_viewer;
 grant execute on function dovecote.week_suffix, dovecote.week_monday
     to dovecote_writer, dovecote_worker, dovecote_operator, dovecote_viewer;
-grant execute on function dovecote.ensure_partitions, dovecote.copy_strays, dovecote.place_strays
+grant execute on function dovecote.ensure_partitions, dovecote.copy_misplaced_rows, dovecote.place_misplaced_rows
     to dovecote_worker, dovecote_operator;

@@ -1,1 +1,1 @@
-drop function dovecote.drop_week, dovecote.idle_batches, dovecote.hold_week, dovecote.week_obstacles;
+drop function dovecote.drop_partition, dovecote.idle_batches, dovecote.lock_partition, dovecote.partition_blockers;

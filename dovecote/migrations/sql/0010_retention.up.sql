@@ -1,10 +1,10 @@
--- Old weeks are dropped whole, once nothing of them is owed any more.
+-- Old weeks are dropped whole, once nothing needs them any more.
 
 -- What holds a week back ------------------------------------------------------------------------
 
--- At or below a handler's mark nothing is unprocessed, and of no unknown version.
-create function dovecote.week_obstacles(lower_id uuid, upper_id uuid)
-returns table (handler_name text, obstacle text, events bigint, example uuid)
+-- At or below a handler's low-water mark nothing is unprocessed, and of no unknown version.
+create function dovecote.partition_blockers(lower_id uuid, upper_id uuid)
+returns table (handler_name text, blocker text, events bigint, example uuid)
 language sql stable set search_path = pg_catalog, pg_temp as $$
     -- Everything that somebody may still want to do with events of these ids. A replay is taken to want all
     -- of them until it has passed them.
@@ -25,17 +25,17 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         group by d.handler_name, d.state
     ),
     wanted as (
-        select s.*, coalesce(p.mark, 0) as mark
+        select s.*, coalesce(p.low_water_mark, 0) as low_water_mark
         from dovecote.subscriptions s left join dovecote.progress p on p.handler_name = s.handler_name
-        -- Nothing of the week is above the marks, most of the time: nothing is read then.
-        where coalesce(p.mark, 0) < (select last.position from last)
+        -- Nothing of the week is above the low-water marks, most of the time: nothing is read then.
+        where coalesce(p.low_water_mark, 0) < (select last.position from last)
     ),
     unprocessed as (
         select s.handler_name, 'unprocessed'::text, count(*), min(o.id::text)::uuid
         from dovecote.outbox o
         join wanted s on s.event_type = o.event_type and o.position > s.since_position
-             and not s.published_above @> o.position and o.position > s.mark
-        where o.id >= lower_id and o.id < upper_id and o.position > (select min(w.mark) from wanted w)
+             and not s.published_above @> o.position and o.position > s.low_water_mark
+        where o.id >= lower_id and o.id < upper_id and o.position > (select min(w.low_water_mark) from wanted w)
           and not exists (select from dovecote.processed_events p
                           where p.event_id = o.id and p.handler_name = s.handler_name
                             and p.event_id >= lower_id and p.event_id < upper_id)
@@ -43,18 +43,18 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
                           where d.event_id = o.id and d.handler_name = s.handler_name)
         group by s.handler_name
     ),
-    -- A version that nobody subscribes to, of a fact that somebody does: newer code will ask for it.
-    facts as (
-        select distinct on (1, 2) s.handler_name, dovecote.fact_of(s.event_type) as fact, s.since_position,
-               s.published_above, s.mark
+    -- A version that nobody subscribes to, of an event that somebody does: newer code will ask for it.
+    names as (
+        select distinct on (1, 2) s.handler_name, dovecote.event_name(s.event_type) as name, s.since_position,
+               s.published_above, s.low_water_mark
         from wanted s order by 1, 2, 3, s.event_type
     ),
     unknown as (
         select f.handler_name, 'unknown version'::text, count(*), min(o.id::text)::uuid
         from dovecote.outbox o
-        join facts f on f.fact = dovecote.fact_of(o.event_type) and o.position > f.since_position
-             and not f.published_above @> o.position and o.position > f.mark
-        where o.id >= lower_id and o.id < upper_id and o.position > (select min(w.mark) from wanted w)
+        join names f on f.name = dovecote.event_name(o.event_type) and o.position > f.since_position
+             and not f.published_above @> o.position and o.position > f.low_water_mark
+        where o.id >= lower_id and o.id < upper_id and o.position > (select min(w.low_water_mark) from wanted w)
           and not exists (select from dovecote.subscriptions s
                           where s.handler_name = f.handler_name and s.event_type = o.event_type)
         group by f.handler_name
@@ -69,11 +69,11 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     union all select * from unknown union all select * from replayed
 $$;
 
-comment on function dovecote.week_obstacles is 'Why a range of ids cannot be dropped yet, by handler; no row when it can.';
+comment on function dovecote.partition_blockers is 'Why a range of ids cannot be dropped yet, by handler; no row when it can.';
 
 -- Dropping a week -------------------------------------------------------------------------------
 
-create function dovecote.hold_week(week text) returns void
+create function dovecote.lock_partition(week text) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '5s' as $$
 -- Nothing is added to the week until this transaction ends; everybody may read it. Nobody writes there any more
@@ -88,7 +88,7 @@ begin
         raise exception 'week % is too young to be dropped', week using errcode = 'object_not_in_prerequisite_state';
     end if;
     if not dovecote.try_lock('retention_lock') then
-        raise exception 'another run of dovecote maintain is at work'
+        raise exception 'another run of dovecote maintain is in progress'
             using errcode = 'lock_not_available';
     end if;
     execute format('lock table dovecote.%I, dovecote.%I in share mode', 'outbox_' || week, 'processed_events_' || week);
@@ -123,18 +123,18 @@ begin
     end loop;
 end $$;
 
-create function dovecote.drop_week(
+create function dovecote.drop_partition(
     week               text,
-    dropped_by         text,
+    actor         text,
     archive            text   default null,
     checksum           text   default null,
     archived_events    bigint default null,
     archived_processed bigint default null
-) returns dovecote.dropped_weeks
+) returns dovecote.dropped_partitions
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '100ms' as $$
 -- The only way a week goes: outbox, processed_events and what belongs to no other week of published_batches, at
--- once, with a line in dropped_weeks and one in audit_log. Refuses what is still needed, to every caller.
+-- once, with a line in dropped_partitions and one in audit_log. Refuses what is still needed, to every caller.
 --
 -- The long questions are asked while only the week itself is locked. The parents, where everybody writes, are asked
 -- for with a tenth of a second's patience, again and again: DETACH CONCURRENTLY is not to be had beside a default
@@ -145,10 +145,10 @@ declare
     upper_id  uuid;
     in_the_way text;
     batches   text[];
-    gone      dovecote.dropped_weeks;
+    gone      dovecote.dropped_partitions;
 begin
     -- Nobody here can open the archive. What is written down for ever is at least a path, and of the right number of rows.
-    if dropped_by is null or length(dropped_by) not between 1 and 200 or dropped_by ~ '[[:cntrl:]]' then
+    if actor is null or length(actor) not between 1 and 200 or actor ~ '[[:cntrl:]]' then
         raise exception 'who drops a week is a name of 1 to 200 characters without control characters'
             using errcode = 'invalid_parameter_value';
     elsif archive is not null and (length(archive) not between 1 and 1000 or archive ~ '[[:cntrl:]]') then
@@ -160,12 +160,12 @@ begin
     elsif archive is not null and (archived_events is null or archived_processed is null) then
         raise exception 'an archive comes with the numbers of its rows' using errcode = 'invalid_parameter_value';
     end if;
-    perform dovecote.hold_week(week);
+    perform dovecote.lock_partition(week);
     monday := dovecote.week_monday(week);
-    lower_id := dovecote.uuid_v7_floor(monday);
-    upper_id := dovecote.uuid_v7_floor(monday + interval '7 days');
-    select string_agg(format('%s %s%s', o.events, o.obstacle, ' for ' || o.handler_name), ', ') into in_the_way
-    from dovecote.week_obstacles(lower_id, upper_id) o;
+    lower_id := dovecote.uuid_v7_lower_bound(monday);
+    upper_id := dovecote.uuid_v7_lower_bound(monday + interval '7 days');
+    select string_agg(format('%s %s%s', o.events, o.blocker, ' for ' || o.handler_name), ', ') into in_the_way
+    from dovecote.partition_blockers(lower_id, upper_id) o;
     if in_the_way is not null then
         raise exception 'week % is still needed: %', week, in_the_way using errcode = 'object_in_use';
     end if;
@@ -176,7 +176,7 @@ begin
     gone.upper_id := upper_id;
     gone.archive := archive;
     gone.checksum := checksum;
-    gone.dropped_by := dropped_by;
+    gone.actor := actor;
     gone.dropped_at := clock_timestamp();
     select count(*), min(o.position), max(o.position), min(o.created_at), max(o.created_at)
         into gone.events, gone.first_position, gone.last_position, gone.first_created_at, gone.last_created_at
@@ -218,12 +218,12 @@ begin
     for i in 1 .. coalesce(array_length(batches, 1), 0) loop
         execute format('drop table dovecote.%I', batches[i]);
     end loop;
-    insert into dovecote.dropped_weeks values (gone.*);
-    insert into dovecote.audit_log (actor, action, details) values (dropped_by, 'week.dropped', to_jsonb(gone));
+    insert into dovecote.dropped_partitions values (gone.*);
+    insert into dovecote.audit_log (actor, action, details) values (actor, 'partition.dropped', to_jsonb(gone));
     return gone;
 end $$;
 
 -- Rights ---------------------------------------------------------------------------------------
 
-grant execute on function dovecote.week_obstacles to dovecote_worker, dovecote_operator, dovecote_viewer;
-grant execute on function dovecote.hold_week, dovecote.drop_week to dovecote_worker, dovecote_operator;
+grant execute on function dovecote.partition_blockers to dovecote_worker, dovecote_operator, dovecote_viewer;
+grant execute on function dovecote.lock_partition, dovecote.drop_partition to dovecote_worker, dovecote_operator;

@@ -15,7 +15,7 @@ begin atomic
                (select r.checkpoint from dovecote.relay_state r),
                (select max(f.since_position) from dovecote.subscriptions f),
                (select max(p.examined) from dovecote.progress p),
-               (select max(w.last_position) from dovecote.dropped_weeks w),
+               (select max(w.last_position) from dovecote.dropped_partitions w),
                (select o.position from dovecote.outbox o where o.position > s.handed_out order by o.position desc limit 1),
                (select max(upper(b.positions)) - 1 from dovecote.published_batches b
                 where b.positions && int8multirange(int8range(s.handed_out, null, '()')))),
@@ -56,7 +56,7 @@ begin atomic
     with since as materialized (
         select least(coalesce((select max(b.published_at) from dovecote.published_batches b), 'epoch'),
                      (select o.created_at from dovecote.outbox o order by o.position desc limit 1),
-                     r.refused_since) - interval '1 minute' as moment, r.checkpoint
+                     r.refused_since) - interval '1 minute' as begin_at, r.checkpoint
         from dovecote.relay_state r
     )
     select o.id, o.event_type, o.position, o.created_at
@@ -64,8 +64,8 @@ begin atomic
     cross join lateral (select bool_or(b.published_at >= o.created_at) as was_read from dovecote.published_batches b
                         where b.positions @> o.position) batch
     -- The time in an id is that of its row, or somewhat older: an hour covers what is made by the default.
-    where o.id >= (select dovecote.uuid_v7_floor(greatest(moment, timestamptz '1971-01-01') - interval '1 hour') from since)
-      and o.created_at >= (select moment from since)
+    where o.id >= (select dovecote.uuid_v7_lower_bound(greatest(begin_at, timestamptz '1971-01-01') - interval '1 hour') from since)
+      and o.created_at >= (select begin_at from since)
       and coalesce(not batch.was_read, o.position <= (select checkpoint from since))
       -- A clock that was set back makes an event look younger than its batch: what was acted on or failed was read.
       and not exists (select from dovecote.processed_events p where p.event_id = o.id)
@@ -91,7 +91,7 @@ begin
         return;
     end if;
     -- The lock waits for each transaction that has a position, and keeps new ones waiting until this one is over.
-    -- Whatever a session has in its cache is forgotten with the change.
+    -- Whatever a session has in its cache is discarded with the change.
     alter sequence dovecote.outbox_position cache 1;
     select s.handed_out, s.highest_known into handed_out_before, highest_known from dovecote.sequence_state() s;
     if highest_known >= 1::bigint << 47 then

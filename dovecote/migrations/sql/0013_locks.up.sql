@@ -4,9 +4,9 @@ create function dovecote.look_at_advisory_locks()
 returns table (lock text, kind bigint, mode text, pid integer, login text, application text, prepared text)
 language sql volatile
 begin atomic
-    -- The locks with keys of ours whose holder has no use for them, if this look at them all was taken at one moment.
+    -- The locks with keys of ours whose holder has no use for them, if this look at them all was taken at one time.
     -- And locks on our tables that keep others out, of who may not say LOCK TABLE (kind 0): CREATE TRIGGER, CREATE RULE
-    -- and REFERENCES wait for theirs before Postgres asks for the right to, and whoever comes later waits behind.
+    -- and REFERENCES wait for theirs before Postgres asks for the right to, and later sessions wait behind.
     with held as materialized (
         select l.virtualtransaction as holder, l.pid, l.locktype, l.mode, l.transactionid, l.relation,
                case when l.locktype = 'relation' then 0 else l.classid::bigint >> 16 end as kind,
@@ -56,7 +56,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 --     wake-up       the relay cannot sleep, and polls as often as its settings let it; or each writer sends a NOTIFY
 --     leadership    a relay leads all the same, but relays that know the advisory key only do not
 --     release       a consumer goes on without the lock, and the relay releases what it has left
---     table         whoever writes there waits until it is ended, also behind one that waits itself
+--     table         writers wait until it is ended, also behind one that waits itself
 --
 -- Two looks: a writer that has just begun may be seen with the second of its locks and without the first.
 declare

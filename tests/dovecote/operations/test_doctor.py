@@ -297,7 +297,7 @@ def test_queues_of_no_route_are_found_with_whose_messages_lie_there(system: Syst
     assert "foreign (1: 1 of somebody else)" in finding.found
     assert "test (2 held for gone.handler, which no route has)" in finding.found
     assert "The relay that leads moves" in finding.advice
-    assert "replay start --strength missing" in finding.advice
+    assert "replay start --mode backfill" in finding.advice
 
 
 def test_queues_of_our_own_handlers_are_never_to_be_deleted(system: System) -> None:
@@ -320,7 +320,7 @@ def test_dead_messages_are_found_with_their_events(system: System) -> None:
 
     assert finding.level == "warning"
     assert f"test (1, of test.note, with events such as {event_id})" in finding.found
-    assert "replay start --handler HANDLER --strength missing" in finding.advice
+    assert "replay start --handler HANDLER --mode backfill" in finding.advice
 
 
 def test_what_is_left_of_handlers_and_of_events_that_are_gone_is_found(system: System) -> None:

@@ -100,7 +100,7 @@ def is_asleep(system: System) -> bool:
         system,
         """
         select exists (select from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
-          and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key()
+          and (classid::bigint << 32 | objid::bigint) = dovecote.wakeup_key()
           and database = (select oid from pg_database where datname = current_database()))
         """,
     )
@@ -281,7 +281,7 @@ def test_exactly_the_positions_published_are_recorded(system_with: SystemWith) -
     recorded = one_value(system, "select range_agg(positions)::text from dovecote.published_batches")
     assert recorded == multirange([1, 2, 4])
     assert queued_positions(system) == [1, 2, 4]
-    assert one_value(system, "select count(*) from dovecote.outbox_events where processed_at is null") == 0
+    assert one_value(system, "select count(*) from dovecote.outbox_events where published_at is null") == 0
 
 
 def test_a_batch_is_one_call_to_redis(system_with: SystemWith) -> None:
