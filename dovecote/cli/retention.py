@@ -33,7 +33,7 @@ def maintain(
         Path | None, typer.Option(help="Archive each week here before it is dropped.", file_okay=False)
     ] = None,
     keep_weeks: KeepWeeks = None,
-    unsubscribe_handler: Annotated[
+    unsubscribe: Annotated[
         str | None, typer.Option(help="First end the subscriptions of a handler that no route has any more.")
     ] = None,
     dry_run: DryRun = False,
@@ -48,12 +48,12 @@ def maintain(
     """
     settings = load_settings(needs_redis=False)
     with engine_during(settings) as engine:
-        if unsubscribe_handler is not None:
+        if unsubscribe is not None:
             ended = retention.unsubscribe_handler(
-                engine, unsubscribe_handler, by=actor, routes=find_app().routes, dry_run=dry_run
+                engine, unsubscribe, by=actor, routes=find_app().routes, dry_run=dry_run
             )
             if not as_json:
-                say(f"{ended} subscriptions of {unsubscribe_handler} {'would end' if dry_run else 'ended'}")
+                say(f"{ended} subscriptions of {unsubscribe} {'would end' if dry_run else 'ended'}")
         purged = None if dry_run else _purge(engine)
         done = retention.maintain(
             engine,

@@ -27,15 +27,15 @@ FUNCTIONS = (
     Mutant(
         "a type is not escaped in the envelope",
         RELAY_SQL,
-        "    || ',\"type\":' || to_json(fact.event_type)::text\n",
-        "    || ',\"type\":\"' || fact.event_type || '\"'\n",
+        "    || ',\"type\":' || to_json(event.event_type)::text\n",
+        "    || ',\"type\":\"' || event.event_type || '\"'\n",
         SESSIONS,
     ),
     Mutant(
         "an envelope's moment is in the reader's zone",
         RELAY_SQL,
-        "left(to_json(fact.created_at at time zone interval '0')::text, -1) || '+00:00\"'",
-        "to_json(fact.created_at)::text",
+        "left(to_json(event.created_at at time zone interval '0')::text, -1) || '+00:00\"'",
+        "to_json(event.created_at)::text",
         SESSIONS,
     ),
     Mutant(

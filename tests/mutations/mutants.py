@@ -244,8 +244,8 @@ MUTANTS = (
     Mutant(
         "floors are not asked for",
         RELAY_SQL,
-        "settled := least(last_position, lowest);",
-        "settled := last_position;",
+        "safe_position := least(last_position, lowest);",
+        "safe_position := last_position;",
         READING,
     ),
     Mutant(
@@ -387,7 +387,7 @@ MUTANTS = (
     Mutant(
         "a type with a quote is taken for a word",
         RELAY_SQL,
-        "quote_ident(fact.aggregate_type || '_') = fact.aggregate_type || '_'",
+        "quote_ident(event.aggregate_type || '_') = event.aggregate_type || '_'",
         "true",
         UNREADABLE,
     ),

@@ -98,8 +98,8 @@ PROGRESS = (
     Mutant(
         "a week goes up to what was examined",
         RETENTION_SQL,
-        "coalesce(p.low_water_mark, 0) as mark",
-        "coalesce(p.examined, 0) as mark",
+        "coalesce(p.low_water_mark, 0) as low_water_mark",
+        "coalesce(p.examined, 0) as low_water_mark",
         HISTORIES,
     ),
     Mutant(

@@ -52,7 +52,8 @@ def test_an_argument_out_of_bounds_is_refused_in_words(urls: Mapping[str, str], 
 
 @pytest.mark.parametrize("role", ["operator", "worker"])
 @pytest.mark.parametrize("verb", ["lock_partition('{week}')", "drop_partition('{week}', 'me')",
-                                  "recover('me', 'x')", "ensure_partitions(4)", "place_misplaced_rows()", "processed_lately(60)"])  # fmt: skip
+                                  "recover('me', 'x')", "ensure_partitions(4)", "place_misplaced_rows()",
+                                  "processed_lately(60)"])  # fmt: skip
 def test_nobody_stops_writers_by_leaving_a_call_open(urls: Mapping[str, str], role: str, verb: str) -> None:
     with session(urls["owner"]) as owner:
         week = one(owner, "select dovecote.week_suffix(now())")

@@ -65,12 +65,12 @@ COLUMNS = {
         "worker",
         "a",
     ): "handler_name event_id position aggregate_type aggregate_id event_type state attempts"
-    " next_attempt_at error_type error_fingerprint error trace_id replay_id",
+    " next_attempt_at error_type headline error_fingerprint error trace_id replay_id",
     (
         "deliveries",
         "worker",
         "w",
-    ): "state attempts next_attempt_at error_type error_fingerprint error trace_id replay_id"
+    ): "state attempts next_attempt_at error_type headline error_fingerprint error trace_id replay_id"
     " leased_until first_leased_at updated_at",
     ("subscriptions", "worker", "w"): "routed_epoch replayable ordered",
     ("replays", "worker", "w"): "state done cursor_position updated_at finished_at problem",
@@ -86,7 +86,7 @@ AS_OWNER = """
     discard_deliveries   operator
     pause_handler        operator
     resume_handler       operator
-    unsubscribe_handler       operator
+    unsubscribe_handler  operator
     start_replay         operator
     pause_replay         operator
     resume_replay        operator

@@ -85,7 +85,7 @@ def test_who_dropped_what_is_on_record(engine: Engine) -> None:
     with engine.connect() as connection:
         row = connection.execute(text("select * from dovecote.dropped_partitions")).one()
         audited = connection.execute(
-            text("select actor, action, details from dovecote.audit_log where action like 'week.%'")
+            text("select actor, action, details from dovecote.audit_log where action = 'partition.dropped'")
         ).one()
     assert (row.week, row.events, row.processed, row.actor, row.archive) == (suffix(6), 5, 5, "a test", None)
     assert row.last_position - row.first_position == 4
