@@ -18,6 +18,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from dovecote.database import SCHEMA
+from dovecote.errors import DovecoteError
 from dovecote.migrations.environment import VERSION_TABLE
 from dovecote.store.connections import ONLY_OUR_NAMES, connect
 
@@ -25,19 +26,19 @@ LIBRARY = Path(__file__).parent
 
 
 def _application() -> tuple[Path, ...]:
-    """Return where the application's revisions are: at the top level in a checkout, beside `workers` in a wheel."""
-    top = LIBRARY.parents[1]
-    return tuple(path for path in (top / "migrations", top / "workers" / "migrations") if (path / "versions").is_dir())
+    """Return where the application's revisions are in a checkout: at the top level. An installed library has none."""
+    beside = LIBRARY.parents[1] / "migrations"
+    return (beside,) if (beside / "versions").is_dir() else ()
 
 
-#: Until an app object hands them over.
+#: Unless the caller hands over others, such as `app.migrations`.
 APPLICATION = _application()
 
 #: One row with one array: what is applied, as the version table has it.
 HEADS = f"select array_agg(version_num) from {SCHEMA}.{VERSION_TABLE}"  # noqa: S608 - two constants
 
 
-class SchemaError(Exception):
+class SchemaError(DovecoteError):
     """The schema cannot be brought to where it was asked to go; the message says why."""
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from dovecote.migrations.schema import HEADS, pending_for
-from dovecote.telemetry.outages import passes
+from dovecote.telemetry.failures import is_transient
 
 log = structlog.get_logger()
 
@@ -38,7 +38,7 @@ def _wanted(engine: Engine) -> str | None:
             applied: Sequence[str] | None = connection.exec_driver_sql(HEADS).scalar_one()
             waiting = pending_for(applied)
     except DBAPIError as error:
-        if passes(error):
+        if is_transient(error):
             return "postgres itself"
         if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             raise
