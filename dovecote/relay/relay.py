@@ -6,7 +6,6 @@ leadership: all that the next leader starts from is in Postgres.
 
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from uuid import uuid4
@@ -249,8 +248,6 @@ class Relay:
 
     def _becomes_leader(self, connection: Connection, leadership: LeaderLock) -> bool:
         stood_by = False
-        frozen_after = self._settings.relay.leader_timeout_seconds
-        next_look = time.monotonic() + frozen_after
         while not self._stop.is_set():
             if self._refused and (fault := sequence.fault(connection)):
                 self._refuse(fault)  # without the lock, or it would look now and then as if somebody led
@@ -263,9 +260,6 @@ class Relay:
             if not stood_by:
                 stood_by = True
                 log.info("relay stands by")
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + frozen_after / 5
-                leadership.end_frozen_older()
             # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
             self._stop.sleep(self._settings.relay.standby_interval_seconds)
         return False

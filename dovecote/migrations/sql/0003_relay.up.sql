@@ -107,26 +107,17 @@ exception
         return false;
 end $$;
 
-create function dovecote.leader_key() returns bigint
-language sql immutable parallel safe return 17604::bigint << 48;
-
 -- The session that holds the lock of the relay that leads; no row while none does. `silent_seconds` since it has asked
--- something, null for a login that may not see that. A relay from before this lock holds the advisory key instead: it
--- counts if its login may lead, and comes after one that has the lock.
+-- something, null for a login that may not see that.
 create function dovecote.leader()
-returns table (pid integer, login text, application text, silent_seconds float8, is_older boolean)
+returns table (pid integer, login text, application text, silent_seconds float8)
 language sql stable
 begin atomic
-    select l.pid, a.usename::text, a.application_name, extract(epoch from clock_timestamp() - a.query_start)::float8,
-           l.locktype = 'advisory'
+    select l.pid, a.usename::text, a.application_name, extract(epoch from clock_timestamp() - a.query_start)::float8
     from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a on a.pid = l.pid
     where l.granted and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
-      and (l.locktype = 'relation' and l.relation = 'dovecote.relay_leader'::regclass
-           and l.mode = 'ShareUpdateExclusiveLock'
-        or l.locktype = 'advisory' and l.objsubid = 1 and l.mode = 'ExclusiveLock'
-           and (l.classid::bigint << 32 | l.objid::bigint) = dovecote.leader_key()
-           and pg_has_role(a.usesysid, 'dovecote_worker', 'member'))
-    order by 5;
+      and l.locktype = 'relation' and l.relation = 'dovecote.relay_leader'::regclass
+      and l.mode = 'ShareUpdateExclusiveLock';
 end;
 
 -- Who writes -----------------------------------------------------------------------------------
@@ -418,7 +409,6 @@ grant update on dovecote.relay_leader to dovecote_worker;
 grant select on sequence dovecote.relay_heartbeat to dovecote_operator, dovecote_viewer;
 grant select, update on sequence dovecote.relay_heartbeat to dovecote_worker;
 grant execute on function dovecote.try_lock to dovecote_worker;
-grant execute on function dovecote.leader_key to dovecote_writer, dovecote_worker, dovecote_operator, dovecote_viewer;
 grant execute on function
     dovecote.leader, dovecote.low_watermark, dovecote.active_writers, dovecote.server_started, dovecote.server_run,
     dovecote.outbox_run, dovecote.not_in_outbox, dovecote.envelope, dovecote.small_envelope, dovecote.envelopes,

@@ -19,7 +19,7 @@ begin atomic
            or l.granted
           and (l.locktype = 'transactionid' and l.pid is null
             or l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
-               and (l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 in (17602, 17603, 17604, 17607)
+               and (l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 in (17602, 17603, 17607)
                  or l.locktype = 'relation' and l.relation = 'dovecote.outbox'::regclass and l.mode = 'RowExclusiveLock'))
     ), holders as materialized (
         select h.holder, h.pid, coalesce(a.usename::text, max(p.owner::text)) as login, a.application_name as application,
@@ -43,7 +43,6 @@ begin atomic
                           and not has_table_privilege(j.login::name, h.relation, 'UPDATE, DELETE, TRUNCATE')
               when 17602 then h.mode <> 'ShareLock' or not j.inserts
               when 17603 then case when h.mode = 'ShareLock' then not j.inserts else not j.is_worker end
-              when 17604 then h.mode = 'ShareLock' or not j.is_worker
               else not (j.is_worker or j.is_operator) end;
 end;
 
@@ -54,7 +53,6 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 --
 --     announcement  a shared one is not heeded; beside an exclusive one writers announce a lower position
 --     wake-up       the relay cannot sleep, and polls as often as its settings let it; or each writer sends a NOTIFY
---     leadership    a relay leads all the same, but relays that know the advisory key only do not
 --     release       a consumer goes on without the lock, and the relay releases what it has left
 --     table         writers wait until it is ended, also behind one that waits itself
 --
@@ -68,8 +66,7 @@ begin
     end if;
     perform pg_sleep(0.02);
     return query
-        select case l.kind when 0 then 'table' when 17602 then 'announcement' when 17603 then 'wake-up' when 17604 then 'leadership'
-                           else 'release' end,
+        select case l.kind when 0 then 'table' when 17602 then 'announcement' when 17603 then 'wake-up' else 'release' end,
                count(*), l.pid, l.login, l.application, l.prepared, l.mode
         from dovecote.look_at_advisory_locks() l join unnest(seen) as s (lock) on s.lock = l.lock
         group by 1, 3, 4, 5, 6, 7
