@@ -22,13 +22,6 @@ LOCKS = (
         f"{LOCKS_TEST}::test_a_writer_that_says_it_has_announced_announces",
     ),
     Mutant(
-        "whoever holds the advisory key leads",
-        RELAY_SQL,
-        "           and pg_has_role(a.usesysid, 'dovecote_worker', 'member'))\n",
-        ")\n",
-        f"{LOCKS_TEST}::test_a_relay_leads_though_a_stranger_holds_the_key_and_names_him",
-    ),
-    Mutant(
         "the leader does not look after the session that holds its lock",
         LEADERSHIP_PY,
         "                self._lost = why\n",

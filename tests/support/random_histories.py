@@ -77,7 +77,7 @@ BLOCKERS = """
         s.handler_name, s.kinds, e.aggregate_type, e.aggregate_id, e.position)
 """
 STEP = """
-    select events_read, unsettled, has_moved, is_behind, is_open
+    select events_read, outstanding, has_moved, is_behind, is_open
     from dovecote.move_low_water_marks(%s, %s, %s::integer, %s::integer)
 """
 
