@@ -185,8 +185,8 @@ GOING_BACK = (
     Mutant(
         "Redis is told of a beat that is not on disk",
         "dovecote/store/relay_state.py",
-        "    select setval('dovecote.relay_beat', %s), {_DURABLY}\n",
-        "    select setval('dovecote.relay_beat', %s)\n",
+        "    select setval('dovecote.relay_heartbeat', %s), {_DURABLY}\n",
+        "    select setval('dovecote.relay_heartbeat', %s)\n",
         f"{HISTORY}::test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event",
     ),
     Mutant(
