@@ -137,7 +137,8 @@ _RECORD_FAILURES = text(
     on conflict (handler_name, event_id) do update set
         state = excluded.state, attempts = excluded.attempts, next_attempt_at = excluded.next_attempt_at,
         error_type = excluded.error_type, headline = excluded.headline,
-        error_fingerprint = excluded.error_fingerprint, error = excluded.error, trace_id = excluded.trace_id, replay_id = excluded.replay_id,
+        error_fingerprint = excluded.error_fingerprint, error = excluded.error, trace_id = excluded.trace_id,
+        replay_id = excluded.replay_id,
         updated_at = clock_timestamp()
         where known.state <> 'discarded'
     """
