@@ -101,7 +101,7 @@ _WITH_WAITING = """
 
 # From one aggregate to the next by the index, however many events wait in each. The live ones are behind those of
 # replays, which have been done before: if the last is of a replay, no live one waits there.
-_RELEASE_STRAYS = """
+_RELEASE_UNBLOCKED = """
     with recursive slice as (
         (select d.aggregate_type, d.aggregate_id, d.event_id, d.replay_id, 1 as n from dovecote.deliveries d
          where d.state = 'waiting' and d.handler_name = %(handler)s
@@ -133,7 +133,7 @@ _RELEASE_STRAYS = """
 """
 
 # The same for those of replays: what waits with nothing of its replay before it.
-_RELEASE_STRAYS_OF_REPLAYS = """
+_RELEASE_UNBLOCKED_OF_REPLAYS = """
     with recursive slice as (
         (select d.replay_id, d.aggregate_type, d.aggregate_id, 1 as n from dovecote.deliveries d
          where d.replay_id is not null
@@ -215,7 +215,7 @@ def with_waiting(connection: psycopg.Connection[TupleRow], routes: Sequence[Rout
     return [ordered[handler] for (handler,) in connection.execute(_WITH_WAITING, (list(ordered),))]
 
 
-def release_strays(connection: psycopg.Connection[TupleRow], route: Route, cursor: Cursor | None = None) -> int:
+def release_unblocked(connection: psycopg.Connection[TupleRow], route: Route, cursor: Cursor | None = None) -> int:
     """Send on events of an ordered route that wait for nothing any more; return how many.
 
     Looks at some aggregates behind the `cursor` and moves it, back to the beginning after the last. This is the net
@@ -224,10 +224,10 @@ def release_strays(connection: psycopg.Connection[TupleRow], route: Route, curso
     cursor = cursor or Cursor()
     names = {"handler": route.handler, "event_types": route.event_types, "aggregates": _AGGREGATES_A_LOOK}
     after = dict(zip(("after_type", "after_id"), cursor.aggregate, strict=True))
-    released, last = _look(connection, _RELEASE_STRAYS, {**names, **after})
+    released, last = _look(connection, _RELEASE_UNBLOCKED, {**names, **after})
     cursor.aggregate = last or Cursor.aggregate
     after = dict(zip(("after_replay", "after_type", "after_id"), cursor.of_replay, strict=True))
-    of_replays, last = _look(connection, _RELEASE_STRAYS_OF_REPLAYS, {**names, **after})
+    of_replays, last = _look(connection, _RELEASE_UNBLOCKED_OF_REPLAYS, {**names, **after})
     cursor.of_replay = last or Cursor.of_replay
     return released + of_replays
 

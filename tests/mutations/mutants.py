@@ -438,7 +438,7 @@ MUTANTS = (
     Mutant(
         "what cannot be read is passed and written nowhere",
         "dovecote/relay/leader.py",
-        "            self._set_aside(batch)\n",
+        "            self._record_unreadable(batch)\n",
         "",
         UNREADABLE,
     ),
@@ -545,7 +545,7 @@ MUTANTS = (
     Mutant(
         "nobody looks whether Redis is the one we knew",
         "dovecote/relay/leader.py",
-        "        self._unrouted.write(self._records)\n        self._through_outages(self._check_redis)\n",
+        "        self._unrouted.write(self._records)\n        self._retry_while_unavailable(self._check_redis)\n",
         "        self._unrouted.write(self._records)\n",
         f"{RELAY} {HISTORY}",
     ),
@@ -802,7 +802,7 @@ MUTANTS = (
     Mutant(
         "strays wait for ever",
         "dovecote/relay/leader.py",
-        "            leases.release_strays(self._connection, route, self._cursors[route.handler])\n",
+        "            leases.release_unblocked(self._connection, route, self._cursors[route.handler])\n",
         "                pass\n",
         RELAY,
     ),
@@ -1086,7 +1086,7 @@ MUTANTS = (
     Mutant(
         "the relay does not reap",
         "dovecote/relay/leader.py",
-        "            self._through_outages(self._reap)\n",
+        "            self._retry_while_unavailable(self._reap)\n",
         "            pass\n",
         TAKING_OVER,
     ),
@@ -1302,8 +1302,9 @@ MUTANTS = (
     Mutant(
         "what is put aside after the resume stays aside",
         "dovecote/relay/leader.py",
-        "            self._through_outages(self._reap)\n            self._through_outages(self._take_back)\n",
-        "            self._through_outages(self._reap)\n",
+        "            self._retry_while_unavailable(self._reap)\n"
+        "            self._retry_while_unavailable(self._take_back)\n",
+        "            self._retry_while_unavailable(self._reap)\n",
         PAUSING,
     ),
     # Watching -----------------------------------------------------------------------------------

@@ -321,7 +321,7 @@ def a_postponer(connection: psycopg.Connection[Any], routes: Sequence[Route], ep
         batch_size=100,
         published_upto=0,
         send=lambda _made: None,
-        set_aside=lambda _rows: None,
+        record_unreadable=lambda _rows: None,
     )
 
 

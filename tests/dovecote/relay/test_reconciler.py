@@ -292,8 +292,8 @@ def test_what_stays_at_the_head_hides_nothing_behind_it(
 def test_a_quiet_system_is_not_asked_anything(
     system_with: Callable[..., System], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovecote.relay.reconciler._SHORTEST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("dovecote.relay.reconciler._LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dovecote.relay.reconciler._MIN_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dovecote.relay.reconciler._MAX_PAUSE_SECONDS", 0.01)
     system = system_with()
     with system.running():
         write_quotes(system, range(4))
