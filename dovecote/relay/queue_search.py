@@ -53,7 +53,7 @@ class QueueSearch:
         self._room, self.gave_up = _MAX_READ_BYTES, False
         try:
             if self._is_near(queue, handler, left):
-                # Towards the head, where workers fetch: what they fetch meanwhile does not move what is still to be read.
+                # Towards the head, where workers fetch: that does not move what is still to be read.
                 stop = -1
                 while left and (ids := self._client.lrange(self._key(queue), stop - _IDS + 1, stop)):
                     left -= self._events_in(queue, handler, reversed(ids), left)

@@ -89,7 +89,11 @@ class Made(Generic[Item]):
 
 @dataclass(frozen=True)
 class Read:
-    """Rows as far as there was room; `is_cut` says that more may match. `problems` has the reasons for rows without an envelope."""
+    """Rows as far as there was room.
+
+    is_cut    more may match
+    problems  position -> why the row there has no envelope
+    """
 
     rows: list[Row]
     is_cut: bool = False

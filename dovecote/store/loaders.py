@@ -1,8 +1,8 @@
 """How values of our tables become Python objects in the relay and in commands, whatever they are.
 
 psycopg raises where a value has no Python object: a time beyond the year 9999 or before 1, `infinity`, a JSON number
-of 5,000 digits, a JSON array 10,000 levels deep. Postgres takes all of these, and one row must neither end a relay nor hide
-the other rows of a list.
+of 5,000 digits, a JSON array 10,000 levels deep. Postgres takes all of these, and one row must neither end a relay nor
+hide the other rows of a list.
 """
 
 from datetime import UTC, datetime

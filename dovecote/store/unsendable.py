@@ -21,8 +21,8 @@ log = structlog.get_logger()
 
 # Rows without an envelope ------------------------------------------------------------------------
 
-# An event that the handler has processed stays so, even if its row has changed since; a discarded one stays discarded. A
-# retry keeps its replay. Nothing is written by a relay that has been replaced.
+# An event that the handler has processed stays so, even if its row has changed since; a discarded one stays discarded.
+# A retry keeps its replay. Nothing is written by a relay that has been replaced.
 _RECORD_UNREADABLE = """
     insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
         event_type, state, error_type, error_fingerprint, error, replay_id)
