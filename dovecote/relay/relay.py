@@ -22,7 +22,7 @@ from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.history import History, StandsBack, await_right_of_way
 from dovecote.relay.leader import Leader
 from dovecote.relay.leader_lock import LeaderLock
-from dovecote.relay.low_water_marks import Marks
+from dovecote.relay.low_water_marks import LowWaterMarks
 from dovecote.relay.reconciler import Reconciler
 from dovecote.relay.standby_flush import NotOnStandby
 from dovecote.route import Route
@@ -289,6 +289,6 @@ class Relay:
                 published_upto=lambda: leader.published_upto,
                 instrumentation=self._instrumentation,
             )
-            with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
+            with LowWaterMarks(self._session, epoch, lambda: leader.published_upto), reconciler:
                 leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)

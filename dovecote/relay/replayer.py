@@ -25,7 +25,7 @@ from dovecote.store.envelopes import past_unreadable
 from dovecote.store.leases import MAX_BUNDLE_BYTES
 from dovecote.store.published_batches import batches_of
 from dovecote.store.reader import Connection, Reader
-from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_matched, is_settled
+from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_finished, is_matched
 from dovecote.store.unsendable import Unreadable, record_unreadable
 
 log = structlog.get_logger()
@@ -45,14 +45,14 @@ _SLOW_READ_SECONDS = 0.05
 _REPEAT_SECONDS = 30.0
 _MIN_PAUSE_SECONDS = 0.005
 
-# What is settled comes without an envelope, what is large with its id instead (dovecote/store/envelopes.py).
+# A finished event comes without an envelope, what is large with its id instead (dovecote/store/envelopes.py).
 _WAVE = """
     select position, id, aggregate_type, aggregate_id,
            case when octet_length(envelope) <= %(max_small_bytes)s then convert_to(envelope, 'UTF8')
-                when not settled then uuid_send(id) end
+                when not finished then uuid_send(id) end
     from (
-        select o.position, o.id, o.aggregate_type, o.aggregate_id, {settled} as settled,
-               case when not {settled} then dovecote.small_envelope(o) end as envelope
+        select o.position, o.id, o.aggregate_type, o.aggregate_id, {finished} as finished,
+               case when not {finished} then dovecote.small_envelope(o) end as envelope
         from dovecote.outbox o
         {known}
         where o.position > %(after)s and o.position <= %(before)s and {conditions} and {matched}
@@ -62,27 +62,8 @@ _WAVE = """
 
 _OF_SINGLE_EVENTS = " and o.position <@ (select positions from dovecote.replays where id = %(replay)s)"
 
-_UNSETTLED = """
-    select o.id from unnest(%(ids)s::uuid[]) as o (id) {known} where not {settled}
-"""
-
-# Nothing is recorded by a relay that has been replaced, nor of a replay that has been paused or cancelled.
-_RECORD = """
-    update dovecote.replays r
-    set cursor_position = %(cursor)s, done = done + %(settled)s, updated_at = clock_timestamp(), problem = null,
-        state = case when %(finished)s then 'done' else 'running' end,
-        finished_at = case when %(finished)s then clock_timestamp() end
-    from dovecote.relay_state s
-    where r.id = %(replay)s and r.state in ('pending', 'running') and s.epoch = %(epoch)s
-    returning r.handler_name, r.total, r.done
-"""
-
-_AUDIT_END = """
-    insert into dovecote.audit_log (actor, action, affected, details)
-    values ('relay', 'replay.done', %(done)s,
-            jsonb_build_object('replay', %(replay)s::text, 'handler', %(handler)s::text,
-            'total', %(total)s::bigint, 'done', %(done)s::bigint,
-            'failed', (select count(*) from dovecote.deliveries where replay_id = %(replay)s)))
+_UNFINISHED = """
+    select o.id from unnest(%(ids)s::uuid[]) as o (id) {known} where not {finished}
 """
 
 
@@ -102,7 +83,7 @@ class _Wave:
     cursor: int
     events: int
     bundles: Sequence[QueuedBundle]
-    unsettled: list[UUID]
+    unfinished: list[UUID]
     sent_at: float
     repeat_at: float
 
@@ -169,7 +150,7 @@ class Replayer:
                 elif run.wave is None:
                     self._send_wave(run)
                 else:
-                    self._settle(run, run.wave)
+                    self._finish(run, run.wave)
 
     def seconds_until_due(self) -> float:
         """Return how long the relay may sleep without delaying a replay."""
@@ -218,7 +199,7 @@ class Replayer:
             cursor=events[-1].position if full else before,
             events=len(events),
             bundles=bundles,
-            unsettled=[event.id for event in events if event.envelope is not None],
+            unfinished=[event.id for event in events if event.envelope is not None],
             sent_at=now,
             repeat_at=now + _REPEAT_SECONDS,
         )
@@ -228,7 +209,7 @@ class Replayer:
         """Return the next events, and whether more may match. What cannot be read is dead, and nothing left to do."""
         asked = run.asked.conditions()
         query = _WAVE.format(
-            settled=is_settled(run.replay.strength),
+            finished=is_finished(run.replay.strength),
             known=KNOWN_BY_KEY,
             conditions=asked + (_OF_SINGLE_EVENTS if run.replay.of_single_events else ""),
             matched=is_matched(run.replay.strength),
@@ -308,15 +289,15 @@ class Replayer:
         self._retry_while_unavailable(ask)
         return [event for event in events if event.position not in queued]
 
-    # Settling --------------------------------------------------------------------------------
+    # Finishing -------------------------------------------------------------------------------
 
-    def _settle(self, run: _Run, wave: _Wave) -> None:
-        query = _UNSETTLED.format(known=KNOWN_BY_KEY, settled=is_settled(run.replay.strength))
-        found = self._connection.execute(query, {**run.fields, "ids": wave.unsettled})
-        wave.unsettled = [id for (id,) in found]
+    def _finish(self, run: _Run, wave: _Wave) -> None:
+        query = _UNFINISHED.format(known=KNOWN_BY_KEY, finished=is_finished(run.replay.strength))
+        found = self._connection.execute(query, {**run.fields, "ids": wave.unfinished})
+        wave.unfinished = [id for (id,) in found]
         now = time.monotonic()
         took = now - wave.sent_at
-        if wave.unsettled:
+        if wave.unfinished:
             run.next_at = now + min(max(took / 4, _MIN_PAUSE_SECONDS), _POLL_INTERVAL_SECONDS)
             if now >= wave.repeat_at:
                 wave.repeat_at = now + _REPEAT_SECONDS
@@ -330,21 +311,16 @@ class Replayer:
         run.next_at = wave.sent_at + wave.events / run.replay.rate if run.replay.rate else 0.0
         self._record(run, wave.cursor, wave.events)
 
-    def _record(self, run: _Run, cursor: int, settled: int) -> None:
+    def _record(self, run: _Run, cursor: int, events: int) -> None:
         run.cursor = cursor
-        fields = {"replay": run.replay.id, "epoch": self._epoch, "cursor": cursor, "settled": settled}
         finished = cursor >= run.replay.upto_position
-        row = self._connection.execute(_RECORD, {**fields, "finished": finished}).fetchone()
-        if row is None:
+        progress = self._active.record(run.replay.id, cursor, events, finished=finished)
+        if progress is None:
             # Paused or cancelled, or we are no longer the leader, which the next record of a batch finds out.
             self._runs.pop(run.replay.id, None)
         elif finished:
-            handler, total, done = row
             del self._runs[run.replay.id]
-            self._connection.execute(
-                _AUDIT_END, {"replay": run.replay.id, "handler": handler, "total": total, "done": done}
-            )
-            log.info("replay done", replay=str(run.replay.id), handler=handler, events=done)
+            log.info("replay done", replay=str(run.replay.id), handler=run.replay.handler_name, events=progress.done)
 
 
 def in_order(events: Sequence[Event], most: int) -> list[list[Event]]:

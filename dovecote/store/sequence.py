@@ -42,7 +42,7 @@ def fault(connection: Connection) -> str | None:
 def refusal(connection: Connection) -> str | None:
     """Return why the holder of the leader's lock must not lead; None when it may.
 
-    A sequence that somebody has repaired by hand may hide events that were written before: they are made to be read.
+    A sequence that was repaired by hand may hide events that were written before: `recover` renumbers them.
     """
     found, was_refused = connection.execute(_MAY_LEAD).fetchone() or (None, False)
     if found is not None:

@@ -501,18 +501,18 @@ def test_an_event_is_acted_on_at_once_when_the_one_before_it_soon_ends(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = threading.Event()
-    is_settled = Deliveries.is_settled
+    is_finished = Deliveries.is_finished
 
     def looks(deliveries: Deliveries, event_id: UUID) -> bool:
         looked.set()
-        return is_settled(deliveries, event_id)
+        return is_finished(deliveries, event_id)
 
     def slow_at_first(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         if int(event.price) == 1:
             assert looked.wait(10)
         note_as("test.note", event, uow)
 
-    monkeypatch.setattr(Deliveries, "is_settled", looks)
+    monkeypatch.setattr(Deliveries, "is_finished", looks)
     route = a_route(function=slow_at_first, ordered=True)
     first, second = bench.write(1, 2, symbol="A")
     later = threading.Thread(target=bench.consumer.consume, args=(Bundle(route, [second]),))
