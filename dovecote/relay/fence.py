@@ -21,7 +21,7 @@ _DETAILS = ("history", "instance", "seen")
 _MAX_DETAIL_BYTES = 1_000
 # Of one call: Redis serves nobody else for a millisecond or two.
 _MAX_DROPPED = 1_000
-_MSGS, _ASIDE, _DEAD = ".msgs", ".aside.", ".XQ"
+_MSGS, _HELD, _DEAD = ".msgs", ".held.", ".XQ"
 
 
 def _number(told: bytes | None) -> int:
@@ -63,7 +63,7 @@ class RedisFence:
         self._broker = broker
         self._client: Any = broker.client
         self._claim = self._client.register_script((_LUA / "claim.lua").read_bytes())
-        self._beat = self._client.register_script((_LUA / "beat.lua").read_bytes())
+        self._beat = self._client.register_script((_LUA / "heartbeat.lua").read_bytes())
         self._drop = self._client.register_script((_LUA / "drop.lua").read_bytes())
 
     def read(self) -> Marker:
@@ -116,7 +116,7 @@ class RedisFence:
         return bool(self._beat(keys=self._broker.fence_keys, args=args))
 
     def drop(self, claim: Claim) -> Iterator[int]:
-        """Drop our messages from every queue there is, put aside ones included; yield how many, call by call.
+        """Drop our messages from every queue there is, held ones included; yield how many, call by call.
 
         Those at work stay with their workers, dead letters stay where they are, and messages of others in their order.
         Errors: RedisLost when another relay has claimed Redis meanwhile.
@@ -141,11 +141,11 @@ class RedisFence:
         prefix = f"{self._broker.namespace}:"
         hashes = self._names(f"{prefix}*{_MSGS}")
         queues = [name.removesuffix(_MSGS) for name in hashes if not name.endswith(_DEAD + _MSGS)]
-        aside = [(name, name.partition(_ASIDE)[0]) for name in self._names(f"{prefix}*{_ASIDE}*")]
+        held = [(name, name.partition(_HELD)[0]) for name in self._names(f"{prefix}*{_HELD}*")]
         # A queue has no colon in its name: what has one is of a namespace that begins as ours does.
         return [
             (prefix + name, prefix + queue)
-            for name, queue in [*((queue, queue) for queue in queues), *aside]
+            for name, queue in [*((queue, queue) for queue in queues), *held]
             if ":" not in queue
         ]
 

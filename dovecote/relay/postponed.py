@@ -102,7 +102,7 @@ class Postponer:
         #: Handlers whose queue takes nothing for now, postponed or not.
         self.full: set[str] = set()
         self._queued: dict[str, int] = {}
-        self._aside: dict[str, int] = {}
+        self._held: dict[str, int] = {}
         #: When to look again sooner than at the next tick.
         self.next_look = float("inf")
         self._pause = _SHORTEST_POLL_INTERVAL_SECONDS
@@ -116,12 +116,12 @@ class Postponer:
     def measured(self, usage: RedisUsage) -> None:
         """Note what Redis holds, and who has room."""
         before = self._sizes()
-        self._queued, self._aside = dict(usage.queued), dict(usage.aside)
+        self._queued, self._held = dict(usage.queued), dict(usage.held)
         self._bound = self._queue_bytes
         if usage.maxmemory:
-            ours = sum(self._queued.values()) + sum(self._aside.values())
+            ours = sum(self._queued.values()) + sum(self._held.values())
             # Half of what Redis has room for stays free, whatever the queues do.
-            shares = 2 * (len(self._queues) + sum(size > 0 for size in self._aside.values()))
+            shares = 2 * (len(self._queues) + sum(size > 0 for size in self._held.values()))
             self._bound = min(self._bound, (usage.maxmemory - usage.used + ours) // shares)
         self._bound = max(self._bound, _LEAST_BOUND_BYTES)
         self._judge()
@@ -140,9 +140,9 @@ class Postponer:
         self._judge()
 
     def _sizes(self) -> dict[str, int]:
-        # What is put aside for a paused handler is no burden to the others on its queue.
+        # What is held for a paused handler is no burden to the others on its queue.
         return {
-            handler: self._queued.get(route.queue, 0) + self._aside.get(handler, 0)
+            handler: self._queued.get(route.queue, 0) + self._held.get(handler, 0)
             for handler, route in self._routes.items()
         }
 

@@ -87,7 +87,7 @@ def change(system: System, **fields: object) -> None:
 
 def change_beat(system: System, by: int) -> None:
     client: Any = system.broker.client
-    client.hincrby(system.broker.fence_keys[1], "beat", by)
+    client.hincrby(system.broker.fence_keys[1], "heartbeat", by)
 
 
 def a_run(system: System, **changes: int) -> str:
@@ -397,7 +397,7 @@ def test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event(
         before = beat(system)
         eventually(lambda: beat(system) > before + 1, 10, "beats")
         client: Any = system.broker.client
-        told = int(client.hget(system.broker.fence_keys[1], "beat"))
+        told = int(client.hget(system.broker.fence_keys[1], "heartbeat"))
         crash(system, postgres)
         assert beat(system) >= told, "Redis was told of a beat that was not on disk"
         eventually(lambda: history(system), 20, "a Redis that is known")
