@@ -281,7 +281,7 @@ MUTANTS = (
     Mutant(
         "a new reader forgets the gaps above the checkpoint",
         "dovecote/store/reader.py",
-        "                self._gaps += missing(self.high_water_mark, stop - 1, published)\n",
+        "                self._gaps += missing(self.high_water_mark, upto, known)\n",
         "",
         READING,
     ),
@@ -488,23 +488,23 @@ MUTANTS = (
     ),
     Mutant(
         "an old epoch may record",
-        "dovecote/relay/leader.py",
+        "dovecote/store/published_batches.py",
         "from dovecote.relay_state where epoch = %(epoch)s for no key update",
         "from dovecote.relay_state where epoch > 0 for no key update",
         f"{HELD}::test_a_record_that_waits_for_a_take_over_is_refused",
     ),
     Mutant(
         "the epoch of a record is read and not locked",
-        "dovecote/relay/leader.py",
+        "dovecote/store/published_batches.py",
         "where epoch = %(epoch)s for no key update) as owner",
         "where epoch = %(epoch)s) as owner",
         f"{HELD}::test_a_record_that_waits_for_a_take_over_is_refused",
     ),
     Mutant(
         "an old epoch goes on although its record was refused",
-        "dovecote/relay/leader.py",
-        "        if rows_changed != 1:\n",
-        "        if False:\n",
+        "dovecote/store/relay_state.py",
+        "    if rows != 1:\n",
+        "    if False:\n",
         RELAY,
     ),
     Mutant(

@@ -25,7 +25,8 @@ from dovecote import operations
 from dovecote.consumer import middleware as handing_back
 from dovecote.envelope import read_bundle
 from dovecote.envelope.message_reader import MessageReader, Received, RefusedMessage
-from dovecote.envelope.signatures import TAIL_BYTES, MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.envelope.signatures import MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.envelope.wire import TAIL_BYTES
 from dovecote.relay.bundler import bundle
 from dovecote.store.poison import CrashCounts, PoisonMessage
 from tests.conftest import Servers

@@ -1,15 +1,15 @@
--- Make the caller's epoch and history the ones that may publish, unless Redis is not as the caller takes it to be.
+-- Make the caller's epoch and history the ones that may publish, unless Redis is not in the expected state.
 --
--- KEYS[1]  the relay's fence: the epoch that may publish
--- KEYS[2]  what goes with it: history, instance (the run of Postgres), heartbeat, seen
+-- KEYS[1]  the fencing token: the epoch that may publish
+-- KEYS[2]  what belongs to it: history, instance (the run of Postgres), heartbeat, seen
 -- ARGV[1]  the epoch of the caller
 -- ARGV[2]  its history
 -- ARGV[3]  the run of Postgres it is connected to
 -- ARGV[4]  the heartbeat in Postgres
 -- ARGV[5]  the history it takes Redis to be in, empty for none. Compared here, because another relay may come, and Redis
---          may forget, between two calls.
--- ARGV[6]  if given: only where the fence holds this epoch and the run is the caller's
--- ARGV[7]  and the heartbeat is from here to ARGV[4]. Higher: Postgres has forgotten something. Lower: Redis has.
+--          may lose it, between two calls.
+-- ARGV[6]  if given: only where the token has this epoch and the run is the caller's
+-- ARGV[7]  and the heartbeat is from here to ARGV[4]. Higher: Postgres has lost something. Lower: Redis has.
 --
 -- Returns the epoch found before, -1 for none; and whether it was claimed.
 local found = tonumber(redis.call('get', KEYS[1]) or '-1') or -1

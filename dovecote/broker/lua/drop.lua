@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Drop our messages from a list: their events may have been lost by Postgres, and those that were not are sent again.
+-- Drop our messages from a list: their events may have been lost; those that were not are sent again.
 --
 -- KEYS[1]  the list: of a queue, or of what is held from it
 -- KEYS[2]  the queue
--- KEYS[3]  the relay's fence, KEYS[4] what goes with it: see claim.lua
+-- KEYS[3]  the fencing token, KEYS[4] what belongs to it: see claim.lua
 -- ARGV[1]  the epoch of the caller
 -- ARGV[2]  its history. A relay that its Postgres has left behind may have the same epoch as the one that leads now, and
 --          must not drop what that one sends.

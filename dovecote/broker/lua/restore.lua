@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Return a message that cannot be fetched to its queue: its text is there, but it is in no list and not in flight.
 --
--- KEYS[1]  the relay's fence: the epoch of the relay that may publish
+-- KEYS[1]  the fencing token: the epoch of the relay that may publish
 -- KEYS[2]  the queue
 -- KEYS[3]  the last heartbeat of each worker
 -- KEYS[4]  what is held for the handler
