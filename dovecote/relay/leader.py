@@ -365,13 +365,13 @@ class Leader:
             self._replayer.forget_waves()  # they are signed with the old key
 
     def _take_back(self) -> None:
-        """Give handlers that were resumed what was put aside for them, also what was just being put aside."""
-        aside = self._broker.holds_aside((route.queue, route.handler) for route in self._routes)
-        if aside:
+        """Give handlers that were resumed what was held for them, also what was just being held."""
+        held = self._broker.with_held((route.queue, route.handler) for route in self._routes)
+        if held:
             paused = pauses.paused_handlers(self._connection)
-            for queue, handler in aside:
+            for queue, handler in held:
                 if handler not in paused:
-                    self._broker.take_back(queue, handler)
+                    self._broker.resume_held(queue, handler)
 
     def _send_retries(self) -> None:
         envelopes = self._reader.envelopes

@@ -69,7 +69,7 @@ class Postponer:
         #: Handlers whose queue takes nothing for now, postponed or not.
         self.full: set[str] = set()
         self._queued: dict[str, int] = {}
-        self._aside: dict[str, int] = {}
+        self._held: dict[str, int] = {}
         #: When to look again sooner than at the next tick.
         self.next_look = float("inf")
         self._pause = _MIN_POLL_INTERVAL_SECONDS
@@ -83,12 +83,12 @@ class Postponer:
     def measured(self, usage: RedisUsage) -> None:
         """Note what Redis holds, and which handlers have room."""
         before = self._sizes()
-        self._queued, self._aside = dict(usage.queued), dict(usage.aside)
+        self._queued, self._held = dict(usage.queued), dict(usage.held)
         self._bound = self._queue_bytes
         if usage.maxmemory:
-            ours = sum(self._queued.values()) + sum(self._aside.values())
+            ours = sum(self._queued.values()) + sum(self._held.values())
             # Half of the memory of Redis stays free.
-            shares = 2 * (len(self._queues) + sum(size > 0 for size in self._aside.values()))
+            shares = 2 * (len(self._queues) + sum(size > 0 for size in self._held.values()))
             self._bound = min(self._bound, (usage.maxmemory - usage.used + ours) // shares)
         self._bound = max(self._bound, _LEAST_BOUND_BYTES)
         self._judge()
@@ -107,7 +107,7 @@ class Postponer:
     def _sizes(self) -> dict[str, int]:
         # Held messages of a paused handler do not count for the others on its queue.
         return {
-            handler: self._queued.get(route.queue, 0) + self._aside.get(handler, 0)
+            handler: self._queued.get(route.queue, 0) + self._held.get(handler, 0)
             for handler, route in self._routes.items()
         }
 

@@ -20,7 +20,7 @@ from dovecote.envelope.wire import event_ids_of_first_delivery
 _IDS, _SIZES, _BYTES = 5_000, 500, 4_000_000
 # Bytes of one search. In a longer queue an event that was not found may be further on.
 _MAX_READ_BYTES = 64_000_000
-_REQUEUE = (Path(__file__).parents[1] / "broker" / "lua" / "requeue.lua").read_bytes()
+_REQUEUE = (Path(__file__).parents[1] / "broker" / "lua" / "restore.lua").read_bytes()
 
 
 class _TooMuch(Exception):
@@ -67,7 +67,7 @@ class QueueSearch:
 
     def requeue(self, epoch: int, queue: str, handler: str, id: str) -> bool:
         """Put a message back on its queue if it is in no list and not in flight; return whether it was."""
-        keys = [f"{self._namespace}:__relay__", self._key(queue), self._heartbeats, self._aside(queue, handler)]
+        keys = [f"{self._namespace}:__relay__", self._key(queue), self._heartbeats, self._held(queue, handler)]
         return bool(self._requeue(keys=keys, args=[epoch, id, f"{self._namespace}:__acks__.", queue, _IDS]))
 
     def _is_near(self, queue: str, handler: str, left: set[bytes]) -> bool:
@@ -79,16 +79,16 @@ class QueueSearch:
                 pipeline.srandmember(f"{self._namespace}:__acks__.{worker}.{queue}", _IDS)
             pipeline.lrange(self._key(queue), 0, _IDS - 1)
             pipeline.llen(self._key(queue))
-            pipeline.exists(self._aside(queue, handler))
-            *held, head, length, is_aside = pipeline.execute(raise_on_error=False)
-        for reply in (head, length, is_aside):
+            pipeline.exists(self._held(queue, handler))
+            *acks, head, length, is_held = pipeline.execute(raise_on_error=False)
+        for reply in (head, length, is_held):
             if isinstance(reply, Exception):
                 raise reply
         # Workers of ours hold sets only.
-        held = [ids for ids in held if not isinstance(ids, Exception)]
-        if is_aside:
+        acks = [ids for ids in acks if not isinstance(ids, Exception)]
+        if is_held:
             left.clear()
-        for ids in (*held, head):
+        for ids in (*acks, head):
             left -= self._events_in(queue, handler, ids, left)
         return bool(left) and length > len(head)
 
@@ -136,5 +136,5 @@ class QueueSearch:
     def _key(self, queue: str) -> str:
         return f"{self._namespace}:{queue}"
 
-    def _aside(self, queue: str, handler: str) -> str:
-        return f"{self._namespace}:{queue}.aside.{handler}"
+    def _held(self, queue: str, handler: str) -> str:
+        return f"{self._namespace}:{queue}.held.{handler}"
