@@ -169,7 +169,7 @@ class Leader:
             self._send_retries()
         if pauses.CHANNEL in heard:
             self._renamed_queues.next_look = 0.0
-            self._retry_while_unavailable(self._take_back)
+            self._retry_while_unavailable(self._resume_held)
         if heard & {replays.CHANNEL, pauses.CHANNEL}:
             self._replayer.look()
         if time.monotonic() >= self._next_tick:
@@ -336,7 +336,7 @@ class Leader:
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
             self._retry_while_unavailable(self._reap)
-            self._retry_while_unavailable(self._take_back)
+            self._retry_while_unavailable(self._resume_held)
         self._retry_while_unavailable(self._renamed_queues.step)
         if now >= self._next_freeing:
             self._next_freeing = now + _FREE_NOTIFICATIONS_SECONDS
@@ -364,7 +364,7 @@ class Leader:
             self._bundler.key = self._keys.newest
             self._replayer.forget_waves()  # they are signed with the old key
 
-    def _take_back(self) -> None:
+    def _resume_held(self) -> None:
         """Give handlers that were resumed what was held for them, also what was just being held."""
         held = self._broker.with_held((route.queue, route.handler) for route in self._routes)
         if held:

@@ -1303,7 +1303,7 @@ MUTANTS = (
         "what is held after the resume stays held",
         "dovecote/relay/leader.py",
         "            self._retry_while_unavailable(self._reap)\n"
-        "            self._retry_while_unavailable(self._take_back)\n",
+        "            self._retry_while_unavailable(self._resume_held)\n",
         "            self._retry_while_unavailable(self._reap)\n",
         PAUSING,
     ),
