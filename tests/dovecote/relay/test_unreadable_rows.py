@@ -133,7 +133,7 @@ def test_a_row_that_cannot_be_read_is_dead_alone_and_says_why(system_with: Syste
     ]
     for *_, error in found:
         assert words in error
-        assert "Discard it, or mend the row" in error
+        assert "Discard it, or repair the row" in error
     assert status.relay.lag_events == 0
     ((checkpoint,),) = run(system, "select checkpoint from dovecote.relay_state")
     assert checkpoint == bad + 2
