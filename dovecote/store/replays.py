@@ -179,6 +179,6 @@ def is_matched(mode: str) -> str:
     return _MATCHED[mode]
 
 
-def is_settled(mode: str) -> str:
+def is_finished(mode: str) -> str:
     """Return SQL that says whether nothing is left to do: acted on, or in `deliveries`."""
     return _SETTLED[mode]

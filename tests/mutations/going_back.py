@@ -1,15 +1,13 @@
 """Mutants of what holds when Postgres goes back: history, the look into the outbox, positions, standbys."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import RELAY_SQL, SEQUENCE_SQL
 
 HISTORY = "tests/dovecote/relay/test_history.py"
 LOOKUP = "tests/dovecote/store/test_lookup.py"
 SEQUENCE = "tests/dovecote/relay/test_sequence.py"
 STANDBY = "tests/dovecote/relay/test_standby_flush.py"
 CLAIM = "dovecote/broker/lua/claim.lua"
-SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
-FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
-LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
 RELAY = "tests/dovecote/relay/test_relay.py"
 BROKER = "tests/dovecote/broker/test_broker.py"
 
@@ -136,7 +134,7 @@ GOING_BACK = (
     Mutant(
         "messages held for a paused handler are not dropped",
         "dovecote/relay/fence.py",
-        "[*((queue, queue) for queue in queues), *aside]",
+        "[*((queue, queue) for queue in queues), *held]",
         "[(queue, queue) for queue in queues]",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
@@ -260,5 +258,54 @@ GOING_BACK = (
         "select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}",
         "select dovecote.outbox_run() <> %(sent_in)s::text, null",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
+    ),
+    Mutant(
+        "recovering does not wait for who has written, and sessions keep their blocks",
+        SEQUENCE_SQL,
+        "    alter sequence dovecote.outbox_position cache 1;\n",
+        "",
+        SEQUENCE,
+    ),
+    Mutant(
+        "events keep the positions that hide them",
+        SEQUENCE_SQL,
+        "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
+        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
+        SEQUENCE,
+    ),
+    Mutant(
+        "an event that was read gets a new position too",
+        SEQUENCE_SQL,
+        "and coalesce(not batch.was_read, o.position",
+        "and (true or o.position",
+        SEQUENCE,
+    ),
+    Mutant(
+        "a sequence that was not called yet has handed out nothing",
+        RELAY_SQL,
+        "    select case when s.is_called then s.last_value else s.last_value - 1 end into",
+        "    select case when s.is_called then s.last_value else 0 end into",
+        SEQUENCE,
+    ),
+    Mutant(
+        "any event of that id is the event",
+        RELAY_SQL,
+        """where (select o."position" = event."position" and o.event_type = event.type""",
+        """where (select o."position" = event."position" """,
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "an event at another position is the event",
+        RELAY_SQL,
+        """where (select o."position" = event."position" and o.event_type = event.type""",
+        """where (select o.event_type = event.type""",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "a copy of the database is the same run",
+        RELAY_SQL,
+        "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
+        "''",
+        f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",
     ),
 )
