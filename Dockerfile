@@ -31,7 +31,7 @@ COPY --from=build /opt/dovecote /opt/dovecote
 COPY containers/logins.py /opt/dovecote/logins.py
 # A number, so that an orchestrator can see that it is not root's.
 USER 10001:10001
-# Not a directory with a .env in it: what a container is told comes from its environment and its secrets.
+# Not a directory with a .env in it: the options of a container come from its environment and its secrets.
 WORKDIR /
 # Nothing is imported from the directory where a process starts, and nothing is written beside the code.
 ENV PATH=/opt/dovecote/bin:$PATH PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1

@@ -89,7 +89,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stranger(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The Python of an environment that has the wheel without extras, and was never told of this checkout."""
+    """The Python of an environment that has the wheel without extras, and does not know of this checkout."""
     python = environment(tmp_path_factory.mktemp("stranger"))
     pip(python, str(wheel))
     return python
