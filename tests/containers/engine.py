@@ -229,8 +229,11 @@ def make_substitutes(running: Engine, cache: Path | None, wanted: tuple[str, ...
         if name not in wanted:
             continue
         substitute = _SUBSTITUTES[name]
-        # What it is made of is in its name, entry points included: a cache never serves an older one.
-        parts = repr(substitute) + "".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*-entry")))
+        # What it is made of is in its name, entry points included, but not where this checkout is: a cache never serves
+        # an older one, and serves every clone.
+        parts = repr(substitute).replace(str(HERE), "") + "".join(
+            path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*-entry"))
+        )
         made_of = hashlib.sha256(parts.encode()).hexdigest()[:12]
         tar = place / f"{name.replace('/', '-')}-{SUITE}-{made_of}.tar"
         if not tar.exists():
