@@ -7,10 +7,11 @@ from typing import Annotated
 import sqlalchemy.exc
 import typer
 
-from dovecote.bootstrap import engine_during, refuse
 from dovecote.cli.output import AsJson, note, print_json, progress_bar, say, shows_progress
+from dovecote.processes.terminal import refuse
 from dovecote.settings import load_settings
 from dovecote.store.connections import sessions_for
+from dovecote.store.engines import engine_during
 from workers.gateways import price_files as ingestion
 
 
@@ -31,13 +32,13 @@ def ingest_prices(
     file: Annotated[str, typer.Argument(help="CSV or JSON lines; - reads standard input.")],
     symbol: Annotated[str, typer.Option(help="Column or key of the symbol.")] = "symbol",
     price: Annotated[str, typer.Option(help="Column or key of the price.")] = "price",
-    at: Annotated[str, typer.Option(help="Column or key of the moment, ISO 8601; UTC if it has no zone.")] = "at",
+    at: Annotated[str, typer.Option(help="Column or key of the time, ISO 8601; UTC if it has no zone.")] = "at",
     format: Annotated[Format, typer.Option(help="auto: a first line that starts with { means jsonl.")] = Format.auto,
     per_transaction: Annotated[int, typer.Option(min=1, max=100_000, help="Rows in one transaction.")] = 500,
     strict: Annotated[bool, typer.Option(help="Stop at the first bad row (exit code 1).")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take in prices; each becomes a fact. Bad rows are refused and listed, the rest goes in.
+    """Take in prices; each becomes an event. Bad rows are refused and listed, the rest goes in.
 
     Example: dovecote ingest prices fx.csv --symbol Country --price "Exchange rate" --at Date
     """
