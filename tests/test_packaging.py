@@ -156,7 +156,8 @@ def test_an_index_takes_the_wheel_and_its_contents_are_in_order(wheel: Path) -> 
     tools = Path(sys.executable).parent
 
     assert "PASSED" in run(str(tools / "twine"), "check", "--strict", str(wheel))
-    assert ": OK" in run(str(tools / "check-wheel-contents"), str(wheel))
+    rules = ("--config", str(ROOT / "pyproject.toml"))
+    assert ": OK" in run(str(tools / "check-wheel-contents"), *rules, str(wheel))
 
 
 def test_what_a_writer_imports_loads_sqlalchemy_and_the_standard_library_only(stranger: str) -> None:
