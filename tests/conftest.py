@@ -99,7 +99,10 @@ def _containers(stack: ExitStack) -> Servers | None:
 
 @pytest.fixture(scope="session")
 def template(servers: Servers) -> Iterator[str]:
-    """The name of a migrated database that others are copied from."""
+    """The name of a migrated database that others are copied from; ./dev mutations has one for all its runs."""
+    if given := os.environ.get("DOVECOTE_TEST_TEMPLATE"):
+        yield given
+        return
     name = f"dovecote_template_{uuid4().hex[:8]}"
     _statement(servers, "create database {}", name)
     schema.upgrade(servers.database(name))
