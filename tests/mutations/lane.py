@@ -19,10 +19,10 @@ import psycopg
 import redis
 from sqlalchemy import make_url
 
+from dovecote.local.servers import servers
+from dovecote.migrations import schema
 from tests.mutations.mutant import Mutant
-from tests.support import a_place_for_servers
-from workers import schema
-from workers.embedded import servers
+from tests.support.processes import a_place_for_servers
 
 ROOT = Path(__file__).parents[2]
 # For each function or module that is named; a single test has at most TEST_SECONDS.
