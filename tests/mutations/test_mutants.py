@@ -22,7 +22,7 @@ def content(name: str) -> str:
 
 
 @cache
-def tests_in(module: str) -> frozenset[str]:
+def functions_of(module: str) -> frozenset[str]:
     return frozenset(node.name for node in ast.parse(content(module)).body if isinstance(node, ast.FunctionDef))
 
 
@@ -37,7 +37,7 @@ def test_what_a_mutant_breaks_is_there_and_so_are_its_tests(mutant: Mutant) -> N
         ast.parse(after)
     for test in mutant.tests.split():
         module, _, name = test.partition("::")
-        assert name in tests_in(module), f"{test}: name single tests, the quickest that notices"
+        assert name in functions_of(module), f"{test}: name single tests, the quickest that notices"
 
 
 def test_no_two_mutants_have_one_name() -> None:
