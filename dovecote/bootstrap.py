@@ -72,7 +72,7 @@ def start_consumers(app: Dovecote) -> None:
         sessions_for(engine),
         app.gateways(settings),
         stopping,
-        settings.consumers.outage_pause_seconds,
+        settings.consumers.outage_max_backoff_seconds,
         partial(schema.await_current, engine, stopping),
         meters,
         keyring=settings.keyring_if_given(),
@@ -210,7 +210,7 @@ def broker_for(settings: Settings, middleware: list[Middleware], meters: Consume
         url=settings.redis.url.get_secret_value(),
         namespace=settings.redis.namespace,
         socket_timeout_seconds=settings.redis.socket_timeout_seconds,
-        idle_wait_ms=settings.consumers.idle_wait_ms,
+        poll_interval_ms=settings.consumers.poll_interval_ms,
         heartbeat_timeout=settings.consumers.heartbeat_timeout_ms,
         # The relay reaps every few seconds; the workers need not.
         maintenance_chance=0,

@@ -101,7 +101,7 @@ class OutboxBroker(RedisBroker):
         *,
         url: str | None = None,
         client: redis.Redis | None = None,
-        idle_wait_ms: int = 1_000,
+        poll_interval_ms: int = 1_000,
         socket_timeout_seconds: float = 5.0,
         middleware: list[Middleware] | None = None,
         meters: ConsumerMeters | None = None,
@@ -109,9 +109,9 @@ class OutboxBroker(RedisBroker):
         **options: Any,
     ) -> None:
         if client is None and url is not None:
-            client = connect_redis(url, socket_timeout_seconds + idle_wait_ms / 1_000)
+            client = connect_redis(url, socket_timeout_seconds + poll_interval_ms / 1_000)
         super().__init__(client=client, middleware=middleware, **options)
-        self.idle_wait_ms = idle_wait_ms
+        self.poll_interval_ms = poll_interval_ms
         self._publish_bytes = publish_bytes
         self.meters = meters or ConsumerMeters()
         dispatch = (_LUA / "dispatch_head.lua").read_bytes() + _scripts["dispatch"]

@@ -61,7 +61,7 @@ class BlockingConsumer(_RedisConsumer):
         self._fetch(room)
 
     def _fetch(self, room: int) -> None:
-        wait_seconds = min(self.timeout, self.broker.idle_wait_ms) / 1_000
+        wait_seconds = min(self.timeout, self.broker.poll_interval_ms) / 1_000
         fetched = self.broker.await_and_fetch(self.queue_name, room, wait_seconds)
         for one in fetched:
             try:

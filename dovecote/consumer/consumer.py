@@ -92,7 +92,7 @@ class Consumer:
         sessions: Sessions,
         gateways: Any,
         stopping: threading.Event | None = None,
-        outage_pause_seconds: float = 1.0,
+        outage_max_backoff_seconds: float = 1.0,
         await_schema: Callable[[], bool] | None = None,
         meters: ConsumerMeters | None = None,
         *,
@@ -101,7 +101,7 @@ class Consumer:
         self._sessions = sessions
         self._gateways = gateways
         self._stopping = stopping or threading.Event()
-        self._outage_pause_seconds = outage_pause_seconds
+        self._outage_max_backoff_seconds = outage_max_backoff_seconds
         self._await_schema = await_schema
         self.meters = meters or ConsumerMeters()
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
@@ -423,7 +423,7 @@ class Consumer:
                 self._wait(error, tries)
 
     def _wait(self, error: Exception, tries: int) -> None:
-        pause = min(self._outage_pause_seconds, 0.01 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)
+        pause = min(self._outage_max_backoff_seconds, 0.01 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)
         if (tries in (5, 50) or tries % 500 == 0) and not asks_again(error):
             if passes(error):
                 log.warning("waiting for postgres", tries=tries, error=f"{type(error).__name__}: {error}")

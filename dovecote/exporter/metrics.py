@@ -31,6 +31,7 @@ from prometheus_client import (
 from dovecote.envelope import Envelope
 from dovecote.processes.children import started_at
 from dovecote.processes.state_directory import make_ours
+from dovecote.store.delivery_state import DeliveryState
 from dovecote.telemetry.meters import ConsumerMeters, RelayMeters, RelayState
 
 _EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000)
@@ -84,7 +85,7 @@ class RelayMetrics(RelayMeters):
         self._reaped = Counter(
             "dovecote_reaped_messages_total", "Messages taken back from dead workers.", registry=registry
         )
-        self._rings = Counter("dovecote_bell_rings_total", "Times a writer woke the relay.", registry=registry)
+        self._rings = Counter("dovecote_wakeups_total", "Times a writer woke the relay.", registry=registry)
         for state in get_args(RelayState):
             self._state.labels(state=state).set(state == self.state)
         self.alive("starting")
@@ -134,7 +135,7 @@ class ConsumerMetrics(ConsumerMeters):
             registry=None,
         )
         self._at_work = Gauge(
-            "dovecote_at_work_seconds",
+            "dovecote_in_flight_seconds",
             "How long the oldest bundle in a handler's hands has been there; 0 when idle.",
             multiprocess_mode="liveall",
             registry=None,
@@ -162,7 +163,7 @@ class ConsumerMetrics(ConsumerMeters):
             self._processed.labels(handler=handler)
             self._parked.labels(handler=handler)
             self._phantoms.labels(handler=handler)
-            for state in ("retrying", "dead"):
+            for state in (DeliveryState.RETRYING, DeliveryState.DEAD):
                 self._failed.labels(handler=handler, state=state)
 
     def fetching(self, queue: str) -> None:

@@ -15,6 +15,7 @@ from dovecote.operations.snapshot import snapshot
 from dovecote.operations.unprocessed import unprocessed
 from dovecote.operations.unrouted import UnroutedType, unrouted
 from dovecote.route import Route
+from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import QUERY, ForeignLock, foreign_locks
 
 # Rows looked at. They set what `status` costs: some 100 ms all together with ten million events on a busy machine.
@@ -176,7 +177,7 @@ _DELIVERIES = text(
            (select event_id from dovecote.deliveries d
             where d.handler_name = h.name and d.state = s.name order by d.position limit 1) as oldest
     from unnest(cast(:handlers as text[])) as h (name)
-    cross join unnest(array['retrying', 'waiting', 'dead', 'discarded']) as s (name)
+    cross join unnest(cast(:states as text[])) as s (name)
     """
 )
 
@@ -241,29 +242,31 @@ def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, Hand
     }
     deliveries = {
         (row.handler_name, row.state): row
-        for row in connection.execute(_DELIVERIES, {"handlers": handlers, "most": _MOST_DELIVERIES})
+        for row in connection.execute(
+            _DELIVERIES, {"handlers": handlers, "states": list(DeliveryState), "most": _MOST_DELIVERIES}
+        )
     }
     unsettled = unprocessed(connection, routes)
     pauses = paused(connection)
     found = {}
     for handler in handlers:
-        states = {state: deliveries[handler, state] for state in ("retrying", "waiting", "dead", "discarded")}
+        states = {state: deliveries[handler, state] for state in DeliveryState}
         counts = {state: row.events for state, row in states.items()}
-        at_least = [state for state, count in counts.items() if count == _MOST_DELIVERIES]
+        at_least: list[str] = [state for state, count in counts.items() if count == _MOST_DELIVERIES]
         done, open_ = processed.get(handler), unsettled[handler]
         if any(row.is_bounded for row in processed.values()):
             at_least.append("processed")
-        if open_.at_least or not {"retrying", "waiting"}.isdisjoint(at_least):
+        if open_.at_least or not {DeliveryState.RETRYING, DeliveryState.WAITING}.isdisjoint(at_least):
             at_least.append("unprocessed")
         found[handler] = HandlerStatus(
             processed=done.processed if done else 0,
-            unprocessed=open_.events + counts["retrying"] + counts["waiting"],
+            unprocessed=open_.events + counts[DeliveryState.RETRYING] + counts[DeliveryState.WAITING],
             oldest_unprocessed_seconds=connection.execute(
                 _AGE,
                 {
                     "unsettled": open_.oldest,
-                    "retrying": states["retrying"].oldest,
-                    "waiting": states["waiting"].oldest,
+                    "retrying": states[DeliveryState.RETRYING].oldest,
+                    "waiting": states[DeliveryState.WAITING].oldest,
                 },
             ).scalar_one(),
             processed_per_second=round(rates.get(handler, 0.0), 2),

@@ -4,8 +4,8 @@ A table lock, because it takes a right on the table: an advisory lock is anybody
 nothing else and so holds back no vacuum, while the leader works in other sessions.
 
 The leadership ends with either session. A thread asks once in a while, in the session with the lock, whether the
-working session is still there. Postgres itself ends both once they have been silent for `frozen_after_seconds`, so that
-a leader which is frozen or cut off does not keep the lock, whatever login the standbys have.
+working session is still there. Postgres itself ends both once they have been silent for `leader_timeout_seconds`, so
+that a leader which is frozen or cut off does not keep the lock, whatever login the standbys have.
 """
 
 import threading
@@ -61,12 +61,12 @@ class Leadership:
         connect: Callable[[], AbstractContextManager[Connection]],
         working: Connection,
         sleeper: Sleeper,
-        frozen_after_seconds: float,
+        leader_timeout_seconds: float,
     ) -> None:
         self._connect = connect
         self._working = working
         self._sleeper = sleeper
-        self._frozen_after = frozen_after_seconds
+        self._frozen_after = leader_timeout_seconds
         self._open = ExitStack()
         self._lost: str | None = None
         self._told: set[str] = set()

@@ -172,7 +172,7 @@ class Relay:
                     self._require_session(connection)
                     self._await_schema(connection)
                     with Leadership(
-                        self._session, connection, self._sleeper, self._settings.relay.frozen_after_seconds
+                        self._session, connection, self._sleeper, self._settings.relay.leader_timeout_seconds
                     ) as leadership:
                         if self._becomes_leader(connection, leadership):
                             tries = 0
@@ -245,7 +245,7 @@ class Relay:
 
     def _becomes_leader(self, connection: Connection, leadership: Leadership) -> bool:
         stood_by = False
-        frozen_after = self._settings.relay.frozen_after_seconds
+        frozen_after = self._settings.relay.leader_timeout_seconds
         next_look = time.monotonic() + frozen_after
         while not self._sleeper.stopping:
             if self._refused and (fault := sequence.fault(connection)):
@@ -263,7 +263,7 @@ class Relay:
                 next_look = time.monotonic() + frozen_after / 5
                 leadership.end_frozen_older()
             # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
-            self._sleeper.sleep(self._settings.relay.standby_seconds)
+            self._sleeper.sleep(self._settings.relay.standby_interval_seconds)
         return False
 
     def _may_lead(self, connection: Connection, leadership: Leadership) -> bool:

@@ -94,7 +94,7 @@ class Waking:
             self._counted_since, self._idle_wakeups = now, 0
         self._idle_wakeups += 1
         if self._idle_wakeups > _MAX_IDLE_WAKEUPS:
-            self._sleeper.sleep(self._settings.busy_poll_ms / 1_000)
+            self._sleeper.sleep(self._settings.busy_poll_interval_ms / 1_000)
 
     def stay_awake(self) -> None:
         """Spare writers the notification while there is traffic: it makes them commit one after the other."""
@@ -115,7 +115,7 @@ class Waking:
         self._silent_writers = None
         if not self._holds_lock:
             # A writer looks at this moment whether we sleep, or holds the lock since before 0019. It will not call.
-            self._pause_seconds = min(self._settings.busy_poll_ms / 1_000, self._pause_seconds * 2 or 0.001)
+            self._pause_seconds = min(self._settings.busy_poll_interval_ms / 1_000, self._pause_seconds * 2 or 0.001)
             self._sleeper.sleep(self._pause_seconds)
         return False
 
@@ -126,10 +126,10 @@ class Waking:
         transaction of a minute may wait for some seconds, and one that is forgotten keeps nobody busy.
         """
         if not self._silent_writers:
-            return self._settings.poll_seconds
+            return self._settings.poll_interval_seconds
         taken = time.monotonic() - self._took_lock_at
-        soon = min(self._settings.busy_poll_ms / 1_000, max(0.001, taken))
-        return min(self._settings.poll_seconds, max(soon, taken * _SHARE_OF_A_TRANSACTION))
+        soon = min(self._settings.busy_poll_interval_ms / 1_000, max(0.001, taken))
+        return min(self._settings.poll_interval_seconds, max(soon, taken * _SHARE_OF_A_TRANSACTION))
 
     def _note_silent_writers(self) -> None:
         """Remember who was at work when we took the lock: they saw us awake, or may have, and say nothing.

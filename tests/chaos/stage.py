@@ -122,6 +122,7 @@ class Stage:
             # The proxies read what Postgres says.
             "DATABASE_URL": f"{self.postgres_url}?sslmode=disable&gssencmode=disable",
             "REDIS_URL": self.redis_url,
+            "DOVECOTE_APP": "workers.app:app",
             "DOVECOTE_HOME": str(self.directory / "home"),
             "PYTHONPATH": str(ROOT),
             "CHAOS_DIRECTORY": str(self.directory),

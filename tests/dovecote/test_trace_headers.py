@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ class Injecting(TextMapPropagator):
 
 @pytest.fixture(autouse=True)
 def _fresh(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("dovecote.unit_of_work.trace_headers._has_warned", False)
+    monkeypatch.setattr(import_module("dovecote.unit_of_work.trace_headers"), "_has_warned", False)
     with engine.begin() as connection:
         connection.execute(text("truncate dovecote.outbox"))
     before = propagate.get_global_textmap()

@@ -69,7 +69,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "REDIS_URL": settings.redis.url.get_secret_value(),
         "DOVECOTE_REDIS__NAMESPACE": settings.redis.namespace,
         **KEYS,
-        "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
+        "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
         "DOVECOTE_TELEMETRY__LOG_LEVEL": "error",
     }
 

@@ -19,7 +19,7 @@ from tests.mutations.queues import QUEUES
 from tests.mutations.settings import SETTINGS_AND_CONNECTIONS
 
 READING = "tests/dovecote/relay/test_reading_forward.py"
-GAPS = "tests/dovecote/store/test_gaps.py"
+GAPS = "tests/dovecote/relay/test_gaps.py"
 HELD = "tests/dovecote/relay/test_held_writers.py"
 RELAY = "tests/dovecote/relay/test_relay.py"
 HISTORY = "tests/dovecote/relay/test_history.py"
@@ -31,11 +31,11 @@ RELEASING = "tests/dovecote/store/test_releasing.py"
 ANY_ORDER = "tests/dovecote/consumer/test_consuming_in_any_order.py"
 REPLAYING = "tests/dovecote/relay/test_replayer.py"
 REPLAYS = "tests/dovecote/relay/test_replay_machine.py"
-WRITING = "tests/dovecote/unit_of_work/test_unit_of_work.py"
+WRITING = "tests/dovecote/test_unit_of_work.py"
 HOOKS = "tests/dovecote/unit_of_work/test_hooks.py"
 OUTER = "tests/dovecote/unit_of_work/test_outer_connections.py"
 REFUSALS = "tests/dovecote/unit_of_work/test_refusals.py"
-TRACES = "tests/dovecote/unit_of_work/test_trace_headers.py"
+TRACES = "tests/dovecote/test_trace_headers.py"
 EMITTING = "dovecote/unit_of_work/emitting.py"
 RETENTION = "tests/dovecote/operations/test_retention.py"
 ENVELOPE = "tests/dovecote/envelope/test_envelope.py"
@@ -567,7 +567,7 @@ MUTANTS = (
         "dovecote/relay/wakeup.py",
         "            self._sleeper.sleep(self._pause_seconds)\n",
         "            self._sleeper.sleep(self._pause_seconds)\n"
-        "        else:\n            self._sleeper.sleep(self._settings.poll_seconds, self._connection)\n",
+        "        else:\n            self._sleeper.sleep(self._settings.poll_interval_seconds, self._connection)\n",
         RELAY,
     ),
     Mutant(
@@ -1027,8 +1027,8 @@ MUTANTS = (
     ),
     Mutant(
         "an async handler is a handler",
-        "workers/routes.py",
-        "        route_rules.require_callable(self.handler, self.act)\n",
+        "dovecote/route.py",
+        "        require_callable(self.handler, self.act)\n",
         "",
         ROUTES,
     ),
@@ -1255,7 +1255,7 @@ MUTANTS = (
     ),
     Mutant(
         "a DBA's choice of synchronous_commit is lowered",
-        "dovecote/database.py",
+        "dovecote/store/connections.py",
         "pg_catalog.current_setting('synchronous_commit') = 'off'",
         "true",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",

@@ -91,7 +91,7 @@ def system_for(settings: Settings, routes: Sequence[Route], meters: ConsumerMete
     gateways = gateways_for(settings)
     sessions = sessions_for(engine)
     consumer = Consumer(
-        sessions, gateways, stopping, outage_pause_seconds=0.1, meters=meters, keyring=settings.keyring_if_given()
+        sessions, gateways, stopping, outage_max_backoff_seconds=0.1, meters=meters, keyring=settings.keyring_if_given()
     )
     declare_handlers(broker, consumer, routes)
     try:

@@ -118,7 +118,7 @@ def working(broker: OutboxBroker, threads: int = 1, timeout: int = 100) -> Itera
 
 
 def test_an_idle_worker_takes_a_message_at_once(broker_with: Brokers) -> None:
-    broker = broker_with(idle_wait_ms=1_000)
+    broker = broker_with(poll_interval_ms=1_000)
     taken: list[float] = []
 
     def note() -> None:
@@ -162,7 +162,7 @@ def test_a_redis_that_has_forgotten_the_scripts_gets_them_again(broker_with: Bro
 
 
 def test_a_full_redis_gives_what_it_has_and_is_not_asked_without_a_pause(broker_with: Brokers) -> None:
-    broker = broker_with(idle_wait_ms=500)
+    broker = broker_with(poll_interval_ms=500)
     publish(broker, a_bundle("a"))
     consumer = a_consumer(broker, timeout=1_000)
     broker.client.config_set("maxmemory", 1)
@@ -181,7 +181,7 @@ def test_a_full_redis_gives_what_it_has_and_is_not_asked_without_a_pause(broker_
 
 
 def test_an_idle_worker_asks_redis_rarely(broker_with: Brokers) -> None:
-    broker = broker_with(idle_wait_ms=300)
+    broker = broker_with(poll_interval_ms=300)
     client: Any = broker.client
     consumer = a_consumer(broker, timeout=1_000)
     assert next(consumer) is None
@@ -485,7 +485,7 @@ def test_stopping_during_an_outage_gives_every_message_back_in_order(servers: Se
     settings = settings_for("postgresql://nobody@127.0.0.1:1/nothing", servers.redis_url, tmp_path)
     broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails(pause_seconds=0.01)])
     nowhere = sessions_for(connect("postgresql://nobody@127.0.0.1:1/nothing"))
-    consumer = Consumer(nowhere, gateways_for(settings), stopping, outage_pause_seconds=30)
+    consumer = Consumer(nowhere, gateways_for(settings), stopping, outage_max_backoff_seconds=30)
     declare_handlers(broker, consumer, [a_route("test.note", queue=QUEUE)])
     broker.declare_queue(QUEUE)
     key = MessageKey.of("0" * 16, b"x" * 32)

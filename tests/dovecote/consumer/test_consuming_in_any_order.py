@@ -241,7 +241,7 @@ def test_whatever_is_delivered_in_whatever_order_takes_effect_once(
 
     Machine.url, Machine.sessions, Machine.ordered = database_url, sessions, ordered
     Machine.consumer = Consumer(
-        sessions, gateways_for(settings_), outage_pause_seconds=0.05, keyring=settings_.keyring_if_given()
+        sessions, gateways_for(settings_), outage_max_backoff_seconds=0.05, keyring=settings_.keyring_if_given()
     )
     run_state_machine_as_test(Machine, settings=settings(max_examples=examples(25, 400), stateful_step_count=20))
 

@@ -69,8 +69,8 @@ def test_an_empty_system_has_weeks_ahead_and_nothing_else(settings: Settings) ->
         "lag_seconds",
         "leader_present",
         "unrouted_events",
-        "floors_held",
-        "oldest_floor_seconds",
+        "active_writers",
+        "oldest_writer_seconds",
         "notify_queue_usage",
     ):
         assert told(f"dovecote_{name}") == 0, name

@@ -95,14 +95,14 @@ def test_idle_and_stuck_are_told_apart(directory: Path) -> None:
             finish.wait(20)
 
     metrics.fetching("queue")
-    idle = of_all(directory).by("pid", "dovecote_at_work_seconds")
+    idle = of_all(directory).by("pid", "dovecote_in_flight_seconds")
     thread = threading.Thread(target=work)
     thread.start()
     started.wait(10)
 
     def at_work() -> float:
         metrics.fetching("queue")
-        (seconds,) = of_all(directory).by("pid", "dovecote_at_work_seconds").values()
+        (seconds,) = of_all(directory).by("pid", "dovecote_in_flight_seconds").values()
         return seconds
 
     first = eventually(at_work, 5, "a bundle that is at work")

@@ -187,7 +187,7 @@ def test_a_writer_that_sleeps_in_its_transaction_keeps_nobody_busy(system_with: 
 
 @pytest.mark.once
 def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: SystemWith, opened: Opened) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     held, other, wake_ups = opened(), opened(), WakeUps()
     insert(held)
     with system.relay(wake_ups):
@@ -205,7 +205,7 @@ def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: Syste
 def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon(
     system_with: SystemWith, opened: Opened
 ) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     silent = opened()
     insert(silent)
     with system.relay():
@@ -221,7 +221,7 @@ def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_fo
 def test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over(
     system_with: SystemWith, opened: Opened
 ) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     silent = opened()
     insert(silent)
     with system.relay():

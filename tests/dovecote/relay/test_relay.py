@@ -122,7 +122,7 @@ def terminate(system: System, application: str) -> None:
 
 @pytest.mark.once
 def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: SystemWith) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
 
     def there_are(effects: int) -> bool:
         return len(effects_in(system.engine)) == effects
@@ -140,7 +140,7 @@ def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: Sy
 
 
 def test_append_event_rings_the_bell_too(system_with: SystemWith) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     with system.relay():
         eventually(lambda: is_asleep(system), 5, "a sleeping relay")
 
@@ -154,7 +154,7 @@ def test_append_event_rings_the_bell_too(system_with: SystemWith) -> None:
 
 
 def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_with: SystemWith) -> None:
-    system = system_with(RELAY__STANDBY_SECONDS=0.05)
+    system = system_with(RELAY__STANDBY_INTERVAL_SECONDS=0.05)
     with ExitStack() as stack:
         leader = stack.enter_context(system.relay())
         first = eventually(lambda: leader_pid(system), 5, "a leader")
@@ -176,7 +176,7 @@ def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_wit
 
 @pytest.mark.once
 def test_a_standby_ends_the_session_of_a_leader_that_says_nothing(system_with: SystemWith) -> None:
-    system = system_with(RELAY__FROZEN_AFTER_SECONDS=3)
+    system = system_with(RELAY__LEADER_TIMEOUT_SECONDS=3)
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as frozen:
         frozen.execute("select pg_advisory_lock(dovecote.leader_key())")
         write_quotes(system, [1])
@@ -342,7 +342,7 @@ def test_losing_every_key_of_redis_under_load_loses_and_doubles_nothing(system_w
 
 def test_what_is_still_queued_is_not_queued_again_when_redis_has_lost_the_rest(system_with: SystemWith) -> None:
     routes = (a_route("test.kept", queue="kept"), a_route("test.lost", queue="lost", bundle_size=7))
-    system = system_with(*routes, RELAY__POLL_SECONDS=60)
+    system = system_with(*routes, RELAY__POLL_INTERVAL_SECONDS=60)
     with system.relay():
         write_quotes(system, range(50))
         eventually(lambda: len(queued_positions(system, "lost")) == 50, 5, "everything on the queues")
@@ -387,7 +387,7 @@ def test_a_retry_is_sent_when_it_is_due(system_with: SystemWith) -> None:
             raise RuntimeError
 
     route = a_route(act=fail_at_first, backoff_seconds=0.3, longest_backoff_seconds=0.3)
-    system = system_with(route, RELAY__POLL_SECONDS=60)
+    system = system_with(route, RELAY__POLL_INTERVAL_SECONDS=60)
 
     with system.running():
         write_quotes(system, [1])

@@ -230,6 +230,7 @@ def test_hundreds_of_rows_of_250_kb_cost_the_relay_little_and_redis_no_pause(
     with Calls(make_url(servers.redis_url).port or 6379) as proxy:
         environment = {
             **os.environ,
+            "DOVECOTE_APP": "workers.app:app",
             "DOVECOTE_HOME": str(tmp_path),
             "DATABASE_URL": url,
             "REDIS_URL": proxy.through(servers.redis_url),

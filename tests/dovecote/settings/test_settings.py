@@ -112,7 +112,7 @@ WRONG = {
     "not a whole number": ("DOVECOTE_RELAY__BATCH_SIZE", "many", "valid integer"),
     "too small": ("DOVECOTE_RELAY__BATCH_SIZE", "0", "greater than or equal to 1"),
     "too large": ("DOVECOTE_RELAY__BATCH_SIZE", "50001", "less than or equal to 50000"),
-    "not a number": ("DOVECOTE_RELAY__POLL_SECONDS", "soon", "valid number"),
+    "not a number": ("DOVECOTE_RELAY__POLL_INTERVAL_SECONDS", "soon", "valid number"),
     "no end": ("DOVECOTE_RELAY__RETRY_LEASE_SECONDS", "inf", "less than or equal to 86400"),
     "no number at all": ("DOVECOTE_SMS__FAILURE_RATE", "nan", "less than or equal to 1"),
     "none of the choices": ("DOVECOTE_TELEMETRY__LOG_LEVEL", "chatty", "'debug', 'info', 'warning' or 'error'"),
