@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import orjson
 import pytest
 from sqlalchemy import text
 
@@ -28,6 +29,12 @@ def a_message(*envelopes: bytes) -> bytes:
     rows = [(n, "pricing.price_quoted.v1", envelope) for n, envelope in enumerate(envelopes)]
     (bundle,) = Bundler(ROUTES).bundles(rows)
     return bundle.message
+
+
+def test_a_row_of_which_no_envelope_can_be_made_is_in_no_message() -> None:
+    message = a_message(an_envelope(1), b"", an_envelope(3))
+
+    assert [int(envelope["position"]) for envelope in orjson.loads(message)["args"][0]] == [1, 3]
 
 
 @pytest.mark.parametrize("extra", UNREADABLE, ids=["too large", "too many digits", "too deep"])
