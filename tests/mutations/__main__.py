@@ -11,6 +11,8 @@ import argparse
 import json
 import os
 import queue
+import resource
+import signal
 import sys
 import threading
 import time
@@ -21,9 +23,10 @@ from typing import TypeVar
 from tests.mutations.lane import Lane, NotTheTest, lanes
 from tests.mutations.mutant import Mutant
 from tests.mutations.mutants import MUTANTS
-from tests.mutations.results import Outcome, Results
+from tests.mutations.results import Outcome, Results, digests_of_the_tree
 
-T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def main(words: list[str]) -> int:
@@ -41,7 +44,11 @@ def main(words: list[str]) -> int:
     if given.list:
         sys.stdout.write(json.dumps([asdict(one) for one in chosen]) + "\n" if given.json else table(chosen))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers are stopped on the way out
+    began = time.monotonic()
     outcomes = try_all(chosen, resume=given.resume, count=given.lanes)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    say(f"it took {duration(time.monotonic() - began)}, and {duration(used.ru_utime + used.ru_stime)} of processors")
     if outcomes is None:
         return 1
     survivors = [one.name for one in outcomes if not one.noticed]
@@ -58,7 +65,7 @@ def main(words: list[str]) -> int:
 
 def try_all(chosen: Sequence[Mutant], *, resume: bool, count: int) -> list[Outcome] | None:
     """Return the outcomes in the order of the list, or None when a test fails although nothing is broken."""
-    results = Results(MUTANTS)
+    results = Results(MUTANTS, digests_of_the_tree())
     known = {one.name: results.outcomes[one.name] for one in chosen if resume and one.name in results.outcomes}
     left = [one for one in chosen if one.name not in known]
     if known:
@@ -76,7 +83,7 @@ def try_all(chosen: Sequence[Mutant], *, resume: bool, count: int) -> list[Outco
             nonlocal done
             place = f"[{number:>{len(str(len(left)))}}/{len(left)}]"
             # The shortest first: the first that fails is enough.
-            tests = sorted(mutant.tests.split(), key=lambda test: seconds.get(test, 0))
+            tests = sorted(mutant.named, key=lambda test: seconds.get(test, 0))
             say(f"{place} begins   {mutant.name}: {' '.join(tests)}")
             found = outcome(lane, mutant, tests)
             results.remember(mutant, found)
@@ -95,7 +102,7 @@ def unbroken(
     opened: Sequence[Lane], mutants: Sequence[Mutant], results: Results, *, resume: bool
 ) -> dict[str, float] | None:
     """Run each named test once where nothing is broken; return how long it took, or None and say which fails."""
-    named = {test for mutant in mutants for test in mutant.tests.split()}
+    named = {test for mutant in mutants for test in mutant.named}
     seconds = {test: took for test, took in results.passed.items() if resume and test in named}
     modules: dict[str, list[str]] = {}
     for test in sorted(named - seconds.keys()):
@@ -106,13 +113,11 @@ def unbroken(
 
     def one(lane: Lane, number: int, module: str) -> None:
         began = time.monotonic()
-        # A test that is named by itself and with its whole module runs once.
-        whole = [module] if module in modules[module] else modules[module]
-        ran = lane.run(whole, stop_early=False, unbroken=True)
+        ran = lane.run(modules[module], stop_early=False, unbroken=True)
         failed.extend(ran.failed)
         say(f"[{number}/{len(modules)}] {module}: {time.monotonic() - began:.1f} s")
         for test in modules[module] if not ran.failed else ():
-            took = sum(took for name, took in ran.seconds.items() if name.split("[")[0] == test or test == module)
+            took = sum(took for name, took in ran.seconds.items() if test in (name, name.split("[")[0]))
             seconds[test] = round(took, 2)
             results.remember_unbroken(test, seconds[test])
 
@@ -133,15 +138,14 @@ def outcome(lane: Lane, mutant: Mutant, tests: Sequence[str]) -> Outcome:
     return Outcome(mutant.name, bool(failed), by, round(time.monotonic() - began, 1), tried=tried)
 
 
-I = TypeVar("I")  # noqa: E741
-
-
-def side_by_side(opened: Sequence[Lane], items: Sequence[I], one: Callable[[Lane, int, I], T]) -> list[T]:
+def side_by_side(
+    opened: Sequence[Lane], items: Sequence[Item], one: Callable[[Lane, int, Item], Result]
+) -> list[Result]:
     """Give each lane the next item until none is left; the first error ends all."""
-    waiting: queue.SimpleQueue[tuple[int, I]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[tuple[int, Item]] = queue.SimpleQueue()
     for number, item in enumerate(items, start=1):
         waiting.put((number, item))
-    found: list[T] = []
+    found: list[Result] = []
     errors: list[BaseException] = []
 
     def work(lane: Lane) -> None:
@@ -179,7 +183,7 @@ def duration(seconds: float) -> str:
 def table(mutants: Iterable[Mutant]) -> str:
     """Return the list as Markdown."""
     lines = ["| what is broken | where | tests that must notice |", "| --- | --- | --- |"]
-    lines += [f"| {one.name} | `{one.file}` | {one.tests.replace(' ', ', ')} |" for one in mutants]
+    lines += [f"| {one.name} | `{one.file}` | {', '.join(one.named)} |" for one in mutants]
     return "\n".join(lines) + "\n"
 
 

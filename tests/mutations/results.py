@@ -6,7 +6,7 @@ them has changed since is tried again.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,10 +28,12 @@ class Outcome:
 
 
 class Results:
-    def __init__(self, mutants: Sequence[Mutant], file: Path = FILE) -> None:
+    """`digests` has the content of each file of the tree."""
+
+    def __init__(self, mutants: Sequence[Mutant], digests: Mapping[str, str], file: Path = FILE) -> None:
         self._file = file
-        self._digests = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in files_of_the_tree()}
-        self._common = _digest([f"{name} {self._digests[name]}" for name in self._digests if not _is_a_test(name)])
+        self._digests = digests
+        self._common = _digest([f"{name} {digests[name]}" for name in sorted(digests) if not _is_a_test(name)])
         self.passed: dict[str, float] = {}
         self.outcomes: dict[str, Outcome] = {}
         self._load(mutants)
@@ -66,16 +68,20 @@ class Results:
             file.write(json.dumps(row) + "\n")
 
     def _key(self, mutant: Mutant) -> str:
-        return _digest([self._common, *asdict(mutant).values(), *map(self._test_key, mutant.tests.split())])
+        return _digest([self._common, *asdict(mutant).values(), *map(self._test_key, mutant.named)])
 
     def _test_key(self, test: str) -> str:
         module = test.partition("::")[0]
         return _digest([self._common, test, self._digests.get(module, "")])
 
 
+def digests_of_the_tree() -> dict[str, str]:
+    return {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in files_of_the_tree()}
+
+
 def _is_a_test(name: str) -> bool:
     path = Path(name)
-    return path.parts[0] == "tests" and (path.name.startswith("test_") or path.parts[1] == "mutations")
+    return path.parts[0] == "tests" and (path.name.startswith("test_") or "mutations" in path.parts)
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -1,0 +1,57 @@
+"""When the relay holds the lock that has writers call it."""
+
+from typing import Any
+
+import pytest
+
+from dovecote.relay.sleeper import Sleeper
+from dovecote.relay.wakeup import Waking
+from dovecote.settings import Settings
+from dovecote.telemetry.meters import RelayMeters
+from tests.support.outbox_rows import Connection
+
+pytestmark = pytest.mark.servers
+
+
+class Sleepless(Sleeper):
+    """Remembers for how long it was to sleep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slept: list[float] = []
+
+    def sleep(self, seconds: float, connection: Any = None) -> bool:
+        self.slept.append(seconds)
+        return False
+
+
+def a_writer_would_call(writer: Connection) -> bool:
+    row = writer.execute("select pg_try_advisory_xact_lock_shared(dovecote.bell_key())").fetchone()
+    writer.rollback()
+    return row == (False,)
+
+
+def test_the_relay_reads_once_more_between_taking_the_lock_and_sleeping(
+    settings: Settings, opened: Any, relays: Connection
+) -> None:
+    sleeper, writer = Sleepless(), opened()
+    waking = Waking(relays, sleeper, settings.relay, RelayMeters())
+    assert not a_writer_would_call(writer)
+
+    assert not waking.may_sleep()
+
+    assert a_writer_would_call(writer)
+    assert sleeper.slept == []
+    assert waking.may_sleep()
+
+
+def test_writers_need_not_call_a_relay_that_stays_awake_after_it_has_slept(
+    settings: Settings, opened: Any, relays: Connection
+) -> None:
+    waking = Waking(relays, Sleepless(), settings.relay, RelayMeters())
+    waking.may_sleep()
+
+    waking.stay_awake()
+
+    assert not a_writer_would_call(opened())
+    assert not waking.may_sleep()  # and it reads once more before it sleeps again
