@@ -15,7 +15,7 @@ from dovecote.route import Route
 from dovecote.store.delivery_state import DeliveryState
 
 # Rows looked at for one count; more of them are "at least".
-_MOST_COUNTED = 10_000
+_MAX_COUNTED = 10_000
 _STATES_WITH_ERROR = (DeliveryState.RETRYING, DeliveryState.DEAD, DeliveryState.DISCARDED)
 
 
@@ -260,7 +260,7 @@ def failure_groups(engine: Engine, wanted: Filter, *, routes: Sequence[Route] = 
     Errors: WrongRequest for a handler that is neither in `routes` nor has deliveries.
     """
     with snapshot(engine) as connection:
-        parameters = {**parameters_of(wanted, (DeliveryState.DEAD,)), "most": _MOST_COUNTED, "limit": limit + 1}
+        parameters = {**parameters_of(wanted, (DeliveryState.DEAD,)), "most": _MAX_COUNTED, "limit": limit + 1}
         rows = connection.execute(_GROUPS, parameters).all()
     if not rows:
         require_handler(wanted.handler, routes)
@@ -270,7 +270,7 @@ def failure_groups(engine: Engine, wanted: Filter, *, routes: Sequence[Route] = 
 def failure(engine: Engine, routes: Sequence[Route], handler: str, event_id: UUID) -> Story:
     """Return all that is known of one delivery. Errors: NotThere."""
     with snapshot(engine) as connection:
-        row = connection.execute(_SHOW, {"handler": handler, "event_id": event_id, "most": _MOST_COUNTED}).one_or_none()
+        row = connection.execute(_SHOW, {"handler": handler, "event_id": event_id, "most": _MAX_COUNTED}).one_or_none()
         if row is None:
             raise NotThere(
                 f"{handler} has no trouble with {event_id}; `dovecote events show {event_id}` tells how it went"

@@ -7,10 +7,12 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from dovecote.errors import DovecoteError
+
 _MAX_BYTES = 1_000_000
 
 
-class NotOurs(Exception):
+class NotOurs(DovecoteError):
     """Somebody else made it or may write to it; the message says who, beginning with the path."""
 
 
@@ -74,7 +76,7 @@ def require_ours_up_to_root(directory: Path) -> None:
 
 
 def _is_private(path: Path, gid: int) -> bool:
-    """Tell if nobody but root and us is in the group: many systems give each user one, and a umask of 002."""
+    """Return whether nobody but root and us is in the group: many systems give each user one, and a umask of 002."""
     with suppress(OSError):  # no such attributes on this file system
         if "system.posix_acl_access" in os.listxattr(path):
             return False  # then the mode says nothing of who

@@ -18,20 +18,20 @@ from itertools import islice
 from uuid import UUID
 
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
-from dovecote.broker.redis_client import PASSING
 from dovecote.envelope.signatures import NoMessageKey, valid_keys
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import recovery as missing
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.queued import Queued
-from dovecote.relay.unreadable import Unreadable, report, set_aside
+from dovecote.relay.queue_search import QueueSearch
 from dovecote.route import Route
 from dovecote.settings import Relay as RelaySettings
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Connection, Reader
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.store.unsendable import Unreadable, report, set_aside
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -100,17 +100,17 @@ class Reconciler:
         settings: RelaySettings,
         epoch: int,
         published_upto: Callable[[], int],
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
     ) -> None:
         self._connect = connect
         self._broker = broker
-        self._queued = Queued(broker)
+        self._queued = QueueSearch(broker)
         self._bundler = bundler
         self._routes = {route.handler: route for route in routes}
         self._settings = settings
         self._epoch = epoch
         self._published_upto = published_upto
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         after = settings.reconcile_after_seconds
         self._pause = min(_LONGEST_PAUSE_SECONDS, max(_SHORTEST_PAUSE_SECONDS, after / 10))
         self._looked_upto: int | None = None
@@ -124,7 +124,7 @@ class Reconciler:
 
     def __enter__(self) -> "Reconciler":
         for handler in self._routes:
-            self._meters.reconciled(handler, 0)  # an alert sees a counter grow, not appear
+            self._instrumentation.reconciled(handler, 0)  # an alert sees a counter grow, not appear
         self._thread.start()
         return self
 
@@ -141,7 +141,7 @@ class Reconciler:
             try:
                 with self._connect() as connection:
                     self._looked_upto = None if self.look(connection, upto) else upto
-            except (*PASSING, RedisLost, NewerRelay, NoMessageKey):
+            except (RedisError, RedisLost, NewerRelay, NoMessageKey):
                 self._looked_upto, self._goes_on = None, False  # the leader sees to it
             except Exception as error:
                 self._looked_upto, self._goes_on = None, False
@@ -151,7 +151,7 @@ class Reconciler:
     def look(self, connection: Connection, upto: int) -> bool:
         """Send again what is lost, as far as one look sees; return whether anything is open up to that position.
 
-        Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, PASSING.
+        Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, RedisError.
         """
         now, longest = time.monotonic(), max(map(self._patience, self._routes.values()))
         self._sent_again = {sent: at for sent, at in self._sent_again.items() if now - at < longest}
@@ -175,7 +175,7 @@ class Reconciler:
         sent = self._send(connection, route, lost) if lost else 0
         if sent:
             self._goes_on = True  # there may be more
-            self._meters.reconciled(route.handler, sent)
+            self._instrumentation.reconciled(route.handler, sent)
             log.warning(
                 "events were lost by the queue and sent again", handler=route.handler, queue=route.queue, events=sent
             )

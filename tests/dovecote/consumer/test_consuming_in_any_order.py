@@ -22,8 +22,8 @@ from domain.pricing import PriceQuoted
 from dovecote.consumer.consumer import Consumer
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import GatewayUnavailable, Refused
-from dovecote.relay import leases
 from dovecote.settings import Settings
+from dovecote.store import leases
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, make_room_for_effects, note_as
 from tests.support.profiles import examples
@@ -58,7 +58,7 @@ class Consuming(RuleBasedStateMachine):
     def start(self) -> None:
         # A handler and aggregates of its own: what earlier runs left behind is none of its business.
         self.name = f"test.{uuid4().hex}"
-        self.route = a_route(self.name, act=self.act, ordered=self.ordered, attempts=1_000, bundle_size=3)
+        self.route = a_route(self.name, function=self.act, ordered=self.ordered, max_attempts=1_000, bundle_size=3)
         self.events: list[Written] = []
         self.lock = threading.Lock()
         self.troubles: list[BaseException] = []

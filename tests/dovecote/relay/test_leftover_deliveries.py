@@ -14,10 +14,10 @@ from domain.pricing import PriceQuoted
 from dovecote import operations
 from dovecote.errors import Refused
 from dovecote.operations.deliveries import Filter
-from dovecote.relay import leases
 from dovecote.relay.bundler import Bundler
 from dovecote.route import Route
 from dovecote.settings import Settings
+from dovecote.store import leases
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support.processes import eventually
@@ -211,7 +211,7 @@ def test_what_waits_behind_an_event_that_is_gone_goes_on_in_order(
             raise Refused("not yet")
         note_as(NOTE, event, uow)
 
-    system = systems(a_route(act=act, ordered=True, bundle_size=2))
+    system = systems(a_route(function=act, ordered=True, bundle_size=2))
     write_quotes(system, range(1, 7))
     waiting = [(NOTE, "dead", 1), *[(NOTE, "waiting", 0)] * 5]
     with system.running():
