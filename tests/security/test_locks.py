@@ -335,7 +335,7 @@ def leads_in_epoch(system: System, epoch: int) -> bool:
 
 def test_the_lock_alone_keeps_a_second_relay_from_leading(connect: Connect) -> None:
     leader, second = (
-        Leadership(lambda: connect("worker"), connect("worker"), Sleeper(), leader_timeout_seconds=15.0) for _ in "12"
+        LeaderLock(lambda: connect("worker"), connect("worker"), StopFlag(), leader_timeout_seconds=15.0) for _ in "12"
     )
     with leader, second:
         assert leader.try_take()

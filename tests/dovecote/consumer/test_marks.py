@@ -54,7 +54,7 @@ def test_a_message_that_comes_twice_is_acted_on_once_and_fails_for_nobody(bench:
 @either_way
 def test_what_failed_keeps_its_schedule_when_its_bundle_comes_again(bench: Bench, ordered: bool) -> None:
     failing = Failing({1: 1})
-    route = a_route(act=failing, ordered=ordered)
+    route = a_route(function=failing, ordered=ordered)
     bundle = bench.write(1)
 
     bench.consumer.consume(route, bundle)
@@ -110,7 +110,7 @@ def test_what_is_being_tried_again_cannot_be_discarded_until_that_ends(bench: Be
         if len(can_be_discarded) == 1:
             raise RuntimeError
 
-    route = a_route(act=act)
+    route = a_route(function=act)
     bench.consumer.consume(route, bench.write(1))
     assert bench.states() == [("EUR", "retrying")]
 
@@ -129,7 +129,7 @@ def test_what_was_discarded_before_its_failure_could_be_recorded_stays_discarded
             listen(uow.session, "after_rollback", lambda _: bench.discard(1), once=True)
         failing(event, uow, gateways)
 
-    route = a_route(act=discarded_after_its_second_failure)
+    route = a_route(function=discarded_after_its_second_failure)
     bench.consumer.consume(route, bench.write(1))
 
     bench.retry(route)
@@ -160,7 +160,7 @@ def test_a_message_of_a_cancelled_replay_is_not_acted_on(bench: Bench, retry: bo
     bench.consumer.consume(a_route(), bundle)
     replay = bench.replay_again()
     if retry:
-        bench.consumer.consume(a_route(act=failing), bundle, replay=replay)
+        bench.consumer.consume(a_route(function=failing), bundle, replay=replay)
         assert bench.states() == [("EUR", "retrying")]
     with bench.engine.begin() as operator:
         operator.execute(text("update dovecote.replays set state = 'cancelled', finished_at = now()"))
@@ -174,7 +174,7 @@ def test_what_follows_an_event_that_failed_in_a_replay_waits_for_it(bench: Bench
     first, *others = bundle = bench.write(1, 2, 3)
     bench.consumer.consume(a_route(ordered=True), bundle)
     replay = bench.replay_again()
-    failing = a_route(act=Failing({1: 1}), ordered=True)
+    failing = a_route(function=Failing({1: 1}), ordered=True)
 
     bench.consumer.consume(failing, [first], replay=replay)
     bench.consumer.consume(failing, others, replay=replay)

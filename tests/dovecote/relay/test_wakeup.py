@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 
-from dovecote.relay.sleeper import Sleeper
-from dovecote.relay.wakeup import Waking
+from dovecote.processes.stop_flag import StopFlag
+from dovecote.relay.wakeup import Wakeup
 from dovecote.settings import Settings
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.support.outbox_rows import Connection
 
 pytestmark = pytest.mark.servers
 
 
-class Sleepless(Sleeper):
+class Sleepless(StopFlag):
     """Remembers for how long it was to sleep."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ def test_the_relay_reads_once_more_between_taking_the_lock_and_sleeping(
     settings: Settings, opened: Any, relays: Connection
 ) -> None:
     sleeper, writer = Sleepless(), opened()
-    waking = Waking(relays, sleeper, settings.relay, RelayMeters())
+    waking = Wakeup(relays, sleeper, settings.relay, RelayInstrumentation())
     assert not a_writer_would_call(writer)
 
     assert not waking.may_sleep()
@@ -48,7 +48,7 @@ def test_the_relay_reads_once_more_between_taking_the_lock_and_sleeping(
 def test_writers_need_not_call_a_relay_that_stays_awake_after_it_has_slept(
     settings: Settings, opened: Any, relays: Connection
 ) -> None:
-    waking = Waking(relays, Sleepless(), settings.relay, RelayMeters())
+    waking = Wakeup(relays, Sleepless(), settings.relay, RelayInstrumentation())
     waking.may_sleep()
 
     waking.stay_awake()
