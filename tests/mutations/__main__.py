@@ -25,6 +25,9 @@ from tests.mutations.mutant import Mutant
 from tests.mutations.mutants import MUTANTS
 from tests.mutations.results import Outcome, Results, digests_of_the_tree
 
+# Of one test, where something is broken.
+_MIN_TEST_SECONDS, _MAX_TEST_SECONDS = 15.0, 60.0
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -33,7 +36,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="./dev mutations", description="Break what protects, one line at a time.")
     parser.add_argument("--only", default="", help="mutants whose name or file contains this")
     parser.add_argument("--resume", action="store_true", help="go on after a run that was interrupted")
-    parser.add_argument("--lanes", type=int, default=os.cpu_count() or 2, help="how many are tried at the same time")
+    parser.add_argument("--lanes", type=int, default=(os.cpu_count() or 2) + 1, help="how many are tried at the same time")
     parser.add_argument("--list", action="store_true", help="print the table and break nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(words)
@@ -85,7 +88,9 @@ def try_all(chosen: Sequence[Mutant], *, resume: bool, count: int) -> list[Outco
             # The shortest first: the first that fails is enough.
             tests = sorted(mutant.named, key=lambda test: seconds.get(test, 0))
             say(f"{place} begins   {mutant.name}: {' '.join(tests)}")
-            found = outcome(lane, mutant, tests)
+            # A test that hangs has failed long before it has taken as many times as long as it does unbroken.
+            slowest = max(seconds.get(test, _MAX_TEST_SECONDS) for test in tests)
+            found = outcome(lane, mutant, tests, min(_MAX_TEST_SECONDS, _MIN_TEST_SECONDS + 5 * slowest))
             results.remember(mutant, found)
             done += 1
             verdict = "noticed " if found.noticed else "SURVIVED" if found.tried else "NOT TRIED"
@@ -127,11 +132,11 @@ def unbroken(
     return None if failed else seconds
 
 
-def outcome(lane: Lane, mutant: Mutant, tests: Sequence[str]) -> Outcome:
+def outcome(lane: Lane, mutant: Mutant, tests: Sequence[str], test_seconds: float) -> Outcome:
     """Break one line in the lane's copy and run its tests there."""
     began = time.monotonic()
     try:
-        failed, tried = lane.run_broken(mutant, tests).failed, True
+        failed, tried = lane.run_broken(mutant, tests, test_seconds).failed, True
     except NotTheTest as error:
         return Outcome(mutant.name, False, str(error), round(time.monotonic() - began, 1), tried=False)
     by = failed[0] if failed else "no test failed"

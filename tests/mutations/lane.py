@@ -25,9 +25,9 @@ from tests.mutations.mutant import Mutant
 from tests.support.processes import a_place_for_servers
 
 ROOT = Path(__file__).parents[2]
-# For each function or module that is named; a single test has at most TEST_SECONDS.
+# For each module that tests are named of; a single test has TEST_SECONDS.
 _MAX_SECONDS = 400
-_TEST_SECONDS = 60
+_TEST_SECONDS = 60.0
 _TEMPLATE = "dovecote_template_of_mutants"
 # Later than the file it replaces and unlike any other time: compiled code is told apart by it.
 _SECONDS_LATER = 1_000
@@ -54,7 +54,13 @@ class Lane:
         self._process: subprocess.Popen[str] | None = None
 
     def run(
-        self, tests: Sequence[str], *, template: bool = True, stop_early: bool = True, unbroken: bool = False
+        self,
+        tests: Sequence[str],
+        *,
+        template: bool = True,
+        stop_early: bool = True,
+        unbroken: bool = False,
+        test_seconds: float = _TEST_SECONDS,
     ) -> Run:
         """Run tests in the order in which they are named, until one fails.
 
@@ -69,7 +75,7 @@ class Lane:
         if not unbroken:
             # What is compiled of a broken file would outlive it.
             environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        words = ["-q", "-p", "no:cacheprovider", "-o", f"timeout={_TEST_SECONDS}", *(["-x"] if stop_early else [])]
+        words = ["-q", "-p", "no:cacheprovider", "-o", f"timeout={test_seconds:.0f}", *(["-x"] if stop_early else [])]
         max_seconds = _MAX_SECONDS * max(1, len({test.partition("::")[0] for test in tests}))
         ended = self._ask(
             {
@@ -93,7 +99,7 @@ class Lane:
             f"pytest ended with {seen['status']} before a test was tried: {seen['untried']}\n{said[-2_000:]}"
         )
 
-    def run_broken(self, mutant: Mutant, tests: Sequence[str]) -> Run:
+    def run_broken(self, mutant: Mutant, tests: Sequence[str], test_seconds: float = _TEST_SECONDS) -> Run:
         """Break one line, run tests, mend it."""
         path = self.tree / mutant.file
         before, times = path.read_bytes(), path.stat()
@@ -102,7 +108,7 @@ class Lane:
         later = times.st_mtime + _SECONDS_LATER + self._broken
         os.utime(path, (later, later))
         try:
-            return self.run(tests, template=not is_of_the_schema(mutant.file))
+            return self.run(tests, template=not is_of_the_schema(mutant.file), test_seconds=test_seconds)
         finally:
             path.write_bytes(before)
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
