@@ -36,7 +36,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="./dev mutations", description="Break what protects, one line at a time.")
     parser.add_argument("--only", default="", help="mutants whose name or file contains this")
     parser.add_argument("--resume", action="store_true", help="go on after a run that was interrupted")
-    parser.add_argument("--lanes", type=int, default=(os.cpu_count() or 2) + 1, help="how many are tried at the same time")
+    parser.add_argument("--lanes", type=int, default=(os.cpu_count() or 2) + 1, help="so many are tried at a time")
     parser.add_argument("--list", action="store_true", help="print the table and break nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(words)

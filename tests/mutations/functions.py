@@ -16,7 +16,7 @@ FUNCTIONS = (
         FUNCTIONS_SQL,
         "language plpgsql stable security definer set search_path = pg_catalog, pg_temp as",
         "language plpgsql stable security definer set search_path = pg_catalog, dovecote as",
-        TESTS,
+        f"{TESTS}::test_temporary_objects_are_found_by_no_function",
     ),
     Mutant(
         "check_event means what the writer's path says",

@@ -13,7 +13,7 @@ SIGNED = (
         SIGNATURES,
         "return hmac.compare_digest(message[-TAIL_BYTES:], expected)",
         "return bool(expected)",
-        MESSAGES,
+        f"{MESSAGES}::test_another_keys_signature_and_a_marks_are_none",
     ),
     Mutant(
         "a message without a signature is opened",
@@ -30,7 +30,7 @@ SIGNED = (
         OPENING,
         "received.queue not in (contents.queue, its_queue) or contents.id",
         "contents.id",
-        MESSAGES,
+        f"{MESSAGES}::test_a_signed_message_is_worth_nothing_under_another_id_or_on_another_queue",
     ),
     Mutant("a signed message is good under any id", OPENING, " or contents.id != received.id", "", REFUSED),
     Mutant(
