@@ -4,6 +4,7 @@ from tests.mutations.mutant import Mutant
 from tests.mutations.progress import PROGRESS_SQL
 
 HOSTILE = "tests/dovecote/settings/test_hostile_settings.py"
+CIRCLE = "test_the_whole_circle_under"
 FULL_NOTIFY = "tests/dovecote/relay/test_full_notify_queue.py"
 
 POSTPONED = "tests/dovecote/relay/test_postponed.py"
@@ -180,15 +181,25 @@ QUEUES = (
     ),
     # Sessions -----------------------------------------------------------------------------------
     *(
-        Mutant(f"our sessions have no {name} of their own", "dovecote/store/connections.py", old, "", HOSTILE)
-        for name, old in {
-            "DateStyle": '    "datestyle": "ISO",\n',
-            "IntervalStyle": '    "intervalstyle": "postgres",\n',
-            "idle_session_timeout": '    "idle_session_timeout": 0,\n',
-            "idle_in_transaction_session_timeout": '    "idle_in_transaction_session_timeout": 0,\n',
-            "transaction_timeout": '    "transaction_timeout": 0,\n',
-            "client_encoding": ', "client_encoding": "utf8"',
-        }.items()
+        Mutant(
+            f"our sessions have no {name} of their own", "dovecote/store/connections.py", old, "", f"{HOSTILE}::{test}"
+        )
+        for name, old, test in [
+            ("DateStyle", '    "datestyle": "ISO",\n', f"{CIRCLE}[datestyle = 'German, DMY']"),
+            ("IntervalStyle", '    "intervalstyle": "postgres",\n', f"{CIRCLE}[intervalstyle = 'iso_8601']"),
+            (
+                "idle_session_timeout",
+                '    "idle_session_timeout": 0,\n',
+                "test_a_silence_costs_neither_a_leadership_nor_a_writer_s_unit_of_work",
+            ),
+            (
+                "idle_in_transaction_session_timeout",
+                '    "idle_in_transaction_session_timeout": 0,\n',
+                f"{CIRCLE}[idle_in_transaction_session_timeout = '50ms']",
+            ),
+            ("transaction_timeout", '    "transaction_timeout": 0,\n', f"{CIRCLE}[transaction_timeout = '100ms']"),
+            ("client_encoding", ', "client_encoding": "utf8"', f"{CIRCLE}[client_encoding = 'LATIN1']"),
+        ]
     ),
     Mutant(
         "a dead connection is handed out",
