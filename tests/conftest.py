@@ -56,7 +56,7 @@ def servers() -> Iterator[Servers]:
     given = os.environ.get("DATABASE_URL"), os.environ.get("REDIS_URL")
     with ExitStack() as stack:
         if given[0] and given[1]:
-            yield Servers(given[0], given[1], "given")
+            yield Servers(given[0], given[1], os.environ.get("DOVECOTE_TEST_ORIGIN", "given"))
         elif found := _containers(stack):
             yield found
         else:

@@ -82,11 +82,14 @@ class _Seen:
 
     def __init__(self) -> None:
         self.failed: list[str] = []
+        self.passed: list[str] = []
         self.untried: list[str] = []
         self.seconds: dict[str, float] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
+        if report.passed and report.when == "call":
+            self.passed.append(report.nodeid)
         if report.failed:
             came_to_an_end = "Timeout (>" not in str(report.longrepr)
             (self.untried if report.when == "setup" and came_to_an_end else self.failed).append(report.nodeid)

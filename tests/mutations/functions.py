@@ -78,10 +78,10 @@ FUNCTIONS = (
     ),
     Mutant(
         "a sequence that is well is locked",
-        FUNCTIONS_SQL,
-        "    if dovecote.sequence_fault() is null and not exists",
-        "    if false and not exists",
-        BOUNDS,
+        "migrations/sql/0029_operators_audit.up.sql",
+        "    if fault is null and unread = 0 and (select",
+        "    if false and (select",
+        f"{BOUNDS}::test_nobody_stops_writers_by_leaving_a_call_open[recover('me', 'x')-operator]",
     ),
     Mutant(
         "an archive is of any number of rows",

@@ -19,7 +19,7 @@ GOING_BACK = (
         "dovecote/store/reader.py",
         "if row[0] < self._watermark[0]:",
         "if False:",
-        SEQUENCE,
+        f"{SEQUENCE}::test_a_reader_ends_where_the_sequence_was_set_back",
     ),
     Mutant(
         "a relay leads whatever is wrong with the sequence",
@@ -48,7 +48,7 @@ GOING_BACK = (
         "dovecote/store/sequence.py",
         "if epoch != self._epoch:",
         "if False:",
-        SEQUENCE,
+        f"{SEQUENCE}::test_a_leader_ends_where_the_sequence_was_recovered_under_another_epoch",
     ),
     Mutant(
         "recovering does not wait for who has written, and sessions keep their blocks",
@@ -84,14 +84,14 @@ GOING_BACK = (
         "dovecote/relay/leader.py",
         "        self._standby.await_flush()\n        sent = 0\n",
         "        sent = 0\n",
-        STANDBY,
+        f"{STANDBY}::test_nothing_is_published_that_no_standby_has",
     ),
     Mutant(
         "what nobody flushes is waited for",
         "dovecote/relay/standby_flush.py",
         "                self._records.execute(_FLUSH)\n",
         "",
-        STANDBY,
+        f"{STANDBY}::test_nothing_is_published_that_no_standby_has",
     ),
     Mutant(
         "an older relay takes the marker back",
@@ -247,7 +247,7 @@ GOING_BACK = (
         "        self._confirmed_beat = self._claim.beat\n"
         "        self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))\n"
         "        if self._sends_again:\n",
-        RELAY,
+        f"{HISTORY}::test_a_redis_is_known_only_when_all_that_it_lost_is_sent_again",
     ),
     Mutant(
         "any event of that id is the event",

@@ -42,6 +42,7 @@ class Run:
     """How the tests of one tree ended."""
 
     failed: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -93,7 +94,7 @@ class Lane:
             return Run(("the process of the tests was ended",))
         seen = json.loads(report.read_text(encoding="utf-8"))
         if seen["failed"] or seen["status"] == 0:
-            return Run(tuple(seen["failed"]), seen["seconds"])
+            return Run(tuple(seen["failed"]), tuple(seen["passed"]), seen["seconds"])
         said = output.read_text(encoding="utf-8", errors="replace")
         raise NotTheTest(
             f"pytest ended with {seen['status']} before a test was tried: {seen['untried']}\n{said[-2_000:]}"
@@ -150,7 +151,9 @@ def lanes(count: int) -> Iterator[list[Lane]]:
                 connection.execute(f"create database {_TEMPLATE}")
             url = make_url(postgres.url).set(database=_TEMPLATE)
             schema.upgrade(url.render_as_string(hide_password=False))
-            lane = Lane(place, {"DATABASE_URL": postgres.url, "REDIS_URL": cache.url})
+            lane = Lane(
+                place, {"DATABASE_URL": postgres.url, "REDIS_URL": cache.url, "DOVECOTE_TEST_ORIGIN": "embedded"}
+            )
             stack.callback(lane.close)
             opened.append(lane)
         yield opened

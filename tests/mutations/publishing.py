@@ -64,7 +64,7 @@ PUBLISHING = (
         "dovecote/relay/leader.py",
         "        self._bundler.salt = self._history.salt\n",
         "",
-        f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
+        f"{HISTORY}::test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it",
     ),
     Mutant(
         "a message is queued again while it is queued",

@@ -67,7 +67,7 @@ SETTINGS_AND_CONNECTIONS = (
         "workers/gateways/challenge_cache.py",
         "except (RedisError, UnicodeDecodeError) as error:",
         "except RedisError as error:",
-        "tests/workers/gateways/test_gateways.py",
+        "tests/workers/gateways/test_gateways.py::TestWithRedis::test_what_others_have_written_is_no_number_and_no_error",
     ),
     Mutant(
         "a weak key is taken",
@@ -125,7 +125,13 @@ SETTINGS_AND_CONNECTIONS = (
         "if True:",
         f"{CONNECTIONS}::test_doctor_tells_what_the_session_is_and_how_to_mend_it[sslmode=prefer-finding1]",
     ),
-    Mutant("no end of connections", SERVING, "if len(self._connections) >= MAX_CONNECTIONS:", "if False:", HTTP),
+    Mutant(
+        "no end of connections",
+        SERVING,
+        "if len(self._connections) >= MAX_CONNECTIONS:",
+        "if False:",
+        f"{HTTP}::test_hundreds_who_dawdle_take_no_thread_and_a_scrape_is_answered",
+    ),
     Mutant(
         "a byte now and then keeps a connection",
         SERVING,

@@ -22,7 +22,15 @@ def content(name: str) -> str:
 
 @cache
 def functions_of(module: str) -> frozenset[str]:
-    return frozenset(node.name for node in ast.parse(content(module)).body if isinstance(node, ast.FunctionDef))
+    """Return the names of tests as pytest wants them: those in a class with its name before them."""
+    tree = ast.parse(content(module))
+    classes = [(f"{one.name}::", one.body) for one in tree.body if isinstance(one, ast.ClassDef)]
+    return frozenset(
+        f"{prefix}{one.name}"
+        for prefix, body in [("", tree.body), *classes]
+        for one in body
+        if isinstance(one, ast.FunctionDef)
+    )
 
 
 def problems(mutant: Mutant) -> Iterator[str]:

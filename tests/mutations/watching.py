@@ -65,7 +65,7 @@ WATCHING = (
         "dovecote/relay/wakeup.py",
         "                self._instrumentation.rang()\n",
         "                pass\n",
-        WATCHED,
+        "tests/dovecote/relay/test_wakeup.py::test_a_wake_up_is_heard_and_counted",
     ),
     Mutant(
         "waiting for Redis looks like leading",

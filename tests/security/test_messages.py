@@ -26,7 +26,15 @@ from dovecote.broker.poison import Marks, Suspect
 from dovecote.consumer import middleware as handing_back
 from dovecote.envelope import read_bundle
 from dovecote.envelope.message_reader import MessageReader, Received, RefusedMessage
-from dovecote.envelope.signatures import TAIL_BYTES, MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.envelope.signatures import (
+    TAIL_BYTES,
+    MessageKey,
+    MessageKeys,
+    SigningKeys,
+    key_id_of,
+    newest_key,
+    valid_keys,
+)
 from dovecote.relay.bundler import bundle
 from tests.conftest import Servers
 from tests.security.attacked import ENVELOPE, KEY, MORE, NOTE, OTHER, Attacked, attacked, forged
@@ -349,6 +357,18 @@ def test_nobody_but_relays_and_consumers_reads_a_secret(attacked: Attacked) -> N
 
 
 @pytest.mark.servers
+def test_a_relay_learns_once_that_a_key_was_revoked(attacked: Attacked) -> None:
+    engine, old = attacked.system.engine, attacked.key
+    with attacked.postgres() as connection:
+        keys = SigningKeys(connection)
+        operations.rotate_message_key(engine, actor="ada", reason="a test")
+        connection.execute("update dovecote.message_keys set made_at = made_at - interval '1 minute'")
+        before = keys.refresh()
+        operations.revoke_message_key(engine, old.id.decode(), actor="ada", reason="stolen")
+
+        assert [before, keys.refresh(), keys.refresh()] == [False, True, False]
+
+
 def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
     attacked: Attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:

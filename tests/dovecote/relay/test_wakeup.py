@@ -9,6 +9,7 @@ from dovecote.relay.wakeup import Wakeup
 from dovecote.settings import Settings
 from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.support.outbox_rows import Connection
+from tests.support.processes import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -55,3 +56,22 @@ def test_writers_need_not_call_a_relay_that_stays_awake_after_it_has_slept(
 
     assert not a_writer_would_call(opened())
     assert not waking.may_sleep()  # and it reads once more before it sleeps again
+
+
+class Counted(RelayInstrumentation):
+    wakeups = 0
+
+    def rang(self) -> None:
+        self.wakeups += 1
+
+
+def test_a_wake_up_is_heard_and_counted(settings: Settings, opened: Any, relays: Connection) -> None:
+    counted, writer = Counted(), opened()
+    waking = Wakeup(relays, Sleepless(), settings.relay, counted)
+    waking.listen()
+
+    writer.execute("notify dovecote_outbox")
+    writer.commit()
+
+    eventually(lambda: relays.execute("select") and waking.is_called, 5, "the wake-up")
+    assert counted.wakeups == 1
