@@ -3,8 +3,8 @@
 ./dev mutations [--only WORDS] [--resume] [--lanes N] [--list] [--json]
 
 Says on stderr what begins, its verdict and how much is left. `--resume` keeps the verdicts of an earlier run that still
-hold. Exit code 0: each was noticed. 1: at least one survived or could not be tried, or the tests fail on the tree as
-it is.
+hold. Exit code 0: each was noticed. 1: at least one survived, or could not be tried because its test fails
+anyway.
 """
 
 import argparse
@@ -49,11 +49,9 @@ def main(words: list[str]) -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers are stopped on the way out
     began = time.monotonic()
-    outcomes = try_all(chosen, resume=given.resume, count=given.lanes)
+    outcomes = try_all(chosen, resume=given.resume, count=max(1, given.lanes))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     say(f"it took {duration(time.monotonic() - began)}, and {duration(used.ru_utime + used.ru_stime)} of processors")
-    if outcomes is None:
-        return 1
     survivors = [one.name for one in outcomes if not one.noticed]
     if given.json:
         told = {"mutants": len(outcomes), "survivors": survivors, "outcomes": [asdict(one) for one in outcomes]}
@@ -66,8 +64,8 @@ def main(words: list[str]) -> int:
     return 1 if survivors else 0
 
 
-def try_all(chosen: Sequence[Mutant], *, resume: bool, count: int) -> list[Outcome] | None:
-    """Return the outcomes in the order of the list, or None when a test fails although nothing is broken."""
+def try_all(chosen: Sequence[Mutant], *, resume: bool, count: int) -> list[Outcome]:
+    """Return the outcomes in the order of the list."""
     results = Results(MUTANTS, digests_of_the_tree())
     known = {one.name: results.outcomes[one.name] for one in chosen if resume and one.name in results.outcomes}
     left = [one for one in chosen if one.name not in known]
@@ -78,8 +76,6 @@ def try_all(chosen: Sequence[Mutant], *, resume: bool, count: int) -> list[Outco
     say(f"starting {count} lanes, each with servers of its own")
     with lanes(min(count, len(left))) as opened:
         seconds = unbroken(opened, left, results, resume=resume)
-        if seconds is None:
-            return None
         began, done = time.monotonic(), 0
 
         def one(lane: Lane, number: int, mutant: Mutant) -> Outcome:
@@ -89,9 +85,13 @@ def try_all(chosen: Sequence[Mutant], *, resume: bool, count: int) -> list[Outco
             tests = sorted(mutant.named, key=lambda test: seconds.get(test, 0))
             say(f"{place} begins   {mutant.name}: {' '.join(tests)}")
             # A test that hangs has failed long before it has taken as many times as long as it does unbroken.
-            slowest = max(seconds.get(test, _MAX_TEST_SECONDS) for test in tests)
-            found = outcome(lane, mutant, tests, min(_MAX_TEST_SECONDS, _MIN_TEST_SECONDS + 5 * slowest))
-            results.remember(mutant, found)
+            if failing := [test for test in tests if test not in seconds]:
+                found = Outcome(mutant.name, False, f"{failing[0]} fails with nothing broken", 0.0, tried=False)
+            else:
+                slowest = max(seconds[test] for test in tests)
+                found = outcome(lane, mutant, tests, min(_MAX_TEST_SECONDS, _MIN_TEST_SECONDS + 5 * slowest))
+            if found.tried:
+                results.remember(mutant, found)
             done += 1
             verdict = "noticed " if found.noticed else "SURVIVED" if found.tried else "NOT TRIED"
             rest = (time.monotonic() - began) / done * (len(left) - done)
@@ -103,10 +103,8 @@ def try_all(chosen: Sequence[Mutant], *, resume: bool, count: int) -> list[Outco
     return [known[one.name] for one in chosen]
 
 
-def unbroken(
-    opened: Sequence[Lane], mutants: Sequence[Mutant], results: Results, *, resume: bool
-) -> dict[str, float] | None:
-    """Run each named test once where nothing is broken; return how long it took, or None and say which fails."""
+def unbroken(opened: Sequence[Lane], mutants: Sequence[Mutant], results: Results, *, resume: bool) -> dict[str, float]:
+    """Run each named test once where nothing is broken; return how long those took that pass, and say which fail."""
     named = {test for mutant in mutants for test in mutant.named}
     seconds = {test: took for test, took in results.passed.items() if resume and test in named}
     modules: dict[str, list[str]] = {}
@@ -114,24 +112,25 @@ def unbroken(
         modules.setdefault(test.partition("::")[0], []).append(test)
     if modules:
         say(f"running {len(named - seconds.keys())} named tests of {len(modules)} modules with nothing broken")
-    failed: list[str] = []
 
     def one(lane: Lane, number: int, module: str) -> None:
         began = time.monotonic()
-        ran = lane.run(modules[module], stop_early=False, unbroken=True)
-        failed.extend(ran.failed)
-        passed = {name.split("[")[0] for name in ran.passed} | {*ran.passed}
-        failed.extend(f"{test} is skipped" for test in modules[module] if not ran.failed and test not in passed)
+        try:
+            ran = lane.run(modules[module], stop_early=False, unbroken=True)
+        except NotTheTest as error:
+            say(f"[{number}/{len(modules)}] {module} CANNOT BE RUN: {error}")
+            return
         say(f"[{number}/{len(modules)}] {module}: {time.monotonic() - began:.1f} s")
-        for test in modules[module] if not ran.failed else ():
-            took = sum(took for name, took in ran.seconds.items() if test in (name, name.split("[")[0]))
-            seconds[test] = round(took, 2)
-            results.remember_unbroken(test, seconds[test])
+        for test in modules[module]:
+            those = {name for name in ran.seconds if test in (name, name.partition("[")[0])}
+            if those & set(ran.failed) or not those & set(ran.passed):
+                say(f"FAILS OR IS SKIPPED with nothing broken: {test}")
+            else:
+                seconds[test] = round(sum(ran.seconds[name] for name in those), 2)
+                results.remember_unbroken(test, seconds[test])
 
     side_by_side(opened, list(modules), one)
-    for test in failed:
-        say(f"nothing is broken and yet a test fails: {test}")
-    return None if failed else seconds
+    return seconds
 
 
 def outcome(lane: Lane, mutant: Mutant, tests: Sequence[str], test_seconds: float) -> Outcome:

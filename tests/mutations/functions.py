@@ -107,7 +107,7 @@ FUNCTIONS = (
     ),
     Mutant(
         "commands look into public",
-        "dovecote/bootstrap.py",
+        "dovecote/store/engines.py",
         'engine_for(settings, "dovecote cli", **ONLY_OUR_NAMES)',
         'engine_for(settings, "dovecote cli")',
         f"{TESTS}::test_sessions_of_relay_and_commands_have_no_schema_of_others_on_their_path",
