@@ -13,10 +13,10 @@ LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
 CONSUMING = (
     # Consuming ----------------------------------------------------------------------------------
     Mutant(
-        "a handler acts before it is marked",
-        "dovecote/consumer/consumer.py",
-        "                fresh = uow.once(route.handler, to_do.envelopes)\n",
-        "                fresh = list(to_do.envelopes)\n",
+        "a handler acts before it is recorded",
+        "dovecote/consumer/transaction.py",
+        "            fresh = self._uow.once(route.handler, free)\n",
+        "            fresh = list(free)\n",
         f"{CONSUME}::test_an_event_waits_for_the_one_before_it_in_another_worker_s_hands",
     ),
     Mutant(
@@ -58,23 +58,23 @@ CONSUMING = (
     Mutant(
         "a bundle that failed is given up as a whole",
         "dovecote/consumer/consumer.py",
-        "                elif len(part) > 1:\n",
-        "                elif False:\n",
+        "            elif len(envelopes) > 1:\n",
+        "            elif False:\n",
         f"{CONSUME}::test_later_events_of_an_aggregate_wait_for_the_one_that_failed",
     ),
     Mutant(
         "a failure that cannot be recorded is acknowledged",
         "dovecote/consumer/consumer.py",
-        "        failed, states, absent = self._held(write)\n",
-        "        try:\n            failed, states, absent = write()\n"
-        "        except Exception:\n            failed, states, absent = [], [], []\n",
+        "        failed, absent = self._retry(write)\n",
+        "        try:\n            failed, absent = write()\n"
+        "        except Exception:\n            failed, absent = [], []\n",
         f"{CONSUME}::test_losing_postgres_while_a_failure_is_recorded_counts_it_once",
     ),
     Mutant(
-        "trouble that passes spends an attempt",
-        "dovecote/consumer/consumer.py",
-        "                    if is_transient(error):\n",
-        "                    if False:\n",
+        "an outage spends an attempt",
+        "dovecote/consumer/retrying.py",
+        "        if is_transient(error):\n            self._outages",
+        "        if False:\n            self._outages",
         f"{CONSUME}::test_losing_postgres_spends_no_attempt_and_doubles_nothing",
     ),
     Mutant(
@@ -100,16 +100,16 @@ CONSUMING = (
     ),
     Mutant(
         "what was discarded fails back to life",
-        "dovecote/consumer/attempts.py",
+        "dovecote/store/deliveries.py",
         "        where known.state <> 'discarded'\n",
         "",
         f"{MARKS}::test_what_was_discarded_before_its_failure_could_be_recorded_stays_discarded",
     ),
     Mutant(
         "an ordered handler asks for no predecessor",
-        "dovecote/consumer/consumer.py",
-        "            if route.ordered and to_do.envelopes:\n",
-        "            if False:\n",
+        "dovecote/consumer/transaction.py",
+        "        if route.ordered and free:\n",
+        "        if False:\n",
         f"{CONSUME}::test_an_event_parked_while_its_predecessor_commits_is_found_and_sent_on",
     ),
     Mutant(
@@ -121,22 +121,22 @@ CONSUMING = (
     ),
     Mutant(
         "an event is parked while the one before it is just being done",
-        "dovecote/consumer/consumer.py",
-        "        while found.in_flight is not None and self",
+        "dovecote/consumer/transaction.py",
+        "        while blocked.in_flight is not None and self",
         "        while False and self",
         f"{CONSUME}::test_an_event_is_acted_on_at_once_when_the_one_before_it_soon_ends",
     ),
     Mutant(
         "what waits is not sent on by the one it waited for",
-        "dovecote/consumer/consumer.py",
-        "            deliveries.release_next(session, route, done, replay)\n",
+        "dovecote/consumer/transaction.py",
+        "            self._deliveries.release_next(done)\n",
         "            pass\n",
         f"{CONSUME}::test_an_event_waits_for_the_one_before_it_in_another_worker_s_hands",
     ),
     Mutant(
         "an event parked while the one before it commits is left to the relay",
         "dovecote/consumer/consumer.py",
-        "            self._held(partial(self._release_parked, route, done.parked))\n",
+        "            self._retry(partial(self._release_parked, bundle.route, outcome.parked))\n",
         "            pass\n",
         f"{RELEASING}::test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once",
     ),
@@ -211,9 +211,9 @@ CONSUMING = (
         f"{CONSUME}::test_a_failure_whose_record_was_committed_without_a_reply_counts_once",
     ),
     Mutant(
-        "a server that only the handler asks is waited for",
-        "dovecote/consumer/consumer.py",
-        "if answers <= _MAX_ANSWERS:",
+        "a server that only the handler uses is waited for",
+        "dovecote/consumer/retrying.py",
+        "if self._outages_elsewhere <= _MAX_OUTAGES_ELSEWHERE:",
         "if True:",
         f"{CONSUME}::test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event",
     ),
@@ -226,16 +226,16 @@ CONSUMING = (
     ),
     Mutant(
         "a bundle that says nothing to Postgres loses its session",
-        "dovecote/consumer/consumer.py",
-        "                    uow.session.execute(_say_something)\n",
-        "                    pass\n",
+        "dovecote/consumer/transaction.py",
+        "                self._uow.session.execute(_keep_alive)\n",
+        "                pass\n",
         f"{CONSUME}::test_a_long_bundle_that_has_nothing_to_say_to_postgres_is_not_taken_for_frozen",
     ),
     Mutant(
         "a provider that is away spends attempts",
         "dovecote/consumer/attempts.py",
-        "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or is_transient(error):\n",
-        "    if False:\n",
+        "isinstance(self.error, GatewayUnavailable | UnknownEvent | UnknownHandler) or is_transient(self.error)",
+        "False",
         f"{CONSUME}::test_a_provider_that_is_away_spends_no_attempt",
     ),
 )

@@ -31,8 +31,8 @@ MUTANTS_OF_LOOKUP = (
     Mutant(
         "a failure of what is not in the outbox is recorded",
         "dovecote/consumer/consumer.py",
-        "there = {envelope.event_id for envelope in found.to_do} & so_far.keys()",
-        "so_far |= {envelope.event_id: SoFar() for envelope in found.absent}\n                there = so_far.keys()",
+        "to_record = _ids(found.to_do) & so_far.keys()",
+        "so_far |= dict.fromkeys(_ids(found.absent), SoFar())\n                to_record = so_far.keys()",
         f"{LOOKUP}::test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery",
     ),
     Mutant(
@@ -45,8 +45,8 @@ MUTANTS_OF_LOOKUP = (
     Mutant(
         "another history is a failure of the event",
         "dovecote/consumer/consumer.py",
-        "                except (HandlerPaused, lookup.OtherHistory):\n",
-        "                except HandlerPaused:\n",
+        "            except (HandlerPaused, lookup.OtherHistory):\n",
+        "            except HandlerPaused:\n",
         f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
     ),
     Mutant(

@@ -7,7 +7,7 @@ HOSTILE = "tests/dovecote/settings/test_hostile_settings.py"
 CIRCLE = "test_the_whole_circle_under"
 FULL_NOTIFY = "tests/dovecote/relay/test_full_notify_queue.py"
 
-POSTPONED = "tests/dovecote/relay/test_postponed.py"
+POSTPONED = "tests/dovecote/relay/test_postponer.py"
 NEW_HANDLER = "tests/dovecote/relay/test_new_handler.py"
 MISSING = "tests/dovecote/relay/test_recovery.py"
 
@@ -47,21 +47,21 @@ QUEUES = (
     # Where a new handler begins -----------------------------------------------------------------
     Mutant(
         "a new handler is told what was published above the checkpoint",
-        "dovecote/relay/relay.py",
+        "dovecote/store/subscriptions.py",
         "coalesce(before.published_above, published.above)",
         "'{}'",
         f"{NEW_HANDLER}::test_what_a_dawdling_writer_commits_is_the_new_handler_s_and_nothing_before[any order]",
     ),
     Mutant(
         "a new version of a fact begins now",
-        "dovecote/relay/relay.py",
+        "dovecote/store/subscriptions.py",
         "    ) before on true",
         "    ) before on false",
         f"{NEW_HANDLER}::test_a_new_version_of_a_fact_begins_where_the_fact_did",
     ),
     Mutant(
         "what was published before a handler's time is missing",
-        "dovecote/relay/recovery.py",
+        "dovecote/store/progress.py",
         "      and not w.published_above @> found.position\n",
         "",
         f"{MISSING}::test_what_a_handler_does_not_want_is_not_missing_among_what_it_wants",
@@ -104,14 +104,14 @@ QUEUES = (
     # Full queues --------------------------------------------------------------------------------
     Mutant(
         "a full queue takes more",
-        "dovecote/relay/postponed.py",
+        "dovecote/relay/postponer.py",
         "            if size >= self._bound:\n",
         "            if False:\n",
         f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
     ),
     Mutant(
         "a queue has no share of maxmemory",
-        "dovecote/relay/postponed.py",
+        "dovecote/relay/postponer.py",
         "        if usage.maxmemory:\n",
         "        if False:\n",
         f"{POSTPONED}::test_no_queue_takes_more_than_its_share_of_what_redis_has_room_for",
@@ -132,21 +132,21 @@ QUEUES = (
     ),
     Mutant(
         "who has caught up a part of it is live",
-        "dovecote/relay/postponed.py",
+        "dovecote/relay/postponer.py",
         "        if upto < self.published_upto:\n",
         "        if False:\n",
         f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
     ),
     Mutant(
         "what a postponed handler misses is not written down",
-        "dovecote/relay/postponed.py",
-        "        self._write(_POSTPONE, handler, self.published_upto)\n",
+        "dovecote/relay/postponer.py",
+        "        self._rows.postpone(handler, self.published_upto)\n",
         "",
         f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
     ),
     Mutant(
         "a replaced relay postpones",
-        "dovecote/relay/postponed.py",
+        "dovecote/store/relay_state.py",
         "owner as (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update)",
         "owner as (select epoch from dovecote.relay_state for no key update)",
         f"{POSTPONED}::test_a_relay_that_was_replaced_postpones_nobody",
@@ -217,9 +217,9 @@ QUEUES = (
     ),
     Mutant(
         "what cannot be written is called an outage",
-        "dovecote/consumer/consumer.py",
-        "            if is_transient(error):\n                log.warning(",
-        "            if True:\n                log.warning(",
+        "dovecote/consumer/retrying.py",
+        "    if is_transient(error):\n        log.warning(",
+        "    if True:\n        log.warning(",
         f"{HOSTILE}::test_a_record_that_cannot_be_written_is_held_and_says_why",
     ),
 )

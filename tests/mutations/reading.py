@@ -44,7 +44,7 @@ MUTANTS_OF_READING = (
     Mutant(
         "a new reader forgets the gaps above the checkpoint",
         "dovecote/store/reader.py",
-        "                self._gaps += missing(self.high_water_mark, stop - 1, published)\n",
+        "                self._gaps += missing(self.high_water_mark, upto, known)\n",
         "",
         f"{READING}::test_a_new_reader_hands_out_only_what_was_not_recorded",
     ),

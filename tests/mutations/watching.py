@@ -7,7 +7,6 @@ TOLD = "tests/dovecote/exporter/test_metric_values.py"
 SURVEY = "tests/dovecote/exporter/test_collector.py"
 HEALTH = "tests/dovecote/exporter/test_health.py"
 SERVING = "tests/dovecote/exporter/test_http.py"
-WATCHED = "tests/dovecote/exporter/test_a_watched_system.py"
 
 WATCHING = (
     # Watching -----------------------------------------------------------------------------------
@@ -49,15 +48,15 @@ WATCHING = (
     Mutant(
         "effects are not counted",
         "dovecote/consumer/consumer.py",
-        "            self.instrumentation.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
+        "        self.instrumentation.acted(bundle.route.handler, outcome.acted, again=bundle.replay is not None)\n",
         "",
         f"{TOLD}::test_failures_retries_and_what_waits_behind_them_are_counted",
     ),
     Mutant(
         "calls of an ordinary handler are one",
         "dovecote/consumer/time_limits.py",
-        "        self.moments.append(self.began_at)\n",
-        "        self.moments[:] = self.moments[:1] or [self.began_at]\n",
+        "        self.call_times.append(self.began_at)\n",
+        "        self.call_times[:] = self.call_times[:1] or [self.began_at]\n",
         f"{TOLD}::test_an_ordinary_handler_is_called_once_an_event",
     ),
     Mutant(
