@@ -13,9 +13,9 @@ from domain.pricing import PriceQuoted
 from dovecote import processed_events
 from dovecote.envelope import Envelope
 from dovecote.settings import Settings
-from dovecote.store import deliveries
 from dovecote.store.bundle import Bundle
 from dovecote.store.connections import connect, sessions_for
+from dovecote.store.deliveries import Deliveries
 from dovecote.unit_of_work import UnitOfWork
 from tests.dovecote.consumer.test_consumer import Bench, Failing
 from tests.support.effects import a_route, make_room_for_effects, note_as
@@ -44,8 +44,8 @@ def test_a_message_that_comes_twice_is_acted_on_once_and_fails_for_nobody(bench:
     route = a_route(ordered=ordered)
     bundle = bench.write(1, 2)
 
-    bench.consumer.consume(route, bundle)
-    bench.consumer.consume(route, bundle)
+    bench.consumer.consume(Bundle(route, bundle))
+    bench.consumer.consume(Bundle(route, bundle))
 
     assert bench.effects() == [("EUR", 1), ("EUR", 2)]
     assert bench.deliveries() == []
@@ -57,8 +57,8 @@ def test_what_failed_keeps_its_schedule_when_its_bundle_comes_again(bench: Bench
     route = a_route(function=failing, ordered=ordered)
     bundle = bench.write(1)
 
-    bench.consumer.consume(route, bundle)
-    bench.consumer.consume(route, bundle)
+    bench.consumer.consume(Bundle(route, bundle))
+    bench.consumer.consume(Bundle(route, bundle))
 
     assert failing.calls == [1]
     assert bench.states() == [("EUR", "retrying")]
@@ -69,7 +69,7 @@ def mark(session: Session, envelopes: Sequence[Envelope]) -> object:
 
 
 def mark_unless_failed(session: Session, envelopes: Sequence[Envelope]) -> object:
-    return deliveries.once_unless_failed(session, Bundle(a_route(), envelopes))
+    return Deliveries(session, a_route()).once_unless_failed(Bundle(a_route(), envelopes))
 
 
 @pytest.mark.parametrize("marks", [mark, mark_unless_failed])
@@ -111,7 +111,7 @@ def test_what_is_being_tried_again_cannot_be_discarded_until_that_ends(bench: Be
             raise RuntimeError
 
     route = a_route(function=act)
-    bench.consumer.consume(route, bench.write(1))
+    bench.consumer.consume(Bundle(route, bench.write(1)))
     assert bench.states() == [("EUR", "retrying")]
 
     bench.retry(route)
@@ -130,7 +130,7 @@ def test_what_was_discarded_before_its_failure_could_be_recorded_stays_discarded
         failing(event, uow, gateways)
 
     route = a_route(function=discarded_after_its_second_failure)
-    bench.consumer.consume(route, bench.write(1))
+    bench.consumer.consume(Bundle(route, bench.write(1)))
 
     bench.retry(route)
 
@@ -144,11 +144,11 @@ def test_what_was_discarded_before_its_failure_could_be_recorded_stays_discarded
 
 def test_a_message_of_a_replay_that_comes_twice_is_acted_on_once(bench: Bench) -> None:
     bundle = bench.write(1, 2)
-    bench.consumer.consume(a_route(), bundle)
+    bench.consumer.consume(Bundle(a_route(), bundle))
     replay = bench.replay_again()
 
-    bench.consumer.consume(a_route(), bundle, replay=replay)
-    bench.consumer.consume(a_route(), bundle, replay=replay)
+    bench.consumer.consume(Bundle(a_route(), bundle, replay=replay))
+    bench.consumer.consume(Bundle(a_route(), bundle, replay=replay))
 
     assert bench.effects() == [("EUR", 1), ("EUR", 2)] * 2
 
@@ -157,27 +157,27 @@ def test_a_message_of_a_replay_that_comes_twice_is_acted_on_once(bench: Bench) -
 def test_a_message_of_a_cancelled_replay_is_not_acted_on(bench: Bench, retry: bool) -> None:
     failing = Failing({1: 1})
     bundle = bench.write(1)
-    bench.consumer.consume(a_route(), bundle)
+    bench.consumer.consume(Bundle(a_route(), bundle))
     replay = bench.replay_again()
     if retry:
-        bench.consumer.consume(a_route(function=failing), bundle, replay=replay)
+        bench.consumer.consume(Bundle(a_route(function=failing), bundle, replay=replay))
         assert bench.states() == [("EUR", "retrying")]
     with bench.engine.begin() as operator:
         operator.execute(text("update dovecote.replays set state = 'cancelled', finished_at = now()"))
 
-    bench.consumer.consume(a_route(), bundle, replay=replay, retry=retry)
+    bench.consumer.consume(Bundle(a_route(), bundle, replay=replay, retry=retry))
 
     assert bench.effects() == [("EUR", 1)]
 
 
 def test_what_follows_an_event_that_failed_in_a_replay_waits_for_it(bench: Bench) -> None:
     first, *others = bundle = bench.write(1, 2, 3)
-    bench.consumer.consume(a_route(ordered=True), bundle)
+    bench.consumer.consume(Bundle(a_route(ordered=True), bundle))
     replay = bench.replay_again()
     failing = a_route(function=Failing({1: 1}), ordered=True)
 
-    bench.consumer.consume(failing, [first], replay=replay)
-    bench.consumer.consume(failing, others, replay=replay)
+    bench.consumer.consume(Bundle(failing, [first], replay=replay))
+    bench.consumer.consume(Bundle(failing, others, replay=replay))
 
     assert bench.states() == [("EUR", "retrying"), ("EUR", "waiting"), ("EUR", "waiting")]
     assert bench.effects() == [("EUR", 1), ("EUR", 2), ("EUR", 3)]

@@ -16,6 +16,7 @@ from dovecote.relay.bundler import Bundler
 from dovecote.relay.replayer import Replayer
 from dovecote.route import Route
 from dovecote.settings import Settings
+from dovecote.store.bundle import Bundle
 from dovecote.store.reader import Reader
 from dovecote.store.replays import Filter
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
@@ -57,7 +58,7 @@ def test_the_events_of_an_aggregate_in_one_wave_are_one_bundle(system: System) -
             write_quotes(system, [price], symbol)
     with system.engine.connect() as connection:
         written = connection.scalars(text("select dovecote.envelope(o) from dovecote.outbox o order by position"))
-        system.consumer.consume(ROUTE, [read_envelope(orjson.loads(one)) for one in written])
+        system.consumer.consume(Bundle(ROUTE, [read_envelope(orjson.loads(one)) for one in written]))
     request = Request(handler=ROUTE.handler, strength="again", filter=Filter(), reason="a test", requested_by="tester")
     id = replays.start(system.engine, [ROUTE], request).replay_id
     assert id is not None
@@ -78,7 +79,7 @@ def at_once(work: Callable[[], object]) -> None:
 
 def waves_of(system: System, route: Route, id: UUID) -> list[list[list[Envelope]]]:
     """Play the leader of a replay until it is over; return its waves, each with the events of its bundles."""
-    broker = ActsAtOnce(lambda envelopes: system.consumer.consume(route, envelopes, replay=id))
+    broker = ActsAtOnce(lambda envelopes: system.consumer.consume(Bundle(route, envelopes, replay=id)))
     url = system.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(url, autocommit=True) as connection:
         reader = Reader(connection, 0, 1_000)
