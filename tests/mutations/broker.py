@@ -22,20 +22,20 @@ MUTANTS_OF_BROKER = (
     Mutant(
         "the relay does not reap",
         "dovecote/relay/leader.py",
-        "            self._through_outages(self._reap)\n",
+        "            self._retry_while_unavailable(self._reap)\n",
         "            pass\n",
         f"{TAKING_OVER}::test_what_a_killed_worker_had_in_hand_is_acted_on_within_15_seconds",
     ),
     Mutant(
-        "messages are handed back in reverse",
-        "dovecote/broker/lua/hand_back.lua",
+        "messages are requeued in reverse",
+        "dovecote/broker/lua/requeue.lua",
         "for i = #ARGV, 1, -1 do",
         "for i = 1, #ARGV do",
         f"{BROKER}::test_a_closed_consumer_gives_back_what_it_has_not_handed_out",
     ),
     Mutant(
-        "messages are handed back to the tail",
-        "dovecote/broker/lua/hand_back.lua",
+        "messages are requeued at the tail",
+        "dovecote/broker/lua/requeue.lua",
         "redis.call('lpush', KEYS[2], ARGV[i])",
         "redis.call('rpush', KEYS[2], ARGV[i])",
         f"{BROKER}::test_a_closed_consumer_gives_back_what_it_has_not_handed_out",
@@ -50,9 +50,9 @@ MUTANTS_OF_BROKER = (
     Mutant(
         "a message that failed is acknowledged",
         "dovecote/consumer/middleware.py",
-        "may_come_again(message.message_id):\n                hand_back(message)\n",
+        "may_come_again(message.message_id):\n                set_to_requeue(message)\n",
         "may_come_again(message.message_id):\n                pass\n",
-        f"{BROKER}::test_an_actor_that_raises_has_its_message_handed_back",
+        f"{BROKER}::test_an_actor_that_raises_has_its_message_requeued",
     ),
     Mutant(
         "a message that cannot be read comes back for ever",
@@ -78,7 +78,7 @@ MUTANTS_OF_BROKER = (
     Mutant(
         "what is for a handler of other code is a dead letter of Dramatiq's",
         "dovecote/bootstrap.py",
-        "            if queue not in broker.stand_ins:\n",
+        "            if queue not in broker.fallback_actors:\n",
         "            if False:\n",
         "tests/dovecote/relay/test_routing.py::test_a_consumer_keeps_what_is_for_a_handler_that_only_other_code_has",
     ),

@@ -185,7 +185,7 @@ CONSUMING = (
     Mutant(
         "strays wait for ever",
         "dovecote/relay/leader.py",
-        "            leases.release_strays(self._connection, route, self._cursors[route.handler])\n",
+        "            leases.release_unblocked(self._connection, route, self._cursors[route.handler])\n",
         "                pass\n",
         f"{RELAY}::test_an_event_that_waits_although_the_one_before_it_is_done_is_sent_by_the_relay",
     ),

@@ -64,7 +64,7 @@ HANDLING = (
     ),
     Mutant(
         "a crash count outlives a clean requeue",
-        "dovecote/broker/lua/hand_back.lua",
+        "dovecote/broker/lua/requeue.lua",
         "        redis.call('hdel', KEYS[2] .. '.in_flight', ARGV[i])\n",
         "",
         f"{BROKER}::test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is_not",

@@ -95,17 +95,17 @@ MUTANTS_OF_LOOKUP = (
         f"{PAUSING}::test_a_redis_that_is_wiped_while_a_handler_is_paused_takes_nothing_away",
     ),
     Mutant(
-        "what was put aside comes back newest first",
-        "dovecote/broker/lua/take_back.lua",
+        "what was held comes back newest first",
+        "dovecote/broker/lua/resume_held.lua",
         "'RIGHT', 'LEFT'",
         "'LEFT', 'LEFT'",
         f"{PAUSING}::test_a_paused_handler_gets_what_it_missed_in_order_and_its_neighbour_never_waits[kind0]",
     ),
     Mutant(
-        "what is put aside after the resume stays aside",
+        "what is held after the resume stays held",
         "dovecote/relay/leader.py",
-        "            self._through_outages(self._reap)\n            self._through_outages(self._take_back)\n",
-        "            self._through_outages(self._reap)\n",
+        "            self._retry_while_unavailable(self._reap)\n            self._retry_while_unavailable(self._resume_held)\n",
+        "            self._retry_while_unavailable(self._reap)\n",
         f"{PAUSING}::test_what_is_being_put_aside_while_the_handler_is_resumed_is_not_forgotten",
     ),
 )

@@ -76,7 +76,7 @@ PUBLISHING = (
     Mutant(
         "nobody looks whether Redis is the one we knew",
         "dovecote/relay/leader.py",
-        "        self._unrouted.write(self._records)\n        self._through_outages(self._check_redis)\n",
+        "        self._unrouted.write(self._records)\n        self._retry_while_unavailable(self._check_redis)\n",
         "        self._unrouted.write(self._records)\n",
         f"{RELAY}::test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the_one_we_knew"
         "[the one that leads]",

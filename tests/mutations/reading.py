@@ -204,7 +204,7 @@ MUTANTS_OF_READING = (
     Mutant(
         "what cannot be read is passed and written nowhere",
         "dovecote/relay/leader.py",
-        "            self._set_aside(batch)\n",
+        "            self._record_unreadable(batch)\n",
         "",
         f"{UNREADABLE}::test_a_row_that_cannot_be_read_is_dead_alone_and_says_why[a text of more than a gigabyte]",
     ),
