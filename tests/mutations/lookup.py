@@ -104,8 +104,9 @@ MUTANTS_OF_LOOKUP = (
     Mutant(
         "what is held after the resume stays held",
         "dovecote/relay/leader.py",
-        "            self._retry_while_unavailable(self._reap)\n            self._retry_while_unavailable(self._resume_held)\n",
+        "            self._retry_while_unavailable(self._reap)\n"
+        "            self._retry_while_unavailable(self._resume_held)\n",
         "            self._retry_while_unavailable(self._reap)\n",
-        f"{PAUSING}::test_what_is_being_put_aside_while_the_handler_is_resumed_is_not_forgotten",
+        f"{PAUSING}::test_what_is_being_held_while_the_handler_is_resumed_is_not_forgotten",
     ),
 )

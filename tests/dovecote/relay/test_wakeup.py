@@ -73,5 +73,5 @@ def test_a_wake_up_is_heard_and_counted(settings: Settings, opened: Any, relays:
     writer.execute("notify dovecote_outbox")
     writer.commit()
 
-    eventually(lambda: relays.execute("select") and waking.is_called, 5, "the wake-up")
+    eventually(lambda: relays.execute("select") and waking.heard, 5, "the wake-up")
     assert counted.wakeups == 1

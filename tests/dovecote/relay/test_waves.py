@@ -93,7 +93,7 @@ def waves_of(system: System, route: Route, id: UUID) -> list[list[list[Envelope]
             broker=broker,  # type: ignore[arg-type]  # all that a replay of this mode asks of it
             routes=[route],
             epoch=epoch[0],
-            through_outages=at_once,
+            retry_while_unavailable=at_once,
         )
         for _ in range(100_000):
             replayer.step()
