@@ -205,6 +205,25 @@ def test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it(system_o
             assert len(queued(system)) == len(ids), what
 
 
+def test_a_redis_is_known_only_when_all_that_it_lost_is_sent_again(system_on: SystemOn) -> None:
+    system = system_on()
+    known = "select redis_run_id from dovecote.relay_state"
+
+    def crash_in_between() -> None:
+        raise ZeroDivisionError
+
+    with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
+        taken = TakenOver(value(system, "select epoch from dovecote.relay_state"), run=server_run(connection))
+        history = History(taken, connection=connection, broker=system.broker)
+        with pytest.raises(ZeroDivisionError):
+            history.verify_redis(crash_in_between)
+        assert value(system, known) is None
+
+        history.verify_redis(lambda: None)
+
+    assert value(system, known) is not None
+
+
 def test_the_epoch_jumps_past_everything_that_redis_has_heard_of(system_on: SystemOn) -> None:
     system = system_on()
     system.broker.client.set(system.broker.fence_keys[0], 1_000)
