@@ -59,7 +59,7 @@ def test_the_events_of_an_aggregate_in_one_wave_are_one_bundle(system: System) -
     with system.engine.connect() as connection:
         written = connection.scalars(text("select dovecote.envelope(o) from dovecote.outbox o order by position"))
         system.consumer.consume(Bundle(ROUTE, [read_envelope(orjson.loads(one)) for one in written]))
-    request = Request(handler=ROUTE.handler, strength="again", filter=Filter(), reason="a test", requested_by="tester")
+    request = Request(handler=ROUTE.handler, mode="reprocess", filter=Filter(), reason="a test", actor="tester")
     id = replays.start(system.engine, [ROUTE], request).replay_id
     assert id is not None
 
