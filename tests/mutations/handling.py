@@ -138,7 +138,8 @@ HANDLING = (
         "dovecote/store/watched.py",
         "            connection.rollback()\n",
         "            pass\n",
-        "tests/dovecote/store/test_watched.py::test_what_sqlalchemy_takes_for_ended_goes_back_to_the_pool_without_its_transactio"
+        "tests/dovecote/store/test_watched.py::test_what_sqlalchemy_takes_for_ended_goes_back_to_the_pool_without_its_transacti"
+        "o"
         "n",
     ),
     Mutant(

@@ -196,7 +196,7 @@ MUTANTS_OF_READING = (
     ),
     Mutant(
         "a publish is one call however large it is",
-        "dovecote/broker/broker.py",
+        "dovecote/broker/publisher.py",
         "            if size and size + len(bundle.message) > self._publish_bytes:\n",
         "            if False:\n",
         f"{SIZES}::test_a_publish_takes_several_calls_when_it_is_large",

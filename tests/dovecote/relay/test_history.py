@@ -26,7 +26,7 @@ from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.postgres_back import PostgresThatGoesBack, postgres_that_goes_back
 from tests.support.processes import a_place_for_servers, eventually
-from tests.support.system import System, system_for
+from tests.support.system import System, publisher_of, system_for
 
 pytestmark = pytest.mark.servers
 
@@ -214,7 +214,7 @@ def test_a_redis_is_known_only_when_all_that_it_lost_is_sent_again(system_on: Sy
 
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
         taken = TakenOver(value(system, "select epoch from dovecote.relay_state"), run=server_run(connection))
-        history = History(taken, connection=connection, broker=system.broker)
+        history = History(taken, connection=connection, broker=publisher_of(system.broker))
         with pytest.raises(ZeroDivisionError):
             history.verify_redis(crash_in_between)
         assert value(system, known) is None

@@ -39,7 +39,7 @@ from tests.support.effects import (
     write_quotes,
 )
 from tests.support.processes import eventually
-from tests.support.system import System, claim, system_for
+from tests.support.system import System, claim, publisher_of, system_for
 
 pytestmark = pytest.mark.servers
 
@@ -248,7 +248,7 @@ def test_a_relay_whose_record_is_refused_ends(
     system_with: SystemWith, leader_of_epoch: Callable[[System, int], Leader]
 ) -> None:
     system = system_with()
-    claim(system.broker, 6)
+    claim(publisher_of(system.broker), 6)
     with system.engine.begin() as connection:
         connection.execute(text("update dovecote.relay_state set epoch = 7"))
     leader = leader_of_epoch(system, 6)

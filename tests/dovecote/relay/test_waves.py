@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from dovecote.broker.broker import QueuedBundle
+from dovecote.broker.publisher import QueuedBundle
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.operations import replays
 from dovecote.operations.replays import Request
