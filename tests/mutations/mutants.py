@@ -985,7 +985,7 @@ MUTANTS = (
     Mutant(
         "only the first statement of a text is read",
         "dovecote/consumer/statements.py",
-        '        if mark == ";" and parentheses == 0 and blocks == 0:\n',
+        '        if sign == ";" and parentheses == 0 and blocks == 0:\n',
         "        if False:\n",
         CARELESS,
     ),
