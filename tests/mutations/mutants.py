@@ -421,7 +421,7 @@ MUTANTS = (
     ),
     Mutant(
         "a publish is one call however large it is",
-        "dovecote/broker/broker.py",
+        "dovecote/broker/publisher.py",
         "            if size and size + len(bundle.message) > self._publish_bytes:\n",
         "            if False:\n",
         SIZES,
@@ -1069,7 +1069,7 @@ MUTANTS = (
     # The broker ---------------------------------------------------------------------------------
     Mutant(
         "nobody reaps the dead",
-        "dovecote/broker/broker.py",
+        "dovecote/broker/publisher.py",
         "            for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:\n",
         "            for name in ():\n",
         BROKER,

@@ -115,7 +115,7 @@ QUEUES = (
     ),
     Mutant(
         "a paused handler's messages burden its queue",
-        "dovecote/broker/broker.py",
+        "dovecote/broker/publisher.py",
         "            sizes[queue] -= size\n",
         "            pass\n",
         f"{POSTPONED}::test_what_is_held_for_a_paused_handler_is_no_burden_to_others_on_its_queue",

@@ -202,12 +202,12 @@ def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int],
             return Leader(
                 connection=connection,
                 reader=Reader(connection, 0, 100),
-                broker=system.broker,
+                broker=system.publisher,
                 routes=system.routes,
                 settings=system.settings.relay,
                 stop=StopFlag(),
                 history=History(
-                    TakenOver(epoch, run=server_run(connection)), connection=connection, broker=system.broker
+                    TakenOver(epoch, run=server_run(connection)), connection=connection, broker=system.publisher
                 ),
             )
 
@@ -219,13 +219,13 @@ def test_a_relay_of_an_old_epoch_cannot_publish(
 ) -> None:
     system = system_with()
     write_quotes(system, [1])
-    RedisFence(system.broker).claim(Claim(7, "another", "", 0), over="")
+    RedisFence(system.publisher).claim(Claim(7, "another", "", 0), over="")
 
     with pytest.raises(NewerRelay):
         leader_of_epoch(system, 6).lead()
 
     with pytest.raises(NewerRelay):
-        system.broker.publish(6, [])
+        system.publisher.publish(6, [])
     assert queued_positions(system) == []
 
 
@@ -353,7 +353,7 @@ def test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the
 
         wipe(system)
         # What a relay does that slept through its replacement.
-        RedisFence(system.broker).claim(Claim(1, "another", "", 0), over="")
+        RedisFence(system.publisher).claim(Claim(1, "another", "", 0), over="")
 
         with ExitStack() as after:
             if relay == "the next one":
