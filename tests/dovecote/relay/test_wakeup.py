@@ -27,7 +27,7 @@ class Sleepless(StopFlag):
 
 
 def a_writer_would_call(writer: Connection) -> bool:
-    row = writer.execute("select pg_try_advisory_xact_lock_shared(dovecote.bell_key())").fetchone()
+    row = writer.execute("select pg_try_advisory_xact_lock_shared(dovecote.wakeup_key())").fetchone()
     writer.rollback()
     return row == (False,)
 
