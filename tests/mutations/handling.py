@@ -138,7 +138,8 @@ HANDLING = (
         "dovecote/store/watched.py",
         "            connection.rollback()\n",
         "            pass\n",
-        "tests/dovecote/store/test_watched.py::test_what_sqlalchemy_takes_for_ended_goes_back_to_the_pool_without_its_transacti"
+        "tests/dovecote/store/test_watched.py::test_what_sqlalchemy_takes_for_ended_goes_back_to_the_pool_without_its_transact"
+        "i"
         "o"
         "n",
     ),
@@ -152,7 +153,7 @@ HANDLING = (
     Mutant(
         "only the first statement of a text is read",
         "dovecote/consumer/statements.py",
-        '        if mark == ";" and parentheses == 0 and blocks == 0:\n',
+        '        if sign == ";" and parentheses == 0 and blocks == 0:\n',
         "        if False:\n",
         f"{CARELESS}::test_what_a_handler_does_to_its_transaction_is_its_failure_and_its_mates_go_through"
         "[SQL in between-single]",

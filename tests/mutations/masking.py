@@ -166,7 +166,8 @@ MASKING = (
         "dovecote/envelope/stored_json.py",
         "return int(digits) if len(digits) <= _MAX_DIGITS else _short(digits)",
         "return int(digits)",
-        "tests/dovecote/envelope/test_envelope.py::test_of_a_number_that_python_cannot_write_a_command_shows_the_beginni"
+        "tests/dovecote/envelope/test_envelope.py::test_of_a_number_that_python_cannot_write_a_command_shows_the_beginn"
+        "i"
         "n"
         "g",
     ),

@@ -118,7 +118,8 @@ SIGNED = (
         "dovecote/broker/lua/publish.lua",
         "if epoch > tonumber(ARGV[1]) + 1000000 then",
         "if false then",
-        "tests/dovecote/broker/test_broker.py::test_an_epoch_that_somebody_has_made_up_is_a_lost_marker_and_no_newer_rel"
+        "tests/dovecote/broker/test_broker.py::test_an_epoch_that_somebody_has_made_up_is_a_lost_marker_and_no_newer_re"
+        "l"
         "a"
         "y",
     ),

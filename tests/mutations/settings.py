@@ -60,7 +60,8 @@ SETTINGS_AND_CONNECTIONS = (
         "dovecote/migrations/schema.py",
         "'revoke connect, temporary on database %I from public'",
         "'revoke temporary on database %I from public'",
-        "tests/dovecote/local/test_system.py::test_a_server_of_our_own_lets_nobody_into_the_database_without_a_role_of_ou"
+        "tests/dovecote/local/test_system.py::test_a_server_of_our_own_lets_nobody_into_the_database_without_a_role_of_o"
+        "u"
         "r"
         "s",
     ),
