@@ -192,6 +192,11 @@ class Dovecote:
     def __post_init__(self) -> None:
         distinct(self.routes)
 
+    @property
+    def migration_locations(self) -> tuple[Path, ...]:
+        """Return the directories of its revisions, as `dovecote.migrations` wants them."""
+        return () if self.migrations is None else (self.migrations,)
+
 
 def require_name(what: str, name: object) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _MAX_NAME_LENGTH:

@@ -21,7 +21,8 @@ def doctor(as_json: AsJson = False) -> None:
     from dovecote.settings import load_settings
     from dovecote.settings.application import find_app
 
-    found = doctoring.examine(load_settings(), find_app().routes)
+    app = find_app()
+    found = doctoring.examine(load_settings(), app.routes, migration_locations=app.migration_locations)
     if as_json:
         print_json(found.as_json())
     else:

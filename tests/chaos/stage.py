@@ -32,6 +32,7 @@ from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.databases import Databases
 from tests.chaos.history import Rewind
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import eventually
 from tests.support.proxy import Proxy
 
@@ -71,7 +72,7 @@ class Stage:
             self.postgres_url = self.databases.start()
             stack.callback(self.redis.stop)
             self.redis_url = self.redis.start().url
-            schema.upgrade(self.postgres_url)
+            schema.upgrade(self.postgres_url, locations=LOCATIONS)
             with self.connection() as connection:
                 connection.execute(routes.TABLES)
             writers.open_accounts(self.postgres_url)

@@ -23,6 +23,7 @@ from dovecote.settings import Settings
 from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers, eventually
 from tests.support.system import System, system_for
 from workers.gateways import Gateways
@@ -42,7 +43,7 @@ def small_queue() -> Iterator[tuple[str, str]]:
                 if connection.info.server_version < 170_000:
                     pytest.skip("max_notify_queue_pages is of Postgres 17: before, the queue has 8 GB")
                 connection.execute(f"alter system set max_notify_queue_pages = {_PAGES}".encode())
-            schema.upgrade(postgres.url)
+            schema.upgrade(postgres.url, locations=LOCATIONS)
         with servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis):
             yield postgres.url, redis.url
 
