@@ -19,7 +19,7 @@ import psycopg
 import redis
 from psycopg.rows import TupleRow
 
-from workers.children import dying_with_us
+from dovecote.processes.children import dying_with_us
 
 _ROOT = Path(__file__).resolve().parents[1]
 _STOP_SECONDS = 25.0
@@ -104,7 +104,7 @@ class Scene:
 
     def start_consumers(
         self,
-        module: str = "workers.bootstrap:consumers",
+        module: str = "dovecote.bootstrap:consumers",
         *,
         queues: str = "pricing",
         processes: int = 1,

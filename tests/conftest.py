@@ -19,12 +19,15 @@ from psycopg import sql
 from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.database import connect, sessions_for
-from tests.keys import KEYS
-from tests.support import a_place_for_servers, has_enough_memory
-from workers import schema
-from workers.embedded import servers as embedded_servers
-from workers.settings import Settings, load_settings
+from dovecote.local.servers import servers as embedded_servers
+from dovecote.migrations import schema
+from dovecote.settings import Settings, load_settings
+from dovecote.store.connections import connect, sessions_for
+from tests.support.keys import KEYS
+from tests.support.processes import a_place_for_servers, has_enough_memory
+
+# Processes that tests start belong to the application of this repository.
+os.environ.setdefault("DOVECOTE_APP", "workers.app:app")
 
 # Those of docker-compose.yml.
 _POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18.6-trixie")

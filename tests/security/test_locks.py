@@ -17,15 +17,15 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from dovecote.operations.doctor import examine
+from dovecote.relay.leadership import Leadership, LeadershipLost
+from dovecote.relay.sleeper import Sleeper
+from dovecote.relay.wakeup import Waking
+from dovecote.telemetry.meters import RelayMeters
 from tests.conftest import Servers, settings_for
-from tests.effects import a_route, effects_in, make_room_for_effects, write_quotes
-from tests.support import eventually
-from tests.system import System, system_for
-from workers.operations.doctor import examine
-from workers.relay.leadership import Leadership, LeadershipLost
-from workers.relay.sleeping import Sleeper
-from workers.relay.waking import Waking
-from workers.telemetry.meters import RelayMeters
+from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
+from tests.support.processes import eventually
+from tests.support.system import System, system_for
 
 pytestmark = pytest.mark.servers
 
