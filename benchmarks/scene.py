@@ -96,7 +96,7 @@ class Scene:
         # In a session of its own: the lock lives in a transaction, and ends with it.
         with psycopg.connect(self.database_url) as leader:
             leader.execute("lock table dovecote.relay_leader in share update exclusive mode")
-            self.start("relay", words, DOVECOTE_RELAY__STANDBY_SECONDS="0.05", **more)
+            self.start("relay", words, DOVECOTE_RELAY__STANDBY_INTERVAL_SECONDS="0.05", **more)
             standing_by = "select exists (select from pg_stat_activity where application_name = 'dovecote relay lock'"
             standing_by += " and datname = current_database() and state = 'idle' and query = 'rollback')"
             self.until(lambda: self.one(standing_by), 60, "the relay stands by")

@@ -158,7 +158,7 @@ def settings_for(database_url: str, redis_url: str, home: Path, **more: str) -> 
             "REDIS_URL": redis_url,
             "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
             **KEYS,
-            "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
+            "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
             "DOVECOTE_SMS__HANDSET_PATH": str(home / "handset.txt"),
             **more,
         },

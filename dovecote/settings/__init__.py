@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dovecote.privacy import KEY_BYTES, Keyring
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
 from dovecote.settings import keys
 from dovecote.settings.urls import names_ports, secrets_in, without_passwords
 from dovecote.settings.variables import ALIASES, PREFIX, SettingsError, chosen, dotenv
@@ -123,17 +123,17 @@ class Relay(Section):
         le=1_000,
         description="Pause after a batch that was not full, in traffic: a steady stream then comes in bundles.",
     )
-    poll_seconds: float = Field(
+    poll_interval_seconds: float = Field(
         1.0,
         ge=0.05,
         le=60,
         description="Longest time without a look at the outbox when the bell is silent.",
     )
-    busy_poll_ms: float = Field(
+    busy_poll_interval_ms: float = Field(
         10.0, ge=0.5, le=1_000, description="Longest pause between reads while a writer is still at work."
     )
-    standby_seconds: float = Field(0.5, ge=0.05, le=60, description="How often a standby tries to take over.")
-    frozen_after_seconds: float = Field(
+    standby_interval_seconds: float = Field(0.5, ge=0.05, le=60, description="How often a standby tries to take over.")
+    leader_timeout_seconds: float = Field(
         15.0,
         ge=3,
         le=3_600,
@@ -166,10 +166,10 @@ class Consumers(Section):
         le=86_400_000,
         description="A worker silent for so long is dead and its messages are taken back.",
     )
-    idle_wait_ms: int = Field(
+    poll_interval_ms: int = Field(
         1_000, ge=50, le=10_000, description="How long a worker blocks on an empty queue before it looks up."
     )
-    outage_pause_seconds: float = Field(
+    outage_max_backoff_seconds: float = Field(
         1.0, gt=0, le=60, description="Longest pause between two tries while Postgres is away."
     )
 
@@ -334,7 +334,7 @@ def _given(environ: Mapping[str, str], directory: Path | None) -> list[Mapping[s
 
 
 def _running_system(environ: Mapping[str, str]) -> dict[str, str]:
-    system = Home.locate(environ).running()
+    system = StateDirectory.locate(environ).running()
     return system.environment if system else {}
 
 

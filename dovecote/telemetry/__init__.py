@@ -32,7 +32,7 @@ Of each relay:
     dovecote_republished_bundles_total counter: messages sent again because Redis had lost them
     dovecote_reconciled_events_total{handler} counter: events that a queue had lost, sent again
     dovecote_reaped_messages_total counter: messages taken back from dead workers
-    dovecote_bell_rings_total counter: times a writer woke the relay
+    dovecote_wakeups_total counter: times a writer woke the relay
 
 Of the whole system, asked when a relay is scraped, and kept for 5 s. Every relay tells them: take the largest. "At
 least": a count looks at a bounded number of rows, as that of `dovecote status` does.
@@ -58,9 +58,9 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
     dovecote_redis_dead_letters{queue} gauge: messages that a consumer could not read or gave up, in Redis; `dovecote
         doctor` tells which, also on queues that no route has
     dovecote_unrouted_events gauge: events the relay met, of types that have no route
-    dovecote_floors_held gauge: floors of writers at work
-    dovecote_oldest_floor_seconds gauge: how long the writer at the lowest floor has been at work; 0 for none, and where
-        our login may not see it (pg_read_all_stats)
+    dovecote_active_writers gauge: transactions that are writing to the outbox
+    dovecote_oldest_writer_seconds gauge: age of the one with the lowest low-water mark; 0 for none, and where our login
+        may not see it (pg_read_all_stats)
     dovecote_partition_headroom_seconds gauge: how long the partitions made ahead last
     dovecote_default_partition_in_use gauge: 1 when rows lie outside of every week
     dovecote_notify_queue_usage gauge: which part of Postgres's queue of notifications is in use, 0 to 1; from 0.5 on
@@ -69,7 +69,7 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
 Of consumers; one port tells for all worker processes of a Dramatiq master:
 
     dovecote_heartbeat_timestamp_seconds{pid} gauge: last sign of life of the worker's fetching threads, in Unix time
-    dovecote_at_work_seconds{pid} gauge: how long its oldest bundle has been at work, to the second. Idle is 0 and a
+    dovecote_in_flight_seconds{pid} gauge: how long its oldest bundle has been at work, to the second. Idle is 0 and a
         fresh heartbeat; stuck is a number that grows and grows
     dovecote_processed_events_total{handler} counter: events whose effect is committed
     dovecote_failed_events_total{handler,state} counter: failures; the event is retrying or dead then
@@ -84,7 +84,7 @@ Of consumers; one port tells for all worker processes of a Dramatiq master:
 """
 
 from dovecote import settings as options
-from dovecote.telemetry.context import now_at_work
+from dovecote.telemetry.context import set_in_flight
 from dovecote.telemetry.logs import configure_logs, log_uncaught
 from dovecote.telemetry.traces import (
     acting_on,
@@ -103,8 +103,8 @@ __all__ = [
     "consuming",
     "end_traces",
     "log_uncaught",
-    "now_at_work",
     "publishing",
+    "set_in_flight",
     "trace_id",
 ]
 

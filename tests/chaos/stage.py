@@ -26,7 +26,7 @@ from dovecote import operations
 from dovecote.local.servers import Postgres, Redis
 from dovecote.migrations import schema
 from dovecote.processes.children import dying_with_us
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
 from dovecote.store.connections import connect
 from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
@@ -93,8 +93,10 @@ class Stage:
     def _start_system(self) -> None:
         procfile = self.directory / "Procfile"
         procfile.write_text(routes.PROCFILE)
-        self._up = self._start("system", ["workers", "up", "--procfile", str(procfile)])
-        eventually(lambda: Home(self.directory / "home").running() is not None, 60, "a system that announces itself")
+        self._up = self._start("system", ["dovecote", "up", "--procfile", str(procfile)])
+        eventually(
+            lambda: StateDirectory(self.directory / "home").running() is not None, 60, "a system that announces itself"
+        )
         eventually(lambda: self.status().relay.leading and len(self.workers()) == 4, 60, "a leader and four workers")
 
     def _start(self, name: str, words: list[str]) -> "subprocess.Popen[bytes]":
@@ -122,6 +124,7 @@ class Stage:
             # The proxies read what Postgres says.
             "DATABASE_URL": f"{self.postgres_url}?sslmode=disable&gssencmode=disable",
             "REDIS_URL": self.redis_url,
+            "DOVECOTE_APP": "workers.app:app",
             "DOVECOTE_HOME": str(self.directory / "home"),
             "PYTHONPATH": str(ROOT),
             "CHAOS_DIRECTORY": str(self.directory),

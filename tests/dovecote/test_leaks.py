@@ -128,6 +128,7 @@ def leaks(said: str) -> list[str]:
 def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(masking, "_known", set())
     variables = {
+        "DOVECOTE_APP": "workers.app:app",
         "DOVECOTE_HOME": str(tmp_path),
         "DATABASE_URL": f"postgresql://u:{PASSWORD}@db/x",
         "REDIS_URL": f"redis://:{quote(PASSWORD)}@cache:6379/0",

@@ -52,7 +52,7 @@ def start(system: System, tmp_path: Path) -> Iterator[Start]:
                     settings.redis.namespace,
                     str(tmp_path),
                     "DOVECOTE_CONSUMERS__HEARTBEAT_TIMEOUT_MS=1000",
-                    "DOVECOTE_RELAY__STANDBY_SECONDS=0.1",
+                    "DOVECOTE_RELAY__STANDBY_INTERVAL_SECONDS=0.1",
                 ],
                 cwd=ROOT,
                 stdout=(tmp_path / f"{part}.log").open("a"),

@@ -164,10 +164,11 @@ def environment(database_url: str, redis_url: str, home: Path) -> dict[str, str]
     return {
         "DATABASE_URL": database_url,
         "REDIS_URL": redis_url,
+        "DOVECOTE_APP": "workers.app:app",
         "DOVECOTE_HOME": str(home),
         "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
         **KEYS,
-        "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
+        "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
     }
 
 

@@ -83,6 +83,7 @@ def dovecote(urls: Mapping[str, str], servers: Servers, tmp_path: Path) -> Dovec
         environment = {
             "DATABASE_URL": urls[role],
             "REDIS_URL": servers.redis_url,
+            "DOVECOTE_APP": "workers.app:app",
             "DOVECOTE_HOME": str(tmp_path),
             **KEYS,
         }

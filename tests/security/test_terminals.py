@@ -285,6 +285,7 @@ def test_no_command_lets_anything_through(hostile_url: str, tmp_path: Path, monk
     variables = {
         "DATABASE_URL": hostile_url,
         "REDIS_URL": "redis://localhost:1/0",
+        "DOVECOTE_APP": "workers.app:app",
         "DOVECOTE_HOME": str(tmp_path),
         "DOVECOTE_DATABASE__CONNECT_TIMEOUT_SECONDS": "1",
         "DOVECOTE_COMMAND": "dovecote",

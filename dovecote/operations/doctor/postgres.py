@@ -267,7 +267,7 @@ def relay(connection: Connection, subject: Subject) -> Finding:
     if row.history:
         found += f", history {row.history} of {Run.read(row.instance)}"
     # It asks something each second, or once in its poll.
-    longest = _SILENT_SECONDS + 2 * subject.settings.relay.poll_seconds
+    longest = _SILENT_SECONDS + 2 * subject.settings.relay.poll_interval_seconds
     if row.silent_seconds is not None and row.silent_seconds > longest:
         return error(
             "relay.alive",

@@ -72,7 +72,7 @@ def environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
     kept = {
         name: os.environ[name] for name in ("PATH", "DOVECOTE_POSTGRES_BIN", "DOVECOTE_REDIS_BIN") if name in os.environ
     }
-    return {**kept, "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(home), **variables}
+    return {**kept, "DOVECOTE_APP": "workers.app:app", "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(home), **variables}
 
 
 def write_a_membership(url: str) -> None:

@@ -27,10 +27,9 @@ from dovecote.bootstrap import consumer_engine
 from dovecote.consumer.consumer import Consumer, Stopping
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import GatewayUnavailable, NotFound, Refused
-from dovecote.relay import leases
 from dovecote.route import Route
 from dovecote.settings import Settings
-from dovecote.store import deliveries
+from dovecote.store import deliveries, leases
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.chaos.commits import PostgresProxy
@@ -67,7 +66,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.consumer = Consumer(
-            self.sessions, self.gateways, self.stopping, outage_pause_seconds=0.05, keyring=self.gateways.keyring
+            self.sessions, self.gateways, self.stopping, outage_max_backoff_seconds=0.05, keyring=self.gateways.keyring
         )
 
     def write(self, *prices: int, symbol: str = "EUR") -> list[Envelope]:
@@ -772,7 +771,7 @@ def test_what_a_frozen_worker_has_locked_is_waited_for_and_spends_no_attempt(
 ) -> None:
     route = a_route()
     bundle = bench.write(1, 2)
-    consumer = Consumer(sessions_for(consumer_engine_of(route, 400)), bench.gateways, outage_pause_seconds=0.05)
+    consumer = Consumer(sessions_for(consumer_engine_of(route, 400)), bench.gateways, outage_max_backoff_seconds=0.05)
     with closing(psycopg.connect(bench.url, options="-c idle_in_transaction_session_timeout=900")) as frozen:
         frozen.execute(
             "insert into dovecote.processed_events (event_id, handler_name) values (%s, 'test.note')",
@@ -826,7 +825,7 @@ def test_a_failure_whose_record_was_committed_without_a_reply_counts_once(bench:
             proxy.lose_commit_replies(1)
             raise RuntimeError
 
-        Consumer(sessions_for(engine), bench.gateways, outage_pause_seconds=0.05).consume(
+        Consumer(sessions_for(engine), bench.gateways, outage_max_backoff_seconds=0.05).consume(
             a_route(act=fail), bench.write(1)
         )
 
@@ -857,7 +856,7 @@ def test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event(ben
 def test_more_threads_than_connections_wait_for_one_another_and_spend_no_attempt(bench: Bench) -> None:
     engine = connect(bench.url, pool_size=1)
     engine.pool._timeout = 0.05  # type: ignore[attr-defined]  # SQLAlchemy's is half a minute
-    consumer = Consumer(sessions_for(engine), bench.gateways, outage_pause_seconds=0.05)
+    consumer = Consumer(sessions_for(engine), bench.gateways, outage_max_backoff_seconds=0.05)
 
     def slow(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         note_as("test.note", event, uow)
@@ -914,7 +913,7 @@ def test_the_pause_of_a_long_outage_can_be_told(bench: Bench) -> None:
 @pytest.mark.once
 def test_being_told_to_stop_ends_the_wait_for_postgres(bench: Bench) -> None:
     nowhere = connect("postgresql://nobody@127.0.0.1:1/nothing")
-    consumer = Consumer(sessions_for(nowhere), bench.gateways, bench.stopping, outage_pause_seconds=60)
+    consumer = Consumer(sessions_for(nowhere), bench.gateways, bench.stopping, outage_max_backoff_seconds=60)
     bundle = bench.write(1)
     threading.Timer(0.2, bench.stopping.set).start()
 

@@ -22,8 +22,8 @@ from domain.pricing import PriceQuoted
 from dovecote.consumer.consumer import Consumer
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import GatewayUnavailable, Refused
-from dovecote.relay import leases
 from dovecote.settings import Settings
+from dovecote.store import leases
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, make_room_for_effects, note_as
 from tests.support.profiles import examples
@@ -241,7 +241,7 @@ def test_whatever_is_delivered_in_whatever_order_takes_effect_once(
 
     Machine.url, Machine.sessions, Machine.ordered = database_url, sessions, ordered
     Machine.consumer = Consumer(
-        sessions, gateways_for(settings_), outage_pause_seconds=0.05, keyring=settings_.keyring_if_given()
+        sessions, gateways_for(settings_), outage_max_backoff_seconds=0.05, keyring=settings_.keyring_if_given()
     )
     run_state_machine_as_test(Machine, settings=settings(max_examples=examples(25, 400), stateful_step_count=20))
 

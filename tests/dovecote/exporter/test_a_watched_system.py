@@ -102,6 +102,7 @@ def watched(database_url: str, servers: Servers, tmp_path_factory: pytest.TempPa
                 **os.environ,
                 "DATABASE_URL": database_url,
                 "REDIS_URL": servers.redis_url,
+                "DOVECOTE_APP": "workers.app:app",
                 "DOVECOTE_HOME": str(home),
                 "DOVECOTE_REDIS__NAMESPACE": namespace,
                 "TMPDIR": str(home),
@@ -170,11 +171,11 @@ def test_of_two_relays_one_leads_and_both_tell_of_the_system(watched: Watched) -
 
 def test_a_writer_that_wakes_the_relay_is_a_ring_of_the_bell(watched: Watched) -> None:
     leader = watched.leader()
-    before = scrape(leader)("dovecote_bell_rings_total")
+    before = scrape(leader)("dovecote_wakeups_total")
 
     def rings() -> float:
         watched.write(a_quote())
-        return scrape(leader)("dovecote_bell_rings_total") - before
+        return scrape(leader)("dovecote_wakeups_total") - before
 
     eventually(rings, 20, "a ring")
 
@@ -185,10 +186,10 @@ def test_an_open_transaction_of_a_writer_is_a_floor(watched: Watched) -> None:
         uow.emit(a_quote())
         uow.session.flush()
         uow.session.execute(text("select dovecote.append_event('a', '1', 'pricing.price_quoted.v1', '{}')"))
-        held = scrape_until(port, lambda now: now("dovecote_floors_held"), "a survey with a floor in it")
+        held = scrape_until(port, lambda now: now("dovecote_active_writers"), "a survey with a floor in it")
         uow.session.rollback()
 
-    assert held("dovecote_oldest_floor_seconds") > 0
+    assert held("dovecote_oldest_writer_seconds") > 0
 
 
 def test_the_catalogue_names_every_metric_its_type_and_its_labels(watched: Watched) -> None:

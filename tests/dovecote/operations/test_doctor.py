@@ -232,7 +232,7 @@ def test_a_system_without_a_relay_is_found(system: System) -> None:
 
 
 def test_a_relay_that_holds_its_lock_and_does_nothing_is_found(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "_SILENT_SECONDS", -2 * system.settings.relay.poll_seconds + 0.3)
+    monkeypatch.setattr(postgres, "_SILENT_SECONDS", -2 * system.settings.relay.poll_interval_seconds + 0.3)
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as frozen:
         frozen.execute("select pg_advisory_lock(dovecote.leader_key())")
         time.sleep(0.5)  # as long as it must have been silent

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 
 from dovecote.relay import leader as leading
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, make_room_for_effects, write_quotes
 from tests.support.outbox_rows import Connection, insert
@@ -73,7 +73,7 @@ def is_asleep(system: System) -> bool:
     return held
 
 
-class WakeUps(RelayMeters):
+class WakeUps(RelayInstrumentation):
     """How often the relay was woken."""
 
     count = 0
@@ -187,7 +187,7 @@ def test_a_writer_that_sleeps_in_its_transaction_keeps_nobody_busy(system_with: 
 
 @pytest.mark.once
 def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: SystemWith, opened: Opened) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     held, other, wake_ups = opened(), opened(), WakeUps()
     insert(held)
     with system.relay(wake_ups):
@@ -205,7 +205,7 @@ def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: Syste
 def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon(
     system_with: SystemWith, opened: Opened
 ) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     silent = opened()
     insert(silent)
     with system.relay():
@@ -221,7 +221,7 @@ def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_fo
 def test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over(
     system_with: SystemWith, opened: Opened
 ) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     silent = opened()
     insert(silent)
     with system.relay():
@@ -237,9 +237,9 @@ def test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over(
 def test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_rings_once_it_sleeps(
     opened: Opened, relays: Connection
 ) -> None:
-    at_work, another = opened(), opened()
+    in_flight, another = opened(), opened()
 
-    insert(at_work)
+    insert(in_flight)
 
     assert relays.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone() == (True,)
     relays.execute("listen dovecote_outbox")

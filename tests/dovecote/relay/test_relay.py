@@ -18,13 +18,14 @@ from sqlalchemy import make_url, text
 from domain.pricing import PriceQuoted
 from dovecote.bootstrap import relay_for
 from dovecote.errors import NewerRelay
-from dovecote.relay.fence import Claim, RelayMarker
-from dovecote.relay.history import History, TakenOver, run_of
+from dovecote.processes.stop_flag import StopFlag
+from dovecote.relay.fence import Claim, RedisFence
+from dovecote.relay.history import History, TakenOver
 from dovecote.relay.leader import Leader
-from dovecote.relay.sleeper import Sleeper
 from dovecote.route import Route
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader
+from dovecote.store.runs import server_run
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.conftest import Servers, settings_for
 from tests.support.effects import (
@@ -117,12 +118,12 @@ def terminate(system: System, application: str) -> None:
         )
 
 
-# Waking up ----------------------------------------------------------------------------------------
+# Wakeup up ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.once
 def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: SystemWith) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
 
     def there_are(effects: int) -> bool:
         return len(effects_in(system.engine)) == effects
@@ -140,7 +141,7 @@ def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: Sy
 
 
 def test_append_event_rings_the_bell_too(system_with: SystemWith) -> None:
-    system = system_with(RELAY__POLL_SECONDS=60)
+    system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     with system.relay():
         eventually(lambda: is_asleep(system), 5, "a sleeping relay")
 
@@ -154,7 +155,7 @@ def test_append_event_rings_the_bell_too(system_with: SystemWith) -> None:
 
 
 def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_with: SystemWith) -> None:
-    system = system_with(RELAY__STANDBY_SECONDS=0.05)
+    system = system_with(RELAY__STANDBY_INTERVAL_SECONDS=0.05)
     with ExitStack() as stack:
         leader = stack.enter_context(system.relay())
         first = eventually(lambda: leader_pid(system), 5, "a leader")
@@ -176,7 +177,7 @@ def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_wit
 
 @pytest.mark.once
 def test_a_standby_ends_the_session_of_a_leader_that_says_nothing(system_with: SystemWith) -> None:
-    system = system_with(RELAY__FROZEN_AFTER_SECONDS=3)
+    system = system_with(RELAY__LEADER_TIMEOUT_SECONDS=3)
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as frozen:
         frozen.execute("select pg_advisory_lock(dovecote.leader_key())")
         write_quotes(system, [1])
@@ -224,8 +225,10 @@ def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int],
                 broker=system.broker,
                 routes=system.routes,
                 settings=system.settings.relay,
-                sleeper=Sleeper(),
-                history=History(TakenOver(epoch, run=run_of(connection)), connection=connection, broker=system.broker),
+                stop=StopFlag(),
+                history=History(
+                    TakenOver(epoch, run=server_run(connection)), connection=connection, broker=system.broker
+                ),
             )
 
         yield build
@@ -236,7 +239,7 @@ def test_a_relay_of_an_old_epoch_cannot_publish(
 ) -> None:
     system = system_with()
     write_quotes(system, [1])
-    RelayMarker(system.broker).claim(Claim(7, "another", "", 0), over="")
+    RedisFence(system.broker).claim(Claim(7, "another", "", 0), over="")
 
     with pytest.raises(NewerRelay):
         leader_of_epoch(system, 6).lead()
@@ -342,7 +345,7 @@ def test_losing_every_key_of_redis_under_load_loses_and_doubles_nothing(system_w
 
 def test_what_is_still_queued_is_not_queued_again_when_redis_has_lost_the_rest(system_with: SystemWith) -> None:
     routes = (a_route("test.kept", queue="kept"), a_route("test.lost", queue="lost", bundle_size=7))
-    system = system_with(*routes, RELAY__POLL_SECONDS=60)
+    system = system_with(*routes, RELAY__POLL_INTERVAL_SECONDS=60)
     with system.relay():
         write_quotes(system, range(50))
         eventually(lambda: len(queued_positions(system, "lost")) == 50, 5, "everything on the queues")
@@ -370,7 +373,7 @@ def test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the
 
         wipe(system)
         # What a relay does that slept through its replacement.
-        RelayMarker(system.broker).claim(Claim(1, "another", "", 0), over="")
+        RedisFence(system.broker).claim(Claim(1, "another", "", 0), over="")
 
         with ExitStack() as after:
             if relay == "the next one":
@@ -387,7 +390,7 @@ def test_a_retry_is_sent_when_it_is_due(system_with: SystemWith) -> None:
             raise RuntimeError
 
     route = a_route(act=fail_at_first, backoff_seconds=0.3, longest_backoff_seconds=0.3)
-    system = system_with(route, RELAY__POLL_SECONDS=60)
+    system = system_with(route, RELAY__POLL_INTERVAL_SECONDS=60)
 
     with system.running():
         write_quotes(system, [1])

@@ -498,7 +498,7 @@ def wipe(system: System) -> None:
 
 @pytest.mark.once
 def test_losing_redis_or_the_relay_s_connection_in_the_middle_changes_nothing(system_with: SystemWith) -> None:
-    system = system_with(RELAY__STANDBY_SECONDS=0.05)
+    system = system_with(RELAY__STANDBY_INTERVAL_SECONDS=0.05)
     with system.running():
         write_quotes(system, range(1_000))
         system.until_quiet()

@@ -19,7 +19,7 @@ from sqlalchemy import make_url
 from dovecote.bootstrap import broker_for
 from dovecote.broker.broker import QueuedBundle
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.fence import Claim, RelayMarker
+from dovecote.relay.fence import Claim, RedisFence
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader, positions
 from tests.conftest import Servers, settings_for
@@ -197,7 +197,7 @@ def test_a_publish_takes_several_calls_when_it_is_large(servers: Servers, url: s
     with Calls(make_url(servers.redis_url).port or 6379) as proxy:
         through = settings_for(url, proxy.through(servers.redis_url), tmp_path, DOVECOTE_RELAY__PUBLISH_BYTES="100000")
         broker = broker_for(through, [])
-        RelayMarker(broker).claim(Claim(1, "", "", 0), over="")
+        RedisFence(broker).claim(Claim(1, "", "", 0), over="")
         broker.publish(1, [])  # the script is known from now on
         proxy.sizes.clear()
 
@@ -230,6 +230,7 @@ def test_hundreds_of_rows_of_250_kb_cost_the_relay_little_and_redis_no_pause(
     with Calls(make_url(servers.redis_url).port or 6379) as proxy:
         environment = {
             **os.environ,
+            "DOVECOTE_APP": "workers.app:app",
             "DOVECOTE_HOME": str(tmp_path),
             "DATABASE_URL": url,
             "REDIS_URL": proxy.through(servers.redis_url),

@@ -4,8 +4,8 @@ A table lock, because it takes a right on the table: an advisory lock is anybody
 nothing else and so holds back no vacuum, while the leader works in other sessions.
 
 The leadership ends with either session. A thread asks once in a while, in the session with the lock, whether the
-working session is still there. Postgres itself ends both once they have been silent for `frozen_after_seconds`, so that
-a leader which is frozen or cut off does not keep the lock, whatever login the standbys have.
+working session is still there. Postgres itself ends both once they have been silent for `leader_timeout_seconds`, so
+that a leader which is frozen or cut off does not keep the lock, whatever login the standbys have.
 """
 
 import threading
@@ -18,7 +18,7 @@ import psycopg
 import structlog
 
 from dovecote.errors import NewerRelay
-from dovecote.relay.sleeper import Sleeper
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.store.envelopes import Connection
 from dovecote.store.foreign_locks import QUERY, foreign_locks
 
@@ -50,7 +50,7 @@ class LeadershipLost(NewerRelay):
     """The session that holds the leader's lock is over, or no longer sees the one the leader works in."""
 
 
-class Leadership:
+class LeaderLock:
     """The lock of one relay, which works on `working`. A context manager: the lock is given back at its end.
 
     connect  opens a session with autocommit, like `working`
@@ -60,13 +60,13 @@ class Leadership:
         self,
         connect: Callable[[], AbstractContextManager[Connection]],
         working: Connection,
-        sleeper: Sleeper,
-        frozen_after_seconds: float,
+        stop: StopFlag,
+        leader_timeout_seconds: float,
     ) -> None:
         self._connect = connect
         self._working = working
-        self._sleeper = sleeper
-        self._frozen_after = frozen_after_seconds
+        self._stop = stop
+        self._frozen_after = leader_timeout_seconds
         self._open = ExitStack()
         self._lost: str | None = None
         self._told: set[str] = set()
@@ -162,5 +162,5 @@ class Leadership:
             if why is not None:
                 self._lost = why
                 self._session.close()
-                self._sleeper.interrupt()
+                self._stop.interrupt()
                 return
