@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -141,7 +142,7 @@ def _command_section(context: typer.Context, command: typer.core.TyperCommand) -
     text = f"\n## {path}\n\n"
     for paragraph in _paragraphs(command.help):
         example = paragraph.removeprefix("Example: ")
-        text += f"```sh\n{example}\n```\n\n" if example != paragraph else f"{paragraph}\n\n"
+        text += f"```sh\n{example}\n```\n\n" if example != paragraph else f"{_wrapped(paragraph)}\n\n"
     records = [record for parameter in command.params if (record := parameter.get_help_record(context))]
     if records:
         text += "| option | meaning |\n| --- | --- |\n"
@@ -179,7 +180,7 @@ the Dramatiq master of consumers. [Monitoring](../operations/monitoring.md) says
         heading, remark = found.groups()
         text += f"\n## {heading}\n\n"
         if remark := remark.strip():
-            text += f"{remark[0].upper()}{remark[1:].rstrip('.:')}.\n\n"
+            text += _wrapped(f"{remark[0].upper()}{remark[1:].rstrip('.:')}.") + "\n\n"
         text += "| metric | type | labels | meaning |\n| --- | --- | --- | --- |\n"
         for line in re.split(r"\n(?=    \w)", metrics.strip("\n")):
             found = _METRIC.fullmatch(line)
@@ -245,7 +246,7 @@ release. A service keeps its own tables elsewhere.
             for name in names:
                 oid, _, is_view, by_week, meaning = tables[name]
                 kind = "A view." if is_view else "Partitioned by week." if by_week else ""
-                text += f"\n### {name}\n\n{' '.join(filter(None, (meaning, kind)))}\n\n"
+                text += f"\n### {name}\n\n{_wrapped(' '.join(filter(None, (meaning, kind))))}\n\n"
                 if is_view and title == "Internals":
                     continue
                 text += "| column | type | null | meaning |\n| --- | --- | --- | --- |\n"
@@ -310,6 +311,10 @@ def page(name: str, database_url: str | None = None) -> str:
         return _GENERATED + PAGES[name]()
     assert database_url is not None, f"{name} is read from a database"
     return _GENERATED + PAGES_OF_DATABASE[name](database_url)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _cell(text: str) -> str:
