@@ -21,7 +21,11 @@ _MAX_BITS = 256
 
 
 class DovecoteError(Exception):
-    """Anything this package raises on purpose."""
+    """The root of every exception that this package raises on purpose, those that steer a process included.
+
+    One is none of these, because no `except Exception` of a handler may catch it: dovecote.consumer.time_limits.CutOff.
+    Private ones (`_Name`), which never leave their module, need not be.
+    """
 
 
 class DomainError(DovecoteError):

@@ -29,7 +29,7 @@ from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import ForeignLock
 from dovecote.store.loaders import loads_anything
-from dovecote.telemetry.outages import passes
+from dovecote.telemetry.failures import is_transient
 
 log = structlog.get_logger()
 
@@ -84,7 +84,7 @@ class SystemCollector(Collector):
             found = self._ask_postgres(ahead_seconds)
             up["postgres"] = True
         except sqlalchemy.exc.DBAPIError as error:
-            up["postgres"] = not passes(error)
+            up["postgres"] = not is_transient(error)
             if up["postgres"]:  # such as a schema that is still older than this code
                 log.warning("how the system stands is not known", error=f"{type(error).__name__}: {error}")
         finally:

@@ -17,6 +17,7 @@ import psycopg
 import structlog
 
 from dovecote.broker.redis_client import connect_redis
+from dovecote.errors import DovecoteError
 from dovecote.exporter.http import Page
 from dovecote.masking import masked
 from dovecote.migrations import schema
@@ -34,7 +35,7 @@ LIMIT_SECONDS = 2
 _KEPT_SECONDS = 1.0
 
 
-class Missing(Exception):
+class Missing(DovecoteError):
     """It is not there; the message says what is wrong with it."""
 
 

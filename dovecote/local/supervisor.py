@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from dovecote.errors import DovecoteError
 from dovecote.processes.children import die_with_parent, dying_with_us
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.processes.terminal import write_line
@@ -46,7 +47,7 @@ _LINE = re.compile(r"\s*([A-Za-z0-9_-]+)\s*:\s*(\S.*)")
 _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 
 
-class ProcfileError(ValueError):
+class ProcfileError(DovecoteError, ValueError):
     """A line of the Procfile says nothing we understand."""
 
     def __init__(self, number: int, trouble: str) -> None:
@@ -54,7 +55,7 @@ class ProcfileError(ValueError):
         self.number = number
 
 
-class CannotRun(Exception):
+class CannotRun(DovecoteError):
     """A command of the Procfile cannot even be started."""
 
 

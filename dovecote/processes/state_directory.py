@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dovecote.errors import DovecoteError
 from dovecote.processes.children import ServerUser, started_at
 from dovecote.processes.ownership import NotOurs, read_ours, require_ours, require_ours_up_to_root
 
@@ -26,7 +27,7 @@ from dovecote.processes.ownership import NotOurs, read_ours, require_ours, requi
 VAR_TMP = Path("/var/tmp")  # noqa: S108 - names below it are ours or refused, see ensure_private_directory()
 
 
-class StateDirectoryError(Exception):
+class StateDirectoryError(DovecoteError):
     """This directory cannot be a home; the message says why and what to do."""
 
 

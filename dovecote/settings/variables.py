@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
+from dovecote.errors import DovecoteError
 from dovecote.processes.ownership import NotOurs, read_ours
 
 PREFIX = "DOVECOTE_"
@@ -21,7 +22,7 @@ _FILE = "_FILE"
 _MAX_SECRET_BYTES = 65_536
 
 
-class SettingsError(Exception):
+class SettingsError(DovecoteError):
     """A value is wrong or missing; the message is one sentence for the person who starts the process."""
 
 

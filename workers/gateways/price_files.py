@@ -17,11 +17,11 @@ from typing import Any
 
 from domain.pricing import Quote, record_quotes
 from dovecote.database import Sessions
-from dovecote.errors import MAX_SHOWN, DomainError, cut, shown, shown_error
+from dovecote.errors import MAX_SHOWN, DomainError, DovecoteError, cut, shown, shown_error
 from dovecote.unit_of_work import unit_of_work
 
 
-class NotReadable(Exception):
+class NotReadable(DovecoteError):
     """The file as a whole is not what was announced; the message says what it is and what to do."""
 
 

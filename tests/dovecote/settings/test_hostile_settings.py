@@ -74,7 +74,7 @@ def test_the_whole_circle_under(setting: str, settings: Settings) -> None:
         time.sleep(0.15 if quote.price == 1 else 0)  # longer than a transaction may be
         note_as("test.note", quote, uow)
 
-    route = a_route(act=act, ordered=True, replayable=True)
+    route = a_route(function=act, ordered=True, replayable=True)
     let(settings, setting)
     with system_for(settings, [route]) as system:
         make_room_for_effects(system.engine)
@@ -148,7 +148,7 @@ def test_a_transaction_timeout_that_a_handler_sets_is_its_failure_and_no_outage(
         uow.session.execute(text("set local transaction_timeout = '20ms'"))
         uow.session.execute(text("select pg_sleep(1)"))
 
-    with system_for(settings, [a_route(act=act, attempts=3)]) as system, system.running():
+    with system_for(settings, [a_route(function=act, max_attempts=3)]) as system, system.running():
         write_quotes(system, [1])
 
         eventually(lambda: system.status().handlers["test.note"].dead == 1, 20, "a dead event")
@@ -170,7 +170,7 @@ def test_a_record_that_cannot_be_written_is_held_and_says_why(settings: Settings
             raise RuntimeError("twice")
         note_as("test.note", quote, uow)
 
-    with system_for(settings, [a_route(act=act)]) as system:
+    with system_for(settings, [a_route(function=act)]) as system:
         make_room_for_effects(system.engine)
         with system.relay(), capture_logs() as logged:
             write_quotes(system, [1])
