@@ -1,6 +1,6 @@
 """A service's writers: each loads an aggregate, changes it and commits, with or without telling it.
 
-As the README shows it: `unit_of_work`, a repository, a method of the aggregate. A process has one connection.
+As docs/guides/writing-events.md shows it: `unit_of_work`, a repository, a method of the aggregate. A process has one connection.
 """
 
 import json
