@@ -95,7 +95,7 @@ def main() -> None:
         if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
             fail(f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`")
         if isinstance(cause, psycopg.errors.InsufficientPrivilege):
-            fail(f"Postgres refused: {sentence}; grant this login the role that may (docs/operations/deployment.md, Rights)")
+            fail(f"Postgres refused: {sentence}; grant this login the role that may (Deployment, Rights)")
         fail(f"{'Postgres is not there' if is_transient(error) else 'Postgres refused'}: {sentence}")
 
 
