@@ -32,8 +32,8 @@ PICTURES = DOCS / "pictures"
 
 #: The words of each picture, and the columns of its terminal.
 COMMANDS: dict[str, tuple[list[str], int]] = {
-    "status": (["status"], 112),
-    "deliveries": (["deliveries", "list"], 150),
+    "status": (["status"], 130),
+    "deliveries": (["deliveries", "list"], 184),
     "doctor": (["doctor"], 112),
 }
 
