@@ -297,7 +297,7 @@ class _RequiresKeys(Middleware):
 
 
 class _StopsWaiting(Middleware):
-    """Tells consumers that wait for a server to give their message back when the process must end."""
+    """Has consumers that wait for a server requeue their message when the process must end."""
 
     def __init__(self, stopping: threading.Event) -> None:
         self._stopping = stopping

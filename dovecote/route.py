@@ -169,7 +169,7 @@ def _no_gateways(_settings: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Dovecote:
-    """An application: what the library is told by it. `DOVECOTE_APP=package.module:name` says where it is.
+    """An application: what the library gets from it. `DOVECOTE_APP=package.module:name` says where it is.
 
     routes      every handler there is
     gateways    function(settings) that makes what handlers get as `gateways`, once in each process of consumers

@@ -99,7 +99,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
 
 class Supervisor:
-    """Keeps the given processes running until it is told to stop. Used from the main thread only."""
+    """Keeps the given processes running until it is asked to stop. Used from the main thread only."""
 
     def __init__(
         self,
@@ -133,12 +133,12 @@ class Supervisor:
         """Call `ended` from `run_until` when a process that is not of the Procfile ends."""
         pidfd = os.pidfd_open(pid)
 
-        def tell() -> None:
+        def notify() -> None:
             self._selector.unregister(pidfd)
             os.close(pidfd)
             ended()
 
-        self._selector.register(pidfd, selectors.EVENT_READ, tell)
+        self._selector.register(pidfd, selectors.EVENT_READ, notify)
 
     def run_until(self, stop: StopFlag) -> None:
         """Pass on output and start again what ends, until `stop`."""

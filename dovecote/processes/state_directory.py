@@ -107,7 +107,7 @@ class StateDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the home for this process; StateDirectoryBusy if another one does. The kernel lets go for us."""
+        """Hold the directory for this process; the kernel releases it at our end. StateDirectoryBusy if it is held."""
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
@@ -122,7 +122,7 @@ class StateDirectory:
             os.close(descriptor)
 
     def announce(self, environment: Mapping[str, str]) -> None:
-        """Tell other commands that this process runs here, and with which environment."""
+        """Announce to other commands that this process runs here, and with which environment."""
         pid = os.getpid()
         system = RunningSystem(pid, started_at(pid) or 0, dict(environment))
         self._write("system.json", asdict(system))

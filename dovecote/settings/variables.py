@@ -50,7 +50,7 @@ def chosen(sources: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def without_options(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without our options, for a process that is told all of them anew."""
+    """Return the environment without our options, for a process that gets all of them anew."""
     return {name: value for name, value in environ.items() if not is_option(name)}
 
 

@@ -325,7 +325,7 @@ MUTANTS = (
     Mutant(
         "the rest of a full batch of late rows is left",
         "dovecote/store/reader.py",
-        "        self._unseen_above = 0  # the rest is there already, whoever is over next\n",
+        "        self._unseen_above = 0  # the rest is visible already, whichever writer ends next\n",
         "",
         GAPS,
     ),

@@ -10,11 +10,12 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from domain.pricing import PriceQuoted
-from dovecote import database, operations
+from dovecote import operations
 from dovecote.operations import doctor
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
 from dovecote.settings import Settings
+from dovecote.store import connections
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
@@ -125,7 +126,7 @@ def end_sessions_named(settings: Settings, name: str) -> None:
 def test_a_connection_that_ended_while_it_was_idle_is_replaced_before_anybody_has_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PING_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "_PING_AFTER_SECONDS", 0.05)
     engine = connect(settings.database.url.get_secret_value(), application_name="idle writer")
     writers = sessions_for(engine)
     with unit_of_work(writers) as uow:
