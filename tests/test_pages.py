@@ -52,8 +52,8 @@ def test_every_table_to_query_and_each_of_its_columns_has_a_meaning() -> None:
 
     for name in generate.TO_QUERY:
         meaning, *columns = page.section(name).strip().split("\n| `")
-        assert meaning.partition("\n")[0].endswith("."), name
-        assert [column for column in columns if re.search(r"\|\s*\|$", column.strip())] == [], name
+        assert meaning.partition("\n\n")[0].endswith("."), name
+        assert [f"{name}.{column.partition('`')[0]}" for column in columns if column.rstrip().endswith("|  |")] == []
 
 
 def test_the_api_page_has_every_public_name() -> None:
@@ -185,6 +185,15 @@ def test_prose_is_no_wider_than_code(page: Page) -> None:
 
 
 # The site ----------------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_navigation_of_the_site_and_on_its_first_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r"([\w/-]+\.md)$", navigation, re.MULTILINE)
+    pages = [str(page.path.relative_to(DOCS)) for page in PAGES[1:]]
+
+    assert sorted(listed) == sorted(pages)
+    assert sorted({*Page("docs/index.md").links(), "index.md"}) == sorted(pages)
 
 
 @pytest.mark.skipif(find_spec("zensical") is None, reason="the extra `docs` is not installed")
