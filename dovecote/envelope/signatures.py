@@ -53,12 +53,14 @@ class MessageKey:
 
     id: bytes
     _for_messages: bytes = field(repr=False)
-    _for_marks: bytes = field(repr=False)
+    _for_crash_counts: bytes = field(repr=False)
 
     @classmethod
     def of(cls, id: str, secret: bytes) -> "MessageKey":
         """Return the key of a row of message_keys."""
-        derived = (hmac.digest(secret, context, "sha256") for context in (b"dovecote message", b"dovecote crash mark"))
+        derived = (
+            hmac.digest(secret, context, "sha256") for context in (b"dovecote message", b"dovecote crash counts")
+        )
         return cls(id.encode("ascii"), *derived)
 
     def signed(self, unsigned: bytes) -> bytes:
@@ -71,16 +73,16 @@ class MessageKey:
         expected = b"".join((_BEFORE, self.id, digest, _AFTER))
         return hmac.compare_digest(message[-TAIL_BYTES:], expected)
 
-    def sign_mark(self, message_id: str, mark: bytes) -> bytes:
-        """Return the mark with a signature behind it that holds for this message."""
-        return b"".join((mark, b"\n", self.id, self._mark_digest(message_id, mark)))
+    def sign_crash_counts(self, message_id: str, counts: bytes) -> bytes:
+        """Return the crash counts with a signature behind them that holds for this message."""
+        return b"".join((counts, b"\n", self.id, self._crash_counts_digest(message_id, counts)))
 
-    def has_signed_mark(self, message_id: str, mark: bytes, digest: bytes) -> bool:
-        """Return whether the mark is as this key has signed it for this message."""
-        return hmac.compare_digest(digest, self._mark_digest(message_id, mark))
+    def has_signed_crash_counts(self, message_id: str, counts: bytes, digest: bytes) -> bool:
+        """Return whether the crash counts are as this key has signed them for this message."""
+        return hmac.compare_digest(digest, self._crash_counts_digest(message_id, counts))
 
-    def _mark_digest(self, message_id: str, mark: bytes) -> bytes:
-        return _digest(self._for_marks, b"\n".join((message_id.encode(), mark)))
+    def _crash_counts_digest(self, message_id: str, counts: bytes) -> bytes:
+        return _digest(self._for_crash_counts, b"\n".join((message_id.encode(), counts)))
 
 
 def _digest(key: bytes, data: bytes | memoryview) -> bytes:
@@ -95,8 +97,8 @@ def key_id_of(message: bytes) -> bytes | None:
     return tail[len(_BEFORE) :][:_ID_BYTES]
 
 
-def split_mark(found: bytes) -> tuple[bytes, bytes, bytes] | None:
-    """Return a mark, the id of the key it says it was signed with, and its digest; None for what is no signed mark."""
+def split_crash_counts(found: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """Return crash counts, the id of the key that they name, and their digest; None for what is not signed."""
     at = len(found) - _ID_BYTES - _DIGEST_BYTES
     if at < 1 or found[at - 1 : at] != b"\n":
         return None
@@ -167,7 +169,7 @@ class MessageKeys:
         return found
 
     def newest(self) -> MessageKey:
-        """Return the key to sign a mark with. Errors: NoMessageKey besides."""
+        """Return the key to sign crash counts with. Errors: NoMessageKey besides."""
         if self._newest is None:
             with self._lock:
                 self._ask()

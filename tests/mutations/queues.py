@@ -206,9 +206,9 @@ QUEUES = (
     ),
     Mutant(
         "what cannot be written is called an outage",
-        "dovecote/consumer/consumer.py",
-        "            if is_transient(error):\n                log.warning(",
-        "            if True:\n                log.warning(",
+        "dovecote/consumer/retrying.py",
+        "    if is_transient(error):\n        log.warning(",
+        "    if True:\n        log.warning(",
         HOSTILE,
     ),
 )

@@ -30,6 +30,7 @@ from dovecote.relay.history import History, take_over
 from dovecote.relay.leader import Leader
 from dovecote.settings import Settings
 from dovecote.store import leases
+from dovecote.store.bundle import Bundle
 from dovecote.store.reader import Reader
 from dovecote.store.replays import Filter
 from dovecote.unit_of_work import UnitOfWork
@@ -210,7 +211,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         def act(self, message: Message, acknowledged: bool) -> None:
             envelopes = [read_envelope(fields) for fields in message.envelopes]
-            system.consumer.consume(route, envelopes, retry=message.retry, replay=message.replay)
+            system.consumer.consume(Bundle(route, envelopes, retry=message.retry, replay=message.replay))
             self.seen.append(message)
             if acknowledged:
                 key = f"{system.settings.redis.namespace}:{route.queue}"
