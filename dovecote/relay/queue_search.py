@@ -14,13 +14,13 @@ from uuid import UUID
 from dovecote.broker.broker import OutboxBroker
 from dovecote.envelope import handler_named_in
 from dovecote.envelope.signatures import MessageKey, key_id_of
-from dovecote.relay.bundler import EVENT_ID
+from dovecote.envelope.wire import event_ids_of_first_delivery
 
 # Ids of one call, sizes of one call, and bytes of messages of one call, or a single one that is larger.
 _IDS, _SIZES, _BYTES = 5_000, 500, 4_000_000
 # Bytes of one question. In a longer queue an event that was not found may be further on.
 _MAX_READ_BYTES = 64_000_000
-_REQUEUE = (Path(__file__).parents[1] / "broker" / "lua" / "requeue.lua").read_bytes()
+_REQUEUE = (Path(__file__).parents[1] / "broker" / "lua" / "restore.lua").read_bytes()
 
 
 class _TooMuch(Exception):
@@ -46,7 +46,7 @@ class QueueSearch:
     def not_queued(self, queue: str, handler: str, events: Collection[UUID]) -> set[UUID]:
         """Return those of the events that are in no message for this handler that anybody will get.
 
-        None are while messages are put aside for the handler, which are about to come back, nor in a queue that is
+        None are while messages are held for the handler, which are about to come back, nor in a queue that is
         longer than one question reads: what is lost there is found when it has become shorter.
         """
         left = {str(event).encode() for event in events}
@@ -67,7 +67,7 @@ class QueueSearch:
 
     def requeue(self, epoch: int, queue: str, handler: str, id: str) -> bool:
         """Put a message back on its queue that is in no list and in nobody's hands; return whether it was."""
-        keys = [f"{self._namespace}:__relay__", self._key(queue), self._heartbeats, self._aside(queue, handler)]
+        keys = [f"{self._namespace}:__relay__", self._key(queue), self._heartbeats, self._held(queue, handler)]
         return bool(self._requeue(keys=keys, args=[epoch, id, f"{self._namespace}:__acks__.", queue, _IDS]))
 
     def _is_near(self, queue: str, handler: str, left: set[bytes]) -> bool:
@@ -79,16 +79,16 @@ class QueueSearch:
                 pipeline.srandmember(f"{self._namespace}:__acks__.{worker}.{queue}", _IDS)
             pipeline.lrange(self._key(queue), 0, _IDS - 1)
             pipeline.llen(self._key(queue))
-            pipeline.exists(self._aside(queue, handler))
-            *held, head, length, is_aside = pipeline.execute(raise_on_error=False)
-        for reply in (head, length, is_aside):
+            pipeline.exists(self._held(queue, handler))
+            *acks, head, length, is_held = pipeline.execute(raise_on_error=False)
+        for reply in (head, length, is_held):
             if isinstance(reply, Exception):
                 raise reply
-        # What is no set, no worker of ours holds.
-        held = [ids for ids in held if not isinstance(ids, Exception)]
-        if is_aside:
+        # What is no set is no worker's of ours.
+        acks = [ids for ids in acks if not isinstance(ids, Exception)]
+        if is_held:
             left.clear()
-        for ids in (*held, head):
+        for ids in (*acks, head):
             left -= self._events_in(queue, handler, ids, left)
         return bool(left) and length > len(head)
 
@@ -97,16 +97,11 @@ class QueueSearch:
         for message in self._messages(queue, ids):
             if wanted <= found:
                 break
-            # The last line tells what the message is for. A retry acts on what is in `deliveries` alone, and a replay
-            # on what was acted on: neither brings an event that is neither.
-            *envelopes, options = message.split(b"\n")
-            if (
-                handler_named_in(message) == handler
-                and b'"retry":true' not in options
-                and b'"replay":' not in options
-                and self._is_signed(message)
-            ):
-                found.update(envelope[EVENT_ID] for envelope in envelopes[1:])
+            if handler_named_in(message) != handler:
+                continue
+            events = event_ids_of_first_delivery(message)
+            if events and self._is_signed(message):
+                found.update(events)
         return found & wanted
 
     def _is_signed(self, message: bytes) -> bool:
@@ -141,5 +136,5 @@ class QueueSearch:
     def _key(self, queue: str) -> str:
         return f"{self._namespace}:{queue}"
 
-    def _aside(self, queue: str, handler: str) -> str:
-        return f"{self._namespace}:{queue}.aside.{handler}"
+    def _held(self, queue: str, handler: str) -> str:
+        return f"{self._namespace}:{queue}.held.{handler}"

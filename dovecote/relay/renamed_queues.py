@@ -40,7 +40,7 @@ _MAX_NAMES, _MAX_NAME_LENGTH = 1_000, 500
 _REAPED_QUEUES = 20
 
 _ACKS = "__acks__."
-_ASIDE = ".aside."
+_HELD = ".held."
 _MESSAGES = ".msgs"
 
 Name = TypeVar("Name", bound=Hashable)
@@ -48,22 +48,22 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass
 class _There:
-    """What Redis has: queues, those of which a worker holds messages, and lists of what is put aside."""
+    """What Redis has: queues, those with messages in flight (`acks`), and lists of held messages."""
 
     known: Set[str]
     queues: set[str] = field(default_factory=set)
-    held: set[str] = field(default_factory=set)
-    aside: set[tuple[str, str]] = field(default_factory=set)
+    acks: set[str] = field(default_factory=set)
+    held: set[tuple[str, str]] = field(default_factory=set)
     seen: int = 0
 
     def add(self, name: str) -> None:
         if len(name) > _MAX_NAME_LENGTH:
             return
         if name.startswith(_ACKS):
-            self._add(self.held, name.removeprefix(_ACKS).partition(".")[2])
-        elif _ASIDE in name:
-            queue, _, handler = name.partition(_ASIDE)
-            self._add(self.aside, (queue, handler))
+            self._add(self.acks, name.removeprefix(_ACKS).partition(".")[2])
+        elif _HELD in name:
+            queue, _, handler = name.partition(_HELD)
+            self._add(self.held, (queue, handler))
         elif name.endswith(_MESSAGES) and not name.endswith(f".XQ{_MESSAGES}"):
             self._add(self.queues, name.removesuffix(_MESSAGES))
 
@@ -121,8 +121,8 @@ class RenamedQueues:
             for key in keys:
                 there.add(key.decode("utf-8", "replace").partition(":")[2])
             yield
-        unknown_held = there.held - self._known
-        names = sorted(unknown_held)
+        unknown = there.acks - self._known
+        names = sorted(unknown)
         for start in range(0, len(names), _REAPED_QUEUES):
             try:
                 self._broker.reap(names[start : start + _REAPED_QUEUES])
@@ -134,16 +134,16 @@ class RenamedQueues:
         # Today's queues once: only a deploy makes a message of a handler that has left be on one.
         for queue in sorted(there.queues if self._is_first else there.queues - self._known):
             moved += yield from self._move_from(queue)
-        for queue, handler in sorted(there.aside):
+        for queue, handler in sorted(there.held):
             if self._queue_of.get(handler, queue) != queue:
                 moved += yield from self._move_from(queue, handler)
         self._is_first = False
-        self.next_look = time.monotonic() + (_LOOK_SOON_SECONDS if moved or unknown_held else _POLL_INTERVAL_SECONDS)
+        self.next_look = time.monotonic() + (_LOOK_SOON_SECONDS if moved or unknown else _POLL_INTERVAL_SECONDS)
 
     def _move_from(self, queue: str, handler: str | None = None) -> Generator[None, None, int]:
         """Move what lies there, one call a step; return how many messages."""
         prefix = f"{self._broker.namespace}:"
-        suffix = f"{_ASIDE}{handler}" if handler else ""
+        suffix = f"{_HELD}{handler}" if handler else ""
         source = f"{prefix}{queue}{suffix}"
         try:
             looked_at = self._ends_of(source)

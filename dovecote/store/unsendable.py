@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 # What the handler has acted on is done, whatever has become of the row since; what is given up stays given up. A row of
 # a retry keeps its replay. Nothing is written by a relay that has been replaced.
-_SET_ASIDE = """
+_SET_HELD = """
     insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
         event_type, state, error_type, error_fingerprint, error, replay_id)
     select unreadable.handler, o.id, o.position, o.aggregate_type, o.aggregate_id, o.event_type,
@@ -60,7 +60,7 @@ def set_aside(connection: Connection, epoch: int, rows: Sequence[Unreadable], re
         return
     errors = [UnreadableRow(masked(problem)) for _, _, problem in rows]
     connection.execute(
-        _SET_ASIDE,
+        _SET_HELD,
         {
             "epoch": epoch,
             "replay": replay,

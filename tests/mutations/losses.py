@@ -5,20 +5,20 @@ from tests.mutations.mutant import Mutant
 MISSING, RECONCILING = "tests/dovecote/relay/test_recovery.py", "tests/dovecote/relay/test_reconciler.py"
 
 MISSING_PY, RECONCILING_PY = "dovecote/relay/recovery.py", "dovecote/relay/reconciler.py"
-QUEUED_PY, REQUEUE_LUA = "dovecote/relay/queue_search.py", "dovecote/broker/lua/requeue.lua"
+QUEUED_PY, REQUEUE_LUA = "dovecote/relay/queue_search.py", "dovecote/broker/lua/restore.lua"
 
 LOSSES = (
     # Redis ----------------------------------------------------------------------------------------
     Mutant(
         "the search for what Redis has lost reads all of history",
-        MISSING_PY,
+        "dovecote/store/progress.py",
         "coalesce(p.open, '{}') + int8multirange(int8range(coalesce(p.examined, s.since), null, '()'))",
         "int8multirange(int8range(s.since, null, '()'))",
         f"{MISSING}::test_the_search_begins_at_the_mark_and_where_there_is_none_with_the_subscription",
     ),
     Mutant(
         "a handler without a mark has lost nothing",
-        MISSING_PY,
+        "dovecote/store/progress.py",
         "    where coalesce(p.examined, s.since) is not null\n",
         "    where p.examined is not null\n",
         f"{MISSING}::test_the_search_begins_at_the_mark_and_where_there_is_none_with_the_subscription",
@@ -33,20 +33,20 @@ LOSSES = (
     Mutant(
         "what is in no batch is sent in each step that meets it",
         MISSING_PY,
-        "[one for one in blocks if one > block]",
-        "blocks",
+        "[one for one in step.blocks if one > block]",
+        "step.blocks",
         f"{MISSING}::test_what_is_in_no_batch_though_the_checkpoint_has_passed_it_is_sent_and_a_second_try_is_the_same",
     ),
     Mutant(
         "what is in no batch is sent though it is about to be published",
-        MISSING_PY,
+        "dovecote/store/published_batches.py",
         "      and o.position <= (select checkpoint from dovecote.relay_state)\n",
         "",
         f"{MISSING}::test_what_is_in_no_batch_though_the_checkpoint_has_passed_it_is_sent_and_a_second_try_is_the_same",
     ),
     Mutant(
         "what is in a batch is cut once more beside it",
-        MISSING_PY,
+        "dovecote/store/published_batches.py",
         "      and not exists (select from dovecote.published_batches b where b.positions @> o.position)\n",
         "",
         f"{MISSING}::test_what_is_in_no_batch_though_the_checkpoint_has_passed_it_is_sent_and_a_second_try_is_the_same",
@@ -60,7 +60,7 @@ LOSSES = (
     ),
     Mutant(
         "what was written before a handler's time is missing",
-        MISSING_PY,
+        "dovecote/store/progress.py",
         " and found.position > w.since_position\n",
         "\n",
         f"{MISSING}::test_what_a_handler_does_not_want_is_not_missing_among_what_it_wants",
@@ -76,13 +76,13 @@ LOSSES = (
     Mutant(
         "what is acknowledged during the look is sent again",
         RECONCILING_PY,
-        "for position in self._unsettled(connection, route, multirange(suspects))}",
+        "for position in self._unfinished(connection, route, multirange(suspects))}",
         "for position in suspects}",
         f"{RECONCILING}::test_what_a_worker_finishes_during_the_look_is_not_lost",
     ),
     Mutant(
         "what was published just now is looked for",
-        RECONCILING_PY,
+        "dovecote/store/published_batches.py",
         "    where not p.lately @> c.position\n",
         "    where true\n",
         f"{RECONCILING}::test_only_what_was_published_long_ago_is_looked_for",
@@ -96,28 +96,28 @@ LOSSES = (
     ),
     Mutant(
         "queues are looked at while the leader fills them",
-        RECONCILING_PY,
+        "dovecote/store/progress.py",
         " and redis_run_id is not null)",
         ")",
         f"{RECONCILING}::test_a_handler_that_waits_for_something_else_is_left_alone",
     ),
     Mutant(
         "a paused handler's events are sent again",
-        RECONCILING_PY,
+        "dovecote/store/progress.py",
         "           and not exists (select from dovecote.paused_handlers h where h.handler_name = p.handler_name)\n",
         "",
         f"{RECONCILING}::test_a_handler_that_waits_for_something_else_is_left_alone",
     ),
     Mutant(
         "what is left for later is sent at once",
-        RECONCILING_PY,
+        "dovecote/store/progress.py",
         "           and not exists (select from dovecote.postponed h where h.handler_name = p.handler_name)\n",
         "",
         f"{RECONCILING}::test_a_handler_that_waits_for_something_else_is_left_alone",
     ),
     Mutant(
         "what a replay sends is sent again",
-        RECONCILING_PY,
+        "dovecote/store/progress.py",
         "and r.state in ('pending', 'running'))",
         "and false)",
         f"{RECONCILING}::test_a_handler_that_waits_for_something_else_is_left_alone",
@@ -152,38 +152,38 @@ LOSSES = (
     ),
     Mutant(
         "a retry brings an event that has not failed",
-        QUEUED_PY,
-        """ and b'"retry":true' not in options""",
+        "dovecote/envelope/wire.py",
+        """b'"retry":true' in tail or """,
         "",
         f"{RECONCILING}::test_what_is_in_messages_that_nobody_acts_on_for_it_is_lost",
     ),
     Mutant(
         "a replay brings an event that was not acted on",
-        QUEUED_PY,
-        """ and b'"replay":' not in options""",
+        "dovecote/envelope/wire.py",
+        """ or b'"replay":' in tail""",
         "",
         f"{RECONCILING}::test_what_is_in_messages_that_nobody_acts_on_for_it_is_lost",
     ),
     Mutant(
         "another handler's message brings the event",
         QUEUED_PY,
-        "handler_named_in(message) == handler\n",
-        "True\n",
+        "if handler_named_in(message) != handler:",
+        "if False:",
         f"{RECONCILING}::test_what_is_in_messages_that_nobody_acts_on_for_it_is_lost",
     ),
     Mutant(
         "what is in a worker's hands is lost",
         QUEUED_PY,
-        "        for ids in (*held, head):\n",
+        "        for ids in (*acks, head):\n",
         "        for ids in (head,):\n",
         f"{RECONCILING}::test_what_is_in_hand_or_in_another_message_is_not_lost",
     ),
     Mutant(
         "messages held for a paused handler are lost",
         QUEUED_PY,
-        "        if is_aside:\n",
+        "        if is_held:\n",
         "        if False:\n",
-        f"{RECONCILING}::test_what_is_put_aside_and_comes_back_soon_is_not_lost",
+        f"{RECONCILING}::test_what_is_held_and_comes_back_soon_is_not_lost",
     ),
     Mutant(
         "only the head of a queue is looked at",

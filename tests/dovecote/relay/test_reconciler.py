@@ -258,9 +258,9 @@ def test_a_message_that_somebody_will_get_is_not_put_back(
     assert not is_put_back(queued)
     assert not is_put_back(taken)
     assert not is_put_back(placeless, epoch - 1)
-    client.rpush(key_of(system, f"test.aside.{HANDLER}"), placeless)
+    client.rpush(key_of(system, f"test.held.{HANDLER}"), placeless)
     assert not is_put_back(placeless)
-    client.delete(key_of(system, f"test.aside.{HANDLER}"))
+    client.delete(key_of(system, f"test.held.{HANDLER}"))
     assert is_put_back(placeless)
     lose(system, placeless)
     assert not is_put_back(placeless)
@@ -376,12 +376,12 @@ def test_a_handler_that_waits_for_something_else_is_left_alone(system_with: Call
     assert Looking(system).look() == 0
 
 
-def test_what_is_put_aside_and_comes_back_soon_is_not_lost(system_with: Callable[..., System]) -> None:
+def test_what_is_held_and_comes_back_soon_is_not_lost(system_with: Callable[..., System]) -> None:
     system = system_with()
     publish(system, 4)
     published_long_ago(system)
     client: Any = system.broker.client
-    client.rename(key_of(system), key_of(system, f"test.aside.{HANDLER}"))
+    client.rename(key_of(system), key_of(system, f"test.held.{HANDLER}"))
 
     # A deploy has changed the size: the same events would go in messages with other ids.
     assert Looking(system, [a_route(HANDLER, bundle_size=5, time_limit_seconds=1)]).look() == 0

@@ -26,12 +26,13 @@ from domain.pricing import PriceQuoted
 from dovecote.envelope import read_envelope
 from dovecote.operations import replays
 from dovecote.processes.stop_flag import StopFlag
-from dovecote.relay.history import History, take_over
+from dovecote.relay.history import History
 from dovecote.relay.leader import Leader
 from dovecote.settings import Settings
 from dovecote.store import leases
 from dovecote.store.bundle import Bundle
 from dovecote.store.reader import Reader
+from dovecote.store.relay_state import take_over
 from dovecote.store.replays import Filter
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, write_quotes

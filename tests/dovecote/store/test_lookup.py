@@ -17,7 +17,8 @@ from dovecote.consumer.retrying import Stopping
 from dovecote.consumer.stuck import _record as record_of_stuck
 from dovecote.consumer.time_limits import Watch
 from dovecote.envelope import Envelope
-from dovecote.envelope.signatures import TAIL_BYTES, newest_key
+from dovecote.envelope.signatures import newest_key
+from dovecote.envelope.wire import TAIL_BYTES
 from dovecote.relay.bundler import Bundler
 from dovecote.settings import Settings
 from dovecote.store.bundle import Bundle

@@ -21,7 +21,7 @@ from dovecote.operations.handlers import pause, resume
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.postponed import Postponer
+from dovecote.relay.postponer import Postponer
 from dovecote.route import Route, queues
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.conftest import Servers, settings_for
@@ -247,7 +247,7 @@ def test_whatever_happens_nothing_is_lost_doubled_or_out_of_order(system_with: S
 
 
 @pytest.mark.once
-def test_what_is_put_aside_for_a_paused_handler_is_no_burden_to_others_on_its_queue(system_with: SystemWith) -> None:
+def test_what_is_held_for_a_paused_handler_is_no_burden_to_others_on_its_queue(system_with: SystemWith) -> None:
     paused, other = a_route("test.paused", queue="both"), a_route("test.other", queue="both")
     system = system_with(paused, other)
 
@@ -303,7 +303,7 @@ def test_a_relay_that_was_replaced_postpones_nobody(system_with: SystemWith) -> 
     system = system_with()
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
         postponer = a_postponer(connection, system.routes, epoch=7)
-        postponer.measured(RedisUsage(used=0, maxmemory=0, queued={"down": BOUND}, aside={}))
+        postponer.measured(RedisUsage(used=0, maxmemory=0, queued={"down": BOUND}, held={}))
 
         with pytest.raises(NewerRelay):
             postponer.admit([(1, "pricing.price_quoted.v1", b"{}")])
