@@ -127,7 +127,8 @@ def _commands(
     group: typer.core.TyperGroup, context: typer.Context
 ) -> Iterator[tuple[typer.Context, typer.core.TyperCommand]]:
     for name in group.list_commands(context):
-        command = group.get_command(context, name)
+        # What `get_command` returns may be a line of help alone: the rest is imported when the command is used.
+        _, command, _ = group.resolve_command(context, [name])
         assert command is not None
         inner = typer.Context(command, info_name=name, parent=context)
         if isinstance(command, typer.core.TyperGroup):

@@ -83,10 +83,11 @@ def unknown_in(line: str) -> list[str]:
     if words[0] in OF_THE_CHECKOUT:
         return []
     while words and isinstance(command, typer.core.TyperGroup):
-        found = command.get_command(context, words[0])
-        if found is None:
+        if words[0] not in command.list_commands(context):
             return words[:1]
-        command, words = found, words[1:]
+        _, found, words = command.resolve_command(context, words)
+        assert found is not None
+        command = found
     if command.name == "exec":
         return []
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
