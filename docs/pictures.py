@@ -91,10 +91,10 @@ def _system() -> Iterator[Mapping[str, str]]:
         try:
             assert up.stdout is not None
             for line in up.stdout:
-                if "is running" in line:
+                if "relay leads" in line:
                     break
             else:
-                raise RuntimeError("`dovecote up` ended before it ran")
+                raise RuntimeError("`dovecote up` ended before a relay led")
             # What it prints from now on must not fill the pipe.
             subprocess.Popen(["cat"], stdin=up.stdout, stdout=subprocess.DEVNULL)
             yield environment
@@ -126,10 +126,13 @@ def _run(words: list[str], environment: Mapping[str, str]) -> str:
         env=dict(environment),
         cwd=environment["DOVECOTE_HOME"],
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
-        check=True,
+        timeout=300,
+        check=False,
     )
+    if done.returncode:
+        raise RuntimeError(f"dovecote {' '.join(words)} ended with {done.returncode}: {done.stdout}")
     return done.stdout
 
 
