@@ -7,6 +7,7 @@ FROM python:3.13.16-slim-trixie AS build
 WORKDIR /source
 COPY pyproject.toml README.md CHANGELOG.md LICENSE Procfile ./
 COPY domain domain
+COPY dovecote dovecote
 COPY workers workers
 COPY migrations migrations
 RUN python -m venv /opt/dovecote \

@@ -27,7 +27,7 @@ from dovecote.consumer.time_limits import GRACE_SECONDS
 from dovecote.consumer.transaction import MAX_SILENCE_SECONDS
 from dovecote.envelope.message_reader import Received, RefusedMessage
 from dovecote.masking import never_show
-from dovecote.migrations import schema
+from dovecote.migrations import waiting
 from dovecote.operations.maintainer import Maintainer
 from dovecote.processes.children import die_with_parent
 from dovecote.processes.terminal import refuse
@@ -73,7 +73,7 @@ def start_consumers(app: Dovecote) -> None:
         app.gateways(settings),
         stopping,
         settings.consumers.outage_max_backoff_seconds,
-        partial(schema.await_current, engine, stopping),
+        partial(waiting.await_current, engine, stopping),
         instrumentation,
         keyring=settings.keyring_if_given(),
     )

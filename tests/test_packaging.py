@@ -86,13 +86,16 @@ def run(*command: str, variables: Mapping[str, str] | None = None) -> str:
 def test_the_wheel_holds_code_migrations_scripts_and_procfile_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
 
-    for folder, pattern in (("migrations/sql", "*.sql"), ("migrations/versions", "*.py"), ("workers/lua", "*.lua")):
+    for folder, pattern, inside in (
+        ("dovecote/migrations/sql", "*.sql", "dovecote/migrations/sql/"),
+        ("dovecote/migrations/versions", "*.py", "dovecote/migrations/versions/"),
+        ("dovecote/broker/lua", "*.lua", "dovecote/broker/lua/"),
+    ):
         here = sorted(path.name for path in (ROOT / folder).glob(pattern))
-        inside = f"workers/{folder.removeprefix('workers/')}/"
         assert here
         assert sorted(name.removeprefix(inside) for name in names if name.startswith(inside)) == here
-    assert {"workers/Procfile", "workers/migrations/env.py", "dovecote/py.typed", "workers/py.typed"} <= set(names)
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"domain", "workers", "dovecote"}
+    assert {"dovecote/Procfile", "dovecote/migrations/env.py", "dovecote/py.typed"} <= set(names)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"dovecote"}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 

@@ -13,10 +13,10 @@ from sqlalchemy import Connection, Engine, text
 from dovecote.operations.handlers import Pause, paused
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.unprocessed import unprocessed
-from dovecote.operations.unrouted import UnroutedType, unrouted
 from dovecote.route import Route
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import QUERY, ForeignLock, foreign_locks
+from dovecote.store.unrouted import UnroutedType, unrouted
 
 # Rows looked at. They set what `status` costs: some 100 ms all together with ten million events on a busy machine.
 _MAX_UNPUBLISHED = 20_000
@@ -99,7 +99,7 @@ _POSITIONS = text(
     select s.checkpoint, h.last_position, s.owner, s.epoch, s.history, s.instance, leader.is_there,
            dovecote.sequence_fault() as fault,
            case when leader.is_there then s.stands_back_for end as stands_back_for
-    from dovecote.relay_state s, dovecote.horizon() h,
+    from dovecote.relay_state s, dovecote.low_watermark() h,
          (select exists (select from dovecote.leader()) as is_there) leader
     """
 )

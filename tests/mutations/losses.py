@@ -76,8 +76,8 @@ LOSSES = (
     Mutant(
         "what is acknowledged during the look is sent again",
         RECONCILING_PY,
-        "for position in self._unfinished(connection, route, multirange(suspects))}",
-        "for position in suspects}",
+        "for position in self._unfinished(connection, route, multirange(missing))}",
+        "for position in missing}",
         f"{RECONCILING}::test_what_a_worker_finishes_during_the_look_is_not_lost",
     ),
     Mutant(

@@ -67,7 +67,7 @@ def history(system: System) -> str | None:
 
 
 def heartbeat(system: System) -> int:
-    found: int = value(system, "select last_value from dovecote.relay_beat")
+    found: int = value(system, "select last_value from dovecote.relay_heartbeat")
     return found
 
 

@@ -292,8 +292,8 @@ def test_what_stays_at_the_head_hides_nothing_behind_it(
 def test_a_quiet_system_is_not_asked_anything(
     system_with: Callable[..., System], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovecote.relay.reconciler._SHORTEST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("dovecote.relay.reconciler._LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dovecote.relay.reconciler._MIN_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dovecote.relay.reconciler._MAX_PAUSE_SECONDS", 0.01)
     system = system_with()
     with system.running():
         write_quotes(system, range(4))
@@ -358,10 +358,10 @@ def test_what_a_worker_finishes_during_the_look_is_not_lost(system_with: Callabl
 @pytest.mark.parametrize(
     "state",
     [
-        f"insert into dovecote.paused_handlers (handler_name, paused_by, reason) values ('{HANDLER}', 'test', 'test')",
+        f"insert into dovecote.paused_handlers (handler_name, actor, reason) values ('{HANDLER}', 'test', 'test')",
         f"insert into dovecote.postponed (handler_name, after_position) values ('{HANDLER}', 0)",
-        "insert into dovecote.replays (handler_name, strength, filter, upto_position, state, requested_by, reason)"
-        f" values ('{HANDLER}', 'missing', '{{}}', 9, 'running', 'test', 'test')",
+        "insert into dovecote.replays (handler_name, mode, filter, upto_position, state, actor, reason)"
+        f" values ('{HANDLER}', 'backfill', '{{}}', 9, 'running', 'test', 'test')",
         "update dovecote.relay_state set redis_run_id = null",
     ],
     ids=["paused", "postponed", "replayed", "being sent again"],

@@ -133,7 +133,7 @@ def test_late_rows_that_fill_a_batch_go_first_and_hold_the_checkpoint(url: str, 
     reader = Reader(connection, 0, 100, batch_bytes=500_000)
     with psycopg.connect(url) as late:
         # What the trigger would do, and the beginning of a transaction that stays open.
-        late.execute("select pg_try_advisory_xact_lock_shared(dovecote.floor_key(0))")
+        late.execute("select pg_try_advisory_xact_lock_shared(dovecote.writer_key(0))")
         held = [insert_past_the_trigger(late, a_document(200), aggregate_id="A") for _ in range(5)]
         passed = fill(connection, [0])
         assert positions(reader.read().rows) == passed
