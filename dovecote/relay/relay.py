@@ -13,7 +13,7 @@ import psycopg
 import structlog
 from redis import RedisError
 
-from dovecote.broker.broker import OutboxBroker
+from dovecote.broker.publisher import Publisher
 from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
@@ -109,7 +109,7 @@ class Relay:
     def __init__(
         self,
         settings: Settings,
-        broker: OutboxBroker,
+        broker: Publisher,
         routes: Sequence[Route],
         instrumentation: RelayInstrumentation | None = None,
         maintain: Callable[[], None] | None = None,

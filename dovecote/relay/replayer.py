@@ -17,7 +17,7 @@ from uuid import UUID
 
 import structlog
 
-from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.broker.publisher import Publisher, QueuedBundle
 from dovecote.relay.bundler import Bundler, bundle, packed
 from dovecote.route import Route
 from dovecote.store.active_replays import ActiveReplay, ActiveReplays
@@ -110,7 +110,7 @@ class Replayer:
         connection: Connection,
         reader: Reader,
         bundler: Bundler,
-        broker: OutboxBroker,
+        broker: Publisher,
         routes: Sequence[Route],
         epoch: int,
         retry_while_unavailable: Callable[[Callable[[], object]], None],

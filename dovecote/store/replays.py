@@ -164,7 +164,7 @@ _MATCHED: dict[str, str] = {
 
 _SETTLED: dict[str, str] = {
     "backfill": "(p.event_id is not null or d.event_id is not null)",
-    # Gone from processed_events: its week was dropped meanwhile, and nobody may act on it any more.
+    # Gone from processed_events: its week was dropped meanwhile, and it must not be acted on any more.
     "reprocess": "(p.replay_id is not distinct from %(replay)s or p.event_id is null or d.event_id is not null)",
 }
 

@@ -419,7 +419,7 @@ def test_a_replay_waits_while_its_handler_is_paused(system_with: SystemWith) -> 
         id = replay(system)
         time.sleep(1.5)  # the relay has looked at it by now; there is nothing to be seen of what it does not do
         waiting = replays.shown(system.engine, id)
-        sent = system.broker.holds_messages("test")
+        sent = system.publisher.holds_messages("test")
         operations.resume_handler(system.engine, system.routes, "test.note", actor="tester")
         done = until_over(system, id)
 
