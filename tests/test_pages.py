@@ -270,7 +270,3 @@ def test_every_page_that_the_code_names_is_there(folder: str) -> None:
     }
 
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-
-
-def test_the_change_log_has_a_place_for_what_comes_next() -> None:
-    assert "## Unreleased" in Page("CHANGELOG.md").text
