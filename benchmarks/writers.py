@@ -1,4 +1,4 @@
-"""What an event costs the service that writes it: a domain row only, with an outbox row, with the announcement and the wake-up.
+"""What an event costs the writer: a domain row only, with an outbox row, with the announcement and the wake-up.
 
 Eight connections, as fast as they can. Measured twice. `service`: processes that write as the README shows, which
 is what a user pays and what is judged. `bare`: pgbench, whose own work is next to nothing, so that nothing
