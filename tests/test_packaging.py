@@ -93,10 +93,10 @@ depends_on = "{schema.revisions(locations=())[-1]}"
 branch_labels = ("application",)
 
 def upgrade() -> None:
-    op.execute("create table shop_parcels (id text primary key)")
+    op.execute("create table public.shop_parcels (id text primary key)")
 
 def downgrade() -> None:
-    op.execute("drop table shop_parcels")
+    op.execute("drop table public.shop_parcels")
 """
 
 

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def show_settings(
     as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option(help="As the README's table.")] = False,
+    markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False,
     in_force: Annotated[bool, typer.Option(help="The values in force, secrets masked.")] = False,
 ) -> None:
     """Print every option with its default, unit and meaning.
@@ -46,7 +46,7 @@ def show_settings(
 
 
 def settings_table() -> str:
-    """Return the options as a Markdown table; the README holds a copy that a test keeps true."""
+    """Return the options as a Markdown table."""
     from dovecote.settings import options
 
     lines = ["| variable | default | unit | meaning |", "| --- | --- | --- | --- |"]
