@@ -1,10 +1,14 @@
 """A transactional outbox: what a service commits in Postgres reaches every handler exactly once.
 
-Everything that a service needs is here; importing it needs SQLAlchemy and nothing else.
+Everything that a service needs is here; it needs SQLAlchemy and nothing else. A name is imported when it is first
+asked for, so that a command that needs no database does not wait for SQLAlchemy.
 """
 
 import os
 import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 
 def _forget_current_directory() -> None:
@@ -29,24 +33,26 @@ def _forget_current_directory() -> None:
 
 _forget_current_directory()
 
-from dovecote.errors import (  # noqa: E402 - only now nothing is imported from where the process was started
-    ConcurrentChange,
-    DomainError,
-    DovecoteError,
-    GatewayUnavailable,
-    InvalidEvent,
-    InvalidValue,
-    NotFound,
-    RateLimited,
-    Refused,
-)
-from dovecote.events import Event, readable_as, sensitive, upcaster  # noqa: E402 - see above
-from dovecote.events.money import Money  # noqa: E402 - see above
-from dovecote.privacy import Keyring  # noqa: E402 - see above
-from dovecote.route import Dovecote, Route  # noqa: E402 - see above
-from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, unit_of_work  # noqa: E402 - see above
+if TYPE_CHECKING:
+    from dovecote.errors import (
+        ConcurrentChange,
+        DomainError,
+        DovecoteError,
+        GatewayUnavailable,
+        InvalidEvent,
+        InvalidValue,
+        NotFound,
+        RateLimited,
+        Refused,
+    )
+    from dovecote.events import Event, readable_as, sensitive, upcaster
+    from dovecote.events.money import Money
+    from dovecote.privacy import Keyring
+    from dovecote.route import Command, Dovecote, Route
+    from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, unit_of_work
 
 __all__ = [
+    "Command",
     "ConcurrentChange",
     "DomainError",
     "Dovecote",
@@ -68,3 +74,50 @@ __all__ = [
     "unit_of_work",
     "upcaster",
 ]
+
+# Where each public name is defined.
+_MODULES = {
+    "Command": "route",
+    "ConcurrentChange": "errors",
+    "DomainError": "errors",
+    "Dovecote": "route",
+    "DovecoteError": "errors",
+    "Event": "events",
+    "GatewayUnavailable": "errors",
+    "InvalidEvent": "errors",
+    "InvalidValue": "errors",
+    "Keyring": "privacy",
+    "Money": "events.money",
+    "NotFound": "errors",
+    "RateLimited": "errors",
+    "Refused": "errors",
+    "Route": "route",
+    "UnitOfWork": "unit_of_work",
+    "readable_as": "events",
+    "run_unit_of_work": "unit_of_work",
+    "sensitive": "events",
+    "unit_of_work": "unit_of_work",
+    "upcaster": "events",
+}
+
+
+class _Package(ModuleType):
+    """This package. Its attribute `unit_of_work` is the function, also after the module of that name was imported."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "unit_of_work":
+            return import_module(f"{__name__}.unit_of_work").unit_of_work
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        setattr(self, name, value)  # asked for once
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -92,6 +92,10 @@ class MissingPackage(DovecoteError):
     """An optional package is not installed; the message names the extra that brings it."""
 
 
+class WrongRequest(DovecoteError):
+    """What was asked for makes no sense; asked again it makes none either. The message says what would."""
+
+
 class GatewayUnavailable(DovecoteError):
     """The outside world does not answer at present: try again, with growing pauses."""
 

@@ -6,69 +6,27 @@ Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 the com
 import io
 import os
 import sys
-from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, cast
 
-import psycopg
-import sqlalchemy.exc
 import typer
 
-from dovecote import masking, operations
-from dovecote.cli import audit as auditing
-from dovecote.cli import deliveries, events, handlers, keys, status
-from dovecote.cli import doctor as doctoring
-from dovecote.cli import recover as recovering
-from dovecote.cli import replays as replaying
-from dovecote.cli import retention as maintaining
-from dovecote.cli import run as running
-from dovecote.cli import settings as looking
+from dovecote.cli.commands import Commands
 from dovecote.cli.output import fail, note, say
-from dovecote.errors import DovecoteError
-from dovecote.local.binaries import ServerError
-from dovecote.local.supervisor import CannotRun, ProcfileError
-from dovecote.migrations import schema
-from dovecote.processes.state_directory import StateDirectoryError
+from dovecote.errors import DovecoteError, WrongRequest
 from dovecote.processes.terminal import refuse, write_block
-from dovecote.settings import SettingsError
-from dovecote.settings.application import find_app
-from dovecote.telemetry.failures import is_transient, traceback_of
+from dovecote.settings.variables import SettingsError
 
 # What Typer raises for a wrong word; it has no public name for it.
 _WRONG_COMMAND = cast(type[Exception], typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="A transactional outbox.",
     epilog="Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 command or setting is wrong.",
 )
-
-
-def _commands_of_the_application() -> list[Any]:
-    try:
-        return [import_module(module) for module in find_app().commands]
-    except SettingsError:
-        return []  # commands that need an application say so
-
-
-for commands in (
-    running,
-    status,
-    events,
-    deliveries,
-    handlers,
-    auditing,
-    replaying,
-    doctoring,
-    recovering,
-    keys,
-    looking,
-    maintaining,
-):
-    commands.register(app)
-for of_the_application in _commands_of_the_application():
-    of_the_application.register(app)
 
 
 def main() -> None:
@@ -84,18 +42,33 @@ def main() -> None:
         raise SystemExit(code or 0)
     except _WRONG_COMMAND as error:
         _refuse_command(error)
-    except (SettingsError, operations.WrongRequest) as error:
+    except (SettingsError, WrongRequest) as error:
         refuse(str(error))
-    except (DovecoteError, StateDirectoryError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:
+    except DovecoteError as error:
         fail(str(error))
-    except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
-        cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
-        sentence = masking.masked((str(cause).strip() or type(cause).__name__).splitlines()[0], most=1_000)
-        if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
-            fail(f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`")
-        if isinstance(cause, psycopg.errors.InsufficientPrivilege):
-            fail(f"Postgres refused: {sentence}; grant this login the role that may (README, Rights)")
-        fail(f"{'Postgres is not there' if is_transient(error) else 'Postgres refused'}: {sentence}")
+    except Exception as error:
+        if sentence := _what_postgres_says(error):
+            fail(sentence)
+        raise
+
+
+def _what_postgres_says(error: Exception) -> str | None:
+    """Return an error of the database as a sentence, with what to do; None for any other error."""
+    import psycopg
+    import sqlalchemy.exc
+
+    from dovecote.masking import masked
+    from dovecote.telemetry.failures import is_transient
+
+    cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+    if not isinstance(error, sqlalchemy.exc.DBAPIError | psycopg.Error):
+        return None
+    sentence = masked((str(cause).strip() or type(cause).__name__).splitlines()[0], most=1_000)
+    if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
+        return f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`"
+    if isinstance(cause, psycopg.errors.InsufficientPrivilege):
+        return f"Postgres refused: {sentence}; grant this login the role that may (README, Rights)"
+    return f"{'Postgres is not there' if is_transient(error) else 'Postgres refused'}: {sentence}"
 
 
 def _refuse_command(error: Any) -> NoReturn:
@@ -112,9 +85,12 @@ def _refuse_command(error: Any) -> NoReturn:
 
 def _unexpected(_: type[BaseException], error: BaseException, __: object) -> None:
     """Print an error that is a bug of ours: it may hold anything of an event."""
+    from dovecote.masking import masked
+    from dovecote.telemetry.failures import traceback_of
+
     if isinstance(error, KeyboardInterrupt):
         raise SystemExit(130)
-    write_block(sys.stderr, masking.masked(traceback_of(error)))
+    write_block(sys.stderr, masked(traceback_of(error)))
 
 
 def _version(wanted: bool) -> None:

@@ -1,40 +1,38 @@
 """Commands that run processes: the whole system, one relay, the migration, a client that finds the system."""
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from dovecote.bootstrap import app_or_exit, run_relay
 from dovecote.cli.options import DryRun
 from dovecote.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
-from dovecote.local.clients import environment_for_clients
-from dovecote.local.supervisor import prefixed, stop_on_signals
-from dovecote.local.system import PROCFILE, STOP_SECONDS, LocalSystem, local_system
-from dovecote.migrations import schema
+from dovecote.cli.system import settings
 from dovecote.processes.terminal import refuse
-from dovecote.settings import load_settings
 
-
-def register(app: typer.Typer) -> None:
-    app.command()(up)
-    app.command()(relay)
-    app.command()(migrate)
-    app.command(name="exec", context_settings={"ignore_unknown_options": True})(execute)
+if TYPE_CHECKING:
+    from dovecote.local.system import LocalSystem
 
 
 def up(
-    procfile: Annotated[Path, typer.Option(help="Which processes to run.", exists=True)] = PROCFILE,
+    procfile: Annotated[
+        Path | None, typer.Option(help="Which processes to run.", exists=True, show_default="that of the application")
+    ] = None,
 ) -> None:
     """Run a whole system here until Ctrl-C: servers where none are given, relay, consumers.
 
     Example: DOVECOTE_HOME=/var/tmp/mine dovecote up
     """
-    with stop_on_signals() as stop, local_system(os.environ, say, procfile) as system:
+    from dovecote.local.supervisor import prefixed, stop_on_signals
+    from dovecote.local.system import PROCFILE, STOP_SECONDS, local_system
+
+    with stop_on_signals() as stop, local_system(os.environ, say, procfile or PROCFILE) as system:
         supervisor = system.supervisor(prefixed(system.processes, sys.stdout))
         supervisor.start()
         try:
@@ -51,6 +49,8 @@ def relay() -> None:
 
     Example: dovecote relay
     """
+    from dovecote.bootstrap import app_or_exit, run_relay
+
     run_relay(app_or_exit())
 
 
@@ -66,7 +66,9 @@ def migrate(
 
     Example: DATABASE_URL=postgresql://... dovecote migrate
     """
-    url = load_settings(needs_redis=False).database.url.get_secret_value()
+    from dovecote.migrations import schema
+
+    url = settings(needs_redis=False).database.url.get_secret_value()
     steps = schema.steps(url, to) if down_to is None else schema.steps_back(url, down_to)
     if not dry_run:
         (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to)
@@ -84,10 +86,12 @@ def execute(command: Annotated[list[str], typer.Argument(help="Command and its a
 
     Example: dovecote exec psql -c 'select * from outbox_events limit 5'
     """
-    settings = load_settings()
+    from dovecote.local.clients import environment_for_clients
+
+    given = settings()
     urls = {
-        "DATABASE_URL": settings.database.url.get_secret_value(),
-        "REDIS_URL": settings.redis.url.get_secret_value(),
+        "DATABASE_URL": given.database.url.get_secret_value(),
+        "REDIS_URL": given.redis.url.get_secret_value(),
     }
     try:
         os.execvpe(command[0], command, environment_for_clients(urls, os.environ))  # noqa: S606 - the words are the user's own
@@ -105,7 +109,7 @@ def _introduce(system: LocalSystem) -> None:
             add_row(table, "  " + server.name, server.address, server.origin)
         else:
             add_row(table, "  server", f"the one of {variable}", "")
-    add_row(table, "  home", str(system.home.path), "")
+    add_row(table, "  state directory", str(system.home.path), "")
     if system.servers:
         add_row(table, "  data", str(system.data), "")
     add_row(table, "  processes", ", ".join(system.processes), "")
@@ -116,7 +120,7 @@ def _introduce(system: LocalSystem) -> None:
     command = os.environ.get("DOVECOTE_COMMAND", "dovecote")
     for words, meaning in (
         ("status", "how far everything is"),
-        ("demo --events 1000", "write facts and see them become effects"),
+        ("demo --events 1000", "write events and see them become effects"),
         ("exec psql", "look into the tables"),
     ):
         say(f"  {command} {words:<20} {meaning}")

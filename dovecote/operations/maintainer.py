@@ -65,7 +65,7 @@ class Maintainer:
         wanted = self._settings.retention
         done = retention.maintain(
             engine,
-            by=f"relay@{socket.gethostname()}",
+            actor=f"relay@{socket.gethostname()}",
             keep_weeks=wanted.keep_weeks,
             archive_dir=wanted.archive_path,
             weeks_ahead=wanted.weeks_ahead,
@@ -77,5 +77,5 @@ class Maintainer:
             log.warning(
                 "week held back",
                 week=held.week,
-                by=[f"{one.events} {one.what} {one.handler or ''}".strip() for one in held.obstacles],
+                by=[f"{one.events} {one.what} {one.handler or ''}".strip() for one in held.blockers],
             )

@@ -1,8 +1,7 @@
 """Repair the sequence of positions after Postgres was restored, replicated or altered, and send what was not seen."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import psycopg
 import sqlalchemy.exc
@@ -42,9 +41,6 @@ class Recovery:
     unread: int
     sent_again: dict[str, int]
     at_least: list[str]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _STATE = text("select handed_out, highest_known, dovecote.sequence_fault() as fault from dovecote.sequence_state()")

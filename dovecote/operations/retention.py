@@ -1,4 +1,4 @@
-"""Weeks: made ahead, and dropped when they are old and nothing of them is owed any more.
+"""Weeks: partitions made ahead, and dropped when they are old and nothing needs them any more.
 
 What holds a week back is decided in SQL, `dovecote.week_obstacles`, and `dovecote.drop_week` asks it again under lock:
 no caller can drop what is still needed. docs/adr/0011-dropping-weeks.md says how and why.
@@ -6,7 +6,7 @@ no caller can drop what is still needed. docs/adr/0011-dropping-weeks.md says ho
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Archived(DovecoteError):
 
 
 @dataclass(frozen=True)
-class Obstacle:
+class PartitionBlocker:
     """Why a week cannot go yet.
 
     what     unpublished, unprocessed, unknown version, retrying, waiting, dead, replay
@@ -58,7 +58,7 @@ class DroppedWeek:
 @dataclass(frozen=True)
 class HeldWeek:
     week: str
-    obstacles: Sequence[Obstacle]
+    blockers: Sequence[PartitionBlocker]
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,12 @@ class Maintenance:
     dropped: Sequence[DroppedWeek] = field(default=())
     held: Sequence[HeldWeek] = field(default=())
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Week:
     """One week's partitions. Rows are estimates of Postgres' statistics, never counted; bytes are all three tables'.
 
-    obstacles  what is seen at a glance: not what no handler has acted on, which takes reading the week
+    blockers  what is seen at a glance: not what no handler has acted on, which takes reading the week
     """
 
     week: str
@@ -96,20 +93,21 @@ class Week:
     processed: int
     bytes: int
     is_old: bool
-    obstacles: Sequence[Obstacle]
+    blockers: Sequence[PartitionBlocker]
 
 
 @dataclass(frozen=True)
 class Partitions:
-    """headroom_weeks: how many whole weeks after this one have partitions; strays: rows in the default partitions."""
+    """Weeks, and what is beside them.
+
+    headroom_weeks  how many whole weeks after this one have partitions
+    misplaced_rows  rows in the default partitions
+    """
 
     weeks: Sequence[Week]
     headroom_weeks: int
-    strays: int
+    misplaced_rows: int
     dropped: Sequence[dict[str, Any]]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _WEEKS = text(
@@ -133,9 +131,9 @@ _WEEKS = text(
     order by w.starts_at
     """
 )
-_OBSTACLES = text(
+_BLOCKERS = text(
     "select handler_name, obstacle, events, example, false as at_least"
-    " from dovecote.week_obstacles(:lower_id, :upper_id) order by 1, 2"
+    " from dovecote.week_blockers(:lower_id, :upper_id) order by 1, 2"
 )
 # What an index tells at once. Whether every handler has acted on every event is not among it.
 _AT_A_GLANCE = text(
@@ -165,7 +163,7 @@ _AT_A_GLANCE = text(
     """  # noqa: S608 - put together from constants
 )
 _SUBSCRIBED = text("select count(*) from dovecote.subscriptions where handler_name = :handler")
-_STRAYS = text(
+_MISPLACED = text(
     """
     select coalesce(sum(greatest(c.reltuples, s.n_live_tup, 0)), 0)::bigint
     from pg_class c left join pg_stat_all_tables s on s.relid = c.oid
@@ -218,14 +216,14 @@ _IN_WEEK = {
 def maintain(
     engine: Engine,
     *,
-    by: str,
+    actor: str,
     keep_weeks: int,
     archive_dir: Path | None = None,
     weeks_ahead: int = 4,
     dry_run: bool = False,
     routes: Sequence[Route] = (),
 ) -> Maintenance:
-    """Make partitions ahead, put strays into their weeks, and drop weeks older than `keep_weeks` whole ones.
+    """Make partitions ahead, move misplaced rows into their weeks, and drop weeks older than `keep_weeks` whole ones.
 
     `keep_weeks` 0 drops nothing. Each week goes in a transaction of its own, archived first where there is a directory.
     A kill at any point leaves the partition, or a complete archive, or both. A week that something still needs is
@@ -234,7 +232,7 @@ def maintain(
     """
     made = moved = 0
     if not dry_run:
-        moved = _place_strays(engine)
+        moved = _place_misplaced_rows(engine)
         with engine.begin() as connection:
             made = connection.execute(
                 text("select dovecote.ensure_partitions(:ahead)"), {"ahead": weeks_ahead}
@@ -244,20 +242,20 @@ def maintain(
         with _unhurried(engine) as connection, connection.begin():
             if not dry_run:
                 connection.execute(text("select dovecote.hold_week(:week)"), {"week": week.week})
-            obstacles = _obstacles(connection, week, routes)
-            if obstacles:
-                held.append(HeldWeek(week.week, obstacles))
+            blockers = _blockers(connection, week, routes)
+            if blockers:
+                held.append(HeldWeek(week.week, blockers))
             elif dry_run:
                 dropped.append(DroppedWeek(week.week, week.events, None, None))
             else:
-                dropped.append(_drop(connection, week, by, archive_dir))
+                dropped.append(_drop(connection, week, actor, archive_dir))
     return Maintenance(dry_run, keep_weeks, made, moved, dropped, held)
 
 
-def partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ()) -> Partitions:
+def list_partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ()) -> Partitions:
     """Return every week that has partitions, and what is seen at a glance to hold those back that are over.
 
-    A dry run of `maintain` tells it exactly, and reads the old weeks for that.
+    A dry run of `maintain` finds out exactly, and reads the old weeks for that.
     """
     now = datetime.now(UTC)
     with snapshot(engine) as connection:
@@ -271,13 +269,13 @@ def partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ())
                 row.processed,
                 row.bytes,
                 row.week in old,
-                _obstacles(connection, row, routes, _AT_A_GLANCE) if row.ends_at <= now else (),
+                _blockers(connection, row, routes, _AT_A_GLANCE) if row.ends_at <= now else (),
             )
             for row in connection.execute(_WEEKS).all()
         ]
-        strays = connection.execute(_STRAYS).scalar_one()
+        misplaced = connection.execute(_MISPLACED).scalar_one()
         dropped = [dict(row._mapping) for row in connection.execute(_DROPPED)]
-    return Partitions(weeks, sum(1 for week in weeks if week.starts_at > now), strays, dropped)
+    return Partitions(weeks, sum(1 for week in weeks if week.starts_at > now), misplaced, dropped)
 
 
 def require_present(
@@ -305,30 +303,30 @@ def require_present(
         raise Archived(f"events of that range are not in the outbox any more: {places}")
 
 
-def forget_handler(
-    engine: Engine, handler: str, *, by: str, routes: Sequence[Route] = (), dry_run: bool = False
+def unsubscribe_handler(
+    engine: Engine, handler: str, *, actor: str, routes: Sequence[Route] = (), dry_run: bool = False
 ) -> int:
     """End the subscriptions of a handler that is gone for good; return how many there were.
 
     What it has not processed holds no week back any more. What failed in it stays until it is discarded.
     Errors: WrongRequest for a handler that `routes` still have, or that has no subscription.
     """
-    require_who_and_why(by, None)
+    require_who_and_why(actor, None)
     if handler in {route.handler for route in routes}:
-        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before it is forgotten")
+        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before you unsubscribe it")
     with changing(engine, WrongRequest) as connection:
         subscribed: int = connection.execute(_SUBSCRIBED, {"handler": handler}).scalar_one()
         if not subscribed:
             raise WrongRequest(f"no handler {handler!r} has subscriptions")
         if not dry_run:
-            connection.execute(text("select dovecote.forget_handler(:handler, :by)"), {"handler": handler, "by": by})
+            connection.execute(text("select dovecote.forget_handler(:handler, :by)"), {"handler": handler, "by": actor})
     return subscribed
 
 
 # Moving and dropping -----------------------------------------------------------------------------
 
 
-def _place_strays(engine: Engine) -> int:
+def _place_misplaced_rows(engine: Engine) -> int:
     copied = 1
     while copied:
         with _unhurried(engine) as connection, connection.begin():
@@ -338,14 +336,14 @@ def _place_strays(engine: Engine) -> int:
     return moved
 
 
-def _drop(connection: Connection, week: Any, by: str, archive_dir: Path | None) -> DroppedWeek:
+def _drop(connection: Connection, week: Any, actor: str, archive_dir: Path | None) -> DroppedWeek:
     """Drop a week that this transaction holds."""
     packed = _archive(connection, week, archive_dir) if archive_dir else None
     gone = connection.execute(
         text("select * from dovecote.drop_week(:week, :by, :archive, :checksum, :events, :processed)"),
         {
             "week": week.week,
-            "by": by,
+            "by": actor,
             "archive": str(packed.path.absolute()) if packed else None,
             "checksum": packed.checksum if packed else None,
             "events": packed.rows["outbox"] if packed else None,
@@ -388,13 +386,13 @@ def _old(connection: Connection, keep_weeks: int) -> list[Any]:
     return [week for week in connection.execute(_WEEKS) if keep_weeks and week.starts_at < border]
 
 
-def _obstacles(
-    connection: Connection, week: Any, routes: Sequence[Route], query: TextClause = _OBSTACLES
-) -> list[Obstacle]:
+def _blockers(
+    connection: Connection, week: Any, routes: Sequence[Route], query: TextClause = _BLOCKERS
+) -> list[PartitionBlocker]:
     bounds = {"lower_id": week.lower_id, "upper_id": week.upper_id}
-    more = {} if query is _OBSTACLES else {"handler": None, "most": _MAX_COUNTED}
+    more = {} if query is _BLOCKERS else {"handler": None, "most": _MAX_COUNTED}
     return [
-        Obstacle(
+        PartitionBlocker(
             row.handler_name,
             row.obstacle,
             row.events,
@@ -406,11 +404,11 @@ def _obstacles(
     ]
 
 
-def _advice(handler: str | None, obstacle: str, routes: Sequence[Route]) -> str:
-    forgotten = routes and handler not in {route.handler for route in routes}
-    if forgotten and obstacle in ("unprocessed", "unknown version"):
-        return f"no route has this handler: bring it back, or `dovecote maintain --forget-handler {handler}`"
-    match obstacle:
+def _advice(handler: str | None, blocker: str, routes: Sequence[Route]) -> str:
+    is_gone = routes and handler not in {route.handler for route in routes}
+    if is_gone and blocker in ("unprocessed", "unknown version"):
+        return f"no route has this handler: bring it back, or `dovecote maintain --unsubscribe {handler}`"
+    match blocker:
         case "unpublished":
             return "let the relay run until it has caught up: see `dovecote status`"
         case "unprocessed":

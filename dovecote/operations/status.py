@@ -5,8 +5,7 @@ counts that may be larger than they say; `count_everything` is exact and takes a
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, Engine, text
 
@@ -89,9 +88,6 @@ class Status:
     relay: RelayStatus
     handlers: dict[str, HandlerStatus]
     unrouted: list[UnroutedType] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _POSITIONS = text(
@@ -189,7 +185,7 @@ _AGE = text(
 )
 
 
-def status(engine: Engine, routes: Sequence[Route]) -> Status:
+def get_status(engine: Engine, routes: Sequence[Route]) -> Status:
     """Return how far relay and handlers are, from one snapshot."""
     with snapshot(engine) as connection:
         return Status(relay=_relay(connection), handlers=_handlers(connection, routes), unrouted=unrouted(connection))

@@ -25,7 +25,7 @@ from dovecote.store.active_replays import ActiveReplay, ActiveReplays
 from dovecote.store.envelopes import past_unreadable
 from dovecote.store.leases import MAX_BUNDLE_BYTES
 from dovecote.store.reader import Connection, Reader
-from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_matched, is_settled
+from dovecote.store.replays import KNOWN_BY_KEY, ReplaySelection, is_matched, is_settled
 from dovecote.store.unsendable import Unreadable, set_aside
 
 log = structlog.get_logger()
@@ -111,7 +111,7 @@ class _Wave:
 class _Run:
     replay: ActiveReplay
     route: Route
-    asked: Filter
+    asked: ReplaySelection
     fields: dict[str, Any]
     cursor: int
     size: int

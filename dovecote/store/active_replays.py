@@ -13,7 +13,7 @@ from psycopg.rows import class_row
 
 from dovecote.route import Route
 from dovecote.store.envelopes import Connection
-from dovecote.store.replays import Filter, NotUnderstood, is_strength
+from dovecote.store.replays import NotUnderstood, ReplaySelection, is_strength
 
 log = structlog.get_logger()
 
@@ -61,7 +61,7 @@ class ActiveReplay:
     problem: str | None = None
     ends_in_future: bool = False
 
-    def understood(self, route: Route) -> Filter:
+    def understood(self, route: Route) -> ReplaySelection:
         """Return what is asked. Errors: NotUnderstood, in words that say which field."""
         if not is_strength(self.strength):
             raise NotUnderstood(f"unknown strength {self.strength[:40]!a}")
@@ -71,7 +71,7 @@ class ActiveReplay:
             raise NotUnderstood(f"its cursor is at position {self.cursor_position}")
         if self.ends_in_future:
             raise NotUnderstood(f"it ends at position {self.upto_position}, which no event has yet")
-        asked = Filter.from_json(self.filter)
+        asked = ReplaySelection.from_json(self.filter)
         for event_type in asked.event_types or ():
             if event_type not in route.event_types:
                 raise NotUnderstood(f"{route.handler} does not take {event_type[:200]!a}")
@@ -91,7 +91,7 @@ class ActiveReplays:
         with self._connection.cursor(row_factory=class_row(ActiveReplay)) as cursor:
             return {replay.id: replay for replay in cursor.execute(_ACTIVE)}
 
-    def asked(self, replay: ActiveReplay, route: Route) -> Filter | None:
+    def asked(self, replay: ActiveReplay, route: Route) -> ReplaySelection | None:
         """Return what the relay is to do; None where it must not: it has noted why."""
         try:
             asked = replay.understood(route)

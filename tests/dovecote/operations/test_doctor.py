@@ -19,7 +19,7 @@ from dovecote import operations
 from dovecote.cli import app
 from dovecote.migrations import schema
 from dovecote.operations import doctor
-from dovecote.operations.deliveries import Filter
+from dovecote.operations.deliveries import DeliverySelection
 from dovecote.operations.doctor import flow, postgres
 from dovecote.operations.doctor import redis as redis_checks
 from dovecote.operations.doctor.finding import Finding
@@ -297,7 +297,7 @@ def test_queues_of_no_route_are_found_with_whose_messages_lie_there(system: Syst
     assert "foreign (1: 1 of somebody else)" in finding.found
     assert "test (2 held for gone.handler, which no route has)" in finding.found
     assert "The relay that leads moves" in finding.advice
-    assert "replay start --strength missing" in finding.advice
+    assert "replay start --mode backfill" in finding.advice
 
 
 def test_queues_of_our_own_handlers_are_never_to_be_deleted(system: System) -> None:
@@ -320,7 +320,7 @@ def test_dead_messages_are_found_with_their_events(system: System) -> None:
 
     assert finding.level == "warning"
     assert f"test (1, of test.note, with events such as {event_id})" in finding.found
-    assert "replay start --handler HANDLER --strength missing" in finding.advice
+    assert "replay start --handler HANDLER --mode backfill" in finding.advice
 
 
 def test_what_is_left_of_handlers_and_of_events_that_are_gone_is_found(system: System) -> None:
@@ -343,12 +343,12 @@ def test_what_is_left_of_handlers_and_of_events_that_are_gone_is_found(system: S
     found = examined(system)
     assert "gone.handler (2 waiting, 0 dead, 0 subscriptions)" in found["handlers.known"].found
     assert "1 deliveries whose event is not in the outbox: test.note" in found["deliveries.events"].found
-    (left,) = operations.handlers_without_route(system.engine, system.routes)
+    (left,) = operations.handlers.list_without_route(system.engine, system.routes)
     assert (left.name, left.retrying, left.at_least) == ("gone.handler", 2, [])
 
     # As the advice says.
-    given_up = Filter(handler="gone.handler", state="retrying")
-    change = operations.discard(system.engine, given_up, actor="ada", reason="gone", routes=system.routes)
+    given_up = DeliverySelection(handler="gone.handler", state="retrying")
+    change = operations.deliveries.discard(system.engine, given_up, actor="ada", reason="gone", routes=system.routes)
     assert change.affected == 2
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 from typer.testing import CliRunner, Result
 
 from dovecote.cli import app
-from dovecote.operations import WrongRequest
+from dovecote.operations.validation import WrongRequest
 from dovecote.store.connections import connect
 from tests.conftest import Servers, settings_for
 from tests.support.past_weeks import an_old_id, fail, process, publish_all, subscribe, suffix, write_old
@@ -101,15 +101,13 @@ def test_a_handler_without_a_route_is_named_and_can_be_forgotten(engine: Engine,
 
     result = run("maintain", "--keep-weeks", "2")
     assert result.exit_code == 1
-    assert "--forget-handler test.gone" in result.stdout
+    assert "--unsubscribe test.gone" in result.stdout
 
-    assert (
-        "1 subscriptions of test.gone would end" in run("maintain", "--forget-handler", "test.gone", "--dry-run").stdout
-    )
-    assert run("maintain", "--keep-weeks", "2", "--forget-handler", "test.gone").exit_code == 0
+    assert "1 subscriptions of test.gone would end" in run("maintain", "--unsubscribe", "test.gone", "--dry-run").stdout
+    assert run("maintain", "--keep-weeks", "2", "--unsubscribe", "test.gone").exit_code == 0
     for handler, refusal in (("test.gone", "has subscriptions"), ("pricing.apply_quotes", "has a route")):
         with pytest.raises(WrongRequest, match=refusal):
-            run("maintain", "--forget-handler", handler, catch_exceptions=False)
+            run("maintain", "--unsubscribe", handler, catch_exceptions=False)
 
 
 def test_partitions_for_people_and_machines(engine: Engine, run: Run) -> None:

@@ -13,11 +13,10 @@ from domain.pricing import PriceQuoted
 from dovecote.local.servers import servers
 from dovecote.migrations import schema
 from dovecote.operations import doctor
-from dovecote.operations.deliveries import Filter
+from dovecote.operations.deliveries import DeliverySelection, retry
 from dovecote.operations.handlers import pause, resume
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
-from dovecote.operations.retry import retry
 from dovecote.relay import leader as leading
 from dovecote.settings import Settings
 from dovecote.unit_of_work import UnitOfWork
@@ -126,7 +125,7 @@ def test_everybody_is_taken_while_the_queue_is_full(system: System) -> None:
             # Operators' verbs.
             pause(system.engine, system.routes, "test.note", actor="me", reason="a test")
             resume(system.engine, system.routes, "test.note", actor="me")
-            asked = Request(handler="test.note", strength="again", reason="a test", requested_by="me")
+            asked = Request(handler="test.note", mode="reprocess", reason="a test", actor="me")
             start(system.engine, system.routes, asked)
             eventually(lambda: len(effects_in(system.engine)) == 42, 20, "the effects of a replay")
 
@@ -142,7 +141,7 @@ def test_an_operator_s_retry_is_taken(system: System) -> None:
     with system.running():
         eventually(lambda: is_asleep(system), 10, "a relay")
         with a_full_queue(system.settings):
-            done = retry(system.engine, Filter(state="dead"), actor="me", routes=system.routes)
+            done = retry(system.engine, DeliverySelection(state="dead"), actor="me", routes=system.routes)
             assert done.affected == 1
             system.until_quiet()
 

@@ -142,7 +142,7 @@ def test_only_what_is_the_handler_s_is_waited_for(beside_a_gap: System) -> None:
 
 
 def test_a_replay_of_missing_events_says_where_its_order_begins(beside_a_gap: System) -> None:
-    asked = Request(handler="test.new", strength="missing", reason="a test", requested_by="me")
+    asked = Request(handler="test.new", mode="backfill", reason="a test", actor="me")
 
     with pytest.raises(ReplayRefused, match="--from-position 5"):
         plan(beside_a_gap.engine, beside_a_gap.routes, asked)

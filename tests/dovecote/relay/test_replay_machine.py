@@ -31,7 +31,7 @@ from dovecote.relay.leader import Leader
 from dovecote.settings import Settings
 from dovecote.store import leases
 from dovecote.store.reader import Reader
-from dovecote.store.replays import Filter
+from dovecote.store.replays import ReplaySelection
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, write_quotes
 from tests.support.profiles import examples
@@ -219,18 +219,16 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         # The operators ------------------------------------------------------------------------
 
-        @rule(part=st.sampled_from((None, *SYMBOLS)), strength=st.sampled_from(("again", "again", "missing")))
-        def start(self, part: str | None, strength: Any) -> None:
-            asked = Filter(aggregate_type="price", aggregate_id=part) if part else Filter()
-            request = replays.Request(
-                handler=HANDLER, strength=strength, filter=asked, reason="a test", requested_by="hypothesis"
-            )
+        @rule(part=st.sampled_from((None, *SYMBOLS)), mode=st.sampled_from(("reprocess", "reprocess", "backfill")))
+        def start(self, part: str | None, mode: Any) -> None:
+            asked = ReplaySelection(aggregate_type="price", aggregate_id=part) if part else ReplaySelection()
+            request = replays.Request(handler=HANDLER, mode=mode, filter=asked, reason="a test", actor="hypothesis")
             try:
                 id = replays.start(system.engine, system.routes, request).replay_id
             except replays.ReplayRefused:
                 return
             assert id is not None
-            if strength == "again":
+            if mode == "reprocess":
                 wanted = self.run(
                     "select p.event_id from dovecote.processed_events p join dovecote.outbox o on o.id = p.event_id"
                     " where not exists (select from dovecote.deliveries d where d.event_id = p.event_id)"
@@ -241,9 +239,9 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         @rule(verb=st.sampled_from((replays.pause, replays.resume, replays.cancel)))
         def change(self, verb: Callable[..., replays.Replay]) -> None:
-            for replay in replays.listed(system.engine, limit=1).replays:
+            for replay in replays.list_replays(system.engine, limit=1).items:
                 try:
-                    verb(system.engine, replay.id, by="hypothesis")
+                    verb(system.engine, replay.id, actor="hypothesis")
                 except replays.ReplayRefused:
                     continue
                 if verb is replays.cancel:
@@ -280,16 +278,16 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
         @rule()
         def all_comes_to_rest(self) -> None:
             stage.failing.clear()
-            for replay in replays.listed(system.engine, limit=1).replays:
+            for replay in replays.list_replays(system.engine, limit=1).items:
                 if replay.state == "paused":
-                    replays.resume(system.engine, replay.id, by="hypothesis")
+                    replays.resume(system.engine, replay.id, actor="hypothesis")
             for _ in range(2_000):
                 self.relay_works()
                 self.retries_are_due()
                 self.consume_all()
                 if self.is_at_rest():
                     break
-            assert self.is_at_rest(), (replays.listed(system.engine, limit=1).replays, self.queued())
+            assert self.is_at_rest(), (replays.list_replays(system.engine, limit=1).items, self.queued())
             effects = self.effects()
             live = Counter(effect.symbol for effect in effects if effect.replay_id is None)
             late = self.run("select event_id from replay_effects where replay_id is null")
