@@ -1,7 +1,6 @@
 """A transactional outbox: what a service commits in Postgres reaches every handler exactly once.
 
-Everything that a service needs is here; it needs SQLAlchemy and nothing else. A name is imported when it is first
-asked for, so that a command that needs no database does not wait for SQLAlchemy.
+Everything that a service needs is here; importing it needs SQLAlchemy and nothing else.
 """
 
 import os
@@ -33,49 +32,7 @@ def _forget_current_directory() -> None:
 
 _forget_current_directory()
 
-if TYPE_CHECKING:
-    from dovecote.errors import (
-        ConcurrentChange,
-        DomainError,
-        DovecoteError,
-        GatewayUnavailable,
-        InvalidEvent,
-        InvalidValue,
-        NotFound,
-        RateLimited,
-        Refused,
-    )
-    from dovecote.events import Event, readable_as, sensitive, upcaster
-    from dovecote.events.money import Money
-    from dovecote.privacy import Keyring
-    from dovecote.route import Command, Dovecote, Route
-    from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, unit_of_work
-
-__all__ = [
-    "Command",
-    "ConcurrentChange",
-    "DomainError",
-    "Dovecote",
-    "DovecoteError",
-    "Event",
-    "GatewayUnavailable",
-    "InvalidEvent",
-    "InvalidValue",
-    "Keyring",
-    "Money",
-    "NotFound",
-    "RateLimited",
-    "Refused",
-    "Route",
-    "UnitOfWork",
-    "readable_as",
-    "run_unit_of_work",
-    "sensitive",
-    "unit_of_work",
-    "upcaster",
-]
-
-# Where each public name is defined.
+#: The public names, each imported when it is first used: a command that only prints its help needs none of them.
 _MODULES = {
     "Command": "route",
     "ConcurrentChange": "errors",
@@ -100,24 +57,67 @@ _MODULES = {
     "upcaster": "events",
 }
 
+if TYPE_CHECKING:
+    from dovecote.errors import (
+        ConcurrentChange,
+        DomainError,
+        DovecoteError,
+        GatewayUnavailable,
+        InvalidEvent,
+        InvalidValue,
+        NotFound,
+        RateLimited,
+        Refused,
+    )
+    from dovecote.events import Event, readable_as, sensitive, upcaster
+    from dovecote.events.money import Money
+    from dovecote.privacy import Keyring
+    from dovecote.route import Command, Dovecote, Route
+    from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, unit_of_work
+else:
 
-class _Package(ModuleType):
-    """This package. Its attribute `unit_of_work` is the function, also after the module of that name was imported."""
+    class _Package(ModuleType):
+        """Gives `dovecote.unit_of_work` as the function, also where the module of that name was imported before."""
 
-    def __getattribute__(self, name: str) -> object:
-        if name == "unit_of_work":
-            return import_module(f"{__name__}.unit_of_work").unit_of_work
-        return super().__getattribute__(name)
+        @property
+        def unit_of_work(self) -> object:
+            return __getattr__("unit_of_work")
 
-    def __getattr__(self, name: str) -> object:
+        @unit_of_work.setter
+        def unit_of_work(self, _module: object) -> None:
+            """The import system binds each submodule here; this one is found in sys.modules."""
+
+    sys.modules[__name__].__class__ = _Package
+
+    def __getattr__(name: str) -> object:
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        setattr(self, name, value)  # asked for once
-        return value
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULES})
 
 
-sys.modules[__name__].__class__ = _Package
+__all__ = [
+    "Command",
+    "ConcurrentChange",
+    "DomainError",
+    "Dovecote",
+    "DovecoteError",
+    "Event",
+    "GatewayUnavailable",
+    "InvalidEvent",
+    "InvalidValue",
+    "Keyring",
+    "Money",
+    "NotFound",
+    "RateLimited",
+    "Refused",
+    "Route",
+    "UnitOfWork",
+    "readable_as",
+    "run_unit_of_work",
+    "sensitive",
+    "unit_of_work",
+    "upcaster",
+]

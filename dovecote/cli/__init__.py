@@ -13,9 +13,8 @@ import typer
 
 from dovecote.cli.commands import Commands
 from dovecote.cli.output import fail, note, say
-from dovecote.errors import DovecoteError, WrongRequest
+from dovecote.errors import DovecoteError
 from dovecote.processes.terminal import refuse, write_block
-from dovecote.settings.variables import SettingsError
 
 # What Typer raises for a wrong word; it has no public name for it.
 _WRONG_COMMAND = cast(type[Exception], typer.BadParameter.__mro__[2])
@@ -42,10 +41,8 @@ def main() -> None:
         raise SystemExit(code or 0)
     except _WRONG_COMMAND as error:
         _refuse_command(error)
-    except (SettingsError, WrongRequest) as error:
-        refuse(str(error))
     except DovecoteError as error:
-        fail(str(error))
+        refuse(str(error), error.exit_code)
     except Exception as error:
         if sentence := _what_postgres_says(error):
             fail(sentence)
@@ -67,7 +64,7 @@ def _what_postgres_says(error: Exception) -> str | None:
     if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
         return f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`"
     if isinstance(cause, psycopg.errors.InsufficientPrivilege):
-        return f"Postgres refused: {sentence}; grant this login the role that may (README, Rights)"
+        return f"Postgres refused: {sentence}; grant this login the role that may (docs/operations/deployment.md)"
     return f"{'Postgres is not there' if is_transient(error) else 'Postgres refused'}: {sentence}"
 
 

@@ -102,7 +102,7 @@ def test_ids_come_from_a_file(database: str, told: Told, tmp_path: Path) -> None
     [
         (("--handler", "nobody"), 2, "there is no handler 'nobody'"),
         (("--handler", HANDLER, "--type", "pricing.price_quoted.v1"), 2, "does not take 'pricing.price_quoted.v1'"),
-        (("--handler", HANDLER, "--since", "yesterday"), 2, "'yesterday' is no moment: give ISO 8601"),
+        (("--handler", HANDLER, "--since", "yesterday"), 2, "'yesterday' is no time: give ISO 8601"),
         (("--handler", HANDLER, "--until", "0026-11-20"), 2, "a year has four digits"),
         (("--handler", HANDLER, "--actor", " "), 2, "who does this?"),
         (("--handler", HANDLER, "--ids-from", "nowhere"), 2, "nowhere: it cannot be read"),
