@@ -21,10 +21,10 @@ from sqlalchemy import Connection
 from dovecote import operations
 from dovecote.broker.redis_client import connect_redis
 from dovecote.operations.aggregates import count_blocked
-from dovecote.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS, POSTPONED
 from dovecote.operations.snapshot import snapshot
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
+from dovecote.store.checks import NOTIFY_QUEUE, OLDEST_WRITER, PARTITIONS, POSTPONED
 from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import ForeignLock
@@ -205,7 +205,7 @@ def _of_handlers(handlers: Mapping[str, operations.status.HandlerStatus], blocke
 
 
 def _of_writers_and_weeks(connection: Connection) -> list[Metric]:
-    writer = connection.exec_driver_sql(OLDEST_FLOOR).one_or_none()
+    writer = connection.exec_driver_sql(OLDEST_WRITER).one_or_none()
     weeks = connection.exec_driver_sql(PARTITIONS).one()
     return [
         _gauge(

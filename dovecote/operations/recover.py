@@ -76,7 +76,7 @@ def recover(
             if isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise CannotRecover(
                     "a transaction that has written to the outbox stays open, and what it wrote has to be seen: end it "
-                    "(`dovecote doctor` shows who it is at relay.floors), then run this again; nothing was changed"
+                    "(`dovecote doctor` shows who it is at relay.writers), then run this again; nothing was changed"
                 ) from error
             raise
     return found if renumbered is None else replace(found, changed=True, unread=max(found.unread, renumbered))

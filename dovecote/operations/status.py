@@ -12,10 +12,10 @@ from sqlalchemy import Connection, Engine, text
 from dovecote.operations.handlers import Pause, paused
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.unprocessed import unprocessed
-from dovecote.operations.unrouted import UnroutedType, unrouted
 from dovecote.route import Route
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import QUERY, ForeignLock, foreign_locks
+from dovecote.store.unrouted import UnroutedType, list_unrouted
 
 # Rows looked at. They set what `status` costs: some 100 ms all together with ten million events on a busy machine.
 _MAX_UNPUBLISHED = 20_000
@@ -36,7 +36,7 @@ class RelayStatus:
     lag_events   committed and not yet published
     lag_seconds  age of the oldest of them; 0 when there is none
     leading      not while the relay stands back
-    history      in which Redis was told what it holds, None before the first greeting
+    history      the one that Redis belongs to; None before the first handshake
     instance     the run of Postgres of that history
     stands_back_for  run of the newer Postgres whose relay uses our Redis; None for none
     published    events published so far
@@ -188,7 +188,9 @@ _AGE = text(
 def get_status(engine: Engine, routes: Sequence[Route]) -> Status:
     """Return how far relay and handlers are, from one snapshot."""
     with snapshot(engine) as connection:
-        return Status(relay=_relay(connection), handlers=_handlers(connection, routes), unrouted=unrouted(connection))
+        return Status(
+            relay=_relay(connection), handlers=_handlers(connection, routes), unrouted=list_unrouted(connection)
+        )
 
 
 def _relay(connection: Connection) -> RelayStatus:

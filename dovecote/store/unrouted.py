@@ -6,12 +6,26 @@ A writer may invent types without end. The ones met last are kept, at most MAX_T
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy
 
 from dovecote.store.reader import Connection, Row
 
 #: Types that are kept in the database. Each costs a row; a look at the status reads them all.
 MAX_TYPES = 1_000
 
+_UNROUTED = sqlalchemy.text(
+    """
+    select u.event_type, u.events, u.first_position, u.last_position, u.first_seen_at, u.last_seen_at,
+           coalesce((select array_agg(distinct s.handler_name order by s.handler_name) from dovecote.subscriptions s
+                     where dovecote.fact_of(s.event_type) = dovecote.fact_of(u.event_type)), '{}') as wanted_by
+    from dovecote.unrouted_types u
+    where not exists (select from dovecote.subscriptions s where s.event_type = u.event_type)
+    order by u.last_seen_at desc, u.last_position desc limit :most
+    """
+)
 _NOTE = """
     insert into dovecote.unrouted_types as known (event_type, events, first_position, last_position)
     select * from unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[])
@@ -25,6 +39,23 @@ _FORGET_OLDEST = """
     delete from dovecote.unrouted_types where event_type in (
         select event_type from dovecote.unrouted_types order by last_seen_at desc, last_position desc offset %s)
 """
+
+
+@dataclass(frozen=True)
+class UnroutedType:
+    """An event type that the relay has met and no handler subscribes to.
+
+    events     how many, about: an event that is published twice counts twice
+    wanted_by  handlers of another version of this event: deploy code that knows this version, and they get it
+    """
+
+    event_type: str
+    events: int
+    first_position: int
+    last_position: int
+    first_seen_at: datetime
+    last_seen_at: datetime
+    wanted_by: list[str]
 
 
 class Unrouted:
@@ -60,3 +91,8 @@ class Unrouted:
                     self._written.clear()
             self._written |= self._met.keys()
             self._met.clear()
+
+
+def list_unrouted(connection: sqlalchemy.Connection) -> list[UnroutedType]:
+    """Return the types that no handler subscribes to, the one met last first: at most MAX_TYPES."""
+    return [UnroutedType(**row._mapping) for row in connection.execute(_UNROUTED, {"most": MAX_TYPES})]

@@ -240,15 +240,15 @@ def test_a_relay_that_holds_its_lock_and_does_nothing_is_found(system: System, m
         assert "it has asked nothing for" in examined(system)["relay.alive"].found
 
 
-def test_the_oldest_floor_is_told_with_who_holds_it(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert examined(system)["relay.floors"].found == "no transaction holds a floor"
-    monkeypatch.setattr(postgres, "_LONG_FLOOR_SECONDS", 0.0)
+def test_the_oldest_writer_is_shown_with_who_it_is(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examined(system)["relay.writers"].found == "no transaction is writing events"
+    monkeypatch.setattr(postgres, "_LONG_WRITER_SECONDS", 0.0)
     with psycopg.connect(
         system.settings.database.url.get_secret_value(), application_name="the writer of a test"
     ) as writer:
         writer.execute("select dovecote.append_event('price', 'EUR', 'pricing.price_quoted.v1', '{}')")
 
-        finding = examined(system)["relay.floors"]
+        finding = examined(system)["relay.writers"]
 
         assert finding.level == "warning"
         assert f"pid {writer.info.backend_pid} (login {writer.info.user}, the writer of a test)" in finding.found
