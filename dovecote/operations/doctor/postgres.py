@@ -290,7 +290,7 @@ def routes(connection: Connection, subject: Subject) -> list[Finding]:
         events = warning(
             "routes.events",
             f"{described} no route wants " + ", ".join(f"{name} ({events})" for name, events in unwanted.items()),
-            "Add a Route in workers/routes.py, or have the writer stop; they are kept, and a replay can send them later.",
+            "Add a Route in workers/routes.py, or have the writer stop; they are kept, and can be replayed later.",
         )
     else:
         events = ok("routes.events", f"each {described} has a route")

@@ -62,7 +62,7 @@ def test_a_dry_run_tells_and_does_nothing(run: Run, told: Told) -> None:
     assert len(plan["sample"]) == 2
     assert told("list") == {"replays": [], "before": None}
     words = run("start", "--handler", HANDLER, "--reason", "a test", "--mode", "reprocess", "--dry-run")
-    assert "would replay 1 events for billing.write_history (again), positions 1 to 1" in words.stdout
+    assert "would replay 1 events for billing.write_history (reprocess), positions 1 to 1" in words.stdout
 
 
 def test_a_replay_is_started_looked_at_paused_resumed_and_cancelled(database: str, run: Run, told: Told) -> None:
@@ -111,7 +111,7 @@ def test_ids_come_from_a_file(database: str, told: Told, tmp_path: Path) -> None
         (
             ("--handler", "verification.send_code", "--mode", "reprocess"),
             1,
-            "nobody has asked for the code a second time",
+            "the code was not requested a second time",
         ),
     ],
 )
@@ -130,11 +130,11 @@ def test_what_cannot_be_is_one_sentence(
 def test_a_reason_is_printed_as_it_was_given_and_a_list_goes_on_where_a_page_ended(run: Run, told: Told) -> None:
     first = told("start", "--handler", HANDLER, "--reason", "no [/markup]")["replay_id"]
     run("cancel", first)
-    second = told("start", "--handler", HANDLER, "--since", "1h", "--reason", "ages are taken")["replay_id"]
+    told("start", "--handler", HANDLER, "--since", "1h", "--reason", "ages are taken")
 
     listed = run("list", "--limit", "1").stdout
 
     assert "ages are taken" in listed
-    assert f"more: --before {second}" in listed
-    assert "no [/markup]" in run("list", "--before", second).stdout
+    before = listed.split("more: --before ")[1].strip()
+    assert "no [/markup]" in run("list", "--before", before).stdout
     assert "no [/markup]" in run("show", first).stdout
