@@ -133,7 +133,7 @@ _WEEKS = text(
 )
 _BLOCKERS = text(
     "select handler_name, obstacle, events, example, false as at_least"
-    " from dovecote.week_blockers(:lower_id, :upper_id) order by 1, 2"
+    " from dovecote.week_obstacles(:lower_id, :upper_id) order by 1, 2"
 )
 # What an index tells at once. Whether every handler has acted on every event is not among it.
 _AT_A_GLANCE = text(

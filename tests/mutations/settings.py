@@ -58,7 +58,7 @@ SETTINGS_AND_CONNECTIONS = (
         "tests/workers/gateways/test_gateways.py",
     ),
     Mutant(
-        "a weak key is taken", "dovecote/settings/__init__.py", "if why := keys.weakness(given):", "if False:", SETTINGS
+        "a weak key is taken", "dovecote/settings/model.py", "if why := keys.weakness(given):", "if False:", SETTINGS
     ),
     Mutant(
         "one key for two purposes",

@@ -32,7 +32,7 @@ from workers.routes import ROUTES
 
 pytestmark = pytest.mark.servers
 
-# `operations.events` is the verb; this is the module it lives in.
+
 module = import_module("dovecote.operations.events")
 
 QUOTED = "pricing.price_quoted.v1"

@@ -211,7 +211,7 @@ def test_a_group_is_one_kind_and_the_rest_stays(own_engine: Engine) -> None:
 def test_a_large_change_is_made_in_pieces_each_with_its_audit_line(
     own_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovecote.operations.retry._BATCH", 40)
+    monkeypatch.setattr("dovecote.operations.deliveries._BATCH", 40)
     some_dead(own_engine, 100)
 
     change = operations.deliveries.retry(own_engine, DeliverySelection(), actor="ada")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.servers
 
 HANDLER = "pricing.apply_quotes"
 
-# `operations.status` is the verb; this is the module it lives in.
+
 module = import_module("dovecote.operations.status")
 counting = import_module("dovecote.operations.unprocessed")
 
