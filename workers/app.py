@@ -17,7 +17,7 @@ app = Dovecote(
             "Write mixed events of the three slices and wait until every one is an effect, once.",
         ),
     },
-    migrations=_CHECKOUT / "migrations" / "versions",
+    migrations=_CHECKOUT / "migrations",
     # To have more personal data removed in time: a function that removes a batch, and a name here.
     purges=("domain.verification:purge_expired",),
     procfile=_CHECKOUT / "Procfile",

@@ -17,7 +17,6 @@ from dovecote.envelope import payload_of, read_head
 from dovecote.envelope.stored_json import read_stored
 from dovecote.errors import DovecoteError
 from dovecote.masking import masked_payload
-from dovecote.operations.deliveries import NAMED
 from dovecote.operations.retention import require_present
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import WrongRequest, require_aggregate_type, require_range
@@ -129,8 +128,9 @@ class Followed:
 
 _FOUND = "id, position, event_type, aggregate_type, aggregate_id, created_at"
 _RANGE = """
-    o.id >= dovecote.uuid_v7_floor(coalesce(cast(:since as timestamptz), 'epoch'))
-    and o.id < coalesce(dovecote.uuid_v7_floor(cast(:until as timestamptz)), 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    o.id >= dovecote.uuid_v7_lower_bound(coalesce(cast(:since as timestamptz), 'epoch'))
+    and o.id < coalesce(dovecote.uuid_v7_lower_bound(cast(:until as timestamptz)),
+                        'ffffffff-ffff-ffff-ffff-ffffffffffff')
 """
 # By time along the primary key; one aggregate's events by their own index.
 _BY_TIME = "select {columns} from dovecote.outbox o where {range} and o.id {beyond} :cursor order by o.id {order}"
@@ -167,10 +167,10 @@ _ACTS = text(
     """
 )
 _TROUBLE = text(
-    f"""
-    select d.*, {NAMED} as summary from unnest(cast(:handlers as text[])) as h (name)
+    """
+    select d.*, left(d.headline, 300) as summary from unnest(cast(:handlers as text[])) as h (name)
     join dovecote.deliveries d on d.handler_name = h.name and d.event_id = :id
-    """  # noqa: S608 - put together from constants
+    """
 )
 
 
@@ -321,7 +321,7 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
     with closing(psycopg.connect(autocommit=True, **parameters)) as connection:
         connection.execute("set search_path = pg_catalog, pg_temp; set timezone = 'UTC'")
         connection.execute("set enable_seqscan = off; set jit = off")
-        row = connection.execute("select last_position from dovecote.horizon()").fetchone()
+        row = connection.execute("select last_position from dovecote.low_watermark()").fetchone()
         assert row is not None
         reader = Reader(connection, row[0], 500)
         while True:

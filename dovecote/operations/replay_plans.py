@@ -14,7 +14,7 @@ from dovecote.events.ids import made_at
 from dovecote.operations import retention
 from dovecote.operations.validation import WrongRequest, require_aggregate_type, require_handler, require_range
 from dovecote.route import Route
-from dovecote.store.replays import STORED_AS, Mode, ReplaySelection
+from dovecote.store.replays import Mode, ReplaySelection
 
 #: The dry run counts exactly, however many there are; a table of 10 million events takes some seconds.
 _COUNT_TIMEOUT_MS = 600_000
@@ -107,7 +107,7 @@ def planned(connection: Connection, routes: Sequence[Route], request: Request, *
         "actor": request.actor,
         "reason": request.reason,
         "handler": route.handler,
-        "mode": STORED_AS[request.mode],
+        "mode": request.mode,
         "filter": json.dumps(request.filter.as_json()),
         "event_types": route.event_types,
         "event_ids": list(request.event_ids) if request.event_ids else None,

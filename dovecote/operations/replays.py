@@ -81,10 +81,8 @@ class Replay:
 
 
 _LIST = """
-    select r.id, r.handler_name as handler,
-           case r.strength when 'missing' then 'backfill' when 'again' then 'reprocess' else r.strength end as mode,
-           r.filter, r.state, coalesce(r.total, 0) as total, r.done,
-           r.rate, r.requested_by as actor, r.reason, r.created_at, r.updated_at, r.finished_at, f.*,
+    select r.id, r.handler_name as handler, r.mode, r.filter, r.state, coalesce(r.total, 0) as total, r.done,
+           r.rate, r.actor, r.reason, r.created_at, r.updated_at, r.finished_at, f.*,
            case when isfinite(r.updated_at) and isfinite(r.created_at) then
                r.done / nullif(extract(epoch from r.updated_at - r.created_at), 0)::float8 end as events_per_second,
            case when r.state in ('pending', 'running') and isfinite(r.updated_at)

@@ -1,7 +1,7 @@
-"""Weeks: partitions made ahead, and dropped when they are old and nothing needs them any more.
+"""Weekly partitions: made ahead, and dropped when they are old and nothing needs them any more.
 
-What holds a week back is decided in SQL, `dovecote.week_obstacles`, and `dovecote.drop_week` asks it again under lock:
-no caller can drop what is still needed. docs/adr/0011-dropping-weeks.md says how and why.
+What holds a week back is decided in SQL, `dovecote.partition_blockers`, and `dovecote.drop_partition` asks it again
+under lock: no caller can drop what is still needed. docs/adr/0011-dropping-weeks.md says how and why.
 """
 
 from collections.abc import Iterator, Sequence
@@ -113,8 +113,8 @@ class Partitions:
 _WEEKS = text(
     """
     select w.week, w.starts_at, w.starts_at + interval '7 days' as ends_at,
-           dovecote.uuid_v7_floor(w.starts_at) as lower_id,
-           dovecote.uuid_v7_floor(w.starts_at + interval '7 days') as upper_id,
+           dovecote.uuid_v7_lower_bound(w.starts_at) as lower_id,
+           dovecote.uuid_v7_lower_bound(w.starts_at + interval '7 days') as upper_id,
            coalesce((select greatest(c.reltuples, s.n_live_tup, 0) from pg_class c
                      left join pg_stat_all_tables s on s.relid = c.oid
                      where c.oid = to_regclass('dovecote.outbox_' || w.week)), 0)::bigint as events,
@@ -132,13 +132,13 @@ _WEEKS = text(
     """
 )
 _BLOCKERS = text(
-    "select handler_name, obstacle, events, example, false as at_least"
-    " from dovecote.week_obstacles(:lower_id, :upper_id) order by 1, 2"
+    "select handler_name, blocker, events, example, false as at_least"
+    " from dovecote.partition_blockers(:lower_id, :upper_id) order by 1, 2"
 )
 # What an index tells at once. Whether every handler has acted on every event is not among it.
 _AT_A_GLANCE = text(
     f"""
-    select null as handler_name, 'unpublished' as obstacle, count(*) as events, min(few.id::text)::uuid as example,
+    select null as handler_name, 'unpublished' as blocker, count(*) as events, min(few.id::text)::uuid as example,
            count(*) = :most as at_least
     from (select o.id from dovecote.outbox o
           where o.id >= :lower_id and o.id < :upper_id and o.position > (select checkpoint from dovecote.relay_state)
@@ -174,13 +174,13 @@ _MISPLACED = text(
 _DROPPED = text(
     """
     select week, events, first_position, last_position, first_created_at, last_created_at, archive, checksum,
-           dropped_by, dropped_at
-    from dovecote.dropped_weeks order by lower_id, dropped_at
+           actor, dropped_at
+    from dovecote.dropped_partitions order by lower_id, dropped_at
     """
 )
 _OVERLAPPING = text(
     """
-    select week, archive from dovecote.dropped_weeks
+    select week, archive from dovecote.dropped_partitions
     where events > 0
       and (cast(:since as timestamptz) is null or last_created_at >= :since)
       and (cast(:until as timestamptz) is null or first_created_at < :until)
@@ -241,7 +241,7 @@ def maintain(
     for week in _old_weeks(engine, keep_weeks):
         with _unhurried(engine) as connection, connection.begin():
             if not dry_run:
-                connection.execute(text("select dovecote.hold_week(:week)"), {"week": week.week})
+                connection.execute(text("select dovecote.lock_partition(:week)"), {"week": week.week})
             blockers = _blockers(connection, week, routes)
             if blockers:
                 held.append(HeldWeek(week.week, blockers))
@@ -313,13 +313,15 @@ def unsubscribe_handler(
     """
     require_who_and_why(actor, None)
     if handler in {route.handler for route in routes}:
-        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before you unsubscribe it")
+        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before it is unsubscribed")
     with changing(engine, WrongRequest) as connection:
         subscribed: int = connection.execute(_SUBSCRIBED, {"handler": handler}).scalar_one()
         if not subscribed:
             raise WrongRequest(f"no handler {handler!r} has subscriptions")
         if not dry_run:
-            connection.execute(text("select dovecote.forget_handler(:handler, :by)"), {"handler": handler, "by": actor})
+            connection.execute(
+                text("select dovecote.unsubscribe_handler(:handler, :by)"), {"handler": handler, "by": actor}
+            )
     return subscribed
 
 
@@ -330,9 +332,11 @@ def _place_misplaced_rows(engine: Engine) -> int:
     copied = 1
     while copied:
         with _unhurried(engine) as connection, connection.begin():
-            copied = connection.execute(text("select dovecote.copy_strays(:most)"), {"most": _BATCH_ROWS}).scalar_one()
+            copied = connection.execute(
+                text("select dovecote.copy_misplaced_rows(:most)"), {"most": _BATCH_ROWS}
+            ).scalar_one()
     with _unhurried(engine) as connection, connection.begin():
-        moved: int = connection.execute(text("select dovecote.place_strays()")).scalar_one()
+        moved: int = connection.execute(text("select dovecote.place_misplaced_rows()")).scalar_one()
     return moved
 
 
@@ -340,7 +344,7 @@ def _drop(connection: Connection, week: Any, actor: str, archive_dir: Path | Non
     """Drop a week that this transaction holds."""
     packed = _archive(connection, week, archive_dir) if archive_dir else None
     gone = connection.execute(
-        text("select * from dovecote.drop_week(:week, :by, :archive, :checksum, :events, :processed)"),
+        text("select * from dovecote.drop_partition(:week, :by, :archive, :checksum, :events, :processed)"),
         {
             "week": week.week,
             "by": actor,
@@ -394,10 +398,10 @@ def _blockers(
     return [
         PartitionBlocker(
             row.handler_name,
-            row.obstacle,
+            row.blocker,
             row.events,
             row.example,
-            _advice(row.handler_name, row.obstacle, routes),
+            _advice(row.handler_name, row.blocker, routes),
             row.at_least,
         )
         for row in connection.execute(query, {**bounds, **more})

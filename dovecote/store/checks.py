@@ -1,11 +1,11 @@
 """What doctor and metrics both ask Postgres about the health of the system, as SQL without parameters."""
 
 #: The writer with the lowest low-water mark, for how long it has been open, and how many writers there are. As in
-#: dovecote.horizon().
+#: dovecote.low_watermark().
 OLDEST_WRITER = """
     select count(*) over () as held, l.pid, a.usename::text as login,
            case when l.classid::bigint & 32768 = 0 then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end
-               as floor_position,
+               as low_water_mark,
            coalesce(a.application_name, '') as application, coalesce(left(a.query, 200), '') as query,
            coalesce(extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 as seconds,
            p.gid
@@ -19,7 +19,7 @@ OLDEST_WRITER = """
       and l.virtualtransaction in (
           select i.virtualtransaction from pg_locks i
           where i.locktype = 'relation' and i.relation = 'dovecote.outbox'::regclass and i.mode = 'RowExclusiveLock')
-    order by floor_position, seconds desc limit 1
+    order by low_water_mark, seconds desc limit 1
 """
 
 #: How many of the next four weeks have partitions, how long those last, and which default partitions are in use.

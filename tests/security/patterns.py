@@ -11,7 +11,7 @@ from re import _parser  # type: ignore[attr-defined] # typeshed does not have it
 from types import ModuleType
 from typing import Any
 
-PACKAGES = ("domain", "workers", "benchmarks")
+PACKAGES = ("dovecote", "domain", "workers", "benchmarks")
 # What starts a process, or needs a package that is not there everywhere.
 _NOT_IMPORTED = ("__main__", "peers", "plots")
 

@@ -256,7 +256,7 @@ def writers(connection: Connection) -> Finding:
     application = row.application or "no name"
     who = f"prepared transaction {row.gid!r}" if row.gid else f"pid {row.pid} (login {row.login}, {application})"
     query = f", last statement: {masked(' '.join(row.query.split()))}" if row.query else ""
-    found = f"the oldest writer has its low-water mark at {row.floor_position}, for {row.seconds:.0f} s: {who}{query}"
+    found = f"the oldest writer has its low-water mark at {row.low_water_mark}, for {row.seconds:.0f} s: {who}{query}"
     if row.seconds > _LONG_WRITER_SECONDS:
         advice = "The checkpoint waits for this writer; events do not. End its transaction: commit, or " + (
             "`rollback prepared`." if row.gid else f"`select pg_terminate_backend({row.pid})`."

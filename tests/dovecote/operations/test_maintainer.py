@@ -78,7 +78,7 @@ def test_maintain_in_json(engine: Engine, run: Run) -> None:
     assert dry["dry_run"] is True
     assert [week["week"] for week in dry["dropped"]] == [suffix(8)]
     assert [week["week"] for week in wet["dropped"]] == [suffix(8)]
-    assert wet["held"][0]["obstacles"][0]["handler"] == "pricing.apply_quotes"
+    assert wet["held"][0]["blockers"][0]["handler"] == "pricing.apply_quotes"
 
 
 def test_maintain_drops_nothing_unless_told_how_much_to_keep(engine: Engine, run: Run) -> None:
@@ -139,7 +139,7 @@ def test_the_relay_looks_after_the_weeks_by_itself(
 
     def dropped() -> list[str]:
         with engine.connect() as connection:
-            return list(connection.execute(text("select week from dovecote.dropped_weeks")).scalars())
+            return list(connection.execute(text("select week from dovecote.dropped_partitions")).scalars())
 
     with system_for(settings, []) as system, system.relay():
         eventually(dropped, 30, "a week dropped by the relay")

@@ -103,7 +103,7 @@ def fill(connection: psycopg.Connection[TupleRow], length: int) -> None:
 def is_asleep(system: System) -> bool:
     query = """
         select from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
-          and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key()
+          and (classid::bigint << 32 | objid::bigint) = dovecote.wakeup_key()
     """
     with psycopg.connect(system.settings.database.url.get_secret_value()) as connection:
         return connection.execute(query).fetchone() is not None

@@ -94,8 +94,8 @@ def owed_to(system: System, handler: str) -> int:
     """How many events keep weeks from being dropped because this handler has not acted on them."""
     owed: int = one_value(
         system,
-        "select coalesce(sum(events), 0) from dovecote.week_obstacles('00000000-0000-0000-0000-000000000000',"
-        " 'ffffffff-ffff-ffff-ffff-ffffffffffff') where handler_name = :handler and obstacle = 'unprocessed'",
+        "select coalesce(sum(events), 0) from dovecote.partition_blockers('00000000-0000-0000-0000-000000000000',"
+        " 'ffffffff-ffff-ffff-ffff-ffffffffffff') where handler_name = :handler and blocker = 'unprocessed'",
         handler=handler,
     )
     return owed

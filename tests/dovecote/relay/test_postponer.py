@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 
 from domain.pricing import PriceQuoted
-from dovecote.broker.broker import RedisUsage
+from dovecote.broker.publisher import RedisUsage
 from dovecote.errors import NewerRelay
 from dovecote.operations import doctor
 from dovecote.operations.handlers import pause, resume

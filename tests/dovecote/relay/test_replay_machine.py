@@ -131,11 +131,11 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
             self.leader = Leader(
                 connection=self.connection,
                 reader=Reader(self.connection, taken.checkpoint, 1_000),
-                broker=system.broker,
+                broker=system.publisher,
                 routes=system.routes,
                 settings=system.settings.relay,
                 stop=self.stop,
-                history=History(taken, connection=self.connection, broker=system.broker),
+                history=History(taken, connection=self.connection, broker=system.publisher),
             )
 
         # The world ----------------------------------------------------------------------------

@@ -189,10 +189,10 @@ def test_what_was_dropped_is_refused_with_the_name_of_its_archive(system_with: S
     change(
         system,
         """
-        insert into dovecote.dropped_weeks (week, lower_id, upper_id, events, processed, first_position, last_position,
-            first_created_at, last_created_at, archive, checksum, dropped_by)
-        values ('2022w13', dovecote.uuid_v7_floor('2022-03-28'), dovecote.uuid_v7_floor('2022-04-11'), 9, 9, -9, -1,
-            '2022-03-28', '2022-04-10', '/archives/2022w13', 'checksum', 'test')
+        insert into dovecote.dropped_partitions (week, lower_id, upper_id, events, processed, first_position,
+            last_position, first_created_at, last_created_at, archive, checksum, actor)
+        values ('2022w13', dovecote.uuid_v7_lower_bound('2022-03-28'), dovecote.uuid_v7_lower_bound('2022-04-11'), 9, 9,
+            -9, -1, '2022-03-28', '2022-04-10', '/archives/2022w13', 'checksum', 'test')
         """,
     )
 
@@ -421,7 +421,7 @@ def test_a_replay_waits_while_its_handler_is_paused(system_with: SystemWith) -> 
         id = replay(system)
         time.sleep(1.5)  # the relay has looked at it by now; there is nothing to be seen of what it does not do
         waiting = replays.get_replay(system.engine, id)
-        sent = system.broker.holds_messages("test")
+        sent = system.publisher.holds_messages("test")
         operations.handlers.resume(system.engine, system.routes, "test.note", actor="tester")
         done = until_over(system, id)
 
