@@ -12,7 +12,7 @@ from dovecote.cli.output import AsJson, document, print_json, print_listing, say
 
 def settings(
     as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option(help="As the README's table.")] = False,
+    markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False,
     in_force: Annotated[bool, typer.Option(help="The values in force, secrets masked.")] = False,
 ) -> None:
     """Print every option with its default, unit and meaning.
@@ -42,7 +42,7 @@ def settings(
 
 
 def settings_table() -> str:
-    """Return the options as a Markdown table; the README holds a copy that a test keeps true."""
+    """Return the options as a Markdown table."""
     from dovecote.settings import options  # slow to import
 
     lines = ["| variable | default | unit | meaning |", "| --- | --- | --- | --- |"]

@@ -377,7 +377,7 @@ Option = Annotated[dict[str, str], "section, name, variable, long (its nested na
 
 
 def options() -> Iterator[Option]:
-    """Yield every option in the order of the sections, for `dovecote settings` and the README's table."""
+    """Yield every option in the order of the sections, for `dovecote settings` and docs/reference/settings.md."""
     for section, info in Settings.model_fields.items():
         model: Any = info.annotation
         for name, field in model.model_fields.items():

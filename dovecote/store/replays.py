@@ -102,7 +102,7 @@ def _words(value: object) -> tuple[str, ...]:
     return tuple(_word(word) for word in value)
 
 
-def _moment(value: object) -> datetime:
+def _timestamp(value: object) -> datetime:
     return datetime.fromisoformat(_word(value))
 
 
@@ -116,8 +116,8 @@ _READ: Mapping[str, Callable[[object], Any]] = {
     "event_types": _words,
     "aggregate_type": _word,
     "aggregate_id": _word,
-    "since": _moment,
-    "until": _moment,
+    "since": _timestamp,
+    "until": _timestamp,
     "from_position": _position,
     "upto_position": _position,
 }

@@ -74,7 +74,7 @@ def test_every_migration_above_the_first_release_only_adds() -> None:
         upgrade = source[source.index("def upgrade") : source.index("def downgrade")]
         found = contractions(sql) + contractions(upgrade)
         if not getattr(revision.module, "CONTRACT", None):
-            assert found == [], f"{revision.revision}: old code may still use that; see the README on migrations"
+            assert found == [], f"{revision.revision}: old code may still use that; see docs/guides/versions.md"
 
 
 @pytest.mark.parametrize(
