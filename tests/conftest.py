@@ -24,6 +24,7 @@ from dovecote.migrations import schema
 from dovecote.settings import Settings, load_settings
 from dovecote.store.connections import connect, sessions_for
 from tests.support.keys import KEYS
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers, has_enough_memory
 
 # Processes that tests start belong to the application of this repository.
@@ -108,7 +109,7 @@ def template(servers: Servers) -> Iterator[str]:
         return
     name = f"dovecote_template_{uuid4().hex[:8]}"
     _statement(servers, "create database {}", name)
-    schema.upgrade(servers.database(name))
+    schema.upgrade(servers.database(name), locations=LOCATIONS)
     yield name
     _statement(servers, "drop database {}", name)
 

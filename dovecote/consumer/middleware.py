@@ -14,7 +14,7 @@ from dovecote.consumer.retrying import Stopping
 from dovecote.envelope.message_reader import RefusedMessage
 from dovecote.store.pauses import HandlerPaused
 
-# By one process. With a pause of a second each, a passing fault has some time to end.
+# By one process. With a pause of a second each, a transient fault has some time to end.
 _MAX_REQUEUES = 20
 _MAX_REMEMBERED = 10_000
 

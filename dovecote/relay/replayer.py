@@ -6,7 +6,7 @@ one wave, and what a crash or a wiped Redis takes away is one wave: the next rel
 cursor, and `processed_events` knows what of it was done.
 
 For an ordered handler acting again, the events of one aggregate in a wave are one bundle: they are taken in order,
-and those of the next wave find the ones that failed in `deliveries` (docs/adr/0016-replays-in-waves.md).
+and those of the next wave find the ones that failed in `deliveries` (docs/adr/0016-replays.md).
 """
 
 import time
@@ -25,7 +25,7 @@ from dovecote.store.envelopes import past_unreadable
 from dovecote.store.leases import MAX_BUNDLE_BYTES
 from dovecote.store.published_batches import batches_of
 from dovecote.store.reader import Connection, Reader
-from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_finished, is_matched
+from dovecote.store.replays import KNOWN_BY_KEY, ReplaySelection, is_finished, is_matched
 from dovecote.store.unsendable import Unreadable, record_unreadable
 
 log = structlog.get_logger()
@@ -92,7 +92,7 @@ class _Wave:
 class _Run:
     replay: ActiveReplay
     route: Route
-    asked: Filter
+    asked: ReplaySelection
     fields: dict[str, Any]
     cursor: int
     size: int

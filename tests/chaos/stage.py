@@ -32,6 +32,7 @@ from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.databases import Databases
 from tests.chaos.history import Rewind
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import eventually
 from tests.support.proxy import Proxy
 
@@ -71,7 +72,7 @@ class Stage:
             self.postgres_url = self.databases.start()
             stack.callback(self.redis.stop)
             self.redis_url = self.redis.start().url
-            schema.upgrade(self.postgres_url)
+            schema.upgrade(self.postgres_url, locations=LOCATIONS)
             with self.connection() as connection:
                 connection.execute(routes.TABLES)
             writers.open_accounts(self.postgres_url)
@@ -229,10 +230,10 @@ class Stage:
 
     # How it stands -----------------------------------------------------------------------------
 
-    def status(self) -> operations.Status:
+    def status(self) -> operations.status.Status:
         engine = connect(self.postgres_url)
         try:
-            return operations.status(engine, routes.ROUTES)
+            return operations.status.get_status(engine, routes.ROUTES)
         finally:
             engine.dispose()
 
