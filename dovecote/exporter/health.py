@@ -21,6 +21,7 @@ from dovecote.errors import DovecoteError
 from dovecote.exporter.http import Page
 from dovecote.masking import masked
 from dovecote.migrations import schema
+from dovecote.processes.threads import begin
 from dovecote.settings import Settings
 from dovecote.store.connections import connection_parameters
 
@@ -55,9 +56,7 @@ class Dependency:
         with self._lock:
             is_asking = self._asked is not None and not self._asked.done()
             if not is_asking and time.monotonic() - self._asked_at >= _KEPT_SECONDS:
-                self._asked, self._asked_at = Future(), time.monotonic()
-                # A daemon: a server that never answers holds up nobody's end.
-                threading.Thread(target=self._find_out, args=(self._asked,), daemon=True, name="health").start()
+                self._asked, self._asked_at = begin(self._find_out, "health"), time.monotonic()
 
     def answer(self, until: float) -> dict[str, str]:
         """Return what was found, waiting for it until this time.monotonic()."""
@@ -76,12 +75,12 @@ class Dependency:
             shown = {"detail": detail} if detail and status == "up" else {}
             return {"status": status, "since": self._since, **shown}
 
-    def _find_out(self, asked: "Future[tuple[str, str]]") -> None:
+    def _find_out(self) -> tuple[str, str]:
         try:
-            asked.set_result(("up", self._check()))
+            return "up", self._check()
         except Exception as error:
             sentence = str(error).strip() or type(error).__name__
-            asked.set_result(("down", masked(sentence.splitlines()[0])))
+            return "down", masked(sentence.splitlines()[0])
 
 
 def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable[[], Page]:

@@ -229,10 +229,10 @@ class Stage:
 
     # How it stands -----------------------------------------------------------------------------
 
-    def status(self) -> operations.Status:
+    def status(self) -> operations.status.Status:
         engine = connect(self.postgres_url)
         try:
-            return operations.status(engine, routes.ROUTES)
+            return operations.status.get_status(engine, routes.ROUTES)
         finally:
             engine.dispose()
 

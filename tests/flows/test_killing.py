@@ -56,10 +56,10 @@ class RunningSystem:
         assert running, "the system announced itself"
         return running.environment["DATABASE_URL"]
 
-    def status(self) -> operations.Status:
+    def status(self) -> operations.status.Status:
         engine = connect(self.database_url())
         try:
-            return operations.status(engine, ROUTES)
+            return operations.status.get_status(engine, ROUTES)
         finally:
             engine.dispose()
 

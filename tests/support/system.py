@@ -43,14 +43,14 @@ class System:
     broker: OutboxBroker
     consumer: Consumer
 
-    def status(self) -> operations.Status:
-        return operations.status(self.engine, self.routes)
+    def status(self) -> operations.status.Status:
+        return operations.status.get_status(self.engine, self.routes)
 
     def is_quiet(self) -> bool:
         """Everything committed is published, and acted on or given up."""
         return count_everything(self.engine, self.routes).is_quiet
 
-    def until_quiet(self, within_seconds: float = 20) -> operations.Status:
+    def until_quiet(self, within_seconds: float = 20) -> operations.status.Status:
         eventually(self.is_quiet, within_seconds, f"a quiet system; it is {self.status()}")
         return self.status()
 

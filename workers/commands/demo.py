@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from workers import demo as demonstration
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(demo)
-
-
 def demo(
     events: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many events.")] = 1_000,
     timeout_seconds: Annotated[float, typer.Option(min=1, help="How long to wait for the last effect.")] = 300.0,
@@ -42,7 +37,7 @@ def demo(
     else:
         report = _demo_in_own_system(events, timeout_seconds, as_json)
     if as_json:
-        print_json(report.as_json())
+        print_json(report)
     else:
         say(
             f"{report.written} written, {report.published} published, {report.processed} processed, "
@@ -116,5 +111,5 @@ def _is_led() -> bool:
         suppress(psycopg.errors.UndefinedTable, sqlalchemy.exc.ProgrammingError),
         engine_during(load_settings()) as engine,
     ):
-        return operations.status(engine, ()).relay.leading
+        return operations.status.get_status(engine, ()).relay.leading
     return False

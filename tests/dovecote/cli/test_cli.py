@@ -288,10 +288,10 @@ def test_bytes_that_are_no_text_are_refused_in_words(tmp_path: Path) -> None:
     assert_one_sentence(done, 2, "'?' is not UTF-8")
 
 
-def test_an_age_longer_than_time_is_no_moment(tmp_path: Path) -> None:
+def test_an_age_too_long_for_the_calendar_is_no_time(tmp_path: Path) -> None:
     done = dovecote(tmp_path, "events", "list", "--since", "999999999999w", DATABASE_URL=NOBODY)
 
-    assert (done.returncode, "is no moment" in done.stderr) == (2, True)
+    assert (done.returncode, "is no time" in done.stderr) == (2, True)
 
 
 def test_a_reader_that_stops_reading_is_no_error_of_ours(tmp_path: Path) -> None:

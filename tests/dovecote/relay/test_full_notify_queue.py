@@ -13,11 +13,10 @@ from domain.pricing import PriceQuoted
 from dovecote.local.servers import servers
 from dovecote.migrations import schema
 from dovecote.operations import doctor
-from dovecote.operations.deliveries import Filter
+from dovecote.operations.deliveries import DeliverySelection, retry
 from dovecote.operations.handlers import pause, resume
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
-from dovecote.operations.retry import retry
 from dovecote.relay import leader as leading
 from dovecote.settings import Settings
 from dovecote.unit_of_work import UnitOfWork
@@ -142,7 +141,7 @@ def test_an_operator_s_retry_is_taken(system: System) -> None:
     with system.running():
         eventually(lambda: is_asleep(system), 10, "a relay")
         with a_full_queue(system.settings):
-            done = retry(system.engine, Filter(state="dead"), actor="me", routes=system.routes)
+            done = retry(system.engine, DeliverySelection(state="dead"), actor="me", routes=system.routes)
             assert done.affected == 1
             system.until_quiet()
 

@@ -225,7 +225,7 @@ def test_what_nobody_wants_is_shown_and_stays(deploy: Deploy) -> None:
             uow.session.execute(
                 text("select dovecote.append_event('a', 'b', 'routing.of_nobody.v1', '{}') from generate_series(1, 3)")
             )
-        eventually(lambda: operations.status(system.engine, [OLD]).unrouted, 30, "the type shown")
+        eventually(lambda: operations.status.get_status(system.engine, [OLD]).unrouted, 30, "the type shown")
 
     (kind,) = system.status().unrouted
     assert (kind.event_type, kind.events, kind.wanted_by) == ("routing.of_nobody.v1", 3, [])

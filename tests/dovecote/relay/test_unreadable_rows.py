@@ -13,12 +13,12 @@ from psycopg import sql
 from sqlalchemy import text
 
 from dovecote.operations import replays
-from dovecote.operations.deliveries import Filter as Failures
+from dovecote.operations.deliveries import DeliverySelection as Failures
+from dovecote.operations.deliveries import discard as discard_matching
+from dovecote.operations.deliveries import retry
 from dovecote.operations.replays import Request
-from dovecote.operations.retry import discard as discard_matching
-from dovecote.operations.retry import retry
 from dovecote.route import Route
-from dovecote.store.replays import Filter
+from dovecote.store.replays import ReplaySelection
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.past_the_trigger import a_document, insert_past_the_trigger, numbers
@@ -255,11 +255,13 @@ def test_a_replay_passes_it_and_comes_to_its_end(system_with: SystemWith, mode: 
     # It was read and acted on once, and is damaged since.
     run(system, "update dovecote.outbox set payload = %s::jsonb where position = 1", numbers(131071, 9_000))
     asked: Any = {"mode": mode, "reason": "a test", "actor": "tester"}
-    id = replays.start(system.engine, system.routes, Request(handler="test.note", filter=Filter(), **asked)).replay_id
+    id = replays.start(
+        system.engine, system.routes, Request(handler="test.note", filter=ReplaySelection(), **asked)
+    ).replay_id
     assert id is not None
 
     with system.running():
-        eventually(lambda: replays.shown(system.engine, id).is_over, 20, "the end of the replay")
+        eventually(lambda: replays.get_replay(system.engine, id).is_over, 20, "the end of the replay")
 
     assert [letter[1:4] for letter in letters(system)] == [(1, "dead", "UnreadableRow")]
     assert prices(system) == [1, 2, 2]

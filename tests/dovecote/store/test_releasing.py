@@ -16,7 +16,7 @@ from domain.pricing import PriceQuoted
 from dovecote import operations
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import Refused
-from dovecote.operations.deliveries import Filter
+from dovecote.operations.deliveries import DeliverySelection
 from dovecote.operations.handlers import pause, resume
 from dovecote.relay.bundler import Bundler
 from dovecote.route import Route
@@ -127,7 +127,7 @@ def block(system: System, mood: Mood, events: int) -> None:
 
 
 def unblock(system: System) -> None:
-    operations.retry(system.engine, Filter(handler=HANDLER), actor="ada", routes=system.routes)
+    operations.deliveries.retry(system.engine, DeliverySelection(handler=HANDLER), actor="ada", routes=system.routes)
 
 
 # What it costs ------------------------------------------------------------------------------------
@@ -163,7 +163,9 @@ def test_discarding_releases_the_first_and_counts_all(ordered: Make, mood: Mood)
     system = ordered(bundle_size=4)
     block(system, mood, 10)
 
-    change = operations.discard(system.engine, Filter(handler=HANDLER), actor="ada", reason="given up")
+    change = operations.deliveries.discard(
+        system.engine, DeliverySelection(handler=HANDLER), actor="ada", reason="given up"
+    )
     assert change.released == 9
     assert states(system) == {"discarded": 1, "retrying": 1, "waiting": 8}
     with system.running():
@@ -247,7 +249,7 @@ def test_a_message_that_was_leased_and_never_sent_goes_out_again_as_it_was(order
     block(system, mood, 11)
     with system.relay(), system.workers():
         pass
-    operations.discard(system.engine, Filter(handler=HANDLER), actor="ada", reason="given up")
+    operations.deliveries.discard(system.engine, DeliverySelection(handler=HANDLER), actor="ada", reason="given up")
     lost = leased(system)
     assert len(lost) == 4
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
