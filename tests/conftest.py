@@ -1,5 +1,9 @@
 """Real servers for every test: given ones, else containers, else embedded. A fresh database per module.
 
+With `-n` (pytest-xdist), every worker has servers of its own: no test finds the connections, locks, transactions or
+keys of one that runs beside it. Tests marked `alone` measure the machine: `./dev test` runs them when nothing else
+runs. Tests marked `long` need `--long`, or to be named.
+
 Every test runs on the wheels' servers. On Debian's, older ones, run again those marked `servers` and not `once`: whose
 outcome hangs on our SQL or Lua or on what the servers answer. What tries Python with a database beside it, starts
 processes or servers of its own, kills, measures time or goes at random for long runs once.
@@ -20,6 +24,7 @@ from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.database import connect, sessions_for
+from tests.clusters import TEMPLATE, put_cluster
 from tests.keys import KEYS
 from tests.support import a_place_for_servers, has_enough_memory
 from workers import schema
@@ -29,6 +34,25 @@ from workers.settings import Settings, load_settings
 # Those of docker-compose.yml.
 _POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18.6-trixie")
 _REDIS_IMAGE = os.environ.get("DOVECOTE_TEST_REDIS_IMAGE", "redis:8.10.1-trixie")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked `long`, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = any("::" in word for word in config.args)
+    if config.getoption("--long") or named or "long" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(scope="session")
+def is_long(request: pytest.FixtureRequest) -> bool:
+    """Tell if there is time: tests that get stronger by their length ask this."""
+    return bool(request.config.getoption("--long"))
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,7 @@ def servers() -> Iterator[Servers]:
             yield found
         else:
             place = stack.enter_context(a_place_for_servers())
+            put_cluster(place / "postgres")
             postgres, redis = stack.enter_context(
                 embedded_servers(place, postgres_settings={"fsync": "off", "max_prepared_transactions": "10"})
             )
@@ -71,6 +96,9 @@ def _containers(stack: ExitStack) -> Servers | None:
     """
     if os.environ.get("DOVECOTE_TEST_EMBEDDED"):
         return None
+    socket = Path("/var/run/docker.sock")
+    if not (os.environ.get("DOVECOTE_TEST_CONTAINERS") or os.environ.get("DOCKER_HOST") or socket.exists()):
+        return None  # before the imports, which take a second
     try:
         import docker
         from testcontainers.community.postgres import PostgresContainer
@@ -100,6 +128,9 @@ def _containers(stack: ExitStack) -> Servers | None:
 @pytest.fixture(scope="session")
 def template(servers: Servers) -> Iterator[str]:
     """The name of a migrated database that others are copied from."""
+    if servers.origin == "embedded":
+        yield TEMPLATE
+        return
     name = f"dovecote_template_{uuid4().hex[:8]}"
     _statement(servers, "create database {}", name)
     schema.upgrade(servers.database(name))

@@ -27,9 +27,10 @@ from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.databases import Databases
 from tests.chaos.history import Rewind
+from tests.clusters import put_cluster
 from tests.proxy import Proxy
 from tests.support import eventually
-from workers import operations, schema
+from workers import operations
 from workers.children import dying_with_us
 from workers.embedded import Postgres, Redis
 from workers.home import Home
@@ -66,11 +67,11 @@ class Stage:
             (self.directory / name).mkdir()
         (self.directory / "servers").chmod(0o711)
         with ExitStack() as stack:
+            put_cluster(self.directory / "servers" / "postgres")
             stack.callback(self.databases.stop)
             self.postgres_url = self.databases.start()
             stack.callback(self.redis.stop)
             self.redis_url = self.redis.start().url
-            schema.upgrade(self.postgres_url)
             with self.connection() as connection:
                 connection.execute(routes.TABLES)
             writers.open_accounts(self.postgres_url)

@@ -11,11 +11,11 @@ from structlog.testing import capture_logs
 
 from domain.pricing import PriceQuoted
 from domain.unit_of_work import UnitOfWork
+from tests.clusters import put_cluster
 from tests.conftest import settings_for
 from tests.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support import a_place_for_servers, eventually
 from tests.system import System, system_for
-from workers import schema
 from workers.embedded import servers
 from workers.gateways import Gateways
 from workers.operations import doctor
@@ -37,12 +37,14 @@ _PAGES = "64"
 def small_queue() -> Iterator[tuple[str, str]]:
     """The URLs of a Postgres whose queue of notifications is full after a moment, and of a Redis."""
     with a_place_for_servers() as place:
-        with servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis):
-            with psycopg.connect(postgres.url, autocommit=True) as connection:
-                if connection.info.server_version < 170_000:
-                    pytest.skip("max_notify_queue_pages is of Postgres 17: before, the queue has 8 GB")
-                connection.execute(f"alter system set max_notify_queue_pages = {_PAGES}".encode())
-            schema.upgrade(postgres.url)
+        put_cluster(place / "postgres")
+        with (
+            servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis),
+            psycopg.connect(postgres.url, autocommit=True) as connection,
+        ):
+            if connection.info.server_version < 170_000:
+                pytest.skip("max_notify_queue_pages is of Postgres 17: before, the queue has 8 GB")
+            connection.execute(f"alter system set max_notify_queue_pages = {_PAGES}".encode())
         with servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis):
             yield postgres.url, redis.url
 

@@ -18,7 +18,6 @@ from tests.effects import a_route, effects_in, make_room_for_effects, write_quot
 from tests.postgres_back import PostgresThatGoesBack, postgres_that_goes_back
 from tests.support import a_place_for_servers, eventually
 from tests.system import System, system_for
-from workers import schema
 from workers.operations.doctor import postgres as doctor
 from workers.operations.doctor.finding import Subject
 from workers.relay import history as history_module
@@ -340,7 +339,6 @@ def postgres() -> Iterator[PostgresThatGoesBack]:
     # What is committed without asking for more reaches the disk ten seconds later.
     lazy = {"synchronous_commit": "off", "wal_writer_delay": "10s", "bgwriter_delay": "10s", "autovacuum": "off"}
     with a_place_for_servers() as place, postgres_that_goes_back(place, lazy) as postgres:
-        schema.upgrade(postgres.url)
         yield postgres
 
 
