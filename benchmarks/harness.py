@@ -20,8 +20,8 @@ from psycopg import sql
 from sqlalchemy import make_url
 
 from benchmarks.scene import BenchmarkFailed, Process, Scene
-from workers import schema
-from workers.embedded import servers as embedded_servers
+from dovecote.local.servers import servers as embedded_servers
+from dovecote.migrations import schema
 
 __all__ = ["BenchmarkFailed", "Options", "Process", "Scene", "Stage", "stage"]
 

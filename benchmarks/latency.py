@@ -15,7 +15,7 @@ import psycopg
 from benchmarks import naive
 from benchmarks.harness import Options, Scene, Stage
 from benchmarks.report import Report, percentile
-from domain.ids import uuid7
+from dovecote.events.ids import uuid7
 
 LOW, HIGH = 20, 1_000
 _WRITERS = 4

@@ -101,7 +101,7 @@ def write_history(event_id: str, event: dict[str, Any]) -> None:
 _ACTORS = {"pricing.price_quoted.v1": apply_quote, "billing.payment_recorded.v1": write_history}
 
 
-def relay(poll_seconds: float) -> None:
+def relay(poll_interval_seconds: float) -> None:
     """Send what is not sent yet, a hundred rows a transaction, until SIGTERM."""
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,7 +109,7 @@ def relay(poll_seconds: float) -> None:
     with psycopg.connect(os.environ["DATABASE_URL"], application_name="naive relay") as connection:
         while not stopping.is_set():
             if not relay_batch(connection):
-                stopping.wait(poll_seconds)
+                stopping.wait(poll_interval_seconds)
 
 
 def relay_batch(connection: Connection) -> int:

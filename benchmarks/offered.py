@@ -13,7 +13,7 @@ from uuid import UUID
 
 import psycopg
 
-from domain.ids import uuid7
+from dovecote.events.ids import uuid7
 
 _CONNECTIONS = 4
 _TRANSACTIONS_PER_SECOND = 1_000

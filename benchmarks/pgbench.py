@@ -12,7 +12,7 @@ from typing import NamedTuple
 import psycopg
 
 from benchmarks.harness import BenchmarkFailed, Scene
-from workers.binaries import ServerError, find_postgres
+from dovecote.local.binaries import ServerError, find_postgres
 
 # A domain row and its event, as a service writes them. The statements of a transaction go one by one.
 _DOMAIN_ROW = """

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from workers import bootstrap
-from workers.routes import ROUTES, Route
+from dovecote import bootstrap
+from dovecote.route import Route
+from workers.app import app
 
 
 def ours() -> None:
     """Set up the consumers of production, with a watch before each bulk handler."""
-    bootstrap.consumers([_watched(route) for route in ROUTES])
+    bootstrap.start_consumers(replace(app, routes=[_watched(route) for route in app.routes]))
 
 
 def naive() -> None:

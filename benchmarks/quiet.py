@@ -12,7 +12,8 @@ from benchmarks.harness import Options, Process, Scene, Stage
 from benchmarks.processor import family
 from benchmarks.report import Report
 from benchmarks.throughput import drained, until_acted_on
-from workers.routes import ROUTES, queues
+from dovecote.route import queues
+from workers.routes import ROUTES
 
 _STATEMENT = re.compile(rb"LOG:  (?:statement|execute)")
 

@@ -3,8 +3,8 @@
 import sys
 from dataclasses import replace
 
-from workers.bootstrap import run_relay
-from workers.routes import ROUTES
+from dovecote.bootstrap import run_relay
+from workers.app import app
 
 if __name__ == "__main__":
-    run_relay([replace(route, bundle_size=int(sys.argv[1])) for route in ROUTES])
+    run_relay(replace(app, routes=[replace(route, bundle_size=int(sys.argv[1])) for route in app.routes]))

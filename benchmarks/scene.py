@@ -19,7 +19,7 @@ import psycopg
 import redis
 from psycopg.rows import TupleRow
 
-from workers.children import dying_with_us
+from dovecote.processes.children import dying_with_us
 
 _ROOT = Path(__file__).resolve().parents[1]
 _STOP_SECONDS = 25.0
@@ -96,7 +96,7 @@ class Scene:
         # In a session of its own: the lock lives in a transaction, and ends with it.
         with psycopg.connect(self.database_url) as leader:
             leader.execute("lock table dovecote.relay_leader in share update exclusive mode")
-            self.start("relay", words, DOVECOTE_RELAY__STANDBY_SECONDS="0.05", **more)
+            self.start("relay", words, DOVECOTE_RELAY__STANDBY_INTERVAL_SECONDS="0.05", **more)
             standing_by = "select exists (select from pg_stat_activity where application_name = 'dovecote relay lock'"
             standing_by += " and datname = current_database() and state = 'idle' and query = 'rollback')"
             self.until(lambda: self.one(standing_by), 60, "the relay stands by")
@@ -104,7 +104,7 @@ class Scene:
 
     def start_consumers(
         self,
-        module: str = "workers.bootstrap:consumers",
+        module: str = "dovecote.bootstrap:consumers",
         *,
         queues: str = "pricing",
         processes: int = 1,

@@ -15,8 +15,8 @@ from sqlalchemy import text
 
 from domain import billing
 from domain.billing.repository import Memberships
-from domain.database import connect, sessions_for
-from domain.unit_of_work import UnitOfWork, unit_of_work
+from dovecote.store.connections import connect, sessions_for
+from dovecote.unit_of_work import UnitOfWork, unit_of_work
 
 #: Makes the payload 300 bytes long.
 _USER_ID = "user-" + "x" * 59

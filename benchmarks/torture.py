@@ -13,7 +13,7 @@ from benchmarks import latency, probe, seeding
 from benchmarks.harness import Options, Scene, Stage
 from benchmarks.history import held_snapshot
 from benchmarks.report import Report, percentile
-from workers.relay import leading
+from dovecote.relay import leader as leading
 
 RATE = 500
 _AT_MOST = 1.2

@@ -20,11 +20,11 @@ from sqlalchemy.dialects.postgresql import INT8MULTIRANGE, JSONB
 
 from domain.billing.history import billing_history
 from domain.billing.repository import memberships
-from domain.database import metadata
-from domain.outbox import outbox
 from domain.pricing.repository import latest_prices, price_quotes
-from domain.processed_events import processed_events
 from domain.verification.repository import challenges, verification_quotas, verified_phones
+from dovecote.database import metadata
+from dovecote.outbox import outbox
+from dovecote.processed_events import processed_events
 
 __all__ = [
     "audit_log",

@@ -5,8 +5,9 @@ from typing import Any
 from alembic import context
 from sqlalchemy import Connection, text
 
-from domain.database import SCHEMA, connect
 from domain.tables import metadata
+from dovecote.database import SCHEMA
+from dovecote.store.connections import connect
 
 
 def _is_ours(thing: Any, name: str | None, kind: str, _reflected: bool, _compare_to: Any) -> bool:
@@ -43,7 +44,7 @@ def _main() -> None:
     if given is not None:
         _migrate(given)
         return
-    from workers.settings import load_settings  # only the command line needs it
+    from dovecote.settings import load_settings  # only the command line needs it
 
     engine = connect(load_settings().database.url.get_secret_value(), statement_timeout_ms=0)
     with engine.connect() as connection:

@@ -24,13 +24,15 @@ from psycopg import sql
 from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.database import connect, sessions_for
-from tests.clusters import TEMPLATE, put_cluster
-from tests.keys import KEYS
-from tests.support import a_place_for_servers, has_enough_memory
-from workers import schema
-from workers.embedded import servers as embedded_servers
-from workers.settings import Settings, load_settings
+from dovecote.local.servers import servers as embedded_servers
+from dovecote.settings import Settings, load_settings
+from dovecote.store.connections import connect, sessions_for
+from tests.support.clusters import TEMPLATE, put_cluster
+from tests.support.keys import KEYS
+from tests.support.processes import a_place_for_servers, has_enough_memory
+
+# Processes that tests start belong to the application of this repository.
+os.environ.setdefault("DOVECOTE_APP", "workers.app:app")
 
 # Those of docker-compose.yml.
 _POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18.6-trixie")
@@ -143,6 +145,8 @@ def template(servers: Servers) -> Iterator[str]:
     if servers.origin == "embedded":
         yield TEMPLATE
         return
+    from dovecote.migrations import schema  # Alembic takes half a second to import
+
     name = f"dovecote_template_{uuid4().hex[:8]}"
     _statement(servers, "create database {}", name)
     schema.upgrade(servers.database(name))
@@ -198,7 +202,7 @@ def settings_for(database_url: str, redis_url: str, home: Path, **more: str) -> 
             "REDIS_URL": redis_url,
             "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
             **KEYS,
-            "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
+            "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
             "DOVECOTE_SMS__HANDSET_PATH": str(home / "handset.txt"),
             **more,
         },

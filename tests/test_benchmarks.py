@@ -12,25 +12,27 @@ from psycopg.rows import TupleRow
 from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks import plots
-from domain.database import connect, sessions_for
-from domain.unit_of_work import unit_of_work
-from tests.support import eventually
-from workers.bootstrap import broker_for
-from workers.broker import OutboxBroker
-from workers.relay import leading, replaying
-from workers.relay.history import History, take_over
-from workers.relay.leading import Leader
-from workers.relay.reading import Connection, Reader
-from workers.relay.sleeping import Sleeper
-from workers.routes import ROUTES, queues
-from workers.settings import Settings
+from dovecote.bootstrap import broker_for
+from dovecote.broker.broker import OutboxBroker
+from dovecote.relay import leader as leading
+from dovecote.relay import replayer as replaying
+from dovecote.relay.history import History, take_over
+from dovecote.relay.leader import Leader
+from dovecote.relay.sleeper import Sleeper
+from dovecote.route import queues
+from dovecote.settings import Settings
+from dovecote.store.connections import connect, sessions_for
+from dovecote.store.reader import Connection, Reader
+from dovecote.unit_of_work import unit_of_work
+from tests.support.processes import eventually
+from workers.routes import ROUTES
 
 _ROOT = Path(__file__).parents[1]
 _BATCH = 100
 
 
 def test_a_benchmark_prints_what_it_measured() -> None:
-    command = [sys.executable, "-m", "workers", "bench", "relay", "--quick", "--json"]
+    command = [sys.executable, "-m", "benchmarks", "relay", "--quick", "--json"]
     done = subprocess.run(
         [*command, "--rounds", "1", "--events", "2000"], cwd=_ROOT, capture_output=True, text=True, timeout=100
     )
@@ -49,7 +51,7 @@ def test_a_benchmark_prints_what_it_measured() -> None:
 
 def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "workers", "bench", "nothing"], cwd=_ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "benchmarks", "nothing"], cwd=_ROOT, capture_output=True, text=True, timeout=60
     )
 
     assert done.returncode == 2

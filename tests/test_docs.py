@@ -13,11 +13,11 @@ from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 from typer.testing import CliRunner
 
-from tests import commands
+from dovecote.cli import app
+from dovecote.local.binaries import find_postgres
+from dovecote.local.supervisor import parse_procfile
 from tests.conftest import Servers
-from workers.binaries import find_postgres
-from workers.cli import app
-from workers.supervisor import parse_procfile
+from tests.support import commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +47,13 @@ def run_as_a_program(place: Path, program: str, **variables: str) -> str:
     (place / "program.py").write_text(program)
     done = subprocess.run(
         [sys.executable, "program.py"],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(place), **variables},
+        env={
+            "PATH": os.environ["PATH"],
+            "DOVECOTE_APP": "workers.app:app",
+            "PYTHONPATH": str(ROOT),
+            "DOVECOTE_HOME": str(place),
+            **variables,
+        },
         cwd=place,
         capture_output=True,
         text=True,
@@ -110,7 +116,7 @@ def test_the_way_to_write_from_any_other_language_does_the_same(
 
 
 RUN_THE_HANDLER = """
-from workers.routes import Route
+from dovecote.route import Route
 
 ROUTES = (
 {route}
@@ -118,11 +124,11 @@ ROUTES = (
 
 from pathlib import Path
 from tests.conftest import settings_for
-from tests.system import system_for
+from tests.support.system import system_for
 
 settings = settings_for(os.environ["DATABASE_URL"], os.environ["REDIS_URL"], Path.cwd())
 with system_for(settings, ROUTES) as system, system.relay(), system.workers():
-    from tests.support import eventually
+    from tests.support.processes import eventually
     eventually(lambda: "shop.count_orders" in registered(), 10, "the handler registered")
     place_order_in_a_session("4715")
     system.until_quiet()
@@ -210,6 +216,7 @@ def test_each_way_to_restore_that_the_page_shows_gives_a_system_that_goes_on(
             ["/bin/sh", "-e", "-c", script],
             env={
                 "PATH": f"{POSTGRES}:{os.environ['PATH']}",
+                "DOVECOTE_APP": "workers.app:app",
                 "DATABASE_URL": fresh_database_url,
                 "NEW_DATABASE_URL": url,
             },

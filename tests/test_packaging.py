@@ -14,7 +14,7 @@ import psycopg
 import pytest
 import yaml
 
-from workers.supervisor import parse_procfile
+from dovecote.local.supervisor import parse_procfile
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,15 +32,15 @@ EMIT = """
 import os
 from datetime import UTC, datetime
 from domain import billing
-from domain.database import connect, sessions_for
-from domain.unit_of_work import unit_of_work
+from dovecote.store.connections import connect, sessions_for
+from dovecote.unit_of_work import unit_of_work
 with unit_of_work(sessions_for(connect(os.environ["DATABASE_URL"]))) as uow:
     print(billing.start_membership(uow, "user-1", billing.Tier.FREE, datetime.now(UTC)).id)
 """
 
 ASK_FOR_A_PACKAGE_THAT_IS_MISSING = """
-from domain.errors import MissingPackage
-from domain.privacy import parse_phone
+from dovecote.errors import MissingPackage
+from dovecote.privacy import parse_phone
 try:
     parse_phone("+12015550123")
 except MissingPackage as error:
@@ -90,7 +90,7 @@ def test_the_wheel_holds_code_migrations_scripts_and_procfile_and_nothing_else(w
         inside = f"workers/{folder.removeprefix('workers/')}/"
         assert here
         assert sorted(name.removeprefix(inside) for name in names if name.startswith(inside)) == here
-    assert {"workers/Procfile", "workers/migrations/env.py", "domain/py.typed", "workers/py.typed"} <= set(names)
+    assert {"workers/Procfile", "workers/migrations/env.py", "dovecote/py.typed", "workers/py.typed"} <= set(names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"domain", "workers", "dovecote"}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 

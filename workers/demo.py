@@ -13,11 +13,12 @@ from uuid import UUID
 from sqlalchemy import Engine, text
 
 from domain import billing, pricing, verification
-from domain.database import Sessions, sessions_for
-from domain.ids import uuid7
-from domain.money import Money
-from domain.privacy import Keyring
-from domain.unit_of_work import UnitOfWork, unit_of_work
+from dovecote.database import Sessions
+from dovecote.events.ids import uuid7
+from dovecote.events.money import Money
+from dovecote.privacy import Keyring
+from dovecote.store.connections import sessions_for
+from dovecote.unit_of_work import UnitOfWork, unit_of_work
 
 _PER_TRANSACTION = 20
 _NUMBERS = 100

@@ -22,7 +22,7 @@ import psycopg
 from benchmarks.naive import APPLY, broker, connection_of_thread
 from benchmarks.offered import DOMAIN_ROW
 from benchmarks.probe import note
-from domain.ids import uuid7
+from dovecote.events.ids import uuid7
 
 __all__ = ["apply_raw", "broker"]
 

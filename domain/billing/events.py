@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Any
 from uuid import UUID
 
-from domain.events import Event, upcaster
-from domain.money import Money
+from dovecote.events import Event, upcaster
+from dovecote.events.money import Money
 
 
 class Tier(Enum):

@@ -36,9 +36,9 @@ from domain.billing.events import (
     PaymentRefunded,
     TierChanged,
 )
-from domain.database import metadata
-from domain.money import Money
-from domain.unit_of_work import UnitOfWork
+from dovecote.database import metadata
+from dovecote.events.money import Money
+from dovecote.unit_of_work import UnitOfWork
 
 billing_history = Table(
     "billing_history",

@@ -16,9 +16,9 @@ from domain.billing.events import (
     Tier,
     TierChanged,
 )
-from domain.errors import InvalidValue, Refused
-from domain.ids import uuid7
-from domain.money import Money
+from dovecote.errors import InvalidValue, Refused
+from dovecote.events.ids import uuid7
+from dovecote.events.money import Money
 
 Period = tuple[datetime, datetime] | tuple[None, None]
 

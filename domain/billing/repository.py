@@ -7,9 +7,9 @@ from sqlalchemy import Column, DateTime, Enum, Index, Integer, Table, Text, Uniq
 
 from domain.billing.events import Tier
 from domain.billing.membership import Membership, Status
-from domain.database import mapper, metadata
-from domain.errors import NotFound
-from domain.unit_of_work import UnitOfWork
+from dovecote.database import mapper, metadata
+from dovecote.errors import NotFound
+from dovecote.unit_of_work import UnitOfWork
 
 
 def _words(kind: type[PythonEnum]) -> Enum:

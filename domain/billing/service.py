@@ -6,8 +6,8 @@ from uuid import UUID
 from domain.billing.events import Tier
 from domain.billing.membership import Membership
 from domain.billing.repository import Memberships
-from domain.money import Money
-from domain.unit_of_work import UnitOfWork
+from dovecote.events.money import Money
+from dovecote.unit_of_work import UnitOfWork
 
 
 def start_membership(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from domain.events import Event
+from dovecote.events import Event
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from domain.errors import InvalidValue
 from domain.pricing.events import PriceQuoted
-from domain.showing import shown
+from dovecote.errors import InvalidValue, shown
 
 MOST_SYMBOL_CHARACTERS = 100
 # The column is numeric(38, 18): beyond it Postgres would refuse or round.

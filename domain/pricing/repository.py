@@ -5,10 +5,10 @@ from datetime import datetime
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, Numeric, Table, Text, func, select, text
 
-from domain.database import array, metadata
 from domain.pricing.events import PriceQuoted
 from domain.pricing.price import Price, Quote
-from domain.unit_of_work import UnitOfWork
+from dovecote.database import array, metadata
+from dovecote.unit_of_work import UnitOfWork
 
 price_quotes = Table(
     "price_quotes",

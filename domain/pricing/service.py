@@ -6,7 +6,7 @@ from datetime import datetime
 from domain.pricing.events import PriceQuoted
 from domain.pricing.price import Quote, check_quote
 from domain.pricing.repository import Prices
-from domain.unit_of_work import UnitOfWork
+from dovecote.unit_of_work import UnitOfWork
 
 
 def record_quotes(uow: UnitOfWork, quotes: Sequence[Quote], at: datetime) -> None:

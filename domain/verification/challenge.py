@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from domain.errors import DomainError, InvalidValue, Refused
-from domain.ids import uuid7
-from domain.privacy import Keyring
 from domain.verification.events import CodeRejected, CodeRequested, PhoneVerified
+from dovecote.errors import DomainError, InvalidValue, Refused
+from dovecote.events.ids import uuid7
+from dovecote.privacy import Keyring
 
 # What one challenge allows. What somebody may do with one challenge after the other is in limits.py.
 LIFE = timedelta(minutes=5)

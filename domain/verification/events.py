@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from domain.events import Event
+from dovecote.events import Event
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import chain
 
-from domain.errors import InvalidValue, RateLimited
+from dovecote.errors import InvalidValue, RateLimited
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)

@@ -1,7 +1,7 @@
 """Which phone numbers a code may be sent to: mobile ones, by an allow-list of types."""
 
-from domain.errors import InvalidValue
-from domain.privacy import parse_phone
+from dovecote.errors import InvalidValue
+from dovecote.privacy import parse_phone
 
 
 class NotMobile(InvalidValue):

@@ -20,11 +20,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.orm import Session
 
-from domain.database import mapper, metadata
-from domain.errors import NotFound
-from domain.unit_of_work import UnitOfWork
 from domain.verification.challenge import Challenge
 from domain.verification.limits import Limits, Quota, QuotaKind
+from dovecote.database import mapper, metadata
+from dovecote.errors import NotFound
+from dovecote.unit_of_work import UnitOfWork
 
 challenges = Table(
     "challenges",

@@ -8,13 +8,13 @@ A transaction with several of these stories may meet another one head on; `run_u
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from domain.privacy import Keyring
-from domain.unit_of_work import UnitOfWork
 from domain.verification.challenge import Challenge, hash_of, typed_code
 from domain.verification.events import CodeRejected, PhoneVerified
 from domain.verification.limits import LIMITS, LONGEST_WINDOW, Limits, require_answer, require_code
 from domain.verification.numbers import mobile_number
 from domain.verification.repository import Challenges, Quotas, VerifiedPhones
+from dovecote.privacy import Keyring
+from dovecote.unit_of_work import UnitOfWork
 
 # So long a late answer hears "expired" instead of "there is no such challenge".
 _KEPT_AFTER_EXPIRY = timedelta(days=1)

@@ -1,4 +1,4 @@
--- Reading beside held writers and rolled-back ones at no cost: workers/relay/reading.py, gaps.py and leading.py.
+-- Reading beside held writers and rolled-back ones at no cost: dovecote/store/reader.py, gaps.py and leading.py.
 
 create function dovecote.writers_at_work(out floors bigint[], out xids bigint[])
 language plpgsql volatile as $$

@@ -31,7 +31,7 @@ language sql immutable parallel safe as $$ select 17608::bigint << 48 $$;
 
 -- What handlers want of types: what is above `since_position` and not in `published_above`. A version that nobody has
 -- subscribed to yet, of a fact that the handler wants, counts as wanted since that fact: the code that knows it will
--- subscribe to it from there on (workers/relay/relay.py, _SUBSCRIBE).
+-- subscribe to it from there on (dovecote/relay/relay.py, _SUBSCRIBE).
 create function dovecote.wanted_since(handlers text[], event_types text[])
 returns table (handler_name text, event_type text, since_position bigint, published_above int8multirange)
 language sql stable

@@ -1,4 +1,4 @@
--- Is an event in the outbox? Consumers ask for messages of another run of Postgres (workers/lookup.py).
+-- Is an event in the outbox? Consumers ask for messages of another run of Postgres (dovecote/store/lookup.py).
 
 create function dovecote.outbox_run() returns text
 language sql stable parallel safe

@@ -1,7 +1,7 @@
 -- Positions that are handed out in order, and the cure where they were not.
 --
 -- The relay reads forward. An event whose position it has read already, or that was handed out in a block to one
--- session, is never read: so the relay does not lead where that can happen (workers/relay/sequence.py).
+-- session, is never read: so the relay does not lead where that can happen (dovecote/store/sequence.py).
 
 alter table dovecote.relay_state add column refused_since timestamptz;
 

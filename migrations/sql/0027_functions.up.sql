@@ -70,7 +70,7 @@ return case parent when 'outbox' then 'id' when 'processed_events' then 'event_i
 
 -- A CloudEvents 1.0 JSON envelope. `position` is text because a CloudEvents integer has 32 bits.
 -- Each field is escaped here, whatever let the row in, and the moment is in UTC, whatever the session's zone is.
--- The relay takes the id from where it stands (EVENT_ID in workers/relay/bundles.py).
+-- The relay takes the id from where it stands (EVENT_ID in dovecote/relay/bundler.py).
 create or replace function dovecote.envelope(fact dovecote.outbox) returns text
 language sql stable parallel safe
 return '{"specversion":"1.0","id":"' || fact.id::text

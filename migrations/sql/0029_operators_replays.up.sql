@@ -1,5 +1,5 @@
--- Replays are asked for, paused, resumed and cancelled here; the relay does them (workers/relay/replaying.py). What is
--- in a replay is said there as well (workers/replays.py): the count and the work must mean the same events.
+-- Replays are asked for, paused, resumed and cancelled here; the relay does them (dovecote/relay/replayer.py). What is
+-- in a replay is said there as well (dovecote/store/replays.py): the count and the work must mean the same events.
 
 create function dovecote.is_asked(o dovecote.outbox, filter jsonb, event_types text[], event_ids uuid[]) returns boolean
 language sql stable parallel safe

@@ -33,7 +33,7 @@ create function dovecote.known_message_keys(
     out id text, out made_at timestamptz, out revoked_at timestamptz, out signs boolean)
 returns setof record
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
--- Every key without its secret, newest first; `signs` marks the one that a relay signs with, see workers/signatures.py.
+-- Every key without its secret, newest first; `signs` marks the one that a relay signs with, see dovecote/envelope/signatures.py.
     select k.id, k.made_at, k.revoked_at,
            k.id is not distinct from (
                select n.id from dovecote.message_keys n where n.revoked_at is null

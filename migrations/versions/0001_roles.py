@@ -1,6 +1,6 @@
 """Roles: owner, writer, worker, operator."""
 
-from workers.schema import run
+from dovecote.migrations.schema import run
 
 revision = "0001"
 down_revision = None

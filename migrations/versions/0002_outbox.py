@@ -1,6 +1,6 @@
 """The outbox and what becomes of its events."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0002"
 down_revision = "0001"

@@ -1,6 +1,6 @@
 """Memberships and what was paid for them."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0003"
 down_revision = "0002"

@@ -1,6 +1,6 @@
 """Quotes as they came in, and the latest price of each symbol."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0004"
 down_revision = "0003"

@@ -1,6 +1,6 @@
 """Challenges that prove a phone number, and the numbers proven."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0005"
 down_revision = "0004"

@@ -1,6 +1,6 @@
 """Old weeks: what holds them back, how they are dropped, which are gone."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0008"
 down_revision = "0005"

@@ -1,6 +1,6 @@
 """Indexes for every listing, an audit log nobody can rewrite, paused handlers."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0009"
 down_revision = "0008"

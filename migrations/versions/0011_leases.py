@@ -1,6 +1,6 @@
 """Leases of retries, which a relay can end."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0011"
 down_revision = "0009"

@@ -1,6 +1,6 @@
 """Functions of the outbox that cost its writers less."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0012"
 down_revision = "0011"

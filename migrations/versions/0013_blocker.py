@@ -1,6 +1,6 @@
 """Who must be done first: the last one before that was not discarded."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0013"
 down_revision = "0012"

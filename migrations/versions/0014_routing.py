@@ -2,7 +2,7 @@
 
 from alembic import op
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0014"
 down_revision = "0013"

@@ -1,6 +1,6 @@
 """Operators pause and resume handlers."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0016"
 down_revision = "0015"

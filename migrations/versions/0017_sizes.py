@@ -1,6 +1,6 @@
 """Sizes are limited in the form that is worked with: JSON text."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0017"
 down_revision = "0016"

@@ -1,6 +1,6 @@
 """A wake-up never fails the transaction that it follows."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0018"
 down_revision = "0017"

@@ -1,6 +1,6 @@
 """The relay reads beside held snapshots, open writers and rolled-back ones at no cost."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0019"
 down_revision = "0018"

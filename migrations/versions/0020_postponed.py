@@ -1,6 +1,6 @@
 """What is left for later: handlers whose queue is full, and where a new handler begins."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0020"
 down_revision = "0019"

@@ -1,6 +1,6 @@
 """Waiting events are released one bundle at a time."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0021"
 down_revision = "0020"

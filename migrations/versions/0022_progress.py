@@ -1,6 +1,6 @@
 """How far each handler is: its low-water mark, and what is open above it."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0022"
 down_revision = "0021"

@@ -1,6 +1,6 @@
 """Which run of Postgres this is, and the history in which Redis was told what it holds."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0023"
 down_revision = "0022"

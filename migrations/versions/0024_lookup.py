@@ -1,6 +1,6 @@
 """Is an event in the outbox?"""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0024"
 down_revision = "0023"

@@ -1,6 +1,6 @@
 """Positions that are handed out in order, and the cure where they were not."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0025"
 down_revision = "0024"

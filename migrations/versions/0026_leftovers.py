@@ -1,6 +1,6 @@
 """Deliveries whose event is gone."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0026"
 down_revision = "0025"

@@ -1,6 +1,6 @@
 """Functions mean the same whatever the caller's session says."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0027"
 down_revision = "0026"

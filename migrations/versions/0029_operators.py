@@ -1,6 +1,6 @@
 """Operators' verbs write their own audit lines."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0029"
 down_revision = "0028"

@@ -1,6 +1,6 @@
 """Limits on codes and on wrong answers."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0030"
 down_revision = "0029"

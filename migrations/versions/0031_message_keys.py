@@ -1,6 +1,6 @@
 """The keys that sign messages."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0031"
 down_revision = "0030"

@@ -1,6 +1,6 @@
 """Leadership needs a privilege."""
 
-from workers.schema import run_as_owner
+from dovecote.migrations.schema import run_as_owner
 
 revision = "0032"
 down_revision = "0031"

@@ -1,11 +1,11 @@
-"""The proxy of tests/proxy.py for Postgres, which can lose exactly the reply to a commit.
+"""The proxy of tests/support/proxy.py for Postgres, which can lose exactly the reply to a commit.
 
 A server has committed when it says ReadyForQuery with the status `I`, idle, after a COMMIT or after a
 statement that wrote something in a transaction of its own. Everything from the first message that tells of it
 is held back until then: nobody may hear half of the news.
 """
 
-from tests.proxy import Link, Proxy
+from tests.support.proxy import Link, Proxy
 
 _COMMAND_COMPLETE, _READY_FOR_QUERY = ord("C"), ord("Z")
 _WRITES = (b"COMMIT", b"INSERT", b"UPDATE", b"DELETE")

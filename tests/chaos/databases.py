@@ -14,9 +14,9 @@ import psutil
 import psycopg
 from psycopg.rows import TupleRow
 
-from tests.support import are_there, eventually
-from workers.embedded import Postgres, Server
-from workers.home import make_ours
+from dovecote.local.servers import Postgres, Server
+from dovecote.processes.state_directory import make_ours
+from tests.support.processes import are_there, eventually
 
 # Checkpoints come often enough that a copy stays small, and a new standby finds what it did not get yet.
 _SETTINGS = {"max_wal_size": "64MB", "min_wal_size": "32MB", "wal_keep_size": "32MB"}

@@ -12,11 +12,11 @@ from functools import partial
 
 import psutil
 
+from dovecote.local.servers import Postgres, Redis
 from tests.chaos import clocks, rewinds
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.schedule import Fault
 from tests.chaos.stage import Moot, Stage, one_of
-from workers.embedded import Postgres, Redis
 
 Befall = Callable[[Stage, Fault], AbstractContextManager[None]]
 

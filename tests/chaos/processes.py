@@ -6,13 +6,15 @@ is as in production, settings included.
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy import make_url
 
+from dovecote import bootstrap
 from tests.chaos import clocks
 from tests.chaos.routes import ROUTES
-from workers import bootstrap
+from workers.app import app
 
 
 def enter(role: str) -> Path:
@@ -31,12 +33,12 @@ def enter(role: str) -> Path:
 def consumers() -> None:
     """Called by Dramatiq in each worker process."""
     enter("workers")
-    bootstrap.consumers(ROUTES)
+    bootstrap.start_consumers(replace(app, routes=ROUTES))
 
 
 def relay() -> None:
     enter("relay")
-    bootstrap.run_relay(ROUTES)
+    bootstrap.run_relay(replace(app, routes=ROUTES))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from domain.database import array
-from domain.events import Event
-from domain.unit_of_work import UnitOfWork
+from dovecote.database import array
+from dovecote.envelope import Envelope
+from dovecote.errors import GatewayUnavailable
+from dovecote.events import Event
+from dovecote.route import Route
+from dovecote.unit_of_work import UnitOfWork
 from tests.chaos import careless
 from tests.chaos.clocks import real_time
-from workers.envelope import Envelope
 from workers.gateways import Gateways
-from workers.gateways.errors import GatewayUnavailable
-from workers.routes import Route
 
 TABLES = (
     """

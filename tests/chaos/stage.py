@@ -1,6 +1,6 @@
 """The system under test, and the hands that faults lay on it.
 
-Real servers (workers/embedded.py) and the real `dovecote up` with a Procfile of its own: whatever of it is
+Real servers (dovecote/local/servers.py) and the real `dovecote up` with a Procfile of its own: whatever of it is
 killed, its own supervisor starts again, with its own pauses. Servers are started again by the fault that
 stopped them. Writers are services, not Dovecote's: the stage starts them again at once.
 """
@@ -22,18 +22,18 @@ import sqlalchemy.exc
 from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 
-from domain.database import connect
+from dovecote import operations
+from dovecote.local.servers import Postgres, Redis
+from dovecote.processes.children import dying_with_us
+from dovecote.processes.state_directory import Home
+from dovecote.store.connections import connect
 from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.databases import Databases
 from tests.chaos.history import Rewind
-from tests.clusters import put_cluster
-from tests.proxy import Proxy
-from tests.support import eventually
-from workers import operations
-from workers.children import dying_with_us
-from workers.embedded import Postgres, Redis
-from workers.home import Home
+from tests.support.clusters import put_cluster
+from tests.support.processes import eventually
+from tests.support.proxy import Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITERS = 3
@@ -122,6 +122,7 @@ class Stage:
             # The proxies read what Postgres says.
             "DATABASE_URL": f"{self.postgres_url}?sslmode=disable&gssencmode=disable",
             "REDIS_URL": self.redis_url,
+            "DOVECOTE_APP": "workers.app:app",
             "DOVECOTE_HOME": str(self.directory / "home"),
             "PYTHONPATH": str(ROOT),
             "CHAOS_DIRECTORY": str(self.directory),

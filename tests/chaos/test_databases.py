@@ -3,7 +3,7 @@
 import psycopg
 
 from tests.chaos.databases import Databases
-from tests.support import a_place_for_servers
+from tests.support.processes import a_place_for_servers
 
 
 def test_a_failover_and_a_restored_copy_forget_what_came_after_them_and_nothing_else() -> None:

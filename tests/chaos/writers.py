@@ -20,14 +20,14 @@ from sqlalchemy import MetaData, text
 from sqlalchemy.event import listen
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from domain.database import connect, sessions_for
-from domain.errors import ConcurrentChange, DovecoteError
-from domain.ids import uuid7
-from domain.unit_of_work import UnitOfWork, unit_of_work
+from dovecote.errors import ConcurrentChange, DovecoteError
+from dovecote.events.ids import uuid7
+from dovecote.store.connections import connect, sessions_for
+from dovecote.telemetry.outages import passes
+from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.chaos.clocks import real_time
 from tests.chaos.processes import enter
 from tests.chaos.routes import AmountMoved
-from workers.outages import passes
 
 ACCOUNTS = 40
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from domain import billing, pricing, verification
-from domain.events import Event, known_events, read_event, readable_as, versioned
-from domain.ids import uuid7
+from dovecote.events import Event, known_events, read_event, readable_as, versioned
+from dovecote.events.ids import uuid7
 
 EXAMPLES = {path.stem: path for path in sorted((Path(__file__).parent / "examples").glob("*.json"))}
 SLICES = (billing, pricing, verification)

@@ -10,12 +10,12 @@ import dramatiq
 from sqlalchemy import text
 
 from domain.pricing import PriceQuoted
-from domain.unit_of_work import UnitOfWork
+from dovecote.bootstrap import relay_for
+from dovecote.processes.children import die_with_parent
+from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import settings_for
-from tests.effects import a_route, note_as
-from tests.system import system_for
-from workers.bootstrap import relay_for
-from workers.children import die_with_parent
+from tests.support.effects import a_route, note_as
+from tests.support.system import system_for
 from workers.gateways import Gateways
 
 #: The price of an event that is acted on while a test lets go of the advisory lock of that number.

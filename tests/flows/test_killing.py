@@ -18,11 +18,12 @@ import psycopg
 import pytest
 import sqlalchemy.exc
 
-from domain.database import connect
-from tests.clusters import put_cluster
-from tests.support import a_place_for_servers, are_there, eventually
-from workers import operations
-from workers.home import Home, make_ours
+from dovecote import operations
+from dovecote.processes.state_directory import Home
+from dovecote.store.connections import connect
+from tests.support.clusters import put_cluster
+from tests.support.exact_counts import count_everything
+from tests.support.processes import a_place_for_servers, are_there, eventually
 from workers.routes import ROUTES
 
 _ROWS, _ROWS_IF_LONG = 2_000, 6_000
@@ -66,7 +67,7 @@ class RunningSystem:
     def is_quiet(self) -> bool:
         engine = connect(self.database_url())
         try:
-            return operations.count_everything(engine, ROUTES).is_quiet
+            return count_everything(engine, ROUTES).is_quiet
         finally:
             engine.dispose()
 
@@ -83,7 +84,7 @@ def test_relay_and_workers_killed_in_the_middle_of_an_import_lose_and_double_not
     rows = _ROWS_IF_LONG if is_long else _ROWS
     file = _prices(tmp_path, rows)
     importing = subprocess.Popen(
-        [sys.executable, "-m", "workers", "ingest", "prices", str(file), "--per-transaction", "10"],
+        [sys.executable, "-m", "dovecote", "ingest", "prices", str(file), "--per-transaction", "10"],
         env=running.environment,
         stdout=subprocess.DEVNULL,
     )
@@ -158,7 +159,7 @@ def test_ctrl_c_stops_everything() -> None:
 
 def _demo(system: RunningSystem) -> None:
     subprocess.run(
-        [sys.executable, "-m", "workers", "demo", "--events", "100"],
+        [sys.executable, "-m", "dovecote", "demo", "--events", "100"],
         env=system.environment,
         check=True,
         stdout=subprocess.DEVNULL,
@@ -168,11 +169,9 @@ def _demo(system: RunningSystem) -> None:
 @contextmanager
 def _up(home: Path) -> Iterator[RunningSystem]:
     if not home.exists():
-        make_ours(home)
-        make_ours(home / "servers")
         put_cluster(home / "servers" / "postgres")
     process = subprocess.Popen(
-        [sys.executable, "-m", "workers", "up"],
+        [sys.executable, "-m", "dovecote", "up"],
         env={**_environment(), "DOVECOTE_HOME": str(home)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from dovecote.operations import replays
 from tests.conftest import Servers, settings_for
-from tests.effects import effects_in, make_room_for_effects, write_quotes
 from tests.flows.replay_process import ROUTE
-from tests.support import eventually
-from tests.system import System, system_for
-from workers.operations import replays
+from tests.support.effects import effects_in, make_room_for_effects, write_quotes
+from tests.support.processes import eventually
+from tests.support.system import System, system_for
 
 ROOT = Path(__file__).parents[2]
 _SYMBOLS = [f"S{number}" for number in range(30)]
@@ -52,7 +52,7 @@ def start(system: System, tmp_path: Path) -> Iterator[Start]:
                     settings.redis.namespace,
                     str(tmp_path),
                     "DOVECOTE_CONSUMERS__HEARTBEAT_TIMEOUT_MS=1000",
-                    "DOVECOTE_RELAY__STANDBY_SECONDS=0.1",
+                    "DOVECOTE_RELAY__STANDBY_INTERVAL_SECONDS=0.1",
                 ],
                 cwd=ROOT,
                 stdout=(tmp_path / f"{part}.log").open("a"),

@@ -13,15 +13,15 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from domain.unit_of_work import unit_of_work
-from tests import deadly
-from tests.deadly import DEADLY, HANGING
-from tests.effects import make_room_for_effects
-from tests.keys import KEYS
-from tests.quotes import a_quote
-from tests.support import eventually
-from tests.system import System, system_for
-from workers.settings import Settings
+from dovecote.settings import Settings
+from dovecote.unit_of_work import unit_of_work
+from tests.support import deadly_handlers as deadly
+from tests.support.deadly_handlers import DEADLY, HANGING
+from tests.support.effects import make_room_for_effects
+from tests.support.keys import KEYS
+from tests.support.processes import eventually
+from tests.support.quotes import a_quote
+from tests.support.system import System, system_for
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -49,7 +49,7 @@ def running(settings: Settings, handlers: Sequence[str], starts: Path, threads: 
 
         reaper = threading.Thread(target=reap)
         nurse = subprocess.Popen(
-            [sys.executable, "-m", "tests.deadly", str(threads)],
+            [sys.executable, "-m", "tests.support.deadly_handlers", str(threads)],
             env={**os.environ, **environment(settings), "DEADLY_HANDLERS": " ".join(handlers)},
         )
         reaper.start()
@@ -69,7 +69,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "REDIS_URL": settings.redis.url.get_secret_value(),
         "DOVECOTE_REDIS__NAMESPACE": settings.redis.namespace,
         **KEYS,
-        "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
+        "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
         "DOVECOTE_TELEMETRY__LOG_LEVEL": "error",
     }
 

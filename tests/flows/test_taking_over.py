@@ -13,10 +13,10 @@ import pytest
 from sqlalchemy import text
 
 from tests.conftest import Servers, settings_for
-from tests.effects import effects_in, make_room_for_effects, write_quotes
 from tests.flows.replay_process import HELD, ROUTE
-from tests.support import eventually
-from tests.system import System, system_for
+from tests.support.effects import effects_in, make_room_for_effects, write_quotes
+from tests.support.processes import eventually
+from tests.support.system import System, system_for
 
 ROOT = Path(__file__).parents[2]
 

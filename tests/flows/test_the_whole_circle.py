@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from domain import billing, pricing, verification
-from domain.money import Money
-from domain.unit_of_work import unit_of_work
-from tests.system import System, system_for
+from dovecote.events.money import Money
+from dovecote.settings import Settings
+from dovecote.unit_of_work import unit_of_work
+from tests.support.system import System, system_for
 from workers.routes import ROUTES
-from workers.settings import Settings
 
 pytestmark = pytest.mark.servers
 

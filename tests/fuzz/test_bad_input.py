@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.pricing import Quote
-from tests.profiles import examples
-from workers import cli
-from workers.cli import app
-from workers.envelope import read_bundle, read_message
-from workers.ingest import Columns, NotReadable, Refusal, ingest, opened, prices
-from workers.relay.bundles import Bundler
+from dovecote import cli
+from dovecote.cli import app
+from dovecote.envelope import read_bundle, read_message
+from dovecote.relay.bundler import Bundler
+from tests.support.profiles import examples
+from workers.gateways.price_files import Columns, NotReadable, Refusal, ingest, opened, prices
 from workers.routes import ROUTES
 
 COLUMNS = Columns("symbol", "price", "at")
@@ -214,7 +214,11 @@ def test_whatever_is_typed_the_command_ends_with_a_sentence_and_a_code(home: Pat
     os.chdir(home)
     try:
         with (
-            patch.dict(os.environ, {"PATH": os.environ["PATH"], "DOVECOTE_HOME": str(home), **nowhere}, clear=True),
+            patch.dict(
+                os.environ,
+                {"PATH": os.environ["PATH"], "DOVECOTE_APP": "workers.app:app", "DOVECOTE_HOME": str(home), **nowhere},
+                clear=True,
+            ),
             patch.object(sys, "argv", ["dovecote", *words]),
             patch.object(sys, "stdin", StringIO("")),
             redirect_stdout(told),

@@ -19,10 +19,10 @@ import psycopg
 import pytest
 from alembic.script import ScriptDirectory
 
+from dovecote.migrations import schema
 from tests.conftest import Servers
-from tests.keys import KEYS
-from tests.support import eventually
-from workers import schema
+from tests.support.keys import KEYS
+from tests.support.processes import eventually
 
 ROOT = Path(__file__).parents[2]
 OLD_COMMIT = "6d2ad91"
@@ -34,8 +34,8 @@ WRITE = """
 import os, sys
 from datetime import UTC, datetime, timedelta
 from domain import billing
-from domain.database import connect, sessions_for
-from domain.unit_of_work import unit_of_work
+from dovecote.store.connections import connect, sessions_for
+from dovecote.unit_of_work import unit_of_work
 
 sessions = sessions_for(connect(os.environ["DATABASE_URL"]))
 now = datetime.now(UTC)
@@ -164,15 +164,16 @@ def environment(database_url: str, redis_url: str, home: Path) -> dict[str, str]
     return {
         "DATABASE_URL": database_url,
         "REDIS_URL": redis_url,
+        "DOVECOTE_APP": "workers.app:app",
         "DOVECOTE_HOME": str(home),
         "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
         **KEYS,
-        "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100",
+        "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
     }
 
 
 RELAY = ("workers", "relay")
-CONSUMERS = ("dramatiq", "workers.bootstrap:consumers", "--queues", "billing", "--processes", "1", "--threads", "2",
+CONSUMERS = ("dramatiq", "dovecote.bootstrap:consumers", "--queues", "billing", "--processes", "1", "--threads", "2",
              "--skip-logging")  # fmt: skip
 
 

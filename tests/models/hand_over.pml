@@ -10,7 +10,7 @@
  * the same one, as when a machine goes back with its memory, and then only the beat tells.
  *
  * In the code:  workers/relay/{relay,leading,history}.py, workers/lua/{claim,drop,beat,publish}.lua,
- *               workers/consume.py.
+ *               dovecote/consumer/consumer.py.
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
  * Not in here:  positions out of order (reading.pml), bundles, retries, how a consumer acts once, two databases on
  *               one Redis, and a Redis that goes back to the history before: it comes back with the last or none.

@@ -6,8 +6,8 @@
  * horizon of the read before. It may die after sending a batch and before recording it, and start again.
  * Every step that is one moment in Postgres is one step here, and Spin tries every order of them.
  *
- * In the code:  migrations/sql/0019_reading.up.sql (announce, writers_at_work), workers/relay/reading.py
- *               (Reader), workers/relay/gaps.py (Writers, behind_unread).
+ * In the code:  migrations/sql/0019_reading.up.sql (announce, writers_at_work), dovecote/store/reader.py
+ *               (Reader), dovecote/store/gaps.py (Writers, behind_unread).
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
  * Not in here:  the bell, savepoints (a floor given back with its positions is a transaction rolled back),
  *               the loss of Postgres' last records (it is a death before recording).

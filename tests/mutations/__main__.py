@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dovecote.local.servers import servers
 from tests.mutations.mutant import Mutant
 from tests.mutations.mutants import MUTANTS
-from tests.support import a_place_for_servers
-from workers.embedded import servers
+from tests.support.processes import a_place_for_servers
 
 ROOT = Path(__file__).parents[2]
 # For each module or test that is run.

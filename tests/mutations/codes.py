@@ -126,7 +126,7 @@ VERIFICATION = (
     ),
     Mutant(
         "the relay does not remove what is over",
-        "workers/bootstrap.py",
+        "dovecote/bootstrap.py",
         "    return Relay(settings, broker, routes, meters, PURGES)",
         "    return Relay(settings, broker, routes, meters)",
         f"{PURGING}::test_the_relay_removes_it_by_itself",

@@ -106,7 +106,7 @@ FUNCTIONS = (
     ),
     Mutant(
         "commands look into public",
-        "workers/bootstrap.py",
+        "dovecote/bootstrap.py",
         'engine_for(settings, "dovecote cli", **ONLY_OUR_NAMES)',
         'engine_for(settings, "dovecote cli")',
         TESTS,
@@ -120,14 +120,14 @@ FUNCTIONS = (
     ),
     Mutant(
         "consumers look for unnest() in public",
-        "domain/processed_events.py",
+        "dovecote/processed_events.py",
         "pg_catalog.unnest(cast(:event_ids as uuid[]))",
         "unnest(cast(:event_ids as uuid[]))",
         TESTS,
     ),
     Mutant(
         "types without a route are kept without end",
-        "workers/relay/unrouted.py",
+        "dovecote/store/unrouted.py",
         "                connection.execute(_FORGET_OLDEST, (MAX_TYPES,))\n",
         "",
         ROLES,

@@ -2,49 +2,49 @@
 
 from tests.mutations.mutant import Mutant
 
-HISTORY = "tests/workers/relay/test_history.py"
-LOOKUP = "tests/workers/test_lookup.py"
-SEQUENCE = "tests/workers/relay/test_sequence.py"
-STANDBY = "tests/workers/relay/test_standby.py"
-CLAIM = "workers/lua/claim.lua"
+HISTORY = "tests/dovecote/relay/test_history.py"
+LOOKUP = "tests/dovecote/store/test_lookup.py"
+SEQUENCE = "tests/dovecote/relay/test_sequence.py"
+STANDBY = "tests/dovecote/relay/test_standby.py"
+CLAIM = "dovecote/broker/lua/claim.lua"
 SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
 FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
 LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
-RELAY = "tests/workers/relay/test_relay.py"
-BROKER = "tests/workers/test_broker.py"
+RELAY = "tests/dovecote/relay/test_relay.py"
+BROKER = "tests/dovecote/broker/test_broker.py"
 
 GOING_BACK = (
     Mutant(
         "a sequence that was set back is read on",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "if row[0] < self._horizon[0]:",
         "if False:",
         SEQUENCE,
     ),
     Mutant(
         "a relay leads whatever is wrong with the sequence",
-        "workers/relay/relay.py",
+        "dovecote/relay/relay.py",
         "if self._may_lead(connection, leadership):",
         "if True:",
         SEQUENCE,
     ),
     Mutant(
         "nobody looks at the sequence while a relay leads",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "        self._sequence.look()\n",
         "",
         SEQUENCE,
     ),
     Mutant(
         "what was written before the sequence was mended by hand stays unread",
-        "workers/relay/sequence.py",
+        "dovecote/store/sequence.py",
         "    if was_refused:\n",
         "    if False:\n",
         SEQUENCE,
     ),
     Mutant(
         "an idle leader does not notice that the sequence was recovered",
-        "workers/relay/sequence.py",
+        "dovecote/store/sequence.py",
         "if epoch != self._epoch:",
         "if False:",
         SEQUENCE,
@@ -79,14 +79,14 @@ GOING_BACK = (
     ),
     Mutant(
         "a batch does not wait for a standby",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "        self._standby.await_flush()\n        sent = 0\n",
         "        sent = 0\n",
         STANDBY,
     ),
     Mutant(
         "what nobody flushes is waited for",
-        "workers/relay/standby.py",
+        "dovecote/relay/standby.py",
         "                self._records.execute(_FLUSH)\n",
         "",
         STANDBY,
@@ -135,112 +135,112 @@ GOING_BACK = (
     ),
     Mutant(
         "a leader does not notice that Redis went back by a beat",
-        "workers/lua/beat.lua",
+        "dovecote/broker/lua/beat.lua",
         "or beat < tonumber(ARGV[4]) or",
         "or",
         f"{HISTORY}::test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it",
     ),
     Mutant(
         "a relay that was left behind drops what its follower has sent",
-        "workers/lua/drop.lua",
+        "dovecote/broker/lua/drop.lua",
         "or redis.call('hget', KEYS[4], 'history') ~= ARGV[2] then",
         "then",
         f"{BROKER}::test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same",
     ),
     Mutant(
         "others' messages are dropped with ours",
-        "workers/lua/drop.lua",
+        "dovecote/broker/lua/drop.lua",
         "if #id == 33 and string.find(id, '^[br][0-9a-f]+$') then",
         "if true then",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
     Mutant(
         "marks of messages that were dropped stay",
-        "workers/lua/drop.lua",
+        "dovecote/broker/lua/drop.lua",
         "    redis.pcall('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
         "",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
     Mutant(
         "messages held for a paused handler are not dropped",
-        "workers/relay/marker.py",
+        "dovecote/relay/fence.py",
         "[*((queue, queue) for queue in queues), *aside]",
         "[(queue, queue) for queue in queues]",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
     Mutant(
         "a system whose namespace begins as ours loses its messages",
-        "workers/relay/marker.py",
+        "dovecote/relay/fence.py",
         '            if ":" not in queue\n',
         "",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
     Mutant(
         "another run of Postgres is taken for the one that knew Redis",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "taken.known_redis if taken.instance == taken.run else None",
         "taken.known_redis",
         f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
     ),
     Mutant(
         "Redis is told of a beat that is not on disk",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "    select setval('dovecote.relay_beat', %s), {_DURABLY}\n",
         "    select setval('dovecote.relay_beat', %s)\n",
         f"{HISTORY}::test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event",
     ),
     Mutant(
         "the beat moves while nothing is under way",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "or not (self._under_way or self._broker.sent != self._sent):",
         "or False:",
         f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
     ),
     Mutant(
         "the beat stands still while messages wait",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "self._under_way or usage.under_way",
         "False",
         f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
     ),
     Mutant(
         "the epoch goes up one by one",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "set epoch = greatest(state.epoch, before.past) + 1",
         "set epoch = state.epoch + 1",
         f"{HISTORY}::test_the_epoch_jumps_past_everything_that_redis_has_heard_of",
     ),
     Mutant(
         "a relay of an older Postgres leads",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "if lives and ours and theirs and theirs.is_newer_than(ours):",
         "if False:",
         f"{HISTORY}::test_a_relay_stands_back_while_one_of_a_newer_postgres_lives",
     ),
     Mutant(
         "a leader that sends again for long is taken for dead",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "            with self._alive():\n                send_again()\n",
         "            send_again()\n",
         f"{HISTORY}::test_a_leader_that_sends_again_for_long_is_not_taken_for_dead",
     ),
     Mutant(
         "two sessions of one leadership may lead to two servers",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "        if (found := run_of(self._records)) != self._claim.instance:\n",
         "        if (found := run_of(self._records)) is None:\n",
         f"{HISTORY}::test_both_sessions_of_a_leader_are_of_one_run",
     ),
     Mutant(
         "a leader takes Redis back from a newer Postgres",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "        require_right_of_way(self._claim.instance, seen)\n",
         "",
         f"{HISTORY}::test_a_leader_whose_redis_a_newer_postgres_has_taken_drops_nothing_there",
     ),
     Mutant(
         "a Redis is known before what it lost is sent again",
-        "workers/relay/history.py",
+        "dovecote/relay/history.py",
         "        self._confirmed_beat = self._claim.beat\n        if self._sends_again:\n",
         "        self._confirmed_beat = self._claim.beat\n"
         "        self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))\n"
@@ -263,14 +263,14 @@ GOING_BACK = (
     ),
     Mutant(
         "what does not say its run is of this one",
-        "workers/lookup.py",
+        "dovecote/store/lookup.py",
         "where (select is_other from run) is not false\n",
         "where (select is_other from run)\n",
         f"{LOOKUP}::test_a_retry_of_what_is_not_in_the_outbox_is_passed_over",
     ),
     Mutant(
         "every bundle is looked up",
-        "workers/lookup.py",
+        "dovecote/store/lookup.py",
         "where (select is_other from run) is not false\n",
         "where true\n",
         f"{LOOKUP}::test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres",
@@ -284,28 +284,28 @@ GOING_BACK = (
     ),
     Mutant(
         "what a hand has written into a message is asked as it is",
-        "workers/lookup.py",
+        "dovecote/store/lookup.py",
         'envelope.type.replace("\\0", "\\ufffd")',
         "envelope.type",
         f"{LOOKUP}::test_code_that_has_no_route_for_what_is_not_in_the_outbox_keeps_nothing_of_it",
     ),
     Mutant(
         "what is acted on in another history is acknowledged",
-        "workers/lookup.py",
+        "dovecote/store/lookup.py",
         "    if not found.absent and not found.of_other_run:\n",
         "    if not found.absent:\n",
         f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
     ),
     Mutant(
         "what is absent in another history is acknowledged",
-        "workers/lookup.py",
+        "dovecote/store/lookup.py",
         "    if not found.absent and not found.of_other_run:\n",
         "    if True:\n",
         f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
     ),
     Mutant(
         "an effect is lost in a crash that its acknowledgement survives",
-        "workers/lookup.py",
+        "dovecote/store/lookup.py",
         "select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}",
         "select dovecote.outbox_run() <> %(sent_in)s::text, null",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",

@@ -2,12 +2,12 @@
 
 from tests.mutations.mutant import Mutant
 
-DELIVERIES = "tests/workers/relay/test_leftover_deliveries.py"
-RENAMED = "tests/workers/relay/test_renamed_queues.py"
+DELIVERIES = "tests/dovecote/relay/test_leftover_deliveries.py"
+RENAMED = "tests/dovecote/relay/test_renamed_queues.py"
 
-LEASES = "workers/relay/leases.py"
+LEASES = "dovecote/relay/leases.py"
 SQL = "migrations/sql/0026_leftovers.up.sql"
-MOVE = "workers/lua/move.lua"
+MOVE = "dovecote/broker/lua/move.lua"
 
 LEFTOVERS = (
     # Deliveries ---------------------------------------------------------------------------------
@@ -20,7 +20,7 @@ LEFTOVERS = (
     ),
     Mutant(
         "what is sent again is cut anew",
-        "workers/relay/bundles.py",
+        "dovecote/relay/bundler.py",
         "key = delivery.handler_name, delivery.replay_id, delivery.first_leased_at",
         "key = delivery.handler_name, delivery.replay_id, 0",
         DELIVERIES,
@@ -56,7 +56,7 @@ LEFTOVERS = (
     ),
     Mutant(
         "what waits behind an event that is gone goes on waiting",
-        "workers/relay/gone_events.py",
+        "dovecote/store/gone_events.py",
         "            connection.execute(_RELEASE_NEXT, behind)\n",
         "            del behind\n",
         DELIVERIES,
@@ -64,14 +64,14 @@ LEFTOVERS = (
     # Queues -------------------------------------------------------------------------------------
     Mutant(
         "nobody looks for queues that were renamed",
-        "workers/relay/renamed_queues.py",
+        "dovecote/relay/renamed_queues.py",
         "            work = self._look()\n",
         "            return\n",
         RENAMED,
     ),
     Mutant(
         "a dead worker keeps what it held of an old queue",
-        "workers/relay/renamed_queues.py",
+        "dovecote/relay/renamed_queues.py",
         "                self._broker.reap(names[start : start + _REAPED_QUEUES])\n",
         "                pass\n",
         RENAMED,

@@ -4,7 +4,7 @@ from tests.mutations.mutant import Mutant
 
 LOCKS_TEST, ROWS_TEST = "tests/security/test_locks.py", "tests/security/test_rows.py"
 SQL = "migrations/sql/0032_leader_lock.up.sql"
-LEADERSHIP_PY, ACTIVE_PY = "workers/relay/leadership.py", "workers/relay/active_replays.py"
+LEADERSHIP_PY, ACTIVE_PY = "dovecote/relay/leadership.py", "dovecote/relay/active_replays.py"
 
 LOCKS = (
     Mutant(
@@ -44,7 +44,7 @@ LOCKS = (
     ),
     Mutant(
         "wake-ups that bring nothing keep the relay busy",
-        "workers/relay/waking.py",
+        "dovecote/relay/wakeup.py",
         "        self._idle_wakeups += 1\n",
         "",
         f"{LOCKS_TEST}::test_wake_ups_that_bring_nothing_are_followed_by_a_pause",
@@ -58,7 +58,7 @@ LOCKS = (
     ),
     Mutant(
         "the relay passes over an unknown key of a filter",
-        "workers/replays.py",
+        "dovecote/store/replays.py",
         '                raise NotUnderstood(f"unknown key {_shown(name)} in its filter")\n',
         "                continue\n",
         f"{ROWS_TEST}::test_other_replays_go_on_beside_one_that_is_not_understood",

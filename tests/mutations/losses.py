@@ -2,10 +2,10 @@
 
 from tests.mutations.mutant import Mutant
 
-MISSING, RECONCILING = "tests/workers/relay/test_missing.py", "tests/workers/relay/test_reconciling.py"
+MISSING, RECONCILING = "tests/dovecote/relay/test_recovery.py", "tests/dovecote/relay/test_reconciler.py"
 
-MISSING_PY, RECONCILING_PY = "workers/relay/missing.py", "workers/relay/reconciling.py"
-QUEUED_PY, REQUEUE_LUA = "workers/queued.py", "workers/lua/requeue.lua"
+MISSING_PY, RECONCILING_PY = "dovecote/relay/recovery.py", "dovecote/relay/reconciler.py"
+QUEUED_PY, REQUEUE_LUA = "dovecote/relay/queued.py", "dovecote/broker/lua/requeue.lua"
 
 LOSSES = (
     # Redis ----------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ from tests.mutations.mutant import Mutant
 GROWTH = "tests/security/test_masking.py"
 TERMINALS = "tests/security/test_terminals.py"
 
-MASKED = "workers/masking.py"
-FAILURES = "workers/failures.py"
-SHOWING = "domain/showing.py"
-TERMINAL = "workers/terminal.py"
-OUTPUT = "workers/cli/output.py"
+MASKED = "dovecote/masking.py"
+FAILURES = "dovecote/telemetry/failures.py"
+SHOWING = "dovecote/errors.py"
+TERMINAL = "dovecote/processes/terminal.py"
+OUTPUT = "dovecote/cli/output.py"
 
 MASKING = (
     # Linear and bounded ---------------------------------------------------------------------------
@@ -85,14 +85,14 @@ MASKING = (
     ),
     Mutant(
         "an error holds a payload's value whole",
-        "domain/events.py",
+        "dovecote/events/__init__.py",
         'raise ValueError(f"expected {wanted.__name__}, got {shown(value)}")',
         'raise ValueError(f"expected {wanted.__name__}, got {value!r}")',
         f"{GROWTH}::test_an_event_with_a_hostile_value_fails_by_itself_within_milliseconds",
     ),
     Mutant(
         "the name of a setting is searched for from each letter of a parameter",
-        "workers/transaction_guard.py",
+        "dovecote/consumer/transaction_guard.py",
         r"(?<![\w$])[^\W\d]",
         r"[^\W\d]",
         f"{GROWTH}::test_no_pattern_takes_more_than_thrice_as_long_for_twice_the_text",
@@ -139,21 +139,21 @@ MASKING = (
     ),
     Mutant(
         "a wrong word is obeyed",
-        "workers/cli/__init__.py",
+        "dovecote/cli/__init__.py",
         "    except _WRONG_COMMAND as error:\n        _refuse_command(error)\n",
         "    except _WRONG_COMMAND as error:\n        error.show()\n        raise SystemExit(2) from None\n",
         TERMINALS,
     ),
     Mutant(
         "a log line for people is obeyed",
-        "workers/telemetry/logs.py",
+        "dovecote/telemetry/logs.py",
         "        last.append(_legible)\n",
         "        pass\n",
         TERMINALS,
     ),
     Mutant(
         "a number that Python cannot write ends the command",
-        "workers/stored_json.py",
+        "dovecote/envelope/stored_json.py",
         "return int(digits) if len(digits) <= _MAX_DIGITS else _short(digits)",
         "return int(digits)",
         TERMINALS,

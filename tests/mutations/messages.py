@@ -5,7 +5,7 @@ from tests.mutations.mutant import Mutant
 MESSAGES = "tests/security/test_messages.py"
 KEYS = "tests/security/test_redis_keys.py"
 REFUSED = f"{MESSAGES}::test_a_message_that_no_relay_made_is_refused_once"
-SIGNATURES, OPENING = "workers/signatures.py", "workers/opening.py"
+SIGNATURES, OPENING = "dovecote/envelope/signatures.py", "dovecote/envelope/opening.py"
 
 SIGNED = (
     Mutant(
@@ -35,14 +35,14 @@ SIGNED = (
     Mutant("a signed message is good under any id", OPENING, " or contents.id != received.id", "", REFUSED),
     Mutant(
         "what is for an unknown handler is given to Dramatiq unsigned",
-        "workers/broker.py",
+        "dovecote/broker/broker.py",
         "        return actor not in others\n",
         "        return actor in self.signed_handlers\n",
         REFUSED,
     ),
     Mutant(
         "a mark is believed without a signature",
-        "workers/suspects.py",
+        "dovecote/broker/poison.py",
         "return mark if key is not None and key.has_signed_mark(self._message_id, mark, digest) else None",
         "return mark",
         MESSAGES,
@@ -63,49 +63,49 @@ SIGNED = (
     ),
     Mutant(
         "a line that is no envelope takes its bundle along",
-        "workers/envelope.py",
+        "dovecote/envelope/__init__.py",
         "            broken.append(Broken(",
         "            raise\n            broken.append(Broken(",
         f"{MESSAGES}::test_an_unreadable_line_takes_nobody_along",
     ),
     Mutant(
         "a message of another queue's name goes to Dramatiq",
-        "workers/fetching.py",
+        "dovecote/broker/fetcher.py",
         'message.queue_name != self.queue_name or message.options["redis_message_id"] != id',
         'message.options["redis_message_id"] != id',
         f"{MESSAGES}::test_another_programs_actor_on_our_queue_still_works_and_a_queue_of_nowhere_kills_no_thread",
     ),
     Mutant(
         "what fails time after time goes on for ever",
-        "workers/handing_back.py",
+        "dovecote/consumer/middleware.py",
         "            if times > _MAX_HAND_BACKS:\n",
         "            if False:\n",
         f"{MESSAGES}::test_a_message_that_fails_time_after_time_is_refused_in_the_end",
     ),
     Mutant(
         "dead letters grow without an end",
-        "workers/lua/refuse.lua",
+        "dovecote/broker/lua/refuse.lua",
         "redis.call('zcard', KEYS[3]) < tonumber(ARGV[1])",
         "true",
         f"{MESSAGES}::test_a_flood_leaves_a_bounded_number_of_dead_letters",
     ),
     Mutant(
         "what was signed with a revoked key waits for the reconciler",
-        "workers/relay/key_watch.py",
+        "dovecote/relay/key_watch.py",
         "return not before.keys() <= self._keys.keys()",
         "return False",
         f"{MESSAGES}::test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again",
     ),
     Mutant(
         "a key of another type stays",
-        "workers/lua/mend.lua",
+        "dovecote/broker/lua/mend.lua",
         "        redis.call('unlink', key)\n",
         "",
         f"{KEYS}::test_a_key_of_another_type_stops_nobody_for_long",
     ),
     Mutant(
         "a made-up epoch is believed",
-        "workers/lua/publish.lua",
+        "dovecote/broker/lua/publish.lua",
         "if epoch > tonumber(ARGV[1]) + 1000000 then",
         "if false then",
         f"{KEYS}::test_a_hand_made_epoch_ends_no_relay",

@@ -18,41 +18,41 @@ from tests.mutations.progress import PROGRESS, PROGRESS_SQL
 from tests.mutations.queues import QUEUES
 from tests.mutations.settings import SETTINGS_AND_CONNECTIONS
 
-READING = "tests/workers/relay/test_reading_forward.py"
-GAPS = "tests/workers/relay/test_gaps.py"
-HELD = "tests/workers/relay/test_held_writers.py"
-RELAY = "tests/workers/relay/test_relay.py"
-HISTORY = "tests/workers/relay/test_history.py"
-SIZES = "tests/workers/relay/test_sizes.py"
-UNREADABLE = "tests/workers/relay/test_unreadable_rows.py"
-BROKER = "tests/workers/test_broker.py"
-CONSUME = "tests/workers/test_consume.py"
-RELEASING = "tests/workers/test_releasing.py"
-ANY_ORDER = "tests/workers/test_consuming_in_any_order.py"
-REPLAYING = "tests/workers/relay/test_replaying.py"
-REPLAYS = "tests/workers/relay/test_replay_machine.py"
-WRITING = "tests/domain/test_unit_of_work.py"
-HOOKS = "tests/domain/emitting/test_hooks.py"
-OUTER = "tests/domain/emitting/test_outer_connections.py"
-REFUSALS = "tests/domain/emitting/test_refusals.py"
-TRACES = "tests/domain/test_trace_headers.py"
-EMITTING = "domain/emitting.py"
-RETENTION = "tests/workers/test_retention.py"
-ENVELOPE = "tests/workers/test_envelope.py"
+READING = "tests/dovecote/relay/test_reading_forward.py"
+GAPS = "tests/dovecote/store/test_gaps.py"
+HELD = "tests/dovecote/relay/test_held_writers.py"
+RELAY = "tests/dovecote/relay/test_relay.py"
+HISTORY = "tests/dovecote/relay/test_history.py"
+SIZES = "tests/dovecote/relay/test_sizes.py"
+UNREADABLE = "tests/dovecote/relay/test_unreadable_rows.py"
+BROKER = "tests/dovecote/broker/test_broker.py"
+CONSUME = "tests/dovecote/consumer/test_consumer.py"
+RELEASING = "tests/dovecote/store/test_releasing.py"
+ANY_ORDER = "tests/dovecote/consumer/test_consuming_in_any_order.py"
+REPLAYING = "tests/dovecote/relay/test_replayer.py"
+REPLAYS = "tests/dovecote/relay/test_replay_machine.py"
+WRITING = "tests/dovecote/unit_of_work/test_unit_of_work.py"
+HOOKS = "tests/dovecote/unit_of_work/test_hooks.py"
+OUTER = "tests/dovecote/unit_of_work/test_outer_connections.py"
+REFUSALS = "tests/dovecote/unit_of_work/test_refusals.py"
+TRACES = "tests/dovecote/unit_of_work/test_trace_headers.py"
+EMITTING = "dovecote/unit_of_work/emitting.py"
+RETENTION = "tests/dovecote/operations/test_retention.py"
+ENVELOPE = "tests/dovecote/envelope/test_envelope.py"
 POISON = "tests/flows/test_poison.py"
-SUSPECTS = "tests/workers/test_suspects.py"
-METRICS = "tests/workers/telemetry/test_metrics.py"
-TOLD = "tests/workers/telemetry/test_what_is_told.py"
-SURVEY = "tests/workers/telemetry/test_survey.py"
-HEALTH = "tests/workers/telemetry/test_health.py"
-SERVING = "tests/workers/telemetry/test_serving.py"
-WATCHED = "tests/workers/telemetry/test_a_system_that_is_watched.py"
+SUSPECTS = "tests/dovecote/consumer/test_poison.py"
+METRICS = "tests/dovecote/exporter/test_metrics.py"
+TOLD = "tests/dovecote/exporter/test_metric_values.py"
+SURVEY = "tests/dovecote/exporter/test_collector.py"
+HEALTH = "tests/dovecote/exporter/test_health.py"
+SERVING = "tests/dovecote/exporter/test_http.py"
+WATCHED = "tests/dovecote/exporter/test_a_watched_system.py"
 TAKING_OVER = "tests/flows/test_taking_over.py"
-PAUSING = "tests/workers/test_pausing.py"
-CARELESS = "tests/workers/test_careless_handlers.py"
-ROUTES = "tests/workers/test_routes.py"
-LOOKUP = "tests/workers/test_lookup.py"
-BAD_EVENTS = "tests/workers/test_bad_events_in_bundles.py"
+PAUSING = "tests/dovecote/consumer/test_pausing.py"
+CARELESS = "tests/dovecote/consumer/test_careless_handlers.py"
+ROUTES = "tests/dovecote/test_route.py"
+LOOKUP = "tests/dovecote/store/test_lookup.py"
+BAD_EVENTS = "tests/dovecote/consumer/test_bad_events_in_bundles.py"
 
 
 OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
@@ -209,35 +209,35 @@ MUTANTS = (
     ),
     Mutant(
         "a block that caught a database error ends as if it had committed",
-        "domain/unit_of_work.py",
+        "dovecote/unit_of_work/__init__.py",
         "                yield uow\n                refuse_aborted(session)\n",
         "                yield uow\n",
         REFUSALS,
     ),
     Mutant(
         "a unit of work takes events after its block",
-        "domain/unit_of_work.py",
+        "dovecote/unit_of_work/__init__.py",
         "        if self._block_has_ended:\n",
         "        if False:\n",
         REFUSALS,
     ),
     Mutant(
         "a trace of any form is stored",
-        "domain/trace_headers.py",
+        "dovecote/unit_of_work/trace_headers.py",
         "isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent)",
         "traceparent",
         TRACES,
     ),
     Mutant(
         "a propagator fails an emit",
-        "domain/trace_headers.py",
+        "dovecote/unit_of_work/trace_headers.py",
         "    except Exception:\n        _warn_once()\n",
         "    except ImportError:\n        _warn_once()\n",
         TRACES,
     ),
     Mutant(
         "the headers of a trace count against the service's own",
-        "domain/outbox.py",
+        "dovecote/outbox.py",
         '_json(event, "headers", dict(headers), MOST_HEADER_BYTES)\n    return',
         '_json(event, "headers", {**trace, **headers}, MOST_HEADER_BYTES)\n    return',
         TRACES,
@@ -259,35 +259,35 @@ MUTANTS = (
     ),
     Mutant(
         "the checkpoint goes to the frontier",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "self.checkpoint = max(self.checkpoint, min(settled, frontier))",
         "self.checkpoint = max(self.checkpoint, frontier)",
         READING,
     ),
     Mutant(
         "a hole that is settled is kept for ever",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "above([*still_missing, *holes(self.frontier, frontier, positions(beyond.rows))], settled)",
         "[*still_missing, *holes(self.frontier, frontier, positions(beyond.rows))]",
         READING,
     ),
     Mutant(
         "holes are not looked into",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "        if not self._holes:\n            return Read([])",
         "        if True:\n            return Read([])",
         READING,
     ),
     Mutant(
         "a new reader forgets the holes above the checkpoint",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "                self._holes += holes(self.frontier, stop - 1, range(max(start, self.frontier + 1), stop))\n",
         "",
         READING,
     ),
     Mutant(
         "late rows are asked for before those beyond",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "        beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)\n",
         "        early = self._late()\n        beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)\n"
         "        self._late = lambda: early  # type: ignore[method-assign]\n",
@@ -295,56 +295,56 @@ MUTANTS = (
     ),
     Mutant(
         "a batch cut short leaves out what it did not take",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "        if beyond.is_cut:  # what was left out is beyond the next frontier\n",
         "        if False:\n",
         f"{READING} {SIZES}",
     ),
     Mutant(
         "gaps are looked into in every read",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "        return floor if ended is None else ended\n",
         "        return 0\n",
         GAPS,
     ),
     Mutant(
         "a gap above the sequence is not looked into for its own sake",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "        self._unseen_above = last_position\n",
         "        self._unseen_above = frontier\n",
         GAPS,
     ),
     Mutant(
         "who is over is not asked again when late rows were found",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "if not late.rows or (ended := self._lowest_floor_of_ended(floor)) >= floor:",
         "if True:",
         GAPS,
     ),
     Mutant(
         "the rest of a full batch of late rows is left",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "        self._unseen_above = 0  # the rest is there already, whoever is over next\n",
         "",
         GAPS,
     ),
     Mutant(
         "rows beyond go along with late ones whatever they follow on",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "        rows = [row for row in beyond.rows if row[0] not in behind]\n",
         "        rows = beyond.rows\n",
         GAPS,
     ),
     Mutant(
         "rows beyond wait until all late ones are read",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "            return self._late_first(late, beyond)\n",
         "            return self._late_first(late, Read([]))\n",
         GAPS,
     ),
     Mutant(
         "a writer that ended between two looks is forgotten",
-        "workers/relay/gaps.py",
+        "dovecote/store/gaps.py",
         "known = self._before | self._now",
         "known = self._now",
         READING,
@@ -401,70 +401,70 @@ MUTANTS = (
     ),
     Mutant(
         "a small row that cannot be read ends the relay",
-        "workers/relay/envelopes.py",
+        "dovecote/store/envelopes.py",
         "        if connection.closed:\n            raise\n",
         "        raise\n",
         UNREADABLE,
     ),
     Mutant(
         "a batch is not cut where its bytes end",
-        "workers/relay/envelopes.py",
+        "dovecote/store/envelopes.py",
         "(kept and size > self.most_bytes)",
         "False",
         SIZES,
     ),
     Mutant(
         "what was cut off a batch is passed over",
-        "workers/relay/envelopes.py",
+        "dovecote/store/envelopes.py",
         "                return Read(kept, True, problems)\n",
         "                return Read(kept, False, problems)\n",
         SIZES,
     ),
     Mutant(
         "late rows and those beyond have a batch's bytes each",
-        "workers/relay/reading.py",
+        "dovecote/store/reader.py",
         "        if late.rows:\n            beyond = beyond.within(",
         "        if False:\n            beyond = beyond.within(",
         SIZES,
     ),
     Mutant(
         "a publish is one call however large it is",
-        "workers/broker.py",
+        "dovecote/broker/broker.py",
         "            if size and size + len(bundle.message) > self._publish_bytes:\n",
         "            if False:\n",
         SIZES,
     ),
     Mutant(
         "what cannot be read is passed and written nowhere",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "            self._set_aside(batch)\n",
         "",
         UNREADABLE,
     ),
     Mutant(
         "a retry that cannot be read is sent again and again",
-        "workers/relay/setting_aside.py",
+        "dovecote/relay/unreadable.py",
         "        where known.state = 'retrying'\n",
         "        where false\n",
         UNREADABLE,
     ),
     Mutant(
         "what cannot be read is in messages all the same",
-        "workers/relay/bundles.py",
+        "dovecote/relay/bundler.py",
         "self._by_type.get(event_type, ()) if size else ():",
         "self._by_type.get(event_type, ()):",
         UNREADABLE,
     ),
     Mutant(
         "an event that stands still is no finding",
-        "workers/operations/doctor/progress.py",
+        "dovecote/operations/doctor/progress.py",
         "    if row is not None and row.seconds > _LONG_SECONDS:\n",
         "    if False:\n",
-        "tests/workers/operations/test_progress.py",
+        "tests/dovecote/operations/test_progress.py",
     ),
     Mutant(
         "the locks say who is over",
-        "workers/relay/gaps.py",
+        "dovecote/store/gaps.py",
         "where pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())",
         "where not exists (select from pg_locks where transactionid::text::bigint = writer.xid)"
         " and not exists (select from pg_locks where locktype = 'advisory' and classid::bigint >> 16 = 17602)",
@@ -480,120 +480,120 @@ MUTANTS = (
     # Publishing ---------------------------------------------------------------------------------
     Mutant(
         "a batch is recorded and not sent",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "            self._send(lambda: self._bundler.bundles(batch.rows, upto))\n            if not",
         "            if not",
         RELAY,
     ),
     Mutant(
         "an old epoch may record",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "from dovecote.relay_state where epoch = %(epoch)s for no key update",
         "from dovecote.relay_state where epoch > 0 for no key update",
         f"{HELD}::test_a_record_that_waits_for_a_take_over_is_refused",
     ),
     Mutant(
         "the epoch of a record is read and not locked",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "where epoch = %(epoch)s for no key update) as owner",
         "where epoch = %(epoch)s) as owner",
         f"{HELD}::test_a_record_that_waits_for_a_take_over_is_refused",
     ),
     Mutant(
         "an old epoch goes on although its record was refused",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "        if rows_changed != 1:\n",
         "        if False:\n",
         RELAY,
     ),
     Mutant(
         "an old epoch may publish",
-        "workers/lua/publish.lua",
+        "dovecote/broker/lua/publish.lua",
         "if epoch > tonumber(ARGV[1]) then",
         "if false then",
         f"{BROKER} {RELAY}",
     ),
     Mutant(
         "an empty Redis is published to as if it knew us",
-        "workers/lua/publish.lua",
+        "dovecote/broker/lua/publish.lua",
         "if epoch < tonumber(ARGV[1]) then",
         "if false then",
         f"{BROKER} {RELAY}",
     ),
     Mutant(
         "a relay of another history may publish",
-        "workers/lua/publish.lua",
+        "dovecote/broker/lua/publish.lua",
         "if redis.call('hget', KEYS[2], 'history') ~= ARGV[2] then",
         "if false then",
         f"{BROKER}::test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same",
     ),
     Mutant(
         "a message that is sent again has the id of the one that was dropped",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "        self._bundler.salt = self._history.salt\n",
         "",
         f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
     ),
     Mutant(
         "a message is queued again while it is queued",
-        "workers/lua/publish.lua",
+        "dovecote/broker/lua/publish.lua",
         "if redis.call('hexists', ARGV[i] .. '.msgs', ARGV[i + 1]) == 0 then",
         "if redis.call('hset', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2]) >= 0 then",
         BROKER,
     ),
     Mutant(
         "nobody looks whether Redis is the one we knew",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "        self._unrouted.write(self._records)\n        self._through_outages(self._check_redis)\n",
         "        self._unrouted.write(self._records)\n",
         f"{RELAY} {HISTORY}",
     ),
     Mutant(
         "what Redis lost is not sent again",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "sent = self._broker.publish(self._epoch, found)",
         "sent = sum(0 for _ in found)",
         RELAY,
     ),
     Mutant(
         "a relay that leads is not alone",
-        "workers/relay/leadership.py",
+        "dovecote/relay/leadership.py",
         "            self._session.execute(_TAKE)\n",
         "            pass\n",
         RELAY,
     ),
     Mutant(
         "the relay sleeps without a last look",
-        "workers/relay/waking.py",
+        "dovecote/relay/wakeup.py",
         "            self._sleeper.sleep(self._pause_seconds)\n",
         "            self._sleeper.sleep(self._pause_seconds)\n"
-        "        else:\n            self._sleeper.sleep(self._settings.poll_seconds, self._connection)\n",
+        "        else:\n            self._sleeper.sleep(self._settings.poll_interval_seconds, self._connection)\n",
         RELAY,
     ),
     Mutant(
         "the relay forgets who was at work when it fell asleep",
-        "workers/relay/waking.py",
+        "dovecote/relay/wakeup.py",
         "        if not self._silent_writers:\n",
         "        if True:\n",
         HELD,
     ),
     Mutant(
         "nobody asks who was at work when the relay fell asleep",
-        "workers/relay/waking.py",
+        "dovecote/relay/wakeup.py",
         "        if self._holds_lock and self._silent_writers != frozenset():\n",
         "        if False:\n",
         HELD,
     ),
     Mutant(
         "a writer that is held keeps the relay busy",
-        "workers/relay/waking.py",
+        "dovecote/relay/wakeup.py",
         "max(soon, taken * _SHARE_OF_A_TRANSACTION)",
         "soon",
         HELD,
     ),
     Mutant(
         "a silent writer that is over is waited for",
-        "workers/relay/waking.py",
+        "dovecote/relay/wakeup.py",
         "self._silent_writers & at_work",
         "self._silent_writers",
         HELD,
@@ -608,7 +608,7 @@ MUTANTS = (
     ),
     Mutant(
         "each batch writes the checkpoint",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "        self._unrouted.meet(batch.rows)\n",
         "        self._unrouted.meet(batch.rows)\n        self.checkpoint = batch.checkpoint\n"
         "        self._record_checkpoint()\n",
@@ -616,35 +616,35 @@ MUTANTS = (
     ),
     Mutant(
         "the checkpoint is written every second",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "        if self.checkpoint > self._recorded_checkpoint:\n",
         "        if True:\n",
         HELD,
     ),
     Mutant(
         "each batch writes what it met that is not routed",
-        "workers/relay/unrouted.py",
+        "dovecote/store/unrouted.py",
         "not self._met.keys() <= self._written",
         "bool(self._met)",
         HELD,
     ),
     Mutant(
         "a writer need not ring once the relay has slept",
-        "workers/relay/waking.py",
+        "dovecote/relay/wakeup.py",
         '            self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")\n',
         "",
         f"{RELAY} tests/test_benchmarks.py",
     ),
     Mutant(
         "the relay waits for a worker that holds a retry",
-        "workers/relay/leases.py",
+        "dovecote/relay/leases.py",
         "skip locked\n    )\n    update dovecote.deliveries d set next_attempt_at = now(), leased_until",
         "\n    )\n    update dovecote.deliveries d set next_attempt_at = now(), leased_until",
         f"{RELAY}::test_a_relay_waits_for_no_worker_that_holds_a_delivery",
     ),
     Mutant(
         "a retry that was sent is forgotten",
-        "workers/relay/leases.py",
+        "dovecote/relay/leases.py",
         "next_attempt_at = lease.until, leased_until = lease.until,",
         "next_attempt_at = now() + interval '1 year', leased_until = now() + interval '1 year',",
         RELAY,
@@ -652,35 +652,35 @@ MUTANTS = (
     # Consuming ----------------------------------------------------------------------------------
     Mutant(
         "a handler acts before it is marked",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "                fresh = uow.once(route.handler, to_do.envelopes)\n",
         "                fresh = list(to_do.envelopes)\n",
         CONSUME,
     ),
     Mutant(
         "a mark that is there is an error",
-        "domain/processed_events.py",
+        "dovecote/processed_events.py",
         "    on conflict do nothing\n",
         "",
         CONSUME,
     ),
     Mutant(
         "bundles that overlap mark in any order",
-        "domain/processed_events.py",
+        "dovecote/processed_events.py",
         "from bundle order by event_id\n",
         "from bundle order by md5(random()::text)\n",
         CONSUME,
     ),
     Mutant(
         "a bundle that failed is given up as a whole",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "                elif len(part) > 1:\n",
         "                elif False:\n",
         CONSUME,
     ),
     Mutant(
         "a failure that cannot be recorded is acknowledged",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "        failed, states, absent = self._held(write)\n",
         "        try:\n            failed, states, absent = write()\n"
         "        except Exception:\n            failed, states, absent = [], [], []\n",
@@ -688,70 +688,70 @@ MUTANTS = (
     ),
     Mutant(
         "trouble that passes spends an attempt",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "                    if passes(error):\n",
         "                    if False:\n",
         CONSUME,
     ),
     Mutant(
         "a redelivered bundle takes up what failed, before its time",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "        where event_id not in (select d.event_id from dovecote.deliveries d\n",
         "        where true or event_id not in (select d.event_id from dovecote.deliveries d\n",
         CONSUME,
     ),
     Mutant(
         "a retry takes up what is no longer due",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "select event_id from due where event_id not in (select event_id from absent)",
         "select event_id from bundle where event_id not in (select event_id from absent)",
         CONSUME,
     ),
     Mutant(
         "two workers with one retry do not wait for each other",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "where handler_name = %(handler_name)s)\n        for update\n",
         "where handler_name = %(handler_name)s)\n",
         CONSUME,
     ),
     Mutant(
         "what was discarded fails back to life",
-        "workers/attempts.py",
+        "dovecote/consumer/attempts.py",
         "        where known.state <> 'discarded'\n",
         "",
         CONSUME,
     ),
     Mutant(
         "an ordered handler asks for no predecessor",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            if route.ordered and to_do.envelopes:\n",
         "            if False:\n",
         CONSUME,
     ),
     Mutant(
         "an event goes although the one before it in its bundle must wait",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "if before is not None and (before.blocker not in here or before.blocker in waiting):",
         "if before is not None and before.blocker not in here:",
         CONSUME,
     ),
     Mutant(
         "an event is parked while the one before it is just being done",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "        while found.at_work is not None and self",
         "        while False and self",
         CONSUME,
     ),
     Mutant(
         "what waits is not sent on by the one it waited for",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            deliveries.release_next(session, route, done, replay)\n",
         "            pass\n",
         CONSUME,
     ),
     Mutant(
         "an event parked while the one before it commits is left to the relay",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            self._held(partial(self._release_parked, route, done.parked))\n",
         "            pass\n",
         f"{RELEASING}::test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once",
@@ -800,7 +800,7 @@ MUTANTS = (
     ),
     Mutant(
         "strays wait for ever",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "            leases.release_strays(self._connection, route, self._cursors[route.handler])\n",
         "                pass\n",
         RELAY,
@@ -814,42 +814,42 @@ MUTANTS = (
     ),
     Mutant(
         "an attempt counts for nothing",
-        "workers/attempts.py",
+        "dovecote/consumer/attempts.py",
         "attempts = so_far.attempts + 1",
         "attempts = so_far.attempts or 1",
         CONSUME,
     ),
     Mutant(
         "a failure is counted again when its record is written again",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "                if so_far is None:\n",
         "                if True:\n",
         f"{CONSUME}::test_a_failure_whose_record_was_committed_without_a_reply_counts_once",
     ),
     Mutant(
         "a server that only the handler asks is waited for",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "if answers <= _MOST_ANSWERS:",
         "if True:",
         f"{CONSUME}::test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event",
     ),
     Mutant(
         "what a frozen worker has locked is a failure of others",
-        "workers/bootstrap.py",
+        "dovecote/bootstrap.py",
         "        lock_timeout=settings.database.statement_timeout_ms // 2,\n",
         "",
         f"{CONSUME}::test_what_a_frozen_worker_has_locked_is_waited_for_and_spends_no_attempt",
     ),
     Mutant(
         "a bundle that says nothing to Postgres loses its session",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "                    uow.session.execute(_say_something)\n",
         "                    pass\n",
         f"{CONSUME}::test_a_long_bundle_that_has_nothing_to_say_to_postgres_is_not_taken_for_frozen",
     ),
     Mutant(
         "a provider that is away spends attempts",
-        "workers/attempts.py",
+        "dovecote/consumer/attempts.py",
         "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):\n",
         "    if False:\n",
         CONSUME,
@@ -857,35 +857,35 @@ MUTANTS = (
     # What kills or hangs ------------------------------------------------------------------------
     Mutant(
         "crashes are not counted",
-        "workers/lua/reap.lua",
+        "dovecote/broker/lua/reap.lua",
         "redis.call('hset', crashes, ids[i], math.min(known or 0, 1000000) + 1)",
         "redis.call('hset', crashes, ids[i], known or 0)",
         BROKER,
     ),
     Mutant(
         "a second crash counts for nothing",
-        "workers/lua/reap.lua",
+        "dovecote/broker/lua/reap.lua",
         "redis.call('hget', crashes, ids[i]) or '0'",
         "'0'",
         BROKER,
     ),
     Mutant(
         "nothing is marked before it starts",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            with self._marked(suspect, bundle.envelopes):\n",
         "            with self._marked(None, bundle.envelopes):\n",
         f"{POISON}::test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mates_go_through",
     ),
     Mutant(
         "a mark outlives what it marks",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            self._held(partial(suspect.write, after))\n",
         "            pass\n",
         SUSPECTS,
     ),
     Mutant(
         "suspects are at work beside each other",
-        "workers/suspects.py",
+        "dovecote/broker/poison.py",
         "    while not _one_at_a_time.acquire(timeout=0.2):\n        give_up()\n    try:\n        yield\n"
         "    finally:\n        _one_at_a_time.release()\n",
         "    yield\n",
@@ -893,56 +893,56 @@ MUTANTS = (
     ),
     Mutant(
         "an event is started for ever",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "                if starts >= MOST_STARTS:\n",
         "                if False:\n",
         SUSPECTS,
     ),
     Mutant(
         "crashes that are explained speak against others",
-        "workers/suspects.py",
+        "dovecote/broker/poison.py",
         "self.crashes - marks.explained > known",
         "self.crashes > known",
         SUSPECTS,
     ),
     Mutant(
         "a mark outlives a clean return",
-        "workers/lua/hand_back.lua",
+        "dovecote/broker/lua/hand_back.lua",
         "        redis.call('hdel', KEYS[2] .. '.at_work', ARGV[i])\n",
         "",
         BROKER,
     ),
     Mutant(
         "an event that is found again on record is buried again",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "self._record(alone, {envelope.event_id: _killed(starts)}, if_open=True)",
         "self._record(alone, {envelope.event_id: _killed(starts)})",
         SUSPECTS,
     ),
     Mutant(
         "a handler that swallows its being cut off has succeeded",
-        "workers/time_limits.py",
+        "dovecote/consumer/time_limits.py",
         "        if watch.was_cut_off:\n            raise exceeded(watch)",
         "        if watch.was_cut_off and cut_off:\n            raise exceeded(watch)",
         CONSUME,
     ),
     Mutant(
         "the time limit is for the bundle",
-        "workers/time_limits.py",
+        "dovecote/consumer/time_limits.py",
         "        self.deadline = self.began_at + self.seconds\n\n    def cut_off",
         "\n    def cut_off",
         f"{CONSUME}::test_the_limit_is_for_each_event_of_a_bundle",
     ),
     Mutant(
         "a stuck process does not end",
-        "workers/stuck.py",
+        "dovecote/consumer/stuck.py",
         "    os._exit(_STUCK_EXIT_CODE)\n",
         "    threading.Event().wait()\n",
         f"{POISON}::test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through",
     ),
     Mutant(
         "a stuck process says nothing when it ends",
-        "workers/stuck.py",
+        "dovecote/consumer/stuck.py",
         "        record_failures(session, watch.route, [attempt], so_far, watch.replay)\n",
         "        pass\n",
         f"{POISON}::test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through",
@@ -950,77 +950,77 @@ MUTANTS = (
     # Handlers as people write them --------------------------------------------------------------
     Mutant(
         "nobody looks at the transaction after a call",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            guard.check()\n",
         "",
         CARELESS,
     ),
     Mutant(
         "a handler may commit",
-        "domain/connections.py",
+        "dovecote/store/watched.py",
         "                self.watcher.before_commit()\n",
         "                pass\n",
         CARELESS,
     ),
     Mutant(
         "what failed is committed all the same",
-        "domain/connections.py",
+        "dovecote/store/watched.py",
         "            if self.pgconn.transaction_status == TransactionStatus.INERROR:\n",
         "            if False:\n",
         f"{CARELESS}::test_a_caller_that_passes_over_an_error_hears_of_it_at_the_commit",
     ),
     Mutant(
         "a commit that is refused leaves its transaction open",
-        "domain/connections.py",
+        "dovecote/store/watched.py",
         "        except BaseException:\n            super().rollback()\n            raise\n",
         "        except BaseException:\n            raise\n",
         CARELESS,
     ),
     Mutant(
         "a transaction goes back to the pool",
-        "domain/connections.py",
+        "dovecote/store/watched.py",
         "            connection.rollback()\n",
         "            pass\n",
         CARELESS,
     ),
     Mutant(
         "a rollback is not noted",
-        "domain/connections.py",
+        "dovecote/store/watched.py",
         "            self.watcher.before_rollback()\n",
         "            pass\n",
         CARELESS,
     ),
     Mutant(
         "only the first statement of a text is read",
-        "workers/statements.py",
+        "dovecote/consumer/statements.py",
         '        if mark == ";" and parentheses == 0 and blocks == 0:\n',
         "        if False:\n",
         CARELESS,
     ),
     Mutant(
         "words in literals are commands",
-        "workers/statements.py",
+        "dovecote/consumer/statements.py",
         "    | '[^']*'\n",
         "",
         CARELESS,
     ),
     Mutant(
         "settings are not compared",
-        "workers/transaction_guard.py",
+        "dovecote/consumer/transaction_guard.py",
         "        changed = [name for name, setting in before.items() if now.get(name) != setting]\n",
         "        changed: list[str] = []\n",
         CARELESS,
     ),
     Mutant(
         "an open stream is rolled back for ever",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "isinstance(error, TimeLimitExceeded) or not guard.can_roll_back()",
         "isinstance(error, TimeLimitExceeded)",
         CARELESS,
     ),
     Mutant(
         "a handler that returns a coroutine has succeeded",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            require_nothing_returned(route.handler, route.act(argument, uow, self._gateways))\n",
         "            route.act(argument, uow, self._gateways)\n",
         CARELESS,
@@ -1034,42 +1034,42 @@ MUTANTS = (
     ),
     Mutant(
         "two handlers of one name share their messages",
-        "workers/relay/bundles.py",
+        "dovecote/relay/bundler.py",
         "        routes = distinct(routes)\n",
         "",
         ROUTES,
     ),
     Mutant(
         "a long name counts by its beginning",
-        "workers/relay/bundles.py",
+        "dovecote/relay/bundler.py",
         "    return name if len(name) <= blake2b.MAX_KEY_SIZE else blake2b(name).digest()\n",
         "    return name[:64]\n",
         ROUTES,
     ),
     Mutant(
         "what cannot be read enters the transaction",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            parts = Parts(self._readable(bundle))\n",
         "            parts = Parts(bundle.envelopes)\n",
         BAD_EVENTS,
     ),
     Mutant(
         "what is done is recorded as unreadable",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "those = deliveries.still_open(session, bundle.of(found.to_do)) if if_open else found.to_do",
         "those = found.to_do",
         BAD_EVENTS,
     ),
     Mutant(
         "nobody is blamed",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "parts.failed(failed.blamed, was_slow",
         "parts.failed(None, was_slow",
         BAD_EVENTS,
     ),
     Mutant(
         "a bad one makes all others go alone",
-        "workers/parts.py",
+        "dovecote/store/bundle.py",
         "            self._limit *= 2\n",
         "            self._limit = 1\n",
         BAD_EVENTS,
@@ -1077,73 +1077,73 @@ MUTANTS = (
     # The broker ---------------------------------------------------------------------------------
     Mutant(
         "nobody reaps the dead",
-        "workers/broker.py",
+        "dovecote/broker/broker.py",
         "            for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:\n",
         "            for name in ():\n",
         BROKER,
     ),
     Mutant(
         "the relay does not reap",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "            self._through_outages(self._reap)\n",
         "            pass\n",
         TAKING_OVER,
     ),
     Mutant(
         "messages are handed back in reverse",
-        "workers/lua/hand_back.lua",
+        "dovecote/broker/lua/hand_back.lua",
         "for i = #ARGV, 1, -1 do",
         "for i = 1, #ARGV do",
         BROKER,
     ),
     Mutant(
         "messages are handed back to the tail",
-        "workers/lua/hand_back.lua",
+        "dovecote/broker/lua/hand_back.lua",
         "redis.call('lpush', KEYS[2], ARGV[i])",
         "redis.call('rpush', KEYS[2], ARGV[i])",
         BROKER,
     ),
     Mutant(
         "what a lost reply held is not asked for",
-        "workers/fetching.py",
+        "dovecote/broker/fetcher.py",
         "                self.broker.reclaim(self.queue_name)\n",
         "",
         BROKER,
     ),
     Mutant(
         "a message that failed is acknowledged",
-        "workers/handing_back.py",
+        "dovecote/consumer/middleware.py",
         "may_come_again(message.message_id):\n                hand_back(message)\n",
         "may_come_again(message.message_id):\n                pass\n",
         BROKER,
     ),
     Mutant(
         "a message that cannot be read comes back for ever",
-        "workers/fetching.py",
+        "dovecote/broker/fetcher.py",
         "                self.broker.refuse(self.queue_name, one.id, refused)\n",
         "                del refused\n",
         BROKER,
     ),
     Mutant(
         "one payload that cannot be read takes its bundle along",
-        "workers/envelope.py",
+        "dovecote/envelope/__init__.py",
         "    except ValueError:\n        pass\n    envelopes: list[Envelope] = []\n",
         "    except ValueError:\n        raise\n    envelopes: list[Envelope] = []\n",
         ENVELOPE,
     ),
     Mutant(
         "one header that cannot be read takes its bundle along",
-        "workers/envelope.py",
+        "dovecote/envelope/__init__.py",
         '_first_readable(attributes + b"}", without_headers + b"}")',
         '_first_readable(attributes + b"}", attributes + b"}")',
         ENVELOPE,
     ),
     Mutant(
         "what is for a handler of other code is a dead letter of Dramatiq's",
-        "workers/bootstrap.py",
+        "dovecote/bootstrap.py",
         "            if queue not in broker.stand_ins:\n",
         "            if False:\n",
-        "tests/workers/relay/test_routing.py::test_a_consumer_keeps_what_is_for_a_handler_that_only_other_code_has",
+        "tests/dovecote/relay/test_routing.py::test_a_consumer_keeps_what_is_for_a_handler_that_only_other_code_has",
     ),
     # Retention ----------------------------------------------------------------------------------
     Mutant(
@@ -1163,42 +1163,42 @@ MUTANTS = (
     # Replaying ----------------------------------------------------------------------------------
     Mutant(
         "a replay acts again on what it has acted on",
-        "domain/processed_events.py",
+        "dovecote/processed_events.py",
         "          and replay_id is distinct from :replay_id\n",
         "",
         REPLAYS,
     ),
     Mutant(
         "a cancelled replay acts on",
-        "domain/processed_events.py",
+        "dovecote/processed_events.py",
         "where id = :replay_id and state <> 'cancelled' and",
         "where id = :replay_id and",
         REPLAYS,
     ),
     Mutant(
         "an aggregate's events of one wave are in several bundles",
-        "workers/relay/replaying.py",
+        "dovecote/relay/replayer.py",
         "parts = by_aggregate(events, run.route.bundle_size)",
         "parts = in_order(events, run.route.bundle_size)",
         REPLAYS,
     ),
     Mutant(
         "nothing waits for what failed in its replay",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "and d.position < bundle.position and d.state <> 'discarded'",
         "and false",
         REPLAYS,
     ),
     Mutant(
         "a replay queues again what is still queued",
-        "workers/relay/replaying.py",
+        "dovecote/relay/replayer.py",
         "parts = in_order(self._without_queued(run.route, events), run.route.bundle_size)",
         "parts = in_order(events, run.route.bundle_size)",
         f"{REPLAYING}::test_what_is_still_queued_is_not_queued_again",
     ),
     Mutant(
         "a replay goes on while its handler is paused",
-        "workers/relay/active_replays.py",
+        "dovecote/relay/active_replays.py",
         "      and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)\n",
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
@@ -1206,56 +1206,56 @@ MUTANTS = (
     # What is not in the outbox ------------------------------------------------------------------
     Mutant(
         "an event of any order that is not in the outbox is acted on",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "          and event_id not in (select event_id from absent)\n        order by event_id\n",
         "        order by event_id\n",
         f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
     ),
     Mutant(
         "an event in order that is not in the outbox is acted on",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "          and event_id not in (select event_id from absent)\n    ) {REST}",
         "    ) {REST}",
         f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
     ),
     Mutant(
         "a retry that is not in the outbox is acted on",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "select event_id from due where event_id not in (select event_id from absent)",
         "select event_id from due",
         f"{LOOKUP}::test_a_retry_of_what_is_not_in_the_outbox_is_passed_over",
     ),
     Mutant(
         "a failure of what is not in the outbox is recorded",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "there = {envelope.event_id for envelope in found.to_do} & so_far.keys()",
         "so_far |= {envelope.event_id: SoFar() for envelope in found.absent}\n                there = so_far.keys()",
         f"{LOOKUP}::test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery",
     ),
     Mutant(
         "the last words of a stuck process are of what is not in the outbox",
-        "workers/stuck.py",
+        "dovecote/consumer/stuck.py",
         "        if lookup.look_up(session, Bundle(watch.route, [envelope])).absent:\n            return\n",
         "",
         f"{LOOKUP}::test_an_event_that_is_forgotten_while_its_handler_is_stuck_gets_no_delivery",
     ),
     Mutant(
         "another history is a failure of the event",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "                except (HandlerPaused, lookup.OtherHistory):\n",
         "                except HandlerPaused:\n",
         f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
     ),
     Mutant(
         "a consumer does not ask Redis for the history",
-        "workers/bootstrap.py",
+        "dovecote/bootstrap.py",
         "        consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)\n",
         "",
         f"{LOOKUP}::test_messages_of_another_history_are_held_until_it_is_ours",
     ),
     Mutant(
         "a DBA's choice of synchronous_commit is lowered",
-        "domain/database.py",
+        "dovecote/database.py",
         "pg_catalog.current_setting('synchronous_commit') = 'off'",
         "true",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
@@ -1270,7 +1270,7 @@ MUTANTS = (
     # Pausing ------------------------------------------------------------------------------------
     Mutant(
         "a paused handler acts on new events",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "d.event_id = bundle.event_id)\n"
         "          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)\n",
         "d.event_id = bundle.event_id)\n",
@@ -1278,7 +1278,7 @@ MUTANTS = (
     ),
     Mutant(
         "a paused ordered handler acts on new events",
-        "workers/deliveries.py",
+        "dovecote/store/deliveries.py",
         "any(%(event_ids)s::uuid[]))\n"
         "          and not exists (select from dovecote.paused_handlers where handler_name = %(handler_name)s)\n",
         "any(%(event_ids)s::uuid[]))\n",
@@ -1286,21 +1286,21 @@ MUTANTS = (
     ),
     Mutant(
         "a paused handler is taken for one with nothing to do",
-        "workers/pauses.py",
+        "dovecote/store/pauses.py",
         "        raise HandlerPaused(handler_name)\n",
         "        pass\n",
         PAUSING,
     ),
     Mutant(
         "what was put aside comes back newest first",
-        "workers/lua/take_back.lua",
+        "dovecote/broker/lua/take_back.lua",
         "'RIGHT', 'LEFT'",
         "'LEFT', 'LEFT'",
         PAUSING,
     ),
     Mutant(
         "what is put aside after the resume stays aside",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "            self._through_outages(self._reap)\n            self._through_outages(self._take_back)\n",
         "            self._through_outages(self._reap)\n",
         PAUSING,
@@ -1308,98 +1308,98 @@ MUTANTS = (
     # Watching -----------------------------------------------------------------------------------
     Mutant(
         "a bundle that ended is at work",
-        "workers/telemetry/metrics.py",
+        "dovecote/exporter/metrics.py",
         "            del self._began[thread]\n",
         "            pass\n",
         METRICS,
     ),
     Mutant(
         "a lively thread hides one that is silent",
-        "workers/telemetry/metrics.py",
+        "dovecote/exporter/metrics.py",
         "min(list(self._fetched.values()))",
         "max(list(self._fetched.values()))",
         METRICS,
     ),
     Mutant(
         "a value on a bound is counted above it",
-        "workers/telemetry/metrics.py",
+        "dovecote/exporter/metrics.py",
         "bisect_right(ordered, bound, below)",
         "bisect_right(ordered, bound - 1e-9, below)",
         METRICS,
     ),
     Mutant(
         "a worker that is gone is alive",
-        "workers/telemetry/metrics.py",
+        "dovecote/exporter/metrics.py",
         "        if started_at(pid) is None:\n",
         "        if False:\n",
         METRICS,
     ),
     Mutant(
         "a replay is an effect of now",
-        "workers/telemetry/metrics.py",
+        "dovecote/exporter/metrics.py",
         "        if not again:",
         "        if True:",
         METRICS,
     ),
     Mutant(
         "effects are not counted",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            self.meters.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
         "",
         TOLD,
     ),
     Mutant(
         "calls of an ordinary handler are one",
-        "workers/time_limits.py",
+        "dovecote/consumer/time_limits.py",
         "        self.moments.append(self.began_at)\n",
         "        self.moments[:] = self.moments[:1] or [self.began_at]\n",
         TOLD,
     ),
     Mutant(
         "rings are not counted",
-        "workers/relay/waking.py",
+        "dovecote/relay/wakeup.py",
         "                self._meters.rang()\n",
         "                pass\n",
         WATCHED,
     ),
     Mutant(
         "waiting for Redis looks like leading",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         '                self._meters.alive("waiting_for_redis")\n',
         "",
         TOLD,
     ),
     Mutant(
         "a server that is away fails the scrape",
-        "workers/telemetry/survey.py",
+        "dovecote/exporter/collector.py",
         "        except redis.RedisError:\n",
         "        except ZeroDivisionError:\n",
         SURVEY,
     ),
     Mutant(
         "every scrape asks Postgres",
-        "workers/telemetry/survey.py",
+        "dovecote/exporter/collector.py",
         "time.monotonic() - self._found_at >= _KEPT_SECONDS",
         "True",
         SURVEY,
     ),
     Mutant(
         "a check that hangs is begun again",
-        "workers/telemetry/health.py",
+        "dovecote/exporter/health.py",
         "if not is_asking and time",
         "if time",
         HEALTH,
     ),
     Mutant(
         "health forgets since when",
-        "workers/telemetry/health.py",
+        "dovecote/exporter/health.py",
         "            is_news = status != self._status\n",
         "            is_news = True\n",
         HEALTH,
     ),
     Mutant(
         "a taken port is given up",
-        "workers/telemetry/serving.py",
+        "dovecote/exporter/http.py",
         "            continue\n",
         "            return\n",
         SERVING,

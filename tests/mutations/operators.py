@@ -113,9 +113,9 @@ OPERATORS = (
     ),
     Mutant(
         "the relay does not tell what a route allows",
-        "workers/relay/relay.py",
+        "dovecote/relay/relay.py",
         "    set routed_epoch = excluded.routed_epoch, replayable = excluded.replayable, ordered = excluded.ordered\n",
         "    set routed_epoch = excluded.routed_epoch\n",
-        "tests/workers/relay/test_routing.py",
+        "tests/dovecote/relay/test_routing.py",
     ),
 )

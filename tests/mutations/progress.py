@@ -2,12 +2,12 @@
 
 from tests.mutations.mutant import Mutant
 
-MARKS = "tests/workers/relay/test_progress.py"
-STATUS = "tests/workers/operations/test_status.py"
+MARKS = "tests/dovecote/relay/test_progress.py"
+STATUS = "tests/dovecote/operations/test_status.py"
 
 PROGRESS_SQL = "migrations/sql/0022_progress.up.sql"
 LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
-PROGRESS_PY = "workers/relay/progress.py"
+PROGRESS_PY = "dovecote/relay/progress.py"
 
 HISTORIES = f"{MARKS}::test_a_mark_is_true_at_every_step_of_a_random_history_and_exact_at_its_end"
 WITH_A_RELAY = f"{MARKS}::test_a_relay_moves_the_marks_says_nothing_when_idle_and_begins_anew_when_cut_off"
@@ -121,7 +121,7 @@ PROGRESS = (
     ),
     Mutant(
         "an unfinished count is told as exact",
-        "workers/operations/unprocessed.py",
+        "dovecote/operations/unprocessed.py",
         "_is_cut(row) or bool(",
         "bool(",
         STATUS,

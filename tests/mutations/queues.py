@@ -3,12 +3,12 @@
 from tests.mutations.mutant import Mutant
 from tests.mutations.progress import PROGRESS_SQL
 
-HOSTILE = "tests/workers/test_hostile_settings.py"
-FULL_NOTIFY = "tests/workers/test_full_notify_queue.py"
+HOSTILE = "tests/dovecote/settings/test_hostile_settings.py"
+FULL_NOTIFY = "tests/dovecote/relay/test_full_notify_queue.py"
 
-POSTPONED = "tests/workers/relay/test_postponed.py"
-NEW_HANDLER = "tests/workers/relay/test_new_handler.py"
-MISSING = "tests/workers/relay/test_missing.py"
+POSTPONED = "tests/dovecote/relay/test_postponed.py"
+NEW_HANDLER = "tests/dovecote/relay/test_new_handler.py"
+MISSING = "tests/dovecote/relay/test_recovery.py"
 
 POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
 WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
@@ -31,14 +31,14 @@ QUEUES = (
     ),
     Mutant(
         "a relay does not start while the queue of notifications is full",
-        "workers/relay/relay.py",
+        "dovecote/relay/relay.py",
         "            except psycopg.errors.ProgramLimitExceeded as error:",
         "            except ZeroDivisionError as error:",
         FULL_NOTIFY,
     ),
     Mutant(
         "nobody frees the queue of notifications",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         '            self._connection.execute("select pg_notification_queue_usage()")\n',
         "",
         FULL_NOTIFY,
@@ -46,21 +46,21 @@ QUEUES = (
     # Where a new handler begins -----------------------------------------------------------------
     Mutant(
         "a new handler is told what was published above the checkpoint",
-        "workers/relay/relay.py",
+        "dovecote/relay/relay.py",
         "coalesce(before.published_above, published.above)",
         "'{}'",
         NEW_HANDLER,
     ),
     Mutant(
         "a new version of a fact begins now",
-        "workers/relay/relay.py",
+        "dovecote/relay/relay.py",
         "    ) before on true",
         "    ) before on false",
         NEW_HANDLER,
     ),
     Mutant(
         "what was published before a handler's time is missing",
-        "workers/relay/missing.py",
+        "dovecote/relay/recovery.py",
         "      and not w.published_above @> found.position\n",
         "",
         MISSING,
@@ -81,7 +81,7 @@ QUEUES = (
     ),
     Mutant(
         "what was published before a handler's time is never quiet",
-        "workers/operations/counting.py",
+        "tests/support/exact_counts.py",
         "      and (s.published_above is null or not s.published_above @> o.position)\n",
         "",
         NEW_HANDLER,
@@ -103,84 +103,84 @@ QUEUES = (
     # Full queues --------------------------------------------------------------------------------
     Mutant(
         "a full queue takes more",
-        "workers/relay/postponed.py",
+        "dovecote/relay/postponed.py",
         "            if size >= self._bound:\n",
         "            if False:\n",
         f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
     ),
     Mutant(
         "a queue has no share of maxmemory",
-        "workers/relay/postponed.py",
+        "dovecote/relay/postponed.py",
         "        if usage.maxmemory:\n",
         "        if False:\n",
         f"{POSTPONED}::test_no_queue_takes_more_than_its_share_of_what_redis_has_room_for",
     ),
     Mutant(
         "a paused handler's messages burden its queue",
-        "workers/broker.py",
+        "dovecote/broker/broker.py",
         "            sizes[queue] -= size\n",
         "            pass\n",
         f"{POSTPONED}::test_what_is_put_aside_for_a_paused_handler_is_no_burden_to_others_on_its_queue",
     ),
     Mutant(
         "nobody catches up",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "        self._postponed.step()\n",
         "",
         f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
     ),
     Mutant(
         "who has caught up a part of it is live",
-        "workers/relay/postponed.py",
+        "dovecote/relay/postponed.py",
         "        if upto < self.published_upto:\n",
         "        if False:\n",
         f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
     ),
     Mutant(
         "what a postponed handler misses is not written down",
-        "workers/relay/postponed.py",
+        "dovecote/relay/postponed.py",
         "        self._write(_POSTPONE, handler, self.published_upto)\n",
         "",
         f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
     ),
     Mutant(
         "a replaced relay postpones",
-        "workers/relay/postponed.py",
+        "dovecote/relay/postponed.py",
         "owner as (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update)",
         "owner as (select epoch from dovecote.relay_state for no key update)",
         f"{POSTPONED}::test_a_relay_that_was_replaced_postpones_nobody",
     ),
     Mutant(
         "a postponed handler is sent all that Redis lost",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "self._give_up, self._postponed.after\n",
         "self._give_up, {}\n",
         f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
     ),
     Mutant(
         "a postponed handler is not told of late rows",
-        "workers/relay/bundles.py",
+        "dovecote/relay/bundler.py",
         "if upto and position > upto.get(route.handler, position):",
         "if upto and route.handler in upto:",
         f"{POSTPONED}::test_a_writer_that_dawdles_while_a_handler_is_postponed_is_heard",
     ),
     Mutant(
         "retries go on to a full queue",
-        "workers/relay/leading.py",
+        "dovecote/relay/leader.py",
         "[route for route in self._routes if route.handler not in self._postponed.full]",
         "self._routes",
         f"{POSTPONED}::test_retries_and_replays_wait_for_room",
     ),
     Mutant(
         "replays go on to a full queue",
-        "workers/relay/replaying.py",
+        "dovecote/relay/replayer.py",
         "if run.replay.handler_name in self._postponed:",
         "if False:",
         f"{POSTPONED}::test_retries_and_replays_wait_for_room",
     ),
     # Sessions -----------------------------------------------------------------------------------
     *(
-        Mutant(f"our sessions have no {name} of their own", "domain/database.py", old, "", HOSTILE)
+        Mutant(f"our sessions have no {name} of their own", "dovecote/database.py", old, "", HOSTILE)
         for name, old in {
             "DateStyle": '    "datestyle": "ISO",\n',
             "IntervalStyle": '    "intervalstyle": "postgres",\n',
@@ -192,21 +192,21 @@ QUEUES = (
     ),
     Mutant(
         "a dead connection is handed out",
-        "domain/database.py",
+        "dovecote/database.py",
         "if idle_since is not None and time",
         "if False and time",
         HOSTILE,
     ),
     Mutant(
         "a handler's own transaction_timeout is an outage",
-        "workers/outages.py",
+        "dovecote/telemetry/outages.py",
         "isinstance(cause, psycopg.errors.TransactionTimeout)",
         "isinstance(cause, ZeroDivisionError)",
         HOSTILE,
     ),
     Mutant(
         "what cannot be written is called an outage",
-        "workers/consume.py",
+        "dovecote/consumer/consumer.py",
         "            if passes(error):\n                log.warning(",
         "            if True:\n                log.warning(",
         HOSTILE,

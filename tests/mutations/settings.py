@@ -6,11 +6,11 @@ START = "tests/security/test_start.py"
 OWNERSHIP = "tests/security/test_ownership.py"
 CONNECTIONS = "tests/security/test_connections.py"
 HTTP = "tests/security/test_http.py"
-SETTINGS = "tests/workers/test_settings.py"
-VARIABLES = "tests/workers/test_variables.py"
+SETTINGS = "tests/dovecote/settings/test_settings.py"
+VARIABLES = "tests/dovecote/settings/test_variables.py"
 
-OWNED = "workers/ownership.py"
-SERVING = "workers/telemetry/serving.py"
+OWNED = "dovecote/processes/ownership.py"
+SERVING = "dovecote/exporter/http.py"
 
 SETTINGS_AND_CONNECTIONS = (
     Mutant(
@@ -22,10 +22,10 @@ SETTINGS_AND_CONNECTIONS = (
     ),
     Mutant(
         "a supervised child imports from there",
-        "workers/supervisor.py",
+        "dovecote/local/supervisor.py",
         ', "PYTHONSAFEPATH": "1"',
         "",
-        "tests/workers/test_supervisor.py",
+        "tests/dovecote/local/test_supervisor.py",
     ),
     Mutant(
         "a stranger's file decides",
@@ -38,71 +38,73 @@ SETTINGS_AND_CONNECTIONS = (
     Mutant("a file in a directory of all decides", OWNED, "        _require_directory(path.parent)\n", "", OWNERSHIP),
     Mutant(
         "a value and a file for one option",
-        "workers/variables.py",
+        "dovecote/settings/variables.py",
         "if before and before.value and value and (before.is_file or given.is_file):",
         "if False:",
         VARIABLES,
     ),
     Mutant(
         "strangers may connect to a server of our own",
-        "workers/schema.py",
+        "dovecote/migrations/schema.py",
         "'revoke connect, temporary on database %I from public'",
         "'revoke temporary on database %I from public'",
-        "tests/workers/test_local.py",
+        "tests/dovecote/local/test_system.py",
     ),
     Mutant(
         "what others wrote in Redis ends who reads it",
         "workers/gateways/challenge_cache.py",
         "except (RedisError, UnicodeDecodeError) as error:",
         "except RedisError as error:",
-        "tests/workers/test_gateways.py",
+        "tests/workers/gateways/test_gateways.py",
     ),
-    Mutant("a weak key is taken", "workers/settings.py", "if why := keys.weakness(given):", "if False:", SETTINGS),
+    Mutant(
+        "a weak key is taken", "dovecote/settings/__init__.py", "if why := keys.weakness(given):", "if False:", SETTINGS
+    ),
     Mutant(
         "one key for two purposes",
-        "workers/keys.py",
+        "dovecote/settings/keys.py",
         "            if key in seen:\n",
         "            if False:\n",
         SETTINGS,
     ),
     Mutant(
         "consumers that need keys start without them",
-        "workers/bootstrap.py",
+        "dovecote/bootstrap.py",
         "if self._queues & (asked_for or self._queues):",
         "if False:",
         SETTINGS,
     ),
     Mutant(
         "options of the URL get lost",
-        "domain/database.py",
+        "dovecote/database.py",
         "{given.pop('options', None) or ''} ",
         "{given.pop('options', None) and ''} ",
         CONNECTIONS,
     ),
     Mutant(
         "what has no variable gets lost",
-        "workers/clients.py",
+        "dovecote/local/clients.py",
         "        carried |= _service_with(rest)\n",
         "        pass\n",
         CONNECTIONS,
     ),
     Mutant(
         "a password in a parameter is no secret",
-        "workers/urls.py",
+        "dovecote/settings/urls.py",
         '    for pair in parts.query.replace(";", "&").split("&"):\n',
         "    for pair in ():\n",
         CONNECTIONS,
     ),
     Mutant(
         "Redis' password is told to a stranger",
-        "workers/embedded.py",
+        "dovecote/local/servers.py",
         "if not listens(pid, self._port):",
         "if False:",
         CONNECTIONS,
     ),
     Mutant(
         "TLS that anybody may answer is good enough",
-        "workers/operations/doctor/encryption.py",
+        "dovecote/operations/doctor/encryption.py",
         'if mode in _VERIFIED or binding == "require":',
         "if True:",
         CONNECTIONS,
@@ -117,14 +119,14 @@ SETTINGS_AND_CONNECTIONS = (
     ),
     Mutant(
         "health tells strangers what is wrong",
-        "workers/telemetry/health.py",
+        "dovecote/exporter/health.py",
         'if detail and status == "up" else {}',
         "if detail else {}",
         HTTP,
     ),
     Mutant(
         "where metrics will be can be guessed",
-        "workers/telemetry/metrics.py",
+        "dovecote/exporter/metrics.py",
         "key=hashlib.sha256(secret.encode()).digest()",
         'key=hashlib.sha256(b"").digest()',
         HTTP,

@@ -10,12 +10,12 @@ import psycopg
 import pytest
 from dramatiq.common import q_name
 
+from dovecote.envelope.signatures import MessageKey, newest_key
+from dovecote.telemetry.meters import ConsumerMeters
 from tests.conftest import Servers, settings_for
-from tests.effects import a_route, effects_in, make_room_for_effects, write_quotes
-from tests.support import eventually
-from tests.system import System, system_for
-from workers.signatures import MessageKey, newest_key
-from workers.telemetry.meters import ConsumerMeters
+from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
+from tests.support.processes import eventually
+from tests.support.system import System, system_for
 
 KEY, OTHER = MessageKey.of("0" * 16, b"x" * 32), MessageKey.of("1" * 16, b"y" * 32)
 NOTE, MORE = a_route("test.note", queue="test"), a_route("test.more", queue="more")

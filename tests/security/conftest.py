@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from tests.logins import logins
 from tests.security.traps import one, session, traps_in
+from tests.support.logins import logins
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 
-from domain.database import Sessions
-from domain.errors import InvalidValue, NotFound, RateLimited
-from domain.ids import uuid7
-from domain.outbox import outbox
-from domain.privacy import Keyring
-from domain.unit_of_work import UnitOfWork, unit_of_work
 from domain.verification import (
     Allowance,
     ChallengeExpired,
@@ -39,8 +33,14 @@ from domain.verification import (
     request_code,
     tries_left,
 )
-from tests.phone_numbers import a_mobile
-from tests.profiles import examples
+from dovecote.database import Sessions
+from dovecote.errors import InvalidValue, NotFound, RateLimited
+from dovecote.events.ids import uuid7
+from dovecote.outbox import outbox
+from dovecote.privacy import Keyring
+from dovecote.unit_of_work import UnitOfWork, unit_of_work
+from tests.support.phone_numbers import a_mobile
+from tests.support.profiles import examples
 
 pytestmark = pytest.mark.servers
 

@@ -10,16 +10,16 @@ import psycopg
 import pytest
 from sqlalchemy import make_url, text
 
-from domain.database import Sessions
-from domain.ids import uuid7
-from domain.privacy import Keyring
-from domain.unit_of_work import unit_of_work
 from domain.verification import CodeRequested, UnknownCodeRequest, request_code
+from dovecote.database import Sessions
+from dovecote.events.ids import uuid7
+from dovecote.privacy import Keyring
+from dovecote.unit_of_work import unit_of_work
 from tests.conftest import Servers, settings_for
-from tests.phone_numbers import a_mobile
-from tests.system import System, system_for
-from workers.consumers.verification import send_code
+from tests.support.phone_numbers import a_mobile
+from tests.support.system import System, system_for
 from workers.gateways import ChallengeCache, Gateways
+from workers.handlers.verification import send_code
 from workers.routes import ROUTES
 
 pytestmark = pytest.mark.servers

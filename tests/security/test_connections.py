@@ -22,19 +22,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from psycopg.conninfo import conninfo_to_dict
 
-from domain.database import SESSION_SETTINGS, connect, connection_parameters
-from tests import commands
+from dovecote.broker.redis_client import connect_redis
+from dovecote.local.clients import libpq_variables
+from dovecote.local.servers import Postgres, Redis
+from dovecote.operations.doctor import encryption
+from dovecote.operations.doctor.finding import Subject
+from dovecote.operations.doctor.postgres import session
+from dovecote.processes.children import ServerUser, listens, runs_as
+from dovecote.settings import SettingsError, load_settings, secrets, shown
+from dovecote.settings.urls import without_passwords
+from dovecote.store.connections import SESSION_SETTINGS, connect, connection_parameters
 from tests.conftest import settings_for
-from tests.support import a_place_for_servers
-from workers.children import ServerUser, listens, runs_as
-from workers.clients import libpq_variables
-from workers.embedded import Postgres, Redis
-from workers.operations.doctor import encryption
-from workers.operations.doctor.finding import Subject
-from workers.operations.doctor.postgres import session
-from workers.redis_client import connect_redis
-from workers.settings import SettingsError, load_settings, secrets, shown
-from workers.urls import without_passwords
+from tests.support import commands
+from tests.support.processes import a_place_for_servers
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +108,7 @@ def test_exec_hands_every_word_on(url: str, tmp_path: Path) -> None:
         ["exec", sys.executable, "-c", program],
         {
             "PATH": os.environ["PATH"],
+            "DOVECOTE_APP": "workers.app:app",
             "PYTHONPATH": str(ROOT),
             "DOVECOTE_HOME": str(tmp_path),
             "DATABASE_URL": url,
@@ -327,6 +328,7 @@ def test_psql_by_exec_refuses_a_server_that_another_authority_vouches_for(
     def asked(authority: Path) -> subprocess.CompletedProcess[str]:
         variables = {
             "PATH": os.environ["PATH"],
+            "DOVECOTE_APP": "workers.app:app",
             "PYTHONPATH": str(ROOT),
             "DOVECOTE_HOME": str(tmp_path),
             "DATABASE_URL": f"{url}?sslmode=verify-full&sslrootcert={quote(str(authority))}&keepalives=1",

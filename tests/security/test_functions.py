@@ -10,14 +10,14 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from tests import commands
+from dovecote.bootstrap import engine_during, relay_for
+from dovecote.migrations import schema
 from tests.conftest import Servers, settings_for
-from tests.effects import a_route, write_quotes
 from tests.security.traps import TEMPORARY, one, session, trapped, traps_in
-from tests.support import eventually
-from tests.system import system_for
-from workers import schema
-from workers.bootstrap import engine_during, relay_for
+from tests.support import commands
+from tests.support.effects import a_route, write_quotes
+from tests.support.processes import eventually
+from tests.support.system import system_for
 from workers.routes import ROUTES
 
 pytestmark = pytest.mark.servers

@@ -16,13 +16,13 @@ import pytest
 from prometheus_client import values
 from structlog.testing import capture_logs
 
+from dovecote.exporter import http as serving
+from dovecote.exporter.health import health, servers
+from dovecote.exporter.http import MAX_CONNECTIONS, MAX_REQUEST_BYTES, Page, serve
+from dovecote.exporter.metrics import shared_directory
 from tests.conftest import settings_for
-from tests.support import eventually
-from tests.workers.telemetry.scraping import get
-from workers.telemetry import serving
-from workers.telemetry.health import health, servers
-from workers.telemetry.metrics import shared_directory
-from workers.telemetry.serving import MAX_CONNECTIONS, MAX_REQUEST_BYTES, Page, serve
+from tests.support.processes import eventually
+from tests.support.scraping import get
 
 ROOT = Path(__file__).parents[2]
 LARGE = b"x" * 20_000_000
@@ -189,7 +189,7 @@ def test_health_tells_strangers_no_server_login_or_error(tmp_path: Path) -> None
     assert str(nobody) in str(logged)
 
 
-CONSUMERS = "dramatiq workers.bootstrap:consumers --path --queues pricing --processes 1 --threads 1"
+CONSUMERS = "dramatiq dovecote.bootstrap:consumers --path --queues pricing --processes 1 --threads 1"
 
 
 def test_a_place_for_metrics_that_somebody_has_taken_costs_metrics_and_no_consumer(tmp_path: Path) -> None:
@@ -202,6 +202,7 @@ def test_a_place_for_metrics_that_somebody_has_taken_costs_metrics_and_no_consum
         [*CONSUMERS.split(), "--worker-shutdown-timeout", "100"],
         env={
             "PATH": os.environ["PATH"],
+            "DOVECOTE_APP": "workers.app:app",
             "PYTHONPATH": str(ROOT),
             "TMPDIR": str(tmp_path),
             "DOVECOTE_HOME": str(tmp_path / "home"),

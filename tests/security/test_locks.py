@@ -17,15 +17,15 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from dovecote.operations.doctor import examine
+from dovecote.relay.leadership import Leadership, LeadershipLost
+from dovecote.relay.sleeper import Sleeper
+from dovecote.relay.wakeup import Waking
+from dovecote.telemetry.meters import RelayMeters
 from tests.conftest import Servers, settings_for
-from tests.effects import a_route, effects_in, make_room_for_effects, write_quotes
-from tests.support import eventually
-from tests.system import System, system_for
-from workers.operations.doctor import examine
-from workers.relay.leadership import Leadership, LeadershipLost
-from workers.relay.sleeping import Sleeper
-from workers.relay.waking import Waking
-from workers.telemetry.meters import RelayMeters
+from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
+from tests.support.processes import eventually
+from tests.support.system import System, system_for
 
 pytestmark = pytest.mark.servers
 
@@ -77,7 +77,7 @@ def system(
     """A system whose relay and consumers have the rights of dovecote_worker, and no more."""
     worker = make_url(fresh_database_url).set(username=logins["worker"], password="secret")
     url = worker.render_as_string(hide_password=False)
-    fast = {"DOVECOTE_RELAY__FROZEN_AFTER_SECONDS": "3", "DOVECOTE_RELAY__STANDBY_SECONDS": "0.05"}
+    fast = {"DOVECOTE_RELAY__LEADER_TIMEOUT_SECONDS": "3", "DOVECOTE_RELAY__STANDBY_INTERVAL_SECONDS": "0.05"}
     settings = settings_for(url, servers.redis_url, tmp_path, **fast)
     with system_for(settings_for(fresh_database_url, servers.redis_url, tmp_path), [a_route()]) as as_admin:
         make_room_for_effects(as_admin.engine)
@@ -335,8 +335,8 @@ def leads_in_epoch(system: System, epoch: int) -> bool:
 
 def test_postgres_takes_the_lock_from_a_leader_that_is_silent_whatever_its_login(connect: Connect) -> None:
     # Before `begin` nobody asks anything in the session with the lock, as in a process that is stopped.
-    frozen = Leadership(lambda: connect("worker"), connect("worker"), Sleeper(), frozen_after_seconds=1.0)
-    standby = Leadership(lambda: connect("admin"), connect("admin"), Sleeper(), frozen_after_seconds=15.0)
+    frozen = Leadership(lambda: connect("worker"), connect("worker"), Sleeper(), leader_timeout_seconds=1.0)
+    standby = Leadership(lambda: connect("admin"), connect("admin"), Sleeper(), leader_timeout_seconds=15.0)
     with standby, suppress(psycopg.OperationalError), frozen:
         assert frozen.try_take()
         frozen._working.close()  # it holds the key that older relays know
@@ -349,7 +349,7 @@ def test_postgres_ends_the_working_session_of_a_leader_that_is_silent_and_the_le
     connect: Connect,
 ) -> None:
     working, admin = connect("worker"), connect("admin")
-    with Leadership(lambda: connect("worker"), working, Sleeper(), frozen_after_seconds=1.0) as leadership:
+    with Leadership(lambda: connect("worker"), working, Sleeper(), leader_timeout_seconds=1.0) as leadership:
         assert leadership.try_take()
         leadership.begin()
         assert admin.execute(LEADER).fetchone() is not None
@@ -411,7 +411,7 @@ def test_wake_ups_that_bring_nothing_are_followed_by_a_pause() -> None:
             slept.append(seconds)
             return False
 
-    settings: Any = SimpleNamespace(busy_poll_ms=10.0)
+    settings: Any = SimpleNamespace(busy_poll_interval_ms=10.0)
     nobody: Any = None  # nothing is asked here
     waking = Waking(nobody, Sleepless(), settings, RelayMeters())
     for _ in range(100):

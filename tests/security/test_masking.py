@@ -21,23 +21,22 @@ import pytest
 from sqlalchemy import text
 
 from domain.billing.events import MembershipActivated, PaymentRecorded
-from domain.errors import InvalidEvent, InvalidValue
-from domain.events import Event, read_event
-from domain.ids import uuid7
-from domain.money import Money
 from domain.pricing import PriceQuoted, Quote
-from domain.showing import shown, shown_error
 from domain.verification.events import CodeRequested
+from dovecote import masking
+from dovecote.envelope import Envelope, read_envelope
+from dovecote.envelope.stored_json import read_stored
+from dovecote.errors import InvalidEvent, InvalidValue, shown, shown_error
+from dovecote.events import Event, read_event
+from dovecote.events.ids import uuid7
+from dovecote.events.money import Money
+from dovecote.masking import MAX_CHARACTERS, masked, masked_facts, masked_payload
+from dovecote.processes.terminal import block, plain
+from dovecote.settings import Settings
+from dovecote.telemetry.failures import describe, fingerprint, traceback_of
 from tests.security.patterns import COMMON, Used, inline, patterns
-from tests.system import system_for
-from workers import masking
-from workers.envelope import Envelope, read_envelope
-from workers.failures import describe, fingerprint, traceback_of
-from workers.masking import MAX_CHARACTERS, masked, masked_facts, masked_payload
+from tests.support.system import system_for
 from workers.routes import ROUTES
-from workers.settings import Settings
-from workers.stored_json import read_stored
-from workers.terminal import block, plain
 
 # A quadratic pattern needs hundreds of milliseconds for so many characters; what takes less than this need not be
 # measured more closely.

@@ -21,17 +21,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
+from dovecote import operations
+from dovecote.broker.poison import Marks, Suspect
+from dovecote.consumer import middleware as handing_back
+from dovecote.envelope import read_bundle
+from dovecote.envelope.opening import Opener, Received, Refused
+from dovecote.envelope.signatures import TAIL_BYTES, MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.relay.bundler import bundle
 from tests.conftest import Servers
-from tests.effects import a_route, effects_in, write_quotes
-from tests.profiles import examples
 from tests.security.attacked import ENVELOPE, KEY, MORE, NOTE, OTHER, Attacked, attacked, forged
-from tests.support import eventually
-from workers import handing_back, operations
-from workers.envelope import read_bundle
-from workers.opening import Opener, Received, Refused
-from workers.relay.bundles import bundle
-from workers.signatures import TAIL_BYTES, MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
-from workers.suspects import Marks, Suspect
+from tests.support.effects import a_route, effects_in, write_quotes
+from tests.support.processes import eventually
+from tests.support.profiles import examples
 
 __all__ = ["attacked"]
 
@@ -172,7 +173,7 @@ def test_a_forged_delayed_message_is_not_put_on_the_queue_in_its_time(attacked: 
 
 @pytest.mark.servers
 def test_a_flood_leaves_a_bounded_number_of_dead_letters(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.broker._MAX_DEAD_LETTERS", 5)
+    monkeypatch.setattr("dovecote.broker.broker._MAX_DEAD_LETTERS", 5)
     attacked.redis.delete(f"{attacked.prefix}test.XQ", f"{attacked.prefix}test.XQ.msgs")
 
     attacked.refusals_of(lambda: [attacked.put("test", b"junk") for _ in range(50)])
@@ -184,8 +185,8 @@ def test_a_flood_leaves_a_bounded_number_of_dead_letters(attacked: Attacked, mon
 
 
 def operations_examined(attacked: Attacked) -> Sequence[Any]:
-    from workers.operations.doctor import flow
-    from workers.operations.doctor.finding import Subject
+    from dovecote.operations.doctor import flow
+    from dovecote.operations.doctor.finding import Subject
 
     return flow.findings(Subject(attacked.system.settings, attacked.system.routes, time.time))
 
@@ -351,7 +352,7 @@ def test_nobody_but_relays_and_consumers_reads_a_secret(attacked: Attacked) -> N
 def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
     attacked: Attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.signatures._LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("dovecote.envelope.signatures._LOOK_SECONDS", 0.2)
     engine, old = attacked.system.engine, attacked.key
     with pytest.raises(operations.WrongRequest, match="the only one"):
         operations.revoke_message_key(engine, old.id.decode(), actor="ada", reason="stolen")

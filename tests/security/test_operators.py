@@ -14,9 +14,12 @@ from psycopg import errors
 from psycopg.types.json import Jsonb
 from sqlalchemy import Engine, text
 
-from domain.database import connect
+from dovecote import operations
+from dovecote.operations import Filter, replays
+from dovecote.route import Route
+from dovecote.store.connections import connect
+from dovecote.store.replays import Filter as ReplayFilter
 from tests.conftest import Servers, settings_for
-from tests.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.security.logins import (
     CLAIMED,
     HANDLER,
@@ -30,12 +33,9 @@ from tests.security.logins import (
     one,
     state_of,
 )
-from tests.support import eventually
-from tests.system import System, system_for
-from workers import operations
-from workers.operations import Filter, replays
-from workers.replays import Filter as ReplayFilter
-from workers.routes import Route
+from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
+from tests.support.processes import eventually
+from tests.support.system import System, system_for
 
 pytestmark = pytest.mark.servers
 

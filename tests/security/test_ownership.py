@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.keys import KEYS
-from workers.children import started_at
-from workers.home import Home, HomeError, make_ours
-from workers.settings import SettingsError, load_settings
+from dovecote.processes.children import started_at
+from dovecote.processes.state_directory import Home, HomeError, make_ours
+from dovecote.settings import SettingsError, load_settings
+from tests.support.keys import KEYS
 
 ROOT = os.geteuid() == 0
 NOBODY = 65_534

@@ -10,17 +10,18 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 from typer.testing import CliRunner
 
-from domain.database import Sessions, connect, sessions_for
-from domain.privacy import Keyring
-from domain.unit_of_work import unit_of_work
 from domain.verification import VerifiedPhones, answer_challenge, code_for, forget_user, request_code
+from dovecote.cli import app
+from dovecote.database import Sessions
+from dovecote.operations.purging import purge
+from dovecote.privacy import Keyring
+from dovecote.store.connections import connect, sessions_for
+from dovecote.unit_of_work import unit_of_work
 from tests.conftest import Servers, settings_for
-from tests.phone_numbers import a_mobile
-from tests.support import eventually
-from tests.system import system_for
-from workers.cli import app
-from workers.operations.purging import purge
-from workers.purges import PURGES
+from tests.support.phone_numbers import a_mobile
+from tests.support.processes import eventually
+from tests.support.system import system_for
+from workers.app import app as application
 
 pytestmark = pytest.mark.servers
 
@@ -56,9 +57,9 @@ def test_what_is_over_goes_and_what_is_not_stays(engine: Engine, sessions: Sessi
     ask(sessions, "over", OVER)
     ask(sessions, "kept", KEPT)
 
-    assert purge(engine, PURGES) == 3
+    assert purge(engine, application.purges) == 3
     assert left(engine) == (["kept"], 2)
-    assert purge(engine, PURGES) == 0
+    assert purge(engine, application.purges) == 0
 
 
 def test_it_takes_more_than_a_batch_and_waits_for_nobody(engine: Engine, sessions: Sessions) -> None:
@@ -74,9 +75,9 @@ def test_it_takes_more_than_a_batch_and_waits_for_nobody(engine: Engine, session
 
     with engine.begin() as other:
         other.execute(text("select from dovecote.challenges where user_id = 'over' for update"))
-        assert purge(engine, PURGES) == 2_502
+        assert purge(engine, application.purges) == 2_502
     assert left(engine) == (["over"], 0)
-    assert purge(engine, PURGES) == 1
+    assert purge(engine, application.purges) == 1
 
 
 def test_it_reads_an_index(engine: Engine, sessions: Sessions) -> None:

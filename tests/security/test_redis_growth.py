@@ -8,14 +8,14 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from domain.ids import uuid7
-from tests.effects import effects_in
+from dovecote.events.ids import uuid7
+from dovecote.migrations import schema
+from dovecote.relay.bundler import bundle
+from dovecote.relay.fence import RelayMarker
+from dovecote.relay.renamed_queues import RenamedQueues
 from tests.security.attacked import ENVELOPE, NOTE, Attacked, attacked
-from tests.support import eventually
-from workers import schema
-from workers.relay.bundles import bundle
-from workers.relay.marker import RelayMarker
-from workers.relay.renamed_queues import RenamedQueues
+from tests.support.effects import effects_in
+from tests.support.processes import eventually
 
 __all__ = ["attacked"]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from dovecote.relay.fence import RelayMarker
 from tests.security.attacked import Attacked, attacked
-from workers.relay.marker import RelayMarker
 
 __all__ = ["attacked"]
 

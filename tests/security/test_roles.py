@@ -15,18 +15,18 @@ import psycopg
 import pytest
 
 from domain import billing, pricing, verification
-from domain.database import connect, sessions_for
-from domain.emitting import Emitted
-from domain.money import Money
-from domain.privacy import Keyring
-from domain.unit_of_work import UnitOfWork, unit_of_work
-from tests import commands
+from dovecote import operations
+from dovecote.bootstrap import engine_during
+from dovecote.events.money import Money
+from dovecote.operations.tail import follow
+from dovecote.privacy import Keyring
+from dovecote.store.connections import connect, sessions_for
+from dovecote.store.unrouted import MAX_TYPES, Unrouted
+from dovecote.unit_of_work import UnitOfWork, unit_of_work
+from dovecote.unit_of_work.emitting import Emitted
 from tests.conftest import Servers, settings_for
-from tests.keys import KEYS
-from workers import operations
-from workers.bootstrap import engine_during
-from workers.operations.following import follow
-from workers.relay.unrouted import MAX_TYPES, Unrouted
+from tests.support import commands
+from tests.support.keys import KEYS
 
 pytestmark = pytest.mark.servers
 
@@ -83,6 +83,7 @@ def dovecote(urls: Mapping[str, str], servers: Servers, tmp_path: Path) -> Dovec
         environment = {
             "DATABASE_URL": urls[role],
             "REDIS_URL": servers.redis_url,
+            "DOVECOTE_APP": "workers.app:app",
             "DOVECOTE_HOME": str(tmp_path),
             **KEYS,
         }

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dovecote.operations import replays
+from dovecote.operations.doctor import examine
+from dovecote.relay.active_replays import ActiveReplay
+from dovecote.store.loaders import loads_anything
+from dovecote.store.replays import Filter, NotUnderstood
 from tests.conftest import Servers, settings_for
-from tests.effects import a_route, effects_in, make_room_for_effects, write_quotes
-from tests.profiles import examples
-from tests.support import eventually
-from tests.system import System, system_for
-from workers.loaders import loads_anything
-from workers.operations import replays
-from workers.operations.doctor import examine
-from workers.relay.active_replays import ActiveReplay
-from workers.replays import Filter, NotUnderstood
+from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
+from tests.support.processes import eventually
+from tests.support.profiles import examples
+from tests.support.system import System, system_for
 
 INSERT = """
     insert into dovecote.replays

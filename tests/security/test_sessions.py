@@ -9,9 +9,9 @@ import orjson
 import psycopg
 import pytest
 
-from tests.past_the_trigger import insert_past_the_trigger
+from dovecote.relay.bundler import EVENT_ID
 from tests.security.traps import Connection, one, session
-from workers.relay.bundles import EVENT_ID
+from tests.support.past_the_trigger import insert_past_the_trigger
 
 pytestmark = pytest.mark.servers
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.keys import KEYS
-from workers.supervisor import parse_procfile
+from dovecote.local.supervisor import parse_procfile
+from tests.support.keys import KEYS
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
 # What a process of ours imports, whenever it does; a submodule comes from its package. Then what Python and Dramatiq
 # import before anything of ours, where somebody has them look into that directory first.
-OURS = "workers.cli, workers.bootstrap, workers.telemetry.pages, workers.demo, dramatiq.cli, multiprocessing.spawn"
+OURS = "dovecote.cli, dovecote.bootstrap, dovecote.exporter.server, workers.demo, dramatiq.cli, multiprocessing.spawn"
 BEFORE_US = "runpy, dramatiq.cli, multiprocessing.spawn"
 IMPORTED = """
 import sys, {}
@@ -29,7 +29,7 @@ with open({marker!r}, "a") as file:
     file.write(__name__ + chr(10))
 os._exit(66)
 """
-DRAMATIQ = "dramatiq workers.bootstrap:consumers --queues pricing --processes 1 --threads 1"
+DRAMATIQ = "dramatiq dovecote.bootstrap:consumers --queues pricing --processes 1 --threads 1"
 NOWHERE = {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x", "REDIS_URL": "redis://127.0.0.1:1/0"}
 STARTED = ("Consumer encountered a connection error", "postgres is away", "waiting for", "BATCH_SIZE", "(head)")
 
@@ -67,7 +67,12 @@ def hostile_to_us(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started_in(directory: Path, command: str, home: Path, **variables: str) -> str:
     """Run a command there until it says one of `STARTED`, as foreman and others do; return what it has said."""
-    environment = {"PATH": f"{BIN}{os.pathsep}{os.defpath}", "PYTHONPATH": str(ROOT), "DOVECOTE_HOME": str(home)}
+    environment = {
+        "PATH": f"{BIN}{os.pathsep}{os.defpath}",
+        "DOVECOTE_APP": "workers.app:app",
+        "PYTHONPATH": str(ROOT),
+        "DOVECOTE_HOME": str(home),
+    }
     process = subprocess.Popen(
         shlex.split(command),
         cwd=directory,
@@ -103,7 +108,7 @@ def assert_starts(directory: Path, command: str, home: Path) -> None:
 WAYS = {
     **{name: shlex.join(words) for name, words in parse_procfile((ROOT / "Procfile").read_text()).items()},
     "dovecote": "dovecote settings",
-    "what ./dev becomes": "python -P -m workers settings",
+    "what ./dev becomes": "python -P -m dovecote settings",
     "alembic": f"alembic -c {ROOT}/alembic.ini heads",
 }
 del WAYS["relay-2"], WAYS["billing"], WAYS["verification"]  # as their neighbours
@@ -120,7 +125,7 @@ BY_HAND = {
     "dramatiq": DRAMATIQ,
     "dramatiq that spawns": f"{DRAMATIQ} --use-spawn",
     "dramatiq as a module": f"python -m {DRAMATIQ}",
-    "python -m workers": "python -m workers settings",
+    "python -m dovecote": "python -m dovecote settings",
 }
 
 

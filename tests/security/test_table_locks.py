@@ -8,9 +8,9 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from dovecote.operations.doctor.rights import foreign
 from tests.security.traps import one, session
-from tests.support import eventually
-from workers.operations.doctor.rights import foreign
+from tests.support.processes import eventually
 
 pytestmark = pytest.mark.servers
 

@@ -33,17 +33,21 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from tests.profiles import examples
+from dovecote import cli, telemetry
+from dovecote.cli import deliveries, events, output, status
+from dovecote.cli import recover as recovering
+from dovecote.cli import replays as replaying
+from dovecote.cli import retention as maintaining
+from dovecote.local.supervisor import prefixed
+from dovecote.operations import EventLife, Failure, Groups, Recovery, Status
+from dovecote.operations.replays import Plan, Replay
+from dovecote.operations.retention import Maintenance
+from dovecote.processes.terminal import block, plain, write_line
+from dovecote.settings import Telemetry
 from tests.security.patterns import modules
-from workers import cli, telemetry
-from workers.cli import deliveries, events, maintaining, output, recovering, replaying, status, working
-from workers.ingest import Refusal, Summary
-from workers.operations import EventLife, Failure, Groups, Recovery, Status
-from workers.operations.replays import Plan, Replay
-from workers.operations.retention import Maintenance
-from workers.settings import Telemetry
-from workers.supervisor import prefixed
-from workers.terminal import block, plain, write_line
+from tests.support.profiles import examples
+from workers.commands import ingest as ingesting
+from workers.gateways.price_files import Refusal, Summary
 
 EVIL = (
     "42\x1b]0;title\x1b\\\x1b[2K\x1b[1A\x1b[31mFAKE\x1b[0m\x07\x08\x7f\n2026-11-28 FORGED\r\nFORGED"
@@ -143,7 +147,7 @@ SHOWN = st.one_of(
     shown_by(Plan, lambda plan: replaying._print_plan(plan, dry_run=True)),
     shown_by(Maintenance, maintaining._tell),
     shown_by(Recovery, recovering._tell),
-    st.builds(Refusal, LEAVES[int], TEXTS).map(lambda one: lambda: working._print_summary(Summary(refused=[one]))),
+    st.builds(Refusal, LEAVES[int], TEXTS).map(lambda one: lambda: ingesting._print_summary(Summary(refused=[one]))),
     TEXTS.map(lambda text: lambda: output.print_json({text: text})),
     TEXTS.map(lambda text: lambda: output.note(text)),
     TEXTS.map(lambda text: lambda: output.say_block(text)),
@@ -281,6 +285,7 @@ def test_no_command_lets_anything_through(hostile_url: str, tmp_path: Path, monk
     variables = {
         "DATABASE_URL": hostile_url,
         "REDIS_URL": "redis://localhost:1/0",
+        "DOVECOTE_APP": "workers.app:app",
         "DOVECOTE_HOME": str(tmp_path),
         "DOVECOTE_DATABASE__CONNECT_TIMEOUT_SECONDS": "1",
         "DOVECOTE_COMMAND": "dovecote",
@@ -321,7 +326,7 @@ def test_a_wrong_word_and_a_wrong_setting_are_shown_and_not_obeyed(tmp_path: Pat
         (["status"], {**urls, "DOVECOTE_RELAY__BATCH_SIZE": "\x1b[2J\n\u202eFORGED"}),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "workers", *words],
+            [sys.executable, "-m", "dovecote", *words],
             env={**os.environ, "DOVECOTE_HOME": str(tmp_path), "PYTHONIOENCODING": "ascii", **variables},
             cwd=tmp_path,
             capture_output=True,
@@ -360,7 +365,7 @@ def test_lines_of_supervised_processes_are_harmless() -> None:
 # The next command ---------------------------------------------------------------------------------
 
 # The last one writes files.
-MAY_WRITE = {"workers.terminal", "workers.cli.output", "workers.child_server"}
+MAY_WRITE = {"dovecote.processes.terminal", "dovecote.cli.output", "dovecote.local.child_server"}
 
 
 def test_no_module_prints_by_itself() -> None:

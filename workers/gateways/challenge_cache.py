@@ -11,8 +11,8 @@ import structlog
 from redis import Redis
 from redis.exceptions import RedisError
 
-from domain.unit_of_work import UnitOfWork
 from domain.verification import Challenges
+from dovecote.unit_of_work import UnitOfWork
 
 log = structlog.get_logger()
 

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import structlog
 
-from domain.privacy import masked
-from workers.gateways.errors import GatewayUnavailable
+from dovecote.errors import GatewayUnavailable
+from dovecote.privacy import masked
 
 # What a provider would remember for a day; 10,000 keys of 36 characters are about 1 MB.
 _KEYS_REMEMBERED = 10_000

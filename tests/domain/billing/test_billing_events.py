@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.billing import BillingEvent, PaymentRecorded, PaymentRefunded, line_for
-from domain.errors import InvalidValue
-from domain.events import Event, read_event
-from domain.ids import uuid7
-from domain.money import Money
+from dovecote.errors import InvalidValue
+from dovecote.events import Event, read_event
+from dovecote.events.ids import uuid7
+from dovecote.events.money import Money
 
 EXAMPLES = Path(__file__).parents[2] / "contracts" / "examples"
 BILLING_EVENTS: tuple[type[Event], ...] = typing.get_args(BillingEvent)

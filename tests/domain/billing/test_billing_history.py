@@ -10,10 +10,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from domain.billing import History, HistoryLine, PaymentRecorded, PaymentRefunded, line_for
-from domain.database import Sessions
-from domain.ids import uuid7
-from domain.money import Money
-from domain.unit_of_work import unit_of_work
+from dovecote.database import Sessions
+from dovecote.events.ids import uuid7
+from dovecote.events.money import Money
+from dovecote.unit_of_work import unit_of_work
 
 pytestmark = pytest.mark.servers
 

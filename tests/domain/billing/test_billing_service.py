@@ -25,12 +25,12 @@ from domain.billing import (
     start_membership,
 )
 from domain.billing.repository import memberships
-from domain.database import Sessions
-from domain.errors import ConcurrentChange, InvalidEvent, NotFound
-from domain.ids import uuid7
-from domain.money import Money
-from domain.outbox import outbox
-from domain.unit_of_work import UnitOfWork, unit_of_work
+from dovecote.database import Sessions
+from dovecote.errors import ConcurrentChange, InvalidEvent, NotFound
+from dovecote.events.ids import uuid7
+from dovecote.events.money import Money
+from dovecote.outbox import outbox
+from dovecote.unit_of_work import UnitOfWork, unit_of_work
 
 pytestmark = pytest.mark.servers
 

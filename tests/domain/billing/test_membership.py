@@ -16,8 +16,8 @@ from domain.billing import (
     Tier,
     WrongStatus,
 )
-from domain.errors import DomainError, InvalidValue
-from domain.money import Money
+from dovecote.errors import DomainError, InvalidValue
+from dovecote.events.money import Money
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 IN_A_MONTH = NOON + timedelta(days=31)

@@ -9,10 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.errors import InvalidValue
-from domain.events import Event, read_event
-from domain.ids import uuid7
-from domain.privacy import Keyring
 from domain.verification import (
     LIFE,
     TRIES,
@@ -26,6 +22,10 @@ from domain.verification import (
     code_for,
 )
 from domain.verification.challenge import hash_of, typed_code
+from dovecote.errors import InvalidValue
+from dovecote.events import Event, read_event
+from dovecote.events.ids import uuid7
+from dovecote.privacy import Keyring
 
 EXAMPLES = Path(__file__).parents[2] / "contracts" / "examples"
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)

@@ -10,12 +10,6 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
-from domain.database import Sessions
-from domain.errors import InvalidValue, NotFound
-from domain.ids import uuid7
-from domain.outbox import outbox
-from domain.privacy import Keyring
-from domain.unit_of_work import UnitOfWork, unit_of_work
 from domain.verification import (
     Challenge,
     ChallengeExpired,
@@ -32,6 +26,12 @@ from domain.verification import (
     tries_left,
 )
 from domain.verification.repository import challenges
+from dovecote.database import Sessions
+from dovecote.errors import InvalidValue, NotFound
+from dovecote.events.ids import uuid7
+from dovecote.outbox import outbox
+from dovecote.privacy import Keyring
+from dovecote.unit_of_work import UnitOfWork, unit_of_work
 
 pytestmark = pytest.mark.servers
 

@@ -1,0 +1,308 @@
+"""The composition root: from settings to a relay, to a process of consumers. One call a process.
+
+An application starts its processes with its app object, or has them find it: `dovecote relay` and
+`dramatiq dovecote.bootstrap:consumers` look for DOVECOTE_APP.
+"""
+
+import gc
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn, cast
+
+import dramatiq
+import structlog
+from dramatiq.broker import Broker, MessageProxy
+from dramatiq.middleware import CurrentMessage, Middleware
+from psycopg.types.json import set_json_loads
+from sqlalchemy import Engine
+from sqlalchemy.event import listen
+
+from dovecote import telemetry
+from dovecote.broker.broker import OrjsonEncoder, OutboxBroker
+from dovecote.broker.fetcher import refuse as refuse_message
+from dovecote.broker.poison import Suspect
+from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
+from dovecote.consumer.middleware import HandBackWhatFails
+from dovecote.consumer.time_limits import GRACE_SECONDS
+from dovecote.envelope.opening import Received, Refused
+from dovecote.envelope.stored_json import read_stored
+from dovecote.masking import never_show
+from dovecote.migrations import schema
+from dovecote.operations.maintainer import Maintainer
+from dovecote.processes import terminal
+from dovecote.processes.children import die_with_parent
+from dovecote.relay.relay import Relay
+from dovecote.route import Dovecote, InvalidRoute, Purge, Route, distinct, queues
+from dovecote.settings import Settings, SettingsError, load_settings, secrets
+from dovecote.settings.application import find_app
+from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
+from dovecote.store.loaders import loads_anything
+from dovecote.store.lookup import history_in
+from dovecote.store.pauses import HandlerPaused
+from dovecote.telemetry.meters import ConsumerMeters, RelayMeters
+from dovecote.unit_of_work import UnitOfWork
+
+log = structlog.get_logger()
+
+
+def consumers() -> None:
+    """Set up this process to act on events of the application that DOVECOTE_APP names; called by Dramatiq."""
+    start_consumers(app_or_exit())
+
+
+def start_consumers(app: Dovecote) -> None:
+    """Set up this process to act on events; called in each worker process of Dramatiq."""
+    routes = app.routes
+    settings = settings_or_exit()
+    telemetry.configure(settings.telemetry, "consumers")
+    telemetry.log_uncaught()
+    # A killed master must not leave its workers behind.
+    die_with_parent(signal.SIGTERM)
+    stopping = threading.Event()
+    meters = _consumer_meters(settings, routes)
+    middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()]
+    broker = broker_for(settings, middleware, meters)
+    engine = consumer_engine(settings, routes)
+    consumer = Consumer(
+        sessions_for(engine),
+        app.gateways(settings),
+        stopping,
+        settings.consumers.outage_max_backoff_seconds,
+        partial(schema.await_current, engine, stopping),
+        meters,
+        keyring=settings.keyring_if_given(),
+    )
+    declare_handlers(broker, consumer, routes)
+    # What was imported lives for ever: the collector need not look at it again with every bundle.
+    gc.freeze()
+    # Dramatiq asks for the global broker next; without this it would make one for RabbitMQ.
+    dramatiq.set_broker(broker)
+
+
+def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]) -> None:
+    """Make each route's handler an actor of the broker. What comes for any other is kept for code that has it.
+
+    Errors: InvalidRoute when two routes have one handler name.
+    """
+
+    if not any(isinstance(middleware, CurrentMessage) for middleware in broker.middleware):
+        # An actor that refuses a message marks it, and is called with its arguments alone.
+        broker.add_middleware(CurrentMessage())
+
+    def declare(name: str, queue: str, act: Callable[[Received], None]) -> None:
+        dramatiq.actor(actor_name=name, queue_name=queue, broker=broker, throws=(Stopping, HandlerPaused))(act)
+
+    for route in distinct(routes):
+        declare(route.handler, route.queue, _actor_function(consumer, broker, route))
+    if isinstance(broker, OutboxBroker):
+        broker.signed_handlers.update(route.handler for route in routes)
+        for queue in queues(routes):
+            if queue not in broker.stand_ins:
+                # One for all handlers that this process does not have: anybody can make up a name.
+                name = broker.stand_ins[queue] = f"(not here) {queue}"
+                declare(name, queue, _actor_function(consumer, broker))
+        consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)
+
+
+def run_relay(app: Dovecote) -> None:
+    """Be a relay until SIGTERM or SIGINT."""
+    routes = app.routes
+    settings = settings_or_exit()
+    telemetry.configure(settings.telemetry, "relay")
+    telemetry.log_uncaught()
+    running = relay_for(settings, routes, _relay_meters(settings, routes), app.purges)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: running.stop())
+    try:
+        running.run()
+    finally:
+        telemetry.end_traces()
+
+
+def relay_for(
+    settings: Settings, routes: Sequence[Route], meters: RelayMeters | None = None, purges: Sequence[Purge] = ()
+) -> Relay:
+    """Return a relay that is not running yet."""
+    broker = broker_for(settings, [])
+    for queue in queues(routes):
+        broker.declare_queue(queue)
+    return Relay(settings, broker, routes, meters, Maintainer(settings, routes, purges).start)
+
+
+def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
+    """Return an engine whose sessions a frozen process does not hold for ever.
+
+    What it has in hand, others are given after some seconds. They wait for its locks, which is no failure of the
+    event, until Postgres ends its session: none that lives is silent in a transaction for longer than this.
+    """
+    longest_seconds = max((route.time_limit_seconds for route in routes), default=0.0) + GRACE_SECONDS
+    return engine_for(
+        settings,
+        "dovecote consumer",
+        idle_in_transaction_session_timeout=int(1_000 * (longest_seconds + 2 * SILENT_SECONDS)),
+        # Before statement_timeout, which would be a failure.
+        lock_timeout=settings.database.statement_timeout_ms // 2,
+    )
+
+
+def engine_for(settings: Settings, application_name: str, **session_settings: object) -> Engine:
+    """Return an engine with the settings' pool and time-outs, whatever those of the role or the database are."""
+    database = settings.database
+    engine = connect(
+        database.url.get_secret_value(),
+        pool_size=database.pool_size,
+        connect_timeout_seconds=database.connect_timeout_seconds,
+        statement_timeout_ms=database.statement_timeout_ms,
+        application_name=application_name,
+        session_settings={**NO_TIME_LIMITS, **session_settings},
+    )
+    # Postgres keeps numbers and nestings that Python's own parser refuses with an error.
+    listen(engine, "connect", lambda connection, _: set_json_loads(read_stored, connection))
+    return engine
+
+
+@contextmanager
+def engine_during(settings: Settings) -> Iterator[Engine]:
+    """Give an engine for the length of a command."""
+    engine = loads_anything(engine_for(settings, "dovecote cli", **ONLY_OUR_NAMES))
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def app_or_exit() -> Dovecote:
+    """Return the app object that DOVECOTE_APP names, or end the process with code 2 and one sentence."""
+    try:
+        return find_app()
+    except (SettingsError, InvalidRoute) as error:
+        refuse(str(error))
+
+
+def settings_or_exit() -> Settings:
+    """Return the settings, or end the process with code 2 and one sentence about what is wrong."""
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        refuse(str(error))
+    never_show(secrets(settings))
+    # A core file would hold the keys, and lie where we were started.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return settings
+
+
+def refuse(sentence: str) -> NoReturn:
+    """End the process with code 2: it was started wrongly."""
+    terminal.write_line(sys.stderr, sentence, before="dovecote: ")
+    raise SystemExit(2)
+
+
+def broker_for(settings: Settings, middleware: list[Middleware], meters: ConsumerMeters | None = None) -> OutboxBroker:
+    """Return a broker on the settings' Redis; no connection is made yet."""
+    # Every process must speak the same JSON; the relay writes it by hand.
+    dramatiq.set_encoder(OrjsonEncoder())
+    return OutboxBroker(
+        url=settings.redis.url.get_secret_value(),
+        namespace=settings.redis.namespace,
+        socket_timeout_seconds=settings.redis.socket_timeout_seconds,
+        poll_interval_ms=settings.consumers.poll_interval_ms,
+        heartbeat_timeout=settings.consumers.heartbeat_timeout_ms,
+        # The relay reaps every few seconds; the workers need not.
+        maintenance_chance=0,
+        middleware=middleware,
+        meters=meters,
+        publish_bytes=settings.relay.publish_bytes,
+    )
+
+
+def _consumer_meters(settings: Settings, routes: Sequence[Route]) -> ConsumerMeters | None:
+    if not settings.telemetry.http_port:
+        return None
+    from dovecote.exporter.server import show_consumers  # slow to import
+
+    return show_consumers(settings, routes)
+
+
+def _relay_meters(settings: Settings, routes: Sequence[Route]) -> RelayMeters | None:
+    if not settings.telemetry.http_port:
+        return None
+    from dovecote.exporter.server import show_relay  # slow to import
+
+    return show_relay(settings, routes)
+
+
+def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = None) -> Callable[[Received], None]:
+    """Return what opens messages and acts on their events; without a route it leaves them to their schedule."""
+
+    def act(received: Received) -> None:
+        try:
+            contents = consumer.open(received, route)
+            its_route = route or Route(handler=contents.handler, events=(), act=_not_here, queue=contents.queue)
+        except (Refused, InvalidRoute) as error:
+            refused = error if isinstance(error, Refused) else Refused("unreadable", str(error))
+            refuse_message(_message_at_hand(), refused)
+            return
+        suspect = None
+        if received.crashes and isinstance(broker, OutboxBroker):
+            queue = f"{broker.namespace}:{received.queue}"
+            suspect = Suspect(broker.client, consumer.message_keys, queue, received.id, received.crashes)
+        consume = consumer.consume if route else consumer.keep_for_other_code
+        with consumer.meters.at_work(its_route.handler, len(contents.envelopes)):
+            consume(
+                its_route,
+                contents.envelopes,
+                retry=contents.retry,
+                replay=contents.replay,
+                suspect=suspect,
+                sent_in=contents.sent_in,
+            )
+
+    return act
+
+
+def _message_at_hand() -> MessageProxy:
+    message: Any = CurrentMessage.get_current_message()
+    assert message is not None, "Dramatiq calls an actor with a message"
+    return cast(MessageProxy, message)
+
+
+def _not_here(_event: object, _uow: UnitOfWork, _gateways: object) -> NoReturn:
+    raise AssertionError("what is kept for other code is not acted on")
+
+
+class _RequiresKeys(Middleware):
+    """Ends a process that was started without keys on a queue whose handlers need them. Others do without."""
+
+    def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
+        self._settings = settings
+        self._queues = {route.queue for route in routes if route.wants_keys}
+
+    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        asked_for: set[str] | None = worker.consumer_whitelist
+        if self._queues & (asked_for or self._queues):
+            try:
+                self._settings.keyring()
+            except SettingsError as error:
+                refuse(str(error))
+
+
+class _StopsWaiting(Middleware):
+    """Tells consumers that wait for a server to give their message back when the process must end."""
+
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+
+    def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        self._stopping.set()
+
+
+class _SendsLastSpans(Middleware):
+    """Sends what was not exported yet: Dramatiq's processes end without a word to `atexit`."""
+
+    def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        telemetry.end_traces()

@@ -1,0 +1,178 @@
+"""The thread that fetches from one queue, and what becomes of a message when a worker has done with it.
+
+It waits on the queue itself and takes what comes at once. A message is acknowledged, handed back, put aside or refused:
+its mark says which, and it is this thread's consumer that Dramatiq tells. What is for a handler of ours goes to it as
+it is: nothing here parses what anybody may have written.
+"""
+
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.broker import MessageProxy
+from dramatiq.brokers.redis import _RedisConsumer
+from dramatiq.common import q_name
+from dramatiq.errors import ConnectionClosed, DecodeError
+from dramatiq.message import Message
+
+from dovecote.broker.redis_client import PASSING
+from dovecote.envelope import handler_named_in
+from dovecote.envelope.opening import Received, Refused
+
+if TYPE_CHECKING:
+    from dovecote.broker.broker import Fetched, OutboxBroker
+
+
+class BlockingConsumer(_RedisConsumer):
+    """Fetches for Dramatiq's consumer thread; other threads acknowledge."""
+
+    broker: "OutboxBroker"
+
+    def __init__(self, broker: "OutboxBroker", queue_name: str, prefetch: int, timeout: int) -> None:
+        super().__init__(broker, queue_name, prefetch, timeout)
+        self._room = threading.Event()
+        self.message_cache: list[Message[Any]] = []
+        self._reclaim_first = True
+        self._unfinished: list[str] = []
+
+    def __next__(self) -> MessageProxy | None:
+        self.broker.meters.fetching(self.queue_name)
+        try:
+            if self._reclaim_first:
+                self.broker.reclaim(self.queue_name)
+                self._reclaim_first = False
+            if not self.message_cache:
+                self._refill()
+            if not self.message_cache:
+                return None
+            message = self.message_cache.pop(0)
+            self.queued_message_ids.add(message.message_id)
+            return MessageProxy(message)
+        except PASSING as error:
+            raise ConnectionClosed(error) from None
+
+    def _refill(self) -> None:
+        self._room.clear()
+        room = self.prefetch - self.outstanding_message_count
+        if room <= 0:
+            self._room.wait(self.timeout / 1_000)
+            self.broker.beat(self.queue_name)
+            return
+        self._fetch(room)
+
+    def _fetch(self, room: int) -> None:
+        wait_seconds = min(self.timeout, self.broker.poll_interval_ms) / 1_000
+        fetched = self.broker.await_and_fetch(self.queue_name, room, wait_seconds)
+        for one in fetched:
+            try:
+                self.message_cache.append(self._message(one))
+            except Refused as refused:
+                self.broker.refuse(self.queue_name, one.id, refused)
+        self.broker.take(self.queue_name, [message.message_id for message in self.message_cache])
+
+    def _message(self, fetched: "Fetched") -> Message[Any]:
+        """Return what Dramatiq is given: for a handler of ours the bytes as they are, for others what they say.
+
+        Errors: Refused.
+        """
+        if fetched.data is None:
+            raise Refused("too_large", f"it has {fetched.size} bytes, and no message has so many")
+        id = fetched.id.decode("ascii", "replace")
+        if id.encode() != fetched.id:
+            raise Refused("unreadable", "no message has such an id")
+        name = handler_named_in(fetched.data)
+        if name is not None and (actor := self.broker.actor_for(q_name(self.queue_name), name)) is not None:
+            received = Received(self.queue_name, id, fetched.data, fetched.crashes)
+            return Message(self.queue_name, actor, (received,), {}, {"redis_message_id": id}, id, 0)
+        try:
+            message: Message[Any] = Message.decode(fetched.data)
+        except DecodeError as error:
+            raise Refused("unreadable", str(error)[:300]) from None
+        if self.broker.is_signed_for(q_name(self.queue_name), message.actor_name):
+            raise Refused("unsigned", "it is not as a relay of this version makes them")
+        if message.queue_name != self.queue_name or message.options["redis_message_id"] != id:
+            # Dramatiq would look for a queue of that name, and acknowledge a message of that id.
+            raise Refused("misplaced", f"it says that it is of queue {message.queue_name[:80]!r}, or of another id")
+        return message
+
+    def ack(self, message: MessageProxy) -> None:
+        if (refused := refusal_of(message)) is not None:
+            self._finish(message, lambda queue, ids: self.broker.refuse(queue, ids[0].encode(), refused))
+        elif is_put_aside(message):
+            self._finish(message, lambda queue, ids: self.broker.put_aside(queue, message.actor_name, ids))
+        elif not is_handed_back(message):
+            self._finish(message, self._ack)
+        elif self.broker.stopping:
+            # Others that were fetched later go back too; all of them together, or their order is lost.
+            self._unfinished.append(message.options["redis_message_id"])
+        else:
+            self._finish(message, self.broker.hand_back)
+
+    def nack(self, message: MessageProxy) -> None:
+        self._finish(message, lambda queue, ids: self.broker.do_nack(queue, *ids))
+
+    def _ack(self, queue: str, ids: list[str]) -> None:
+        self.broker.do_ack(queue, *ids)
+
+    def _finish(self, message: MessageProxy, how: Any) -> None:
+        id = message.options["redis_message_id"]
+        try:
+            how(self.queue_name, [id])
+            self.broker.let_go(self.queue_name, [id])
+        except PASSING as error:
+            raise ConnectionClosed(error) from None
+        finally:
+            self.queued_message_ids.discard(message.message_id)
+            self._room.set()
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        self._unfinished += [message.options["redis_message_id"] for message in messages]
+        if not self.broker.stopping:
+            self._give_back()
+
+    def close(self) -> None:
+        # What was fetched but not yet handed to a thread would otherwise wait for our heartbeat to end.
+        self._unfinished += [message.options["redis_message_id"] for message in self.message_cache]
+        if self.broker.stopping:
+            # So would what a thread did not finish in time. It dies with the process, and its transaction with it.
+            self._unfinished += self.broker.in_hand(self.queue_name)
+        self.message_cache = []
+        self._give_back()
+
+    def _give_back(self) -> None:
+        ids, self._unfinished = self._unfinished, []
+        try:
+            self.broker.hand_back(self.queue_name, ids)
+        except PASSING as error:
+            # Not ours any more: the next consumer reclaims them.
+            self.broker.let_go(self.queue_name, ids)
+            raise ConnectionClosed(error) from None
+
+
+def hand_back(message: MessageProxy) -> None:
+    """Mark a message that could not be handled: it goes back to its queue instead of being acknowledged."""
+    message.__dict__["hand_back"] = True
+
+
+def is_handed_back(message: MessageProxy) -> bool:
+    return message.__dict__.get("hand_back", False) is True
+
+
+def put_aside(message: MessageProxy) -> None:
+    """Mark a message whose handler is paused: it is put aside instead of being acknowledged."""
+    message.__dict__["put_aside"] = True
+
+
+def is_put_aside(message: MessageProxy) -> bool:
+    return message.__dict__.get("put_aside", False) is True
+
+
+def refuse(message: MessageProxy, refused: Refused) -> None:
+    """Mark a message that nobody may act on: it goes to the dead letters, and does not come back."""
+    message.__dict__["refused"] = refused
+
+
+def refusal_of(message: MessageProxy) -> Refused | None:
+    """Return why the message is refused; None where it is not."""
+    refused = message.__dict__.get("refused")
+    return refused if isinstance(refused, Refused) else None

@@ -1,0 +1,122 @@
+"""Commands that run processes: the whole system, one relay, the migration, a client that finds the system."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from dovecote.bootstrap import app_or_exit, refuse, run_relay
+from dovecote.cli.options import DryRun
+from dovecote.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
+from dovecote.local.clients import environment_for_clients
+from dovecote.local.supervisor import prefixed, stop_on_signals
+from dovecote.local.system import PROCFILE, STOP_SECONDS, LocalSystem, local_system
+from dovecote.migrations import schema
+from dovecote.settings import load_settings
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(up)
+    app.command()(relay)
+    app.command()(migrate)
+    app.command(name="exec", context_settings={"ignore_unknown_options": True})(execute)
+
+
+def up(
+    procfile: Annotated[Path, typer.Option(help="Which processes to run.", exists=True)] = PROCFILE,
+) -> None:
+    """Run a whole system here until Ctrl-C: servers where none are given, relay, consumers.
+
+    Example: DOVECOTE_HOME=/var/tmp/mine dovecote up
+    """
+    with stop_on_signals() as stop, local_system(os.environ, say, procfile) as system:
+        supervisor = system.supervisor(prefixed(system.processes, sys.stdout))
+        supervisor.start()
+        try:
+            _introduce(system)
+            supervisor.run_until(stop)
+        finally:
+            say("stopping: processes first, then servers; the data stays")
+            supervisor.stop(STOP_SECONDS)
+    say("stopped")
+
+
+def relay() -> None:
+    """Move committed events to the queues until SIGTERM; a second one stands by.
+
+    Example: dovecote relay
+    """
+    run_relay(app_or_exit())
+
+
+def migrate(
+    to: Annotated[str, typer.Option(help="Revision to stop at.")] = "head",
+    down_to: Annotated[
+        str | None, typer.Option(help="Take revisions back down to this one; `base` takes back all.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the database's schema up to date.
+
+    Example: DATABASE_URL=postgresql://... dovecote migrate
+    """
+    url = load_settings(needs_redis=False).database.url.get_secret_value()
+    steps = schema.steps(url, to) if down_to is None else schema.steps_back(url, down_to)
+    if not dry_run:
+        (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to)
+    if as_json:
+        print_json({"dry_run": dry_run, "revisions": steps})
+    elif dry_run:
+        verb = "would be applied" if down_to is None else "would be taken back"
+        say(f"{verb}: {', '.join(steps) or 'none'}; nothing was changed")
+    else:
+        say("the schema is up to date" if (to, down_to) == ("head", None) else f"schema at {down_to or to}")
+
+
+def execute(command: Annotated[list[str], typer.Argument(help="Command and its arguments.")]) -> None:
+    """Run a command that finds the system: DATABASE_URL, REDIS_URL and psql's PGHOST ... are set for it.
+
+    Example: dovecote exec psql -c 'select * from outbox_events limit 5'
+    """
+    settings = load_settings()
+    urls = {
+        "DATABASE_URL": settings.database.url.get_secret_value(),
+        "REDIS_URL": settings.redis.url.get_secret_value(),
+    }
+    try:
+        os.execvpe(command[0], command, environment_for_clients(urls, os.environ))  # noqa: S606 - the words are the user's own
+    except FileNotFoundError:
+        refuse(f"there is no command {command[0]!r} on this machine")
+
+
+def _introduce(system: LocalSystem) -> None:
+    show(Text.assemble(cell("Dovecote is running.", "bold"), " Ctrl-C stops it; the data stays."))
+    say_nothing()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for variable in ("DATABASE_URL", "REDIS_URL"):
+        if variable in system.servers:
+            server, _ = system.servers[variable]
+            add_row(table, "  " + server.name, server.address, server.origin)
+        else:
+            add_row(table, "  server", f"the one of {variable}", "")
+    add_row(table, "  home", str(system.home.path), "")
+    if system.servers:
+        add_row(table, "  data", str(system.data), "")
+    add_row(table, "  processes", ", ".join(system.processes), "")
+    if system.ports:
+        add_row(table, "  metrics", ", ".join(f"{name} {port}" for name, port in system.ports.items()), "")
+    show(table)
+    say_nothing()
+    command = os.environ.get("DOVECOTE_COMMAND", "dovecote")
+    for words, meaning in (
+        ("status", "how far everything is"),
+        ("demo --events 1000", "write facts and see them become effects"),
+        ("exec psql", "look into the tables"),
+    ):
+        say(f"  {command} {words:<20} {meaning}")
+    say_nothing()

@@ -1,0 +1,1 @@
+"""Act on the events of a message, once: the consumers' side of the queue."""

@@ -1,0 +1,107 @@
+"""What a process shows on its port: /metrics, /health/live, /health/ready. Nothing is shown on port 0.
+
+Imported by the composition root where there is a port, because prometheus_client takes its time to import.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
+
+from dovecote.exporter.collector import Survey
+from dovecote.exporter.health import Missing, health, require_fresh, servers
+from dovecote.exporter.http import Page, serve
+from dovecote.exporter.metrics import (
+    ConsumerMetrics,
+    OwnHeartbeat,
+    RelayMetrics,
+    as_text,
+    heartbeats,
+    shared_directory,
+    told_by_all,
+)
+from dovecote.processes.state_directory import HomeError
+from dovecote.route import Route
+from dovecote.settings import Settings
+from dovecote.telemetry.meters import ConsumerMeters
+
+log = structlog.get_logger()
+
+# What a relay does while all is well. It searches for what Redis has lost as the leader.
+_AT_WORK = ("leading", "standing_by", "sending_again")
+
+
+def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
+    """Serve the pages of a relay from now on; return what it has to tell of its work."""
+    registry = CollectorRegistry()
+    metrics = RelayMetrics(registry)
+    registry.register(Survey(settings, routes))
+
+    def alive() -> str:
+        if metrics.state == "sending_again":
+            return "it looks for what Redis has lost, which takes as long as the history is"
+        return require_fresh("the relay", metrics.heartbeat)
+
+    def relay() -> str:
+        state = metrics.state.replace("_", " ")
+        if metrics.state not in _AT_WORK:
+            raise Missing(state)
+        alive()
+        return state
+
+    _serve(settings, lambda: registry, {"heartbeat": alive}, {**servers(settings), "relay": relay})
+    return metrics
+
+
+def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerMeters:
+    """Serve the pages of all workers of this Dramatiq master, or stand by for whoever does.
+
+    Without a place for the metrics there are none. Events are acted on all the same.
+    """
+    try:
+        directory = shared_directory(settings.database.url.get_secret_value())
+        metrics = ConsumerMetrics(route.handler for route in routes)
+    except (HomeError, OSError) as error:
+        log.warning("metrics have no place, so there are none: name another one in TMPDIR", error=str(error))
+        return _show_without_metrics(settings)
+
+    def workers() -> str:
+        alive = heartbeats(directory)
+        if not alive:
+            raise Missing("no worker has given a sign of life yet")
+        for pid, heartbeat in alive.items():
+            require_fresh(f"worker {pid}", heartbeat)
+        return f"{len(alive)} alive"
+
+    _serve(
+        settings,
+        lambda: told_by_all(directory),
+        {"workers": workers},
+        {**servers(settings), "workers": workers},
+    )
+    return metrics
+
+
+def _show_without_metrics(settings: Settings) -> OwnHeartbeat:
+    own = OwnHeartbeat()
+
+    def alive() -> str:
+        return require_fresh("the worker that answers", own.heartbeat)
+
+    _serve(settings, CollectorRegistry, {"workers": alive}, {**servers(settings), "workers": alive})
+    return own
+
+
+def _serve(
+    settings: Settings,
+    registry: Callable[[], CollectorRegistry],
+    live: dict[str, Callable[[], str]],
+    ready: dict[str, Callable[[], str]],
+) -> None:
+    telemetry = settings.telemetry
+    pages = {
+        "/metrics": lambda: Page(200, CONTENT_TYPE_LATEST, as_text(registry())),
+        "/health/live": health(live, "live"),
+        "/health/ready": health(ready, "ready"),
+    }
+    serve(telemetry.http_host, telemetry.http_port, pages)

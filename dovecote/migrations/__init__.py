@@ -1,0 +1,1 @@
+"""The library's tables, views, functions and roles, and how a database gets them."""

@@ -1,0 +1,227 @@
+"""Where a local system lives, and who is running in it.
+
+`dovecote up` announces itself here; every other command finds it through `Home.running()`.
+Files that hold secrets are 0600; nothing here changes the mode of a directory it did not make.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dovecote.processes.children import ServerUser, started_at
+from dovecote.processes.ownership import NotOurs, read_ours, require_ours, require_ours_up_to_root
+
+# For root, whose own home is closed to the user the servers run as. Not /tmp: it may be memory.
+VAR_TMP = Path("/var/tmp")  # noqa: S108 - names below it are ours or refused, see make_ours()
+
+
+class HomeError(Exception):
+    """This directory cannot be a home; the message says why and what to do."""
+
+
+class HomeBusy(HomeError):
+    """Another system runs in this home."""
+
+    def __init__(self, path: Path, pid: int | None) -> None:
+        who = f"process {pid}" if pid else "another process"
+        super().__init__(f"{who} already runs in {path}: stop it, or set DOVECOTE_HOME to another directory")
+        self.pid = pid
+
+
+@dataclass(frozen=True)
+class RunningSystem:
+    """What a running system says about itself. `environment` holds secrets."""
+
+    pid: int
+    started: int
+    environment: dict[str, str]
+
+    def is_alive(self) -> bool:
+        return started_at(self.pid) == self.started
+
+
+@dataclass(frozen=True)
+class Home:
+    """One directory, one system at a time."""
+
+    path: Path
+
+    @classmethod
+    def locate(cls, environ: Mapping[str, str]) -> Home:
+        """Return the home that `environ` asks for, without making it."""
+        if chosen := environ.get("DOVECOTE_HOME"):
+            return cls(Path(chosen).expanduser().absolute())
+        if os.geteuid() == 0:
+            return cls(VAR_TMP / "dovecote-root")
+        state = environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return cls(Path(state).expanduser().absolute() / "dovecote")
+
+    def create(self) -> None:
+        """Make the directory if it is missing; HomeError if it is somebody else's."""
+        make_ours(self.path)
+
+    def servers_path(self) -> Path:
+        """Return where server data goes, made and reachable by the user the servers run as.
+
+        As root in a closed place (0700 from mktemp, or below /root) that is a directory in
+        /var/tmp, and `servers` is a symlink to it: a second start finds its data.
+        """
+        place = self.path / "servers"
+        if place.is_symlink():
+            elsewhere = place.readlink()
+            make_ours(elsewhere)
+            return elsewhere
+        user = ServerUser.chosen()
+        if user is None or user.reaches(place):
+            make_ours(place)
+            return place
+        return self._servers_elsewhere(place, user)
+
+    def _servers_elsewhere(self, place: Path, user: ServerUser) -> Path:
+        digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()
+        elsewhere = VAR_TMP / f"dovecote-{digest[:12]}"
+        try:
+            place.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # there is data in it, from when the way was still open
+            raise HomeError(
+                f"the user {user.name}, as whom the servers run, cannot reach {place}: "
+                f"open the directories above it (chmod o+x), or choose another DOVECOTE_HOME"
+            ) from error
+        make_ours(elsewhere)
+        place.symlink_to(elsewhere)
+        return elsewhere
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the home for this process; HomeBusy if another one does. The kernel lets go for us."""
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                said = os.pread(descriptor, 32, 0).strip()
+                raise HomeBusy(self.path, int(said) if said.isdigit() else None) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def announce(self, environment: Mapping[str, str]) -> None:
+        """Tell other commands that this process runs here, and with which environment."""
+        pid = os.getpid()
+        system = RunningSystem(pid, started_at(pid) or 0, dict(environment))
+        self._write("system.json", asdict(system))
+
+    def withdraw(self) -> None:
+        (self.path / "system.json").unlink(missing_ok=True)
+
+    def running(self) -> RunningSystem | None:
+        """Return the system that runs here; None if there is none, or it died without a word."""
+        said = self._read("system.json")
+        if said is None:
+            return None
+        try:
+            system = RunningSystem(**said)
+        except TypeError:  # another version's file
+            return None
+        return system if system.is_alive() else None
+
+    def secrets(self) -> dict[str, str]:
+        """Return this home's own secrets, as environment; made at the first call and kept."""
+        if not (self.path / "secrets.json").exists():
+            self._write("secrets.json", _new_secrets(), replace=False)
+        return self._read("secrets.json") or {}
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """Return what the file says. It names servers, keys and passwords: who may write it decides about us."""
+        try:
+            content = read_ours(self.path / name)
+        except PermissionError as error:
+            raise HomeError(f"{self.path / name} belongs to another user: run this as that user") from error
+        except NotOurs as error:
+            raise HomeError(
+                f"{self.path / name} is not read, because {error}: run this as the user whose it is, "
+                "or set DOVECOTE_HOME to a directory that is yours alone"
+            ) from None
+        if content is None:
+            return None
+        try:
+            said = json.loads(content)
+        except ValueError as error:
+            raise HomeError(f"{self.path / name} is not JSON: move it away ({error})") from error
+        return said if isinstance(said, dict) else None
+
+    def _write(self, name: str, content: Mapping[str, object], *, replace: bool = True) -> None:
+        """Put the whole file there at once, readable by its owner only."""
+        descriptor, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")  # 0600
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                Path(temporary).replace(self.path / name)
+            else:
+                # Unlike a rename, a link never overwrites: of two first starts one's secrets win.
+                with suppress(FileExistsError):
+                    (self.path / name).hardlink_to(temporary)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def make_ours(directory: Path) -> None:
+    """Make a directory of our own, or refuse one that somebody else made or may write to.
+
+    For root it is 0711: the user the servers run as passes through it, and reads nothing.
+    """
+    try:
+        if not directory.exists():
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700)
+            if os.geteuid() == 0:
+                directory.chmod(0o711)
+    except FileExistsError:
+        pass  # another start was faster, or it is a dangling symlink: judged below
+    except OSError as error:
+        raise HomeError(f"cannot make {directory}: {error.strerror}") from error
+    _must_be_ours(directory)
+
+
+def _must_be_ours(directory: Path) -> None:
+    try:
+        link, status = directory.lstat(), directory.stat()
+        if not directory.is_dir():
+            raise HomeError(f"{directory} is not a directory")
+        if {link.st_uid, status.st_uid} != {os.geteuid()}:
+            raise HomeError(f"{directory} belongs to another user: set DOVECOTE_HOME to a directory of your own")
+        require_ours(directory, status)
+        require_ours_up_to_root(directory)
+    except NotOurs as error:
+        raise HomeError(f"{error}: set DOVECOTE_HOME to a directory of your own in a place of your own") from None
+    except OSError as error:
+        raise HomeError(f"cannot use {directory}: {error.strerror}") from error
+
+
+def _new_secrets() -> dict[str, str]:
+    def key() -> str:
+        return base64.b64encode(secrets.token_bytes(32)).decode()
+
+    return {
+        "DOVECOTE_PRIVACY__HASH_KEY": key(),
+        "DOVECOTE_PRIVACY__ENCRYPTION_KEYS": f"k1:{key()}",
+        "DOVECOTE_PRIVACY__CODE_KEY": key(),
+    }

@@ -1,0 +1,433 @@
+"""What the leading relay does: read, publish, record, and sleep until called.
+
+It sends first and records then, so a crash between the two sends events twice, never zero times;
+consumers are written for that. Nothing else in the system declares an event published.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+
+import structlog
+
+from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.broker.redis_client import PASSING, is_wrong_type
+from dovecote.errors import NewerRelay, RedisLost
+from dovecote.relay import leases
+from dovecote.relay import recovery as missing
+from dovecote.relay.bundler import Bundler
+from dovecote.relay.history import History
+from dovecote.relay.key_watch import KeyWatch
+from dovecote.relay.leadership import Leadership
+from dovecote.relay.leases import DueDelivery
+from dovecote.relay.postponed import Postponer
+from dovecote.relay.renamed_queues import RenamedQueues
+from dovecote.relay.replayer import Replayer
+from dovecote.relay.sleeper import Sleeper
+from dovecote.relay.standby import Standby
+from dovecote.relay.unreadable import Unreadable, report, set_aside
+from dovecote.relay.wakeup import Waking
+from dovecote.route import Route
+from dovecote.settings import Relay as RelaySettings
+from dovecote.store import pauses, replays
+from dovecote.store.ahead import ReadAhead
+from dovecote.store.envelopes import Made
+from dovecote.store.positions import multirange
+from dovecote.store.reader import Batch, Connection, Reader, outbox_run, positions
+from dovecote.store.sequence import SequenceWatch
+from dovecote.store.unrouted import Unrouted
+from dovecote.telemetry import publishing
+from dovecote.telemetry.meters import RelayMeters
+
+log = structlog.get_logger()
+
+_TICK_SECONDS = 1.0
+# A dead worker is found this long after its heartbeat's time-out.
+_REAP_SECONDS = 2.0
+_PARTITIONS_SECONDS = 3_600.0
+# How often what everybody has read is freed from Postgres's queue of notifications. Postgres does that when a NOTIFY
+# commits; once the queue was full, there is none.
+_FREE_NOTIFICATIONS_SECONDS = 60.0
+# How often the log may name somebody new who holds locks of ours.
+_NAME_STRANGERS_SECONDS = 5.0
+# An event alone, or a few at once, are no traffic; more batches than that without a pause are.
+_FEW_IN_A_ROW = 3
+# So long may those who act on an event that came alone have the processor first.
+_RECORD_LATER_SECONDS = 0.002
+
+# Nothing is recorded by a relay that has been replaced: its epoch matches no row any more. The row is locked, which
+# reads its newest version, and not written: each version would be walked over by the next batches for as long as
+# anybody in the database holds a snapshot. The checkpoint follows once a second; what is published above it, a
+# new reader learns from published_batches.
+_RECORD = """
+    insert into dovecote.published_batches (positions, events, epoch)
+    select %(positions)s::int8multirange, %(events)s, owner.epoch
+    from (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update) as owner
+"""
+_RECORD_CHECKPOINT = """
+    update dovecote.relay_state set checkpoint = greatest(checkpoint, %s), seen_at = clock_timestamp()
+    where epoch = %s
+"""
+
+
+class Leader:
+    """One leadership: one session that reads, one epoch. It ends with the lock that `leadership` holds.
+
+    `records` is a second session, where batches are recorded while the next one is being read: on the first they would
+    take turns, and Postgres would do nothing half of the time (docs/adr/0019-two-sessions.md).
+    """
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        reader: Reader,
+        broker: OutboxBroker,
+        routes: Sequence[Route],
+        settings: RelaySettings,
+        sleeper: Sleeper,
+        history: History,
+        maintain: Callable[[], None] | None = None,
+        meters: RelayMeters | None = None,
+        records: Connection | None = None,
+        leadership: Leadership | None = None,
+    ) -> None:
+        self._connection = connection
+        self._records = records or connection
+        self._leadership = leadership
+        self._reader = reader
+        self._broker = broker
+        self._routes = routes
+        run = outbox_run(connection)
+        self._keys = KeyWatch(connection)
+        self._bundler = self.bundler = Bundler(routes, history.salt, run, self._keys.newest)
+        self._settings = settings
+        self._sleeper = sleeper
+        self._history = history
+        self._epoch = epoch = history.epoch
+        self._maintain = maintain
+        self._meters = meters or RelayMeters()
+        self._ahead = ReadAhead(reader)
+        self._sequence = SequenceWatch(connection, epoch, run)
+        self._standby = Standby(settings, connection, self._records, sleeper, self._meters, self._tell_alive)
+        self._postponed = Postponer(
+            records=self._records,
+            bundler=self._bundler,
+            routes=routes,
+            epoch=epoch,
+            queue_bytes=settings.queue_bytes,
+            batch_size=settings.batch_size,
+            published_upto=reader.frontier,
+            send=self._send,
+            set_aside=self._give_up,
+        )
+        self._replayer = Replayer(
+            connection=connection,
+            reader=reader,
+            bundler=self._bundler,
+            broker=broker,
+            routes=routes,
+            epoch=epoch,
+            through_outages=self._through_outages,
+            postponed=self._postponed.after,
+        )
+        self._renamed_queues = RenamedQueues(broker, routes, epoch)
+        #: What is published up to; the reader itself may be a batch ahead.
+        self.checkpoint = self._recorded_checkpoint = reader.checkpoint
+        self._waking = Waking(connection, sleeper, settings, self._meters)
+        self._unrouted = Unrouted(self._bundler.types)
+        self._cursors = {route.handler: leases.Cursor() for route in routes}
+        self._batches_in_a_row = 0
+        self._next_naming = time.monotonic()
+        self._next_tick = self._next_reaping = self._next_partitions = self._next_freeing = time.monotonic()
+
+    def lead(self) -> None:
+        """Work until told to stop.
+
+        Errors: psycopg.OperationalError when the connection is lost, NewerRelay when another has taken over or may.
+        """
+        with self._ahead:
+            self._waking.listen()
+            # The relay before us may have ended between leasing a retry and sending it.
+            leases.end_leases(self._connection)
+            self._postponed.load()
+            self._through_outages(self._greet_redis)
+            self._through_outages(self._check_redis)
+            # What is moved is older than the first batch; what takes longer than a step follows.
+            self._through_outages(self._renamed_queues.step)
+            while not self._sleeper.stopping:
+                self._turn()
+        self._record_checkpoint()
+        self._unrouted.write(self._records)
+
+    @property
+    def published_upto(self) -> int:
+        """The highest position that is published, in order or not."""
+        return max(self.checkpoint, self._postponed.published_upto)
+
+    def _turn(self) -> None:
+        self._require_leadership()
+        self._meters.alive("leading")
+        heard, called = self._waking.turn()
+        batch = self._ahead.take(at_once=called)
+        if batch.rows:
+            self._publish(batch)
+        self.checkpoint = batch.checkpoint
+        if "dovecote_deliveries" in heard:
+            self._send_retries()
+        if pauses.CHANNEL in heard:
+            self._renamed_queues.next_look = 0.0
+            self._through_outages(self._take_back)
+        if heard & {replays.CHANNEL, pauses.CHANNEL}:
+            self._replayer.look()
+        if time.monotonic() >= self._next_tick:
+            self._tick()
+        elif time.monotonic() >= self._postponed.next_look:
+            self._through_outages(self._check_redis)
+        self._postponed.step()
+        self._replayer.step()
+        if batch.rows:
+            self._waking.busy()
+            self._batches_in_a_row += 1
+            if self._batches_in_a_row > _FEW_IN_A_ROW:
+                self._waking.stay_awake()
+                self._gather(batch)
+        else:
+            self._batches_in_a_row = 0
+            self._waking.rest(was_woken=called or bool(heard))
+            if not self._waking.heard and self._waking.may_sleep():
+                self._sleep()
+
+    # Publishing ------------------------------------------------------------------------------
+
+    def _publish(self, batch: Batch) -> None:
+        with publishing(batch.rows, self._bundler.routes_for):
+            self._set_aside(batch)
+            upto = self._postponed.admit(batch.rows)
+            self._send(lambda: self._bundler.bundles(batch.rows, upto))
+            if not self._batches_in_a_row and not batch.is_full:
+                self._waking.sleep(_RECORD_LATER_SECONDS)
+            where = multirange(positions(batch.rows))
+            record = {"epoch": self._epoch, "positions": where, "events": len(batch.rows)}
+            recorded = self._records.execute(_RECORD, record)
+        self._require_ownership(recorded.rowcount)
+        self._postponed.published(batch.rows)
+        self._meters.published(len(batch.rows))
+        self._unrouted.meet(batch.rows)
+        if self._unrouted.has_news:
+            self._unrouted.write(self._records)
+
+    def _set_aside(self, batch: Batch) -> None:
+        # Before the checkpoint passes them, and on the session that records it: what is lost in a crash of Postgres is
+        # lost from the end. And before what comes after them is sent, which then waits behind what is known.
+        types = {position: event_type for position, event_type, _ in batch.rows} if batch.problems else {}
+        report(batch.problems)
+        set_aside(
+            self._records,
+            self._epoch,
+            [
+                Unreadable(route.handler, position, problem)
+                for position, problem in batch.problems.items()
+                for route in self._bundler.routes_for(types[position])
+            ],
+        )
+
+    def _send(self, bundles: Callable[[], Iterable[QueuedBundle]]) -> None:
+        """Put messages on their queues. They are made one by one, and from the first again after an outage.
+
+        From the first: what was sent of them before it may be lost, and is not recorded yet.
+        """
+        self._standby.await_flush()
+        sent = 0
+        queued: dict[str, int] = {}
+
+        def publish() -> None:
+            nonlocal sent
+            sent = 0
+            made = iter(bundles())
+            if first := next(made, None):
+                self._broker.publish(self._epoch, counted(first, made))
+
+        def counted(first: QueuedBundle, others: Iterable[QueuedBundle]) -> Iterator[QueuedBundle]:
+            nonlocal sent
+            for bundle in chain((first,), others):
+                sent += 1
+                queued[bundle.queue] = queued.get(bundle.queue, 0) + len(bundle.message)
+                yield bundle
+
+        self._through_outages(publish)
+        self._postponed.sent(queued)
+        self._meters.sent(sent)
+
+    def _record_checkpoint(self) -> None:
+        if self.checkpoint > self._recorded_checkpoint:
+            recorded = self._records.execute(_RECORD_CHECKPOINT, (self.checkpoint, self._epoch))
+            self._require_ownership(recorded.rowcount)
+            self._recorded_checkpoint = self.checkpoint
+
+    def _tell_alive(self) -> None:
+        self._require_leadership()
+        self._history.tell_alive()
+
+    def _require_leadership(self) -> None:
+        if self._leadership is not None:
+            self._leadership.require()
+
+    def _require_ownership(self, rows_changed: int) -> None:
+        if rows_changed != 1:
+            raise NewerRelay(f"epoch {self._epoch} is over")
+
+    # Redis comes and goes --------------------------------------------------------------------
+
+    def _through_outages(self, work: Callable[[], object]) -> None:
+        """Do the work; while Redis is away, wait for it. What it forgot meanwhile is sent again first."""
+        tries = 0
+        began = time.monotonic()
+        while True:
+            try:
+                if tries:
+                    self._greet_redis()
+                work()
+                if tries:
+                    self._spare_workers(time.monotonic() - began)
+                return
+            except (*PASSING, RedisLost) as error:
+                tries += 1
+                if is_wrong_type(error):
+                    self._mend()
+                self._meters.alive("waiting_for_redis")
+                if tries in (3, 30) or tries % 300 == 0:
+                    log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
+                if self._sleeper.stopping:
+                    raise
+                self._sleeper.sleep(min(1.0, 0.02 * 2 ** min(tries, 8)))
+                # The leadership lives as long as this session: its end must not go unnoticed here.
+                self._require_leadership()
+                self._connection.execute("select")
+
+    def _spare_workers(self, outage_seconds: float) -> None:
+        """Give live workers time for a heartbeat before the reaper looks: they were cut off just as we were."""
+        timeout_seconds = self._broker.heartbeat_timeout / 1_000
+        if outage_seconds > timeout_seconds / 2:
+            log.info("redis is back", after_seconds=round(outage_seconds, 1))
+            self._next_reaping = max(self._next_reaping, time.monotonic() + timeout_seconds / 2)
+
+    def _greet_redis(self) -> None:
+        """Put our epoch into Redis; if it or Postgres is not as it was left, send again what may be lost."""
+        self._ahead.settle()
+        self._history.greet(self._send_again)
+
+    def _send_again(self) -> None:
+        self._bundler.salt = self._history.salt
+        self._standby.await_flush()  # for what leaders before us have published
+        leases.end_leases(self._connection)
+        self._replayer.forget_waves()
+        found = missing.bundles(
+            self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
+        )
+        sent = self._broker.publish(self._epoch, found)
+        self._meters.republished(sent)
+        if sent:
+            log.warning("messages that were lost or dropped were sent again", messages=sent)
+
+    def _check_redis(self) -> None:
+        self._postponed.measured(self._history.check([(route.queue, route.handler) for route in self._routes]))
+
+    # Once in a while -------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._next_tick = now + _TICK_SECONDS
+        self._meters.alive("leading")
+        self._sequence.look()
+        self._look_at_keys()
+        self._record_checkpoint()
+        self._unrouted.write(self._records)
+        self._through_outages(self._check_redis)
+        for route in leases.with_waiting(self._connection, self._routes):
+            leases.release_strays(self._connection, route, self._cursors[route.handler])
+        self._send_retries()
+        if now >= self._next_reaping:
+            self._next_reaping = now + _REAP_SECONDS
+            self._through_outages(self._reap)
+            self._through_outages(self._take_back)
+        self._through_outages(self._renamed_queues.step)
+        if now >= self._next_freeing:
+            self._next_freeing = now + _FREE_NOTIFICATIONS_SECONDS
+            self._connection.execute("select pg_notification_queue_usage()")
+        if self._leadership is not None and now >= self._next_naming:
+            self._next_naming = now + _NAME_STRANGERS_SECONDS
+            self._leadership.name_strangers()
+        if now >= self._next_partitions:
+            self._next_partitions = now + _PARTITIONS_SECONDS
+            if self._maintain is not None:
+                self._maintain()
+
+    def _reap(self) -> None:
+        self._mend()
+        self._meters.reaped(self._broker.reap())
+
+    def _mend(self) -> None:
+        if self._broker.mend((route.queue, route.handler) for route in self._routes):
+            self._history.distrust("somebody else has written over keys of ours")
+
+    def _look_at_keys(self) -> None:
+        if self._keys.look():
+            self._history.distrust("a key that messages were signed with was revoked")
+        if self._bundler.key != self._keys.newest:
+            self._bundler.key = self._keys.newest
+            self._replayer.forget_waves()  # they are signed already
+
+    def _take_back(self) -> None:
+        """Give handlers that were resumed what was put aside for them, also what was just being put aside."""
+        aside = self._broker.holds_aside((route.queue, route.handler) for route in self._routes)
+        if aside:
+            paused = pauses.paused_handlers(self._connection)
+            for queue, handler in aside:
+                if handler not in paused:
+                    self._broker.take_back(queue, handler)
+
+    def _send_retries(self) -> None:
+        envelopes = self._reader.envelopes
+        lease_seconds = self._settings.retry_lease_seconds
+        routes = [route for route in self._routes if route.handler not in self._postponed.full]
+        due = leases.lease_due(self._connection, envelopes.most_rows, lease_seconds, routes, envelopes.most_of_small)
+        for part in envelopes.in_parts(due, [delivery.envelope for delivery in due]):
+            self._give_up(
+                [Unreadable(made.item.handler_name, made.item.position, made.problem) for made in part if made.problem]
+            )
+            self._send(partial(self._retries, part))
+        self._meters.retried(len(due))
+        if due:
+            self._waking.busy()
+            # There may be more: after the next batch of live events, and without a rest.
+            self._waking.heard.add("dovecote_deliveries")
+
+    def _retries(self, part: Sequence[Made[DueDelivery]]) -> Iterator[QueuedBundle]:
+        return self._bundler.retries(
+            replace(made.item, envelope=made.envelope) for made in part if made.problem is None
+        )
+
+    def _give_up(self, rows: Sequence[Unreadable]) -> None:
+        report({row.position: row.problem for row in rows})
+        set_aside(self._connection, self._epoch, rows)
+
+    # Sleeping --------------------------------------------------------------------------------
+
+    def _gather(self, batch: Batch) -> None:
+        # In traffic events travel together, or each would be a message and a transaction of its own.
+        if not batch.is_full:
+            self._sleeper.sleep(self._settings.gather_ms / 1_000)
+
+    def _sleep(self) -> None:
+        """Until something calls or it is time to look anyway; retries and the reaper wait for neither."""
+        pause = min(
+            self._waking.look_again_seconds(), self._replayer.seconds_until_due(), self._postponed.seconds_until_due()
+        )
+        look_again = time.monotonic() + pause
+        while not self._waking.is_called and time.monotonic() < look_again:
+            self._waking.sleep(min(look_again, self._next_tick) - time.monotonic())
+            if time.monotonic() >= self._next_tick:
+                self._tick()

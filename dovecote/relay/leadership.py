@@ -1,0 +1,166 @@
+"""Who leads: the relay that holds the lock on dovecote.relay_leader, in a session of its own.
+
+A table lock, because it takes a right on the table: an advisory lock is anybody's. It lives in a transaction that does
+nothing else and so holds back no vacuum, while the leader works in other sessions.
+
+The leadership ends with either session. A thread asks once in a while, in the session with the lock, whether the
+working session is still there. Postgres itself ends both once they have been silent for `leader_timeout_seconds`, so
+that a leader which is frozen or cut off does not keep the lock, whatever login the standbys have.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Self
+
+import psycopg
+import structlog
+
+from dovecote.errors import NewerRelay
+from dovecote.relay.sleeper import Sleeper
+from dovecote.store.envelopes import Connection
+from dovecote.store.foreign_locks import QUERY, foreign_locks
+
+log = structlog.get_logger()
+
+_CHECK_SECONDS = 0.5
+# Of one try: somebody may hold the lock for a moment without a right to, with a statement that is refused a moment
+# later (COMMENT ON VIEW). Who waits comes next.
+_TRY_MS = 100
+
+_TAKE = "lock table dovecote.relay_leader in share update exclusive mode"
+_TAKE_OLDER = "select pg_try_advisory_lock(dovecote.leader_key())"
+_GIVE_BACK_OLDER = "select pg_advisory_unlock(dovecote.leader_key())"
+_OLDER_LEADER = "select pid, login, application from dovecote.leader() where is_older"
+# In a transaction the list of sessions is a copy from its beginning, unless it is thrown away.
+_IS_WORKING = """
+    select exists (select from pg_stat_get_activity(%s)) from (select pg_stat_clear_snapshot() offset 0) as anew
+"""
+# The session of an older leader that has been waiting for its client for too long: from before Postgres ended it by
+# itself. One by one, because this login may not end those of every other.
+_FROZEN_OLDER = """
+    select l.pid from dovecote.leader() l join pg_stat_activity a on a.pid = l.pid
+    where l.is_older and a.wait_event_type = 'Client'
+      and a.state_change < clock_timestamp() - make_interval(secs => %s)
+"""
+
+
+class LeadershipLost(NewerRelay):
+    """The session that holds the leader's lock is over, or no longer sees the one the leader works in."""
+
+
+class Leadership:
+    """The lock of one relay, which works on `working`. A context manager: the lock is given back at its end.
+
+    connect  opens a session with autocommit, like `working`
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], AbstractContextManager[Connection]],
+        working: Connection,
+        sleeper: Sleeper,
+        leader_timeout_seconds: float,
+    ) -> None:
+        self._connect = connect
+        self._working = working
+        self._sleeper = sleeper
+        self._frozen_after = leader_timeout_seconds
+        self._open = ExitStack()
+        self._lost: str | None = None
+        self._told: set[str] = set()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._session = self._open.enter_context(self._connect())
+        timeout_ms = round(self._frozen_after * 1_000)
+        self._session.execute(f"set application_name = 'dovecote relay lock'; set lock_timeout = {_TRY_MS}")
+        self._session.execute(f"set idle_in_transaction_session_timeout = {timeout_ms}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._session.close()  # not committed: whatever the transaction is in, the lock goes with the session
+        self._open.close()
+
+    def try_take(self) -> bool:
+        """Take the lock if it is free, and no relay from before there was one leads.
+
+        Errors: psycopg.Error, such as InsufficientPrivilege without the rights of dovecote_worker.
+        """
+        if self._working.execute(_OLDER_LEADER).fetchone() is not None:
+            return False
+        self._session.execute("begin")
+        try:
+            self._session.execute(_TAKE)
+        except psycopg.errors.LockNotAvailable:
+            self._session.execute("rollback")
+            return False
+        if self._may_pass_older():
+            return True
+        self._session.execute("rollback")
+        return False
+
+    def give_back(self) -> None:
+        """Let another relay have what `try_take` has taken."""
+        self._session.execute("rollback")
+        self._working.execute(_GIVE_BACK_OLDER)
+
+    def begin(self) -> None:
+        """Watch over both sessions from now on: the leader says something in `working` every second."""
+        self._working.execute(f"set idle_session_timeout = {round(self._frozen_after * 1_000)}")
+        self._thread = threading.Thread(target=self._watch, name="leadership", daemon=True)
+        self._thread.start()
+
+    def require(self) -> None:
+        """Errors: LeadershipLost."""
+        if self._lost is not None:
+            raise LeadershipLost(self._lost)
+
+    def end_frozen_older(self) -> None:
+        """End the session of an older relay that is stopped or cut off, whose lock would live as long as it."""
+        for (pid,) in self._working.execute(_FROZEN_OLDER, (self._frozen_after,)).fetchall():
+            try:
+                self._working.execute("select pg_terminate_backend(%s)", (pid,))
+            except psycopg.errors.InsufficientPrivilege as error:
+                cure = f"grant pg_signal_backend to this login, or end it: select pg_terminate_backend({pid})"
+                log.error("a frozen leader is not ours to end", pid=pid, error=str(error), cure=cure)
+            else:
+                log.warning("ended the session of a frozen leader", pid=pid, silent_for_seconds=self._frozen_after)
+
+    def name_strangers(self) -> None:
+        """Log, once each, who holds advisory locks of ours and has no use for them."""
+        found = {str(lock): lock for lock in foreign_locks(self._working.execute(QUERY))}
+        for told in found.keys() - self._told:
+            log.error("a session holds locks of ours that it has no use for", holder=told, cure=found[told].cure)
+        self._told = set(found)
+
+    def _may_pass_older(self) -> bool:
+        # Relays from before revision 0032 know the advisory key only: it is taken for them, and waited for.
+        (taken,) = self._working.execute(_TAKE_OLDER).fetchone() or (False,)
+        if taken:
+            return True
+        if self._working.execute(_OLDER_LEADER).fetchone() is not None:
+            return False
+        self.name_strangers()  # who may not lead does not keep us from it
+        return True
+
+    def _watch(self) -> None:
+        working = self._working.info.backend_pid
+        while not self._stopped.wait(_CHECK_SECONDS):
+            try:
+                (is_there,) = self._session.execute(_IS_WORKING, (working,)).fetchone() or (False,)
+                why = None if is_there else f"the session the leader works in (backend {working}) is over"
+            except psycopg.Error as error:
+                why = f"the session that holds the leader's lock is over: {error}"
+            if why is not None:
+                self._lost = why
+                self._session.close()
+                self._sleeper.interrupt()
+                return

@@ -1,0 +1,224 @@
+"""Handlers whose queue is full: their events stay in the outbox until there is room, and nobody else's do.
+
+A queue without consumers would grow until Redis is full, and a full Redis takes nothing for any queue. So each queue
+has a bound in bytes. Beyond it the handler is postponed: a row in `postponed` says up to which published position it
+was sent everything, batches leave it out from there on, and once its queue has room the relay sends what lies
+above from the outbox, in order, until it has caught up with the batches. Then the row goes away.
+
+All of it goes by what was *published*: positions at or below `published_upto`. A row that turns up late, in a gap, is
+sent with its batch if it lies at or below the handler's `after_position`, and is found in the outbox if it lies
+above. What both find is sent twice, and consumers absorb it.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import structlog
+
+from dovecote.broker.broker import QueuedBundle, RedisUsage
+from dovecote.errors import NewerRelay
+from dovecote.relay.bundler import Bundler
+from dovecote.relay.unreadable import Unreadable
+from dovecote.route import Route, queues
+from dovecote.store.envelopes import Envelopes, Read, bounded
+from dovecote.store.reader import Connection, Row
+
+log = structlog.get_logger()
+
+# A queue that holds less is never full: with a Redis that others have filled, the relay waits as it always did.
+_LEAST_BOUND_BYTES = 1_000_000
+# Positions looked through at once, and bytes sent at once: the batches of all others come between.
+_SPAN = 20_000
+_STEP_BYTES = 1_000_000
+# While a full queue is being emptied, its consumers are not to wait for the next tick.
+_SHORTEST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.05, 1.0
+
+_KNOWN = "select handler_name, after_position from dovecote.postponed"
+
+# Nothing is written by a relay that has been replaced. On the session that records batches: a crash of Postgres that
+# forgets this forgets the batch after it as well.
+_OWNER = "owner as (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update)"
+_POSTPONE = f"""
+    with {_OWNER}
+    insert into dovecote.postponed (handler_name, after_position) select %(handler)s, %(position)s from owner
+    on conflict (handler_name) do update set after_position = excluded.after_position
+"""  # noqa: S608 - put together from constants
+_MOVE = f"""
+    with {_OWNER}
+    update dovecote.postponed set after_position = %(position)s from owner where handler_name = %(handler)s
+"""  # noqa: S608 - as above
+_END = f"with {_OWNER} delete from dovecote.postponed using owner where handler_name = %(handler)s"  # noqa: S608 - as above
+
+# Row by row through the keys, whatever the planner thinks of tables that it knows as empty.
+_UNSENT = bounded("""
+    select o.position, o.event_type, o.id, dovecote.small_envelope(o) as envelope
+    from dovecote.outbox o
+    cross join lateral (select since_position, published_above from dovecote.subscriptions
+                        where handler_name = %s and event_type = o.event_type limit 1) s
+    left join lateral (select true as there from dovecote.processed_events
+                       where event_id = o.id and handler_name = %s limit 1) p on true
+    left join lateral (select true as there from dovecote.deliveries
+                       where event_id = o.id and handler_name = %s limit 1) d on true
+    where o.position > %s and o.position <= %s and o.event_type = any(%s)
+      and o.position > s.since_position and not s.published_above @> o.position
+      and p.there is null and d.there is null
+    order by o.position limit %s
+""")
+
+
+class Postponer:
+    """Knows how full each queue is, and what is to be done about it. One for each leadership.
+
+    `records` is the session that records batches. `send` publishes the bundles that it is given the means to make, and
+    waits while Redis is away; `set_aside` writes down rows that cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        records: Connection,
+        bundler: Bundler,
+        routes: Sequence[Route],
+        epoch: int,
+        queue_bytes: int,
+        batch_size: int,
+        published_upto: int,
+        send: Callable[[Callable[[], Iterable[QueuedBundle]]], None],
+        set_aside: Callable[[Sequence[Unreadable]], None],
+    ) -> None:
+        self._records = records
+        self._bundler = bundler
+        self._routes = {route.handler: route for route in routes}
+        self._queues = queues(routes)
+        self._epoch = epoch
+        self._queue_bytes = self._bound = queue_bytes
+        self._envelopes = Envelopes(records, batch_size, _STEP_BYTES)
+        self._send = send
+        self._set_aside = set_aside
+        #: The highest position in a batch that was published.
+        self.published_upto = published_upto
+        #: The postponed handlers, and up to which published position each was sent everything.
+        self.after: dict[str, int] = {}
+        #: Handlers whose queue takes nothing for now, postponed or not.
+        self.full: set[str] = set()
+        self._queued: dict[str, int] = {}
+        self._aside: dict[str, int] = {}
+        #: When to look again sooner than at the next tick.
+        self.next_look = float("inf")
+        self._pause = _SHORTEST_LOOK_SECONDS
+
+    def load(self) -> None:
+        """Go on from what the relay before us has left."""
+        self.after.update((name, after) for name, after in self._records.execute(_KNOWN) if name in self._routes)
+
+    # How full the queues are -----------------------------------------------------------------
+
+    def measured(self, usage: RedisUsage) -> None:
+        """Note what Redis holds, and who has room."""
+        before = self._sizes()
+        self._queued, self._aside = dict(usage.queued), dict(usage.aside)
+        self._bound = self._queue_bytes
+        if usage.maxmemory:
+            ours = sum(self._queued.values()) + sum(self._aside.values())
+            # Half of what Redis has room for stays free, whatever the queues do.
+            shares = 2 * (len(self._queues) + sum(size > 0 for size in self._aside.values()))
+            self._bound = min(self._bound, (usage.maxmemory - usage.used + ours) // shares)
+        self._bound = max(self._bound, _LEAST_BOUND_BYTES)
+        self._judge()
+        after = self._sizes()
+        waiting = self.full & self.after.keys()
+        is_emptied = any(after[handler] < before[handler] for handler in waiting)
+        self._pause = _SHORTEST_LOOK_SECONDS if is_emptied else min(_LONGEST_LOOK_SECONDS, 2 * self._pause)
+        self.next_look = time.monotonic() + self._pause if waiting else float("inf")
+
+    def sent(self, queued: Mapping[str, int]) -> None:
+        """Count the bytes that were published on each queue since the last look."""
+        for queue, size in queued.items():
+            self._queued[queue] = self._queued.get(queue, 0) + size
+        self._judge()
+
+    def _sizes(self) -> dict[str, int]:
+        # What is put aside for a paused handler is no burden to the others on its queue.
+        return {
+            handler: self._queued.get(route.queue, 0) + self._aside.get(handler, 0)
+            for handler, route in self._routes.items()
+        }
+
+    def _judge(self) -> None:
+        for handler, size in self._sizes().items():
+            if size >= self._bound:
+                self.full.add(handler)
+            elif size < self._bound / 2:
+                self.full.discard(handler)
+
+    # Leaving out and catching up -------------------------------------------------------------
+
+    def admit(self, rows: Sequence[Row]) -> Mapping[str, int]:
+        """Postpone the handlers for whom these rows, about to be published, are too much.
+
+        Return up to which position each postponed handler is sent its rows; all others are sent all.
+        Errors: NewerRelay.
+        """
+        too_much = self.full - self.after.keys()
+        if too_much:
+            types = {event_type for position, event_type, _ in rows if position > self.published_upto}
+            for handler in sorted(too_much):
+                if not types.isdisjoint(self._routes[handler].event_types):
+                    self._postpone(handler)
+                    self._pause, self.next_look = _SHORTEST_LOOK_SECONDS, 0.0
+        return self.after
+
+    def published(self, rows: Sequence[Row]) -> None:
+        """Note that a batch is recorded."""
+        self.published_upto = max(self.published_upto, *(position for position, _, _ in rows))
+
+    def seconds_until_due(self) -> float:
+        """Return how long the relay may sleep without keeping a handler waiting that has room."""
+        if self.after.keys() - self.full:
+            return 0.0
+        return max(0.0, self.next_look - time.monotonic())
+
+    def step(self) -> None:
+        """Send some of what was left out to each handler that has room. Errors: NewerRelay."""
+        for handler in sorted(self.after.keys() - self.full):
+            self._catch_up(self._routes[handler])
+
+    def _postpone(self, handler: str) -> None:
+        self._write(_POSTPONE, handler, self.published_upto)
+        self.after[handler] = self.published_upto
+        log.warning(
+            "queue is full; its handler is left for later",
+            handler=handler,
+            queue=self._routes[handler].queue,
+            bytes=self._sizes()[handler],
+            bound=self._bound,
+            after_position=self.published_upto,
+        )
+
+    def _catch_up(self, route: Route) -> None:
+        after = self.after[route.handler]
+        before = min(after + _SPAN, self.published_upto)
+        unsent = self._unsent(route, after, before)
+        if unsent.problems:
+            self._set_aside([Unreadable(route.handler, *problem) for problem in unsent.problems.items()])
+        if unsent.rows:
+            self._send(lambda: self._bundler.bundles_of(route, unsent.rows))
+        upto = unsent.rows[-1][0] if unsent.is_cut else before
+        if upto < self.published_upto:
+            self._write(_MOVE, route.handler, upto)
+            self.after[route.handler] = upto
+        else:
+            self._write(_END, route.handler, upto)
+            del self.after[route.handler]
+            log.warning("handler has caught up; it is live again", handler=route.handler, queue=route.queue)
+
+    def _unsent(self, route: Route, after: int, before: int) -> Read:
+        """Return the next rows up to `before` that the handler was not sent."""
+        handler = route.handler
+        limit = self._envelopes.most_rows
+        return self._envelopes.read(_UNSENT, handler, handler, handler, after, before, route.event_types, limit)
+
+    def _write(self, statement: str, handler: str, position: int) -> None:
+        fields = {"epoch": self._epoch, "handler": handler, "position": position}
+        if self._records.execute(statement, fields).rowcount != 1:
+            raise NewerRelay(f"epoch {self._epoch} is over")

@@ -1,0 +1,236 @@
+"""What a queue has lost while Redis stayed the same: the leading relay finds it and sends it again.
+
+An event was published long ago, is above its handler's low-water mark, is not settled, and is in no message that
+anybody will get: then no worker will ever act on it. This is the net below everything else, and what it catches is a
+fault that nobody knows of: it is counted, and there is an alert.
+
+The questions come in this order: Postgres (not settled), Redis (in no message), Postgres again (still not settled).
+A worker commits before it acknowledges: with the first two alone, what is acknowledged in between would be sent again.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import islice
+from uuid import UUID
+
+import structlog
+
+from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.broker.redis_client import PASSING
+from dovecote.envelope.signatures import NoMessageKey, valid_keys
+from dovecote.errors import NewerRelay, RedisLost
+from dovecote.relay import recovery as missing
+from dovecote.relay.bundler import Bundler
+from dovecote.relay.queued import Queued
+from dovecote.relay.unreadable import Unreadable, report, set_aside
+from dovecote.route import Route
+from dovecote.settings import Relay as RelaySettings
+from dovecote.store.positions import multirange
+from dovecote.store.reader import Connection, Reader
+from dovecote.telemetry.meters import RelayMeters
+
+log = structlog.get_logger()
+
+# Of one look at a handler: events that are read, of these events that are asked for in Redis, and events of the batches
+# that are cut again.
+_READ_EVENTS, _ASKED_EVENTS, _CUT_EVENTS = 5_000, 2_000, 20_000
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
+# Of a queue that is too long to be read: how often that is said, and how long it is left alone.
+_TOO_LONG_SECONDS = 600.0
+# Events that were sent again and may still be on their way; beyond, the next are looked for when these are done.
+_MAX_SENT_AGAIN = 100_000
+
+# Who has anything open, and where. Not to be looked at is one whose messages are aside or left for later, and one whose
+# events a replay sends. Nobody is while the leader sends again what Redis has lost.
+_OPEN = """
+    select p.handler_name, (p.open + int8multirange(int8range(p.examined, greatest(p.examined, %(upto)s), '(]')))::text,
+           p.mark + 1,
+           exists (select from dovecote.relay_state where epoch = %(epoch)s and redis_run_id is not null)
+           and not exists (select from dovecote.paused_handlers h where h.handler_name = p.handler_name)
+           and not exists (select from dovecote.postponed h where h.handler_name = p.handler_name)
+           and not exists (select from dovecote.replays r where r.handler_name = p.handler_name
+                             and r.strength = 'missing' and r.state in ('pending', 'running'))
+    from dovecote.progress p
+    where p.handler_name = any(%(handlers)s) and (not isempty(p.open) or p.examined < %(upto)s)
+"""
+
+# Of these, what was published long enough ago. In no batch, and passed by the checkpoint all the same, is what was
+# written while the sequence was behind: its own age counts.
+_SENT_LONG_AGO = """
+    with candidate as materialized (
+        select o.position, o.id, o.created_at
+        from unnest(%(positions)s::bigint[]) as m (position) join dovecote.outbox o on o.position = m.position
+    ), batch as materialized (
+        select b.positions, b.published_at < clock_timestamp() - make_interval(secs => %(seconds)s) as is_old
+        from dovecote.published_batches b
+        where b.positions && (select range_agg(int8range(position, position, '[]')) from candidate)
+    ), published as materialized (
+        select coalesce(range_agg(positions), '{}') as ever,
+               coalesce(range_agg(positions) filter (where not is_old), '{}') as lately
+        from batch
+    )
+    select c.position, c.id from candidate c cross join published p
+    where not p.lately @> c.position
+      and (p.ever @> c.position
+           or c.position <= (select checkpoint from dovecote.relay_state)
+              and c.created_at < clock_timestamp() - make_interval(secs => %(seconds)s))
+    order by c.position
+"""
+
+
+class Reconciler:
+    """Looks from time to time until the end of the block, in a thread of its own. An error ends neither.
+
+    connect         opens a session for the block it is entered for
+    bundler         the leader's: what is sent again is cut as it was
+    published_upto  the highest position that this leader has published; asked from another thread
+    """
+
+    def __init__(
+        self,
+        *,
+        connect: Callable[[], AbstractContextManager[Connection]],
+        broker: OutboxBroker,
+        bundler: Bundler,
+        routes: Sequence[Route],
+        settings: RelaySettings,
+        epoch: int,
+        published_upto: Callable[[], int],
+        meters: RelayMeters | None = None,
+    ) -> None:
+        self._connect = connect
+        self._broker = broker
+        self._queued = Queued(broker)
+        self._bundler = bundler
+        self._routes = {route.handler: route for route in routes}
+        self._settings = settings
+        self._epoch = epoch
+        self._published_upto = published_upto
+        self._meters = meters or RelayMeters()
+        after = settings.reconcile_after_seconds
+        self._pause = min(_LONGEST_PAUSE_SECONDS, max(_SHORTEST_PAUSE_SECONDS, after / 10))
+        self._looked_upto: int | None = None
+        self._goes_on = False
+        # When which events were sent again: they are given the same time as all others.
+        self._sent_again: dict[tuple[str, UUID], float] = {}
+        # Whose queue was too long, and until when it is left alone.
+        self._too_long: dict[str, float] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reconciling", daemon=True)
+
+    def __enter__(self) -> "Reconciler":
+        for handler in self._routes:
+            self._meters.reconciled(handler, 0)  # an alert sees a counter grow, not appear
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        # A daemon: a server that does not answer keeps no relay from ending. What is sent late is sent twice at most.
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(_SHORTEST_PAUSE_SECONDS if self._goes_on else self._pause):
+            upto = self._published_upto()
+            if upto == self._looked_upto:  # nothing was open, and nothing has been published since
+                continue
+            try:
+                with self._connect() as connection:
+                    self._looked_upto = None if self.look(connection, upto) else upto
+            except (*PASSING, RedisLost, NewerRelay, NoMessageKey):
+                self._looked_upto, self._goes_on = None, False  # the leader sees to it
+            except Exception as error:
+                self._looked_upto, self._goes_on = None, False
+                what = f"{type(error).__name__}: {error}".partition("\n")[0]
+                log.warning("the search for lost events failed; it is tried again", error=what)
+
+    def look(self, connection: Connection, upto: int) -> bool:
+        """Send again what is lost, as far as one look sees; return whether anything is open up to that position.
+
+        Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, PASSING.
+        """
+        now, longest = time.monotonic(), max(map(self._patience, self._routes.values()))
+        self._sent_again = {sent: at for sent, at in self._sent_again.items() if now - at < longest}
+        fields = {"handlers": list(self._routes), "upto": upto, "epoch": self._epoch}
+        found = connection.execute(_OPEN, fields).fetchall()
+        self._goes_on = False
+        self._queued.keys = valid_keys(connection) if found else {}
+        for handler, ranges, low, is_due in found:
+            waits = now < self._too_long.get(handler, now) or len(self._sent_again) >= _MAX_SENT_AGAIN
+            if is_due and not waits and not self._stopping.is_set():
+                route = self._routes[handler]
+                # At the head: queues are first in, first out, and what is lost further back becomes the head. And
+                # somewhere behind it, in case that what is at the head stays there.
+                self._look_at(connection, route, ranges, low)
+                if upto - low > _READ_EVENTS:
+                    self._look_at(connection, route, ranges, random.randint(low, upto))
+        return bool(found)
+
+    def _look_at(self, connection: Connection, route: Route, ranges: str, begin: int) -> None:
+        lost = self._lost(connection, route, ranges, begin)
+        sent = self._send(connection, route, lost) if lost else 0
+        if sent:
+            self._goes_on = True  # there may be more
+            self._meters.reconciled(route.handler, sent)
+            log.warning(
+                "events were lost by the queue and sent again", handler=route.handler, queue=route.queue, events=sent
+            )
+
+    def _lost(self, connection: Connection, route: Route, ranges: str, begin: int) -> dict[int, UUID]:
+        """Return the position and the event of what is lost, in order."""
+        positions = self._unsettled(connection, route, ranges, begin)
+        if not positions:
+            return {}
+        known = connection.execute(_SENT_LONG_AGO, {"positions": positions, "seconds": self._patience(route)})
+        asked = {position: event for position, event in known if (route.handler, event) not in self._sent_again}
+        asked = dict(islice(asked.items(), _ASKED_EVENTS))
+        left = self._queued.not_queued(route.queue, route.handler, asked.values()) if asked else set()
+        if asked and self._queued.gave_up:
+            self._too_long[route.handler] = time.monotonic() + _TOO_LONG_SECONDS
+            log.warning("queue is too long to look for lost events", handler=route.handler, queue=route.queue)
+        suspects = [position for position, event in asked.items() if event in left]
+        if not suspects:
+            return {}
+        return {position: asked[position] for position in self._unsettled(connection, route, multirange(suspects))}
+
+    def _unsettled(self, connection: Connection, route: Route, ranges: str, begin: int = 0) -> Sequence[int]:
+        return missing.unsettled(connection, [route.handler], ranges, begin, _READ_EVENTS).get(route.handler, [])
+
+    def _send(self, connection: Connection, route: Route, lost: Mapping[int, UUID]) -> int:
+        """Queue what is lost, in the messages that it was in; return how many events that was."""
+        reader = Reader(connection, self._published_upto(), self._settings.batch_size, self._settings.batch_bytes)
+        wanted = {route.handler: lost.keys()}
+        sent: set[int] = set()
+        events = 0
+        for batch in missing.batches_to_cut(connection, list(lost)):
+            if events > _CUT_EVENTS:
+                break
+            events += batch.events
+            for bundle, inside in missing.cut(
+                reader, self._bundler, [batch], wanted, partial(self._give_up, connection)
+            ):
+                # An event of two batches, sent twice when a leader ended in between, is sent once here.
+                fresh = lost.keys() & set(inside) - sent
+                if fresh and self._queue(route, bundle):
+                    sent |= fresh
+        self._sent_again |= dict.fromkeys(((route.handler, lost[position]) for position in sent), time.monotonic())
+        return len(sent)
+
+    def _queue(self, route: Route, bundle: QueuedBundle) -> bool:
+        # Its text may be there and yet in no list: then it is put back.
+        return self._broker.publish(self._epoch, [bundle]) > 0 or self._queued.requeue(
+            self._epoch, route.queue, route.handler, bundle.id
+        )
+
+    def _give_up(self, connection: Connection, rows: Sequence[Unreadable]) -> None:
+        report({row.position: row.problem for row in rows})
+        set_aside(connection, self._epoch, rows)
+
+    def _patience(self, route: Route) -> float:
+        """Return how many seconds ago an event must have been published to be looked for."""
+        own = self._settings
+        return max(own.reconcile_after_seconds, own.retry_lease_seconds, route.time_limit_seconds)

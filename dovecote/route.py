@@ -1,0 +1,309 @@
+"""What an application hands to the library: its routes, and the app object that holds them.
+
+A route is one handler and how its events reach it. What it must be is checked when it is made: what breaks these rules
+would be found out by lost events. A name is written into Redis keys, into JSON by hand, and into rows: plain words
+everywhere.
+"""
+
+import functools
+import inspect
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from dovecote.errors import DomainError, DovecoteError
+from dovecote.events import Event, has_sensitive_fields, readable_as
+from dovecote.unit_of_work import UnitOfWork
+
+__all__ = [
+    "Dovecote",
+    "InvalidRoute",
+    "Purge",
+    "ReturnedValue",
+    "Route",
+    "distinct",
+    "queues",
+    "require_nothing_returned",
+    "routes_by_type",
+]
+
+#: Removes a bounded number of rows that are over at a time and returns how many; 0 when none is left. It locks rows
+#: that nobody else has locked, so it waits for nobody.
+Purge = Callable[[UnitOfWork, datetime], int]
+
+_MAX_NAME_LENGTH = 200
+_NAME = re.compile(r"[A-Za-z0-9_.:-]+")
+# Dramatiq's rule for a queue.
+_QUEUE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+# Dramatiq's and our own, for what belongs to a queue: messages that wait, are dead, are at work, were in a
+# crash, are put aside.
+_SUFFIXES = (".DQ", ".XQ", ".msgs", ".at_work", ".crashes")
+_ASIDE = ".aside."
+# The broker's own keys: __relay__, __heartbeats__, __acks__.
+_OWN = "__"
+
+_AWAIT = "make it a `def`, and run what must be awaited with asyncio.run(...)"
+_NO_YIELD = "make it a function without `yield`"
+
+
+class InvalidRoute(DovecoteError, ValueError):
+    """A route that could never work as it is written."""
+
+
+class ReturnedValue(DovecoteError):
+    """A handler returned something, which nobody looks at: what it meant to do with it was not done."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One handler and how its events reach it.
+
+    act             function(event, uow, gateways), or function(envelopes, uow, gateways) with `bulk`; returns None
+    bundle_size     most events of one message, which is one transaction
+    bulk            the handler takes the whole bundle and is quicker that way
+    ordered         events of one aggregate take effect in the order they were written
+    attempts        tries before an event is dead
+    backoff_seconds pause before the second try; it doubles, jittered, up to `longest_backoff_seconds`
+    may_pass        refusals that are tried again like any error; other DomainErrors are final at once
+    time_limit_seconds  longest an event may take, with `bulk` a bundle; then it is cut off, which is an attempt
+    replayable      an operator may have it act again on what it has acted on; what its effect does then is
+                    its own business
+    replay_note     why it may, or why not; operators read it
+    needs_keys      its handler uses `gateways.keys`: a process without keys does not start on its queue
+
+    Errors: InvalidRoute for what could never act: an `async def`, a name that is no plain word, no attempts.
+    """
+
+    handler: str
+    events: tuple[type[Event], ...]
+    act: Callable[[Any, Any, Any], object]
+    queue: str
+    bundle_size: int = 500
+    bulk: bool = False
+    ordered: bool = False
+    attempts: int = 8
+    backoff_seconds: float = 2.0
+    longest_backoff_seconds: float = 3_600.0
+    may_pass: tuple[type[DomainError], ...] = ()
+    time_limit_seconds: float = 60.0
+    replayable: bool = False
+    replay_note: str = "its route does not say that acting again is harmless"
+    needs_keys: bool = False
+
+    def __post_init__(self) -> None:
+        require_name("handler", self.handler)
+        require_queue(self.queue)
+        require_events(self.handler, self.events)
+        require_callable(self.handler, self.act)
+        for name in ("bundle_size", "attempts"):
+            require_count(self.handler, name, getattr(self, name))
+        for name in ("backoff_seconds", "longest_backoff_seconds"):
+            require_seconds(self.handler, name, getattr(self, name))
+        require_seconds(self.handler, "time_limit_seconds", self.time_limit_seconds, more_than_none=True)
+
+    @property
+    def event_types(self) -> list[str]:
+        """Return the wire types it wants: of each event the newest version and those an upcaster leads from."""
+        return [event_type for event in self.events for event_type in readable_as(event)]
+
+    def backoff(self, attempts: int) -> timedelta:
+        """Return the pause after this many attempts: doubling from the first, half of it jitter."""
+        return self._max_pause(attempts) * random.uniform(0.5, 1.0)
+
+    def outage_pause(self, age: timedelta) -> timedelta:
+        """Return the pause while a provider is away: as long as it has been away, within the route's limits."""
+        seconds = min(max(age.total_seconds(), self.backoff_seconds), self.longest_backoff_seconds)
+        return timedelta(seconds=seconds * random.uniform(0.5, 1.0))
+
+    @property
+    def longest_retry(self) -> timedelta:
+        """Return how long after its first failure an event may be tried for the last time, providers being there."""
+        return sum((self._max_pause(attempts) for attempts in range(1, self.attempts)), timedelta())
+
+    def _max_pause(self, attempts: int) -> timedelta:
+        # After 2^64 first pauses the longest one is reached; a float ends at 2^1024.
+        return timedelta(seconds=min(self.backoff_seconds * 2.0 ** min(attempts - 1, 64), self.longest_backoff_seconds))
+
+    @property
+    def wants_keys(self) -> bool:
+        """Tell if its process needs keys: for its handler, or to open what its events say."""
+        return self.needs_keys or any(has_sensitive_fields(event) for event in self.events)
+
+
+def distinct(routes: Iterable[Route]) -> tuple[Route, ...]:
+    """Return the routes of one system.
+
+    Errors: InvalidRoute when two of them have one handler name, or would meet in one key of Redis.
+    """
+    routes = tuple(routes)
+    require_distinct([(route.handler, route.queue) for route in routes])
+    return routes
+
+
+def routes_by_type(routes: Sequence[Route]) -> Mapping[str, tuple[Route, ...]]:
+    """Return who wants which wire type."""
+    wanted: dict[str, tuple[Route, ...]] = {}
+    for route in routes:
+        for event_type in route.event_types:
+            wanted[event_type] = (*wanted.get(event_type, ()), route)
+    return wanted
+
+
+def queues(routes: Sequence[Route]) -> list[str]:
+    return sorted({route.queue for route in routes})
+
+
+def _no_gateways(_settings: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dovecote:
+    """An application: what the library is told by it. `DOVECOTE_APP=package.module:name` says where it is.
+
+    routes      every handler there is
+    gateways    function(settings) that makes what handlers get as `gateways`, once in each process of consumers
+    commands    modules with a function `register(cli: typer.Typer)` that adds commands to `dovecote`
+    migrations  directory of the application's own Alembic revisions, which depend on the library's
+    purges      each removes personal data whose time is over; the leading relay runs them once an hour, and so does
+                `dovecote maintain`
+    procfile    what `dovecote up` runs; without one it is ./Procfile
+
+    Errors: InvalidRoute when two routes have one handler name.
+    """
+
+    routes: Sequence[Route]
+    gateways: Callable[[Any], Any] = _no_gateways
+    commands: Sequence[str] = ()
+    migrations: Path | None = None
+    purges: Sequence[Purge] = ()
+    procfile: Path | None = None
+
+    def __post_init__(self) -> None:
+        distinct(self.routes)
+
+
+def require_name(what: str, name: object) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _MAX_NAME_LENGTH:
+        raise InvalidRoute(
+            f"{what} {_shown(name)} is no plain name: letters, digits and _ - . : only, "
+            f"one to {_MAX_NAME_LENGTH} characters"
+        )
+
+
+def require_queue(name: object) -> None:
+    require_name("queue", name)
+    assert isinstance(name, str)
+    if not _QUEUE.fullmatch(name):
+        raise InvalidRoute(
+            f"queue {_shown(name)} is no name for a queue of Dramatiq's: a letter or _ first, "
+            "then letters, digits and _ - . only"
+        )
+    if name.startswith(_OWN) or name.endswith(_SUFFIXES) or _ASIDE in name:
+        raise InvalidRoute(
+            f"queue {name!r} would share keys in Redis with something else: "
+            f"no name may begin with {_OWN}, end in {', '.join(_SUFFIXES)} or contain {_ASIDE}"
+        )
+
+
+def require_callable(handler: str, act: object) -> None:
+    """Errors: InvalidRoute for what cannot be called as function(event, uow, gateways) and be done when it returns."""
+    if inspect.isclass(act):
+        raise InvalidRoute(f"{handler}: its act is the class {act.__name__}; give a function, or an instance's method")
+    if not callable(act):
+        raise InvalidRoute(f"{handler}: its act is {_shown(act)}, which cannot be called; give a function")
+    for function in _layers(act):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise InvalidRoute(
+                f"{handler}: its act is an `async def`, and nobody would await it: {_AWAIT}. A function around it that "
+                "does so already must not say that it wraps it (functools.wraps sets __wrapped__)"
+            )
+        if inspect.isgeneratorfunction(function):
+            raise InvalidRoute(f"{handler}: its act is a generator, whose body would never run: {_NO_YIELD}")
+    try:
+        signature = inspect.signature(act, follow_wrapped=False)
+    except (ValueError, TypeError):
+        return  # a function of C without a signature: it says so itself when it is called
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise InvalidRoute(
+            f"{handler}: its act is called with three arguments, (event, uow, gateways) "
+            f"or with bulk=True (envelopes, uow, gateways), and takes {signature}: {error}"
+        ) from None
+
+
+def require_count(handler: str, name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidRoute(f"{handler}: {name} is {_shown(value)}; it must be a whole number, 1 at least")
+
+
+def require_seconds(handler: str, name: str, value: object, *, more_than_none: bool = False) -> None:
+    seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(seconds) or seconds < 0 or (more_than_none and seconds == 0):
+        wanted = "more than 0" if more_than_none else "0 or more"
+        raise InvalidRoute(f"{handler}: {name} is {_shown(value)}; it must be a number of seconds, {wanted}")
+
+
+def require_events(handler: str, events: object) -> None:
+    if not isinstance(events, Sequence) or not all(inspect.isclass(e) and issubclass(e, Event) for e in events):
+        raise InvalidRoute(f"{handler}: its events are {_shown(events)}; give a tuple of event classes: (OrderPlaced,)")
+
+
+def require_nothing_returned(handler: str, returned: object) -> None:
+    """Errors: ReturnedValue for anything but None; a coroutine or generator is closed."""
+    if returned is None:
+        return
+    if inspect.iscoroutine(returned) or inspect.isgenerator(returned):
+        returned.close()
+    if inspect.isawaitable(returned) or inspect.isasyncgen(returned):
+        raise ReturnedValue(f"{handler} returned {_a(returned)}, which nobody awaits: {_AWAIT}")
+    if inspect.isgenerator(returned):
+        raise ReturnedValue(f"{handler} returned a generator, whose body never ran: {_NO_YIELD}")
+    raise ReturnedValue(f"{handler} returned {_a(returned)}; a handler returns nothing: its effect is what it writes")
+
+
+def require_distinct(names: Sequence[tuple[str, str]]) -> None:
+    """Errors: InvalidRoute when two of these pairs of handler and queue could be taken for each other."""
+    twice = [handler for handler, times in Counter(handler for handler, _ in names).items() if times > 1]
+    if twice:
+        raise InvalidRoute(
+            f"more than one route has the handler name {twice[0]!r}: each handler needs a name of its own, "
+            "or each would take the other's events for done"
+        )
+
+
+def _layers(act: Any) -> list[object]:
+    """Return the callable and what it calls, through partials, bound methods, wrappers and `__call__`."""
+    layers: list[object] = []
+    following: list[Any] = [act]
+    while following:
+        one = following.pop()
+        if any(one is seen for seen in layers):
+            continue
+        layers.append(one)
+        if isinstance(one, functools.partial | functools.partialmethod):
+            following.append(one.func)
+        elif inspect.ismethod(one):
+            following.append(one.__func__)
+        elif not inspect.isroutine(one):
+            following.append(getattr(type(one), "__call__", None))  # noqa: B004  # what it calls, not whether
+        if (wrapped := getattr(one, "__wrapped__", None)) is not None:
+            following.append(wrapped)
+    return [layer for layer in layers if layer is not None]
+
+
+def _a(value: object) -> str:
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0].lower() in "aeio" else f"a {kind}"
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}..."

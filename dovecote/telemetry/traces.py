@@ -1,0 +1,330 @@
+"""Spans and where they go.
+
+One trace shows an event's whole way. It starts in the writer, whose traceparent travels in the row's headers.
+Where the writer sampled it, the relay adds `send <queue>` for each message that the event goes out in, and the
+consumer `process <queue>` for each call of a handler, rolled back or not; both are children of the writer's span.
+A batch and a bundle are of many traces at once: each has a span in a trace of its own, sampled by the ratio and
+linked to the writers'. A bundle of one is no exception.
+
+An event that is not sampled costs the relay a search in its bytes, 0.2 to 0.6 us and only where a collector is
+configured, and the consumer half a microsecond, most of it for the log (docs/adr/0018-traces.md).
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
+from typing import Any
+from uuid import uuid4
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.semconv.attributes import error_attributes, exception_attributes
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from dovecote.envelope import Envelope, read_head
+from dovecote.masking import masked, masked_facts
+from dovecote.route import Route
+from dovecote.telemetry.context import back_to, event_at_work, now_at_work
+from dovecote.telemetry.failures import Failure, describe
+
+tracer = trace.get_tracer("dovecote")
+
+# How long a collector that does not answer may delay the end of a process.
+_GOODBYE_SECONDS = 3.0
+# A span keeps as many links as a batch has events by default; of more, the last ones.
+_MOST_LINKS = 2_000
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+# Where `dovecote.envelope` puts it. A quote within a text is escaped, and the payload has a blank after each comma:
+# nothing else in an envelope reads like this. Before it come 150 bytes at least, and never 2,500.
+_TRACEPARENT = b',"traceparent":"00-'
+_EARLIEST, _LATEST = 150, 2_500
+_FLAG_AT = len(_TRACEPARENT) + 32 + len("-") + 16 + len("-0")
+_ODD = b"13579bdf"
+_SAMPLED = frozenset(_ODD.decode())
+
+_UNTRACED = nullcontext()
+
+
+# The relay -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def publishing(rows: Sequence[tuple[int, str, bytes]], routes_for: Callable[[str], Iterable[Route]]) -> Iterator[None]:
+    """Trace a batch: rows of position, type and envelope, sent in this block to those whom `routes_for` a type names.
+
+    A `send` span is made of what was sent: none when the block raises, for then it is sent again.
+    """
+    # Made afterwards: an event that comes alone waits for everything before the message is on its way.
+    began = time.time_ns()
+    yield
+    ended = time.time_ns()
+    attributes = {**_messaging("publish", "send"), "messaging.batch.message_count": len(rows)}
+    batch = tracer.start_span("publish", Context(), SpanKind.PRODUCER, attributes, start_time=began)
+    # Without a provider no span has an id, and nobody to be sent to.
+    for event_type, head in _sampled(rows) if batch.get_span_context().is_valid else ():
+        context = _context_of(head["traceparent"])
+        if batch.is_recording():
+            batch.add_link(trace.get_current_span(context).get_span_context())
+        for route in routes_for(event_type):
+            _start("send", SpanKind.PRODUCER, context, route, head["id"], head.get("correlationid"), began).end(ended)
+    batch.end(ended)
+
+
+def _sampled(rows: Iterable[tuple[int, str, bytes]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return type and attributes of the events whose writers sampled them."""
+    found = []
+    for _, event_type, envelope in rows:
+        at = envelope.find(_TRACEPARENT, _EARLIEST, _LATEST)
+        if at >= 0 and envelope[at + _FLAG_AT : at + _FLAG_AT + 1] in _ODD:
+            head = read_head(envelope)
+            if is_sampled(head["traceparent"]):
+                found.append((event_type, head))
+    return found
+
+
+# The consumer ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def consuming(route: Route, envelopes: Sequence[Envelope]) -> Iterator[None]:
+    """Trace a bundle; what is logged in this block names the handler and what of the bundle is at work."""
+    token = now_at_work(route, envelopes)
+    attributes = {
+        **_messaging("consume", "process"),
+        "messaging.destination.name": route.queue,
+        "messaging.consumer.group.name": route.handler,
+        "messaging.batch.message_count": len(envelopes),
+    }
+    try:
+        with tracer.start_as_current_span(
+            f"consume {route.queue}", kind=SpanKind.CONSUMER, attributes=attributes
+        ) as span:
+            # A link for each event costs as much as acting on it: only for the bundles whose trace is kept.
+            if span.is_recording():
+                for link in links_to(envelope.traceparent for envelope in envelopes):
+                    span.add_link(link.context)
+            yield
+    finally:
+        back_to(token)
+
+
+def acting_on(route: Route, envelope: Envelope) -> AbstractContextManager[None]:
+    """Trace one call of an ordinary handler: spans that it makes are children of the event's."""
+    now_at_work(route, (envelope,))
+    return _acting_on_sampled(route, envelope) if is_sampled(envelope.traceparent) else _UNTRACED
+
+
+@contextmanager
+def _acting_on_sampled(route: Route, envelope: Envelope) -> Iterator[None]:
+    span = _process(route, envelope)
+    with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+        try:
+            yield
+        except BaseException as error:  # also when it is cut off
+            _has_failed(span, error, describe(error, envelope))
+            raise
+
+
+@contextmanager
+def acting_on_all(route: Route, envelopes: Sequence[Envelope]) -> Iterator[None]:
+    """Trace one call of a bulk handler: each event has the same span in its own writer's trace.
+
+    A failure is told in the span of an event that was alone in its bundle. The events of larger ones are taken
+    in parts next, and the text of the first failure may be about another event.
+    """
+    now_at_work(route, envelopes)
+    spans = [_process(route, envelope) for envelope in envelopes if is_sampled(envelope.traceparent)]
+    try:
+        yield
+    except BaseException as error:
+        if spans:
+            failure = describe(error, envelopes[0]) if len(envelopes) == 1 else None
+            for span in spans:
+                _has_failed(span, error, failure)
+        raise
+    finally:
+        ended = time.time_ns()
+        for span in spans:
+            span.end(ended)
+
+
+def _process(route: Route, envelope: Envelope) -> trace.Span:
+    context = _context_of(envelope.traceparent)
+    return _start("process", SpanKind.CONSUMER, context, route, str(envelope.event_id), envelope.correlation_id)
+
+
+def _has_failed(span: trace.Span, error: BaseException, failure: Failure | None) -> None:
+    span.set_attribute(error_attributes.ERROR_TYPE, type(error).__qualname__)
+    span.set_status(Status(StatusCode.ERROR, failure.headline if failure else None))
+    if failure:
+        span.add_event(
+            "exception",
+            {
+                exception_attributes.EXCEPTION_TYPE: failure.type,
+                exception_attributes.EXCEPTION_MESSAGE: failure.headline.removeprefix(f"{failure.type}: "),
+                exception_attributes.EXCEPTION_STACKTRACE: failure.text,
+            },
+        )
+
+
+# One event -------------------------------------------------------------------------------------
+
+
+def _messaging(operation: str, operation_type: str) -> dict[str, str | int]:
+    # Not stable yet, so no constants: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
+    return {
+        "messaging.system": "dovecote",
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation_type,
+    }
+
+
+def _start(
+    operation: str,
+    kind: SpanKind,
+    context: Context,
+    route: Route,
+    event_id: str,
+    correlation_id: object,
+    began: int | None = None,
+) -> trace.Span:
+    attributes = {
+        **_messaging(operation, operation),
+        "messaging.destination.name": route.queue,
+        "messaging.consumer.group.name": route.handler,
+        "messaging.message.id": event_id,
+    }
+    if isinstance(correlation_id, str):
+        attributes["messaging.message.conversation_id"] = correlation_id
+    return tracer.start_span(f"{operation} {route.queue}", context, kind, attributes, start_time=began)
+
+
+def is_sampled(traceparent: str | None) -> bool:
+    """Return whether the writer keeps its trace."""
+    # Most are not, and need no parsing: the last bit of the flags says so.
+    return traceparent is not None and traceparent[54:55] in _SAMPLED and _span_context(traceparent).trace_flags.sampled
+
+
+def links_to(traceparents: Iterable[str | None]) -> list[trace.Link]:
+    """Return a span link to each writer's span, for a bundle that continues many traces at once."""
+    contexts = (_span_context(traceparent) for traceparent in dict.fromkeys(traceparents) if traceparent)
+    return [trace.Link(context) for context in contexts if context.is_valid]
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """Return the trace that wrote the event, which ours continues; without one, the trace that is recorded here."""
+    context = _span_context(traceparent) if traceparent else trace.INVALID_SPAN_CONTEXT
+    if not context.is_valid:
+        context = trace.get_current_span().get_span_context()
+    return trace.format_trace_id(context.trace_id) if context.is_valid else None
+
+
+def ids() -> Mapping[str, str]:
+    """Return trace and span id for a log line: of the span recorded here, else of the one that wrote the event."""
+    context = trace.get_current_span().get_span_context()
+    if not context.trace_flags.sampled:
+        event = event_at_work()
+        context = _span_context(event.traceparent) if event and event.traceparent else trace.INVALID_SPAN_CONTEXT
+    if not context.is_valid:
+        return {}
+    return {
+        "trace_id": trace.format_trace_id(context.trace_id),
+        "span_id": trace.format_span_id(context.span_id),
+    }
+
+
+def _span_context(traceparent: str) -> trace.SpanContext:
+    return trace.get_current_span(_context_of(traceparent)).get_span_context()
+
+
+def _context_of(traceparent: str | None) -> Context:
+    return _PROPAGATOR.extract({"traceparent": traceparent or ""}, Context())
+
+
+# Where they go ---------------------------------------------------------------------------------
+
+
+def configure_traces(endpoint: str, sample_ratio: float, component: str) -> None:
+    """Export spans over OTLP/HTTP; `sample_ratio` is the share of the traces that start here."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # slow to import
+
+    exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")
+    provider = provider_for(sample_ratio, component)
+    provider.add_span_processor(BatchSpanProcessor(Masking(exporter)))
+    trace.set_tracer_provider(provider)
+
+
+def provider_for(sample_ratio: float, component: str) -> TracerProvider:
+    """Return a provider that sends its spans nowhere yet."""
+    ours = Resource.create(
+        {
+            "service.name": "dovecote",
+            "service.version": version("dovecote"),
+            "service.instance.id": str(uuid4()),
+            "host.name": socket.gethostname(),
+            "process.pid": os.getpid(),
+            "dovecote.component": component,
+        }
+    )
+    return TracerProvider(
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win.
+        resource=ours.merge(OTELResourceDetector().detect()),
+        sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
+        span_limits=SpanLimits(max_links=_MOST_LINKS),
+        shutdown_on_exit=False,
+    )
+
+
+def end_traces() -> None:
+    """Send the last spans. A collector that is away delays the end of the process by three seconds at most."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):
+        goodbye = threading.Thread(target=provider.shutdown, name="last spans", daemon=True)
+        goodbye.start()
+        goodbye.join(_GOODBYE_SECONDS)
+
+
+class Masking(SpanExporter):
+    """Passes spans on without secrets and phone numbers, also those of spans that a handler or a library made."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return self._exporter.export([_masked_span(span) for span in spans])
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
+
+
+def _masked_span(span: ReadableSpan) -> ReadableSpan:
+    description = span.status.description
+    return ReadableSpan(
+        name=masked(span.name),
+        context=span.context,
+        parent=span.parent,
+        resource=span.resource,
+        attributes=masked_facts(span.attributes or {}),
+        events=[
+            Event(masked(event.name), masked_facts(event.attributes or {}), event.timestamp) for event in span.events
+        ],
+        links=[trace.Link(link.context, masked_facts(link.attributes or {})) for link in span.links],
+        kind=span.kind,
+        status=Status(span.status.status_code, masked(description) if description else None),
+        start_time=span.start_time,
+        end_time=span.end_time,
+        instrumentation_scope=span.instrumentation_scope,
+    )

@@ -1,0 +1,1 @@
+"""The commands that this application adds to `dovecote`."""

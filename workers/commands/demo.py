@@ -1,0 +1,105 @@
+"""`dovecote demo`: write events of the three slices and wait for their effects."""
+
+import os
+import sys
+import threading
+from contextlib import suppress
+from typing import Annotated
+
+import psycopg
+import sqlalchemy.exc
+import typer
+
+from dovecote import operations
+from dovecote.bootstrap import engine_during
+from dovecote.cli.output import AsJson, print_json, progress_bar, say
+from dovecote.local.supervisor import Stop, prefixed, stop_on_signals
+from dovecote.local.system import STOP_SECONDS, local_system
+from dovecote.processes.state_directory import Home
+from dovecote.settings import Settings, given_variables, load_settings
+from workers import demo as demonstration
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(demo)
+
+
+def demo(
+    events: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many facts.")] = 1_000,
+    timeout_seconds: Annotated[float, typer.Option(min=1, help="How long to wait for the last effect.")] = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Write mixed facts of the three domains and wait until every one is an effect, once.
+
+    Uses the running system, or runs one of its own meanwhile. Exit code 1 if a fact is lost or doubled.
+
+    Example: dovecote demo --events 10000
+    """
+    if _is_led():
+        report = _demo(load_settings(), events, timeout_seconds, as_json)
+    else:
+        report = _demo_in_own_system(events, timeout_seconds, as_json)
+    if as_json:
+        print_json(report.as_json())
+    else:
+        say(
+            f"{report.written} written, {report.published} published, {report.processed} processed, "
+            f"{report.lost} lost, {report.duplicated} duplicated, in {report.seconds} s"
+        )
+    if not report.is_sound:
+        raise typer.Exit(1)
+
+
+def _demo(settings: Settings, events: int, timeout_seconds: float, as_json: bool) -> demonstration.Report:
+    with engine_during(settings) as engine, progress_bar(as_json) as bar:
+        written_task = bar.add_task("written", total=events)
+        processed_task = bar.add_task("processed", total=events)
+
+        def progress(written: int, processed: int) -> None:
+            bar.update(written_task, completed=written)
+            bar.update(processed_task, completed=processed)
+
+        return demonstration.run(engine, settings.keyring(), events, timeout_seconds=timeout_seconds, progress=progress)
+
+
+def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> demonstration.Report:
+    """Supervise from the main thread, as children must be, and write from another."""
+    outcome: list[demonstration.Report | BaseException] = []
+
+    def write(settings: Settings, done: Stop) -> None:
+        try:
+            outcome.append(_demo(settings, events, timeout_seconds, as_json))
+        except BaseException as error:  # handed to the main thread
+            outcome.append(error)
+        finally:
+            done.set()
+
+    with stop_on_signals() as stop, local_system(os.environ, lambda _: None) as system:
+        settings = load_settings(system.environment)
+        supervisor = system.supervisor(prefixed(system.processes, sys.stderr))
+        supervisor.start()
+        try:
+            writer = threading.Thread(target=write, args=(settings, stop), daemon=True)
+            writer.start()
+            supervisor.run_until(stop)
+        finally:
+            supervisor.stop(STOP_SECONDS)
+    if not outcome:
+        raise SystemExit(1)  # a signal ended it
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _is_led() -> bool:
+    """Return whether there is a system to be used, with a relay at work."""
+    given = given_variables(os.environ)
+    if not given.get("DOVECOTE_DATABASE__URL") and Home.locate(os.environ).running() is None:
+        return False
+    with (
+        suppress(psycopg.errors.UndefinedTable, sqlalchemy.exc.ProgrammingError),
+        engine_during(load_settings()) as engine,
+    ):
+        return operations.status(engine, ()).relay.leading
+    return False
