@@ -29,7 +29,7 @@ from dovecote.broker.poison import Suspect
 from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.consumer.time_limits import GRACE_SECONDS
-from dovecote.envelope.opening import Received, Refused
+from dovecote.envelope.message_reader import Received, Refused
 from dovecote.envelope.stored_json import read_stored
 from dovecote.masking import never_show
 from dovecote.migrations import schema
@@ -44,7 +44,7 @@ from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, 
 from dovecote.store.loaders import loads_anything
 from dovecote.store.lookup import history_in
 from dovecote.store.pauses import HandlerPaused
-from dovecote.telemetry.meters import ConsumerMeters, RelayMeters
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation, RelayInstrumentation
 from dovecote.unit_of_work import UnitOfWork
 
 log = structlog.get_logger()
@@ -64,9 +64,9 @@ def start_consumers(app: Dovecote) -> None:
     # A killed master must not leave its workers behind.
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
-    meters = _consumer_meters(settings, routes)
+    instrumentation = _consumer_instrumentation(settings, routes)
     middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()]
-    broker = broker_for(settings, middleware, meters)
+    broker = broker_for(settings, middleware, instrumentation)
     engine = consumer_engine(settings, routes)
     consumer = Consumer(
         sessions_for(engine),
@@ -74,7 +74,7 @@ def start_consumers(app: Dovecote) -> None:
         stopping,
         settings.consumers.outage_max_backoff_seconds,
         partial(schema.await_current, engine, stopping),
-        meters,
+        instrumentation,
         keyring=settings.keyring_if_given(),
     )
     declare_handlers(broker, consumer, routes)
@@ -115,7 +115,7 @@ def run_relay(app: Dovecote) -> None:
     settings = settings_or_exit()
     telemetry.configure(settings.telemetry, "relay")
     telemetry.log_uncaught()
-    running = relay_for(settings, routes, _relay_meters(settings, routes), app.purges)
+    running = relay_for(settings, routes, _relay_instrumentation(settings, routes), app.purges)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
     try:
@@ -125,13 +125,16 @@ def run_relay(app: Dovecote) -> None:
 
 
 def relay_for(
-    settings: Settings, routes: Sequence[Route], meters: RelayMeters | None = None, purges: Sequence[Purge] = ()
+    settings: Settings,
+    routes: Sequence[Route],
+    instrumentation: RelayInstrumentation | None = None,
+    purges: Sequence[Purge] = (),
 ) -> Relay:
     """Return a relay that is not running yet."""
     broker = broker_for(settings, [])
     for queue in queues(routes):
         broker.declare_queue(queue)
-    return Relay(settings, broker, routes, meters, Maintainer(settings, routes, purges).start)
+    return Relay(settings, broker, routes, instrumentation, Maintainer(settings, routes, purges).start)
 
 
 def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
@@ -202,7 +205,9 @@ def refuse(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def broker_for(settings: Settings, middleware: list[Middleware], meters: ConsumerMeters | None = None) -> OutboxBroker:
+def broker_for(
+    settings: Settings, middleware: list[Middleware], instrumentation: ConsumerInstrumentation | None = None
+) -> OutboxBroker:
     """Return a broker on the settings' Redis; no connection is made yet."""
     # Every process must speak the same JSON; the relay writes it by hand.
     dramatiq.set_encoder(OrjsonEncoder())
@@ -215,12 +220,12 @@ def broker_for(settings: Settings, middleware: list[Middleware], meters: Consume
         # The relay reaps every few seconds; the workers need not.
         maintenance_chance=0,
         middleware=middleware,
-        meters=meters,
+        instrumentation=instrumentation,
         publish_bytes=settings.relay.publish_bytes,
     )
 
 
-def _consumer_meters(settings: Settings, routes: Sequence[Route]) -> ConsumerMeters | None:
+def _consumer_instrumentation(settings: Settings, routes: Sequence[Route]) -> ConsumerInstrumentation | None:
     if not settings.telemetry.http_port:
         return None
     from dovecote.exporter.server import show_consumers  # slow to import
@@ -228,7 +233,7 @@ def _consumer_meters(settings: Settings, routes: Sequence[Route]) -> ConsumerMet
     return show_consumers(settings, routes)
 
 
-def _relay_meters(settings: Settings, routes: Sequence[Route]) -> RelayMeters | None:
+def _relay_instrumentation(settings: Settings, routes: Sequence[Route]) -> RelayInstrumentation | None:
     if not settings.telemetry.http_port:
         return None
     from dovecote.exporter.server import show_relay  # slow to import
@@ -252,7 +257,7 @@ def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = No
             queue = f"{broker.namespace}:{received.queue}"
             suspect = Suspect(broker.client, consumer.message_keys, queue, received.id, received.crashes)
         consume = consumer.consume if route else consumer.keep_for_other_code
-        with consumer.meters.at_work(its_route.handler, len(contents.envelopes)):
+        with consumer.instrumentation.in_flight(its_route.handler, len(contents.envelopes)):
             consume(
                 its_route,
                 contents.envelopes,

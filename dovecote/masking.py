@@ -132,7 +132,7 @@ def masked(text: str, hidden: Iterable[str] = (), most: int = MAX_CHARACTERS) ->
     return first[:half] + _GAP + (last[-half:] if half else "")
 
 
-def masked_facts(facts: Mapping[str, object], most: int = MAX_CHARACTERS) -> dict[str, Any]:
+def masked_fields(facts: Mapping[str, object], most: int = MAX_CHARACTERS) -> dict[str, Any]:
     """Return names and values without secrets and phone numbers, as deep as they are nested.
 
     A value whose name says that it is secret is hidden whole. What is no number, text or collection becomes its `repr`.

@@ -34,9 +34,9 @@ from dovecote.privacy import Keyring
 # Bytes of JSON text, as Postgres prints it: ", " and ": " between its parts. The database takes as much of a payload,
 # and 16,384 bytes of headers, so that those of a trace (unit_of_work/trace_headers.py) fit beside the service's own.
 # A float in exponent form is the one thing that is longer there (1e300 has 301 digits); then the database refuses it.
-MOST_PAYLOAD_BYTES = 262_144
-MOST_HEADER_BYTES = 8_192
-MOST_AGGREGATE_ID_CHARACTERS = 200
+MAX_PAYLOAD_BYTES = 262_144
+MAX_HEADER_BYTES = 8_192
+MAX_AGGREGATE_ID_CHARACTERS = 200
 
 outbox = Table(
     "outbox",
@@ -92,10 +92,10 @@ def row_for(
     Errors: InvalidEvent when the outbox would refuse it: too large, not JSON, an aggregate without an id.
     """
     aggregate_id = event.aggregate_id
-    if not 1 <= len(aggregate_id) <= MOST_AGGREGATE_ID_CHARACTERS:
+    if not 1 <= len(aggregate_id) <= MAX_AGGREGATE_ID_CHARACTERS:
         raise InvalidEvent(
             f"{event.type} {event.event_id}: the aggregate's id must have 1 to "
-            f"{MOST_AGGREGATE_ID_CHARACTERS} characters, got {len(aggregate_id)}"
+            f"{MAX_AGGREGATE_ID_CHARACTERS} characters, got {len(aggregate_id)}"
         )
     if event.event_id.version != 7:
         raise InvalidEvent(f"{event.type}: event_id {event.event_id} is not a UUIDv7; leave it out")
@@ -104,25 +104,25 @@ def row_for(
         "aggregate_type": event.aggregate_type,
         "aggregate_id": _without_nul(event, "the aggregate's id", aggregate_id, "\x00"),
         "event_type": event.type,
-        "payload": _json(event, "payload", event.payload(keys), MOST_PAYLOAD_BYTES),
+        "payload": _json(event, "payload", event.payload(keys), MAX_PAYLOAD_BYTES),
         "headers": _headers(event, headers, trace or {}),
     }
 
 
 def _headers(event: Event, headers: Mapping[str, str], trace: Mapping[str, str]) -> str:
-    own = _json(event, "headers", dict(headers), MOST_HEADER_BYTES)
+    own = _json(event, "headers", dict(headers), MAX_HEADER_BYTES)
     return json.dumps({**trace, **headers}, ensure_ascii=False) if trace else own
 
 
-def _json(event: Event, part: str, value: object, most_bytes: int) -> str:
+def _json(event: Event, part: str, value: object, max_bytes: int) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidEvent(f"{event.type} {event.event_id}: {part} is not JSON: {shown_error(error)}") from error
-    if size > most_bytes:
+    if size > max_bytes:
         raise InvalidEvent(
-            f"{event.type} {event.event_id}: {part} has {size} bytes, at most {most_bytes} are taken; "
+            f"{event.type} {event.event_id}: {part} has {size} bytes, at most {max_bytes} are taken; "
             "store the bulk elsewhere and put a reference into the event"
         )
     _without_nul(event, part, text.replace("\\\\", ""), "\\u0000")

@@ -43,7 +43,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 _QUEUE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 # Dramatiq's and our own, for what belongs to a queue: messages that wait, are dead, are at work, were in a
 # crash, are put aside.
-_SUFFIXES = (".DQ", ".XQ", ".msgs", ".at_work", ".crashes")
+_SUFFIXES = (".DQ", ".XQ", ".msgs", ".in_flight", ".crashes")
 _ASIDE = ".aside."
 # The broker's own keys: __relay__, __heartbeats__, __acks__.
 _OWN = "__"
@@ -132,7 +132,7 @@ class Route:
 
     @property
     def wants_keys(self) -> bool:
-        """Tell if its process needs keys: for its handler, or to open what its events say."""
+        """Return whether its process needs keys: for its handler, or to open what its events say."""
         return self.needs_keys or any(has_sensitive_fields(event) for event in self.events)
 
 

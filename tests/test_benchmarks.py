@@ -14,15 +14,15 @@ from sqlalchemy.orm import Session, sessionmaker
 from benchmarks import plots
 from dovecote.bootstrap import broker_for
 from dovecote.broker.broker import OutboxBroker
+from dovecote.processes.stop_flag import HasFileno, StopFlag
 from dovecote.relay import leader as leading
 from dovecote.relay import replayer as replaying
 from dovecote.relay.history import History, take_over
 from dovecote.relay.leader import Leader
-from dovecote.relay.sleeper import Sleeper
 from dovecote.route import queues
 from dovecote.settings import Settings
 from dovecote.store.connections import connect, sessions_for
-from dovecote.store.reader import Connection, Reader
+from dovecote.store.reader import Reader
 from dovecote.unit_of_work import unit_of_work
 from tests.support.processes import eventually
 from workers.routes import ROUTES
@@ -90,7 +90,7 @@ def test_a_batch_costs_three_statements_and_one_script(settings: Settings, monke
     """Reading, publishing and recording a batch more: horizon, rows, record; and one EVALSHA."""
     # What is done by the clock would be counted with the batches on a slow machine.
     monkeypatch.setattr(leading, "_TICK_SECONDS", 3_600.0)
-    monkeypatch.setattr(replaying, "_LOOK_SECONDS", 3_600.0)
+    monkeypatch.setattr(replaying, "_POLL_INTERVAL_SECONDS", 3_600.0)
     few = _lead_through(settings, batches=2)
     many = _lead_through(settings, batches=12)
 
@@ -109,11 +109,12 @@ class _Counted:
     rows_read = 0
 
 
-class _UntilNothingIsLeft(Sleeper):
-    """Stops the leader when it would sleep for the bell."""
+class _UntilNothingIsLeft(StopFlag):
+    """Stops the leader when it would sleep until it is woken."""
 
-    def sleep(self, seconds: float, connection: Connection | None = None) -> bool:
-        self.stopping = self.stopping or connection is not None
+    def sleep(self, seconds: float, watched: HasFileno | None = None) -> bool:
+        if watched is not None:
+            self.set()
         return True
 
 
@@ -137,14 +138,14 @@ def _lead_through(settings: Settings, batches: int) -> _Counted:
     with psycopg.connect(url, autocommit=True, options=guarded, cursor_factory=CountingCursor) as connection:
         taken = take_over(connection, 0, "a test")
         history = History(taken, connection=connection, broker=broker)
-        history.greet(lambda: None)
+        history.verify_redis(lambda: None)
         Leader(
             connection=connection,
             reader=Reader(connection, taken.checkpoint, _BATCH),
             broker=broker,
             routes=ROUTES,
             settings=settings.relay.model_copy(update={"batch_size": _BATCH}),
-            sleeper=_UntilNothingIsLeft(),
+            stop=_UntilNothingIsLeft(),
             history=history,
         ).lead()
     counted.scripts = _scripts(broker) - scripts

@@ -23,7 +23,7 @@ from dovecote.events.money import Money
 Period = tuple[datetime, datetime] | tuple[None, None]
 
 # The history keeps amounts as bigint.
-_MOST_MINOR_UNITS = 2**63 - 1
+_MAX_MINOR_UNITS = 2**63 - 1
 
 
 class Status(Enum):
@@ -252,7 +252,7 @@ def _check_period(start: datetime, until: datetime) -> None:
 
 
 def _check_payment(amount: Money, invoice_id: str) -> None:
-    if not 0 < amount.amount_minor <= _MOST_MINOR_UNITS:
+    if not 0 < amount.amount_minor <= _MAX_MINOR_UNITS:
         raise InvalidValue(f"a payment or refund is 1 to 2**63 - 1 minor units, got {amount}")
     if not invoice_id.strip():
         raise InvalidValue("a payment or refund names its invoice: invoice_id is empty")

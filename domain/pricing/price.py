@@ -7,23 +7,23 @@ from decimal import Decimal
 from domain.pricing.events import PriceQuoted
 from dovecote.errors import InvalidValue, shown
 
-MOST_SYMBOL_CHARACTERS = 100
+MAX_SYMBOL_CHARACTERS = 100
 # The column is numeric(38, 18): beyond it Postgres would refuse or round.
-_MOST_WHOLE_DIGITS = 20
-_MOST_DECIMALS = 18
+_MAX_WHOLE_DIGITS = 20
+_MAX_DECIMALS = 18
 
 
 def check_quote(symbol: str, price: Decimal, as_of: datetime) -> None:
     """Refuse what no source can mean: see `Quote`."""
-    if not 1 <= len(symbol) <= MOST_SYMBOL_CHARACTERS or not symbol.isprintable():
-        raise InvalidValue(f"a symbol has 1 to {MOST_SYMBOL_CHARACTERS} printable characters, got {shown(symbol, 40)}")
+    if not 1 <= len(symbol) <= MAX_SYMBOL_CHARACTERS or not symbol.isprintable():
+        raise InvalidValue(f"a symbol has 1 to {MAX_SYMBOL_CHARACTERS} printable characters, got {shown(symbol, 40)}")
     if not price.is_finite() or price <= 0:
         raise InvalidValue(f"a price is a positive number, got {shown(price)}")
     exponent = price.as_tuple().exponent
     assert isinstance(exponent, int), "a finite decimal has a number for exponent"
-    if price.adjusted() >= _MOST_WHOLE_DIGITS or -exponent > _MOST_DECIMALS:
+    if price.adjusted() >= _MAX_WHOLE_DIGITS or -exponent > _MAX_DECIMALS:
         raise InvalidValue(
-            f"a price has at most {_MOST_WHOLE_DIGITS} digits and {_MOST_DECIMALS} decimals, got {shown(price)}"
+            f"a price has at most {_MAX_WHOLE_DIGITS} digits and {_MAX_DECIMALS} decimals, got {shown(price)}"
         )
     if as_of.tzinfo is None:
         raise InvalidValue(f"a moment needs a time zone, got {as_of}")

@@ -33,9 +33,9 @@ from dovecote.broker.poison import MARK_SECONDS
 from dovecote.broker.redis_client import connect_redis
 from dovecote.broker.refusals import Refusals
 from dovecote.envelope import read_message
-from dovecote.envelope.opening import Refused
+from dovecote.envelope.message_reader import Refused
 from dovecote.errors import NewerRelay, RedisLost
-from dovecote.telemetry.meters import ConsumerMeters
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 
 log = structlog.get_logger()
 
@@ -44,8 +44,8 @@ _LUA = Path(__file__).parent / "lua"
 # Messages whose size tells that of a queue.
 _SAMPLES = 100
 # Of one call: Redis serves nobody else for some milliseconds.
-_MOST_TAKEN_BACK = 1_000
-# A bundle has a megabyte of envelopes (dovecote/relay/leases.py), and other programs may send larger messages.
+_MAX_TAKEN_BACK = 1_000
+# A bundle has a megabyte of envelopes (dovecote/store/leases.py), and other programs may send larger messages.
 _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES = 16_000_000, 64_000_000
 # Refused messages that are kept for whoever wants to see what they were.
 _MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES = 1_000, 1_100_000
@@ -104,7 +104,7 @@ class OutboxBroker(RedisBroker):
         poll_interval_ms: int = 1_000,
         socket_timeout_seconds: float = 5.0,
         middleware: list[Middleware] | None = None,
-        meters: ConsumerMeters | None = None,
+        instrumentation: ConsumerInstrumentation | None = None,
         publish_bytes: int = 8_000_000,
         **options: Any,
     ) -> None:
@@ -113,7 +113,7 @@ class OutboxBroker(RedisBroker):
         super().__init__(client=client, middleware=middleware, **options)
         self.poll_interval_ms = poll_interval_ms
         self._publish_bytes = publish_bytes
-        self.meters = meters or ConsumerMeters()
+        self.instrumentation = instrumentation or ConsumerInstrumentation()
         dispatch = (_LUA / "dispatch_head.lua").read_bytes() + _scripts["dispatch"]
         self.scripts["dispatch"] = self.client.register_script(dispatch)
         self._publish = self.client.register_script((_LUA / "publish.lua").read_bytes())
@@ -143,7 +143,7 @@ class OutboxBroker(RedisBroker):
     # For the relay ---------------------------------------------------------------------------
 
     @property
-    def marker_keys(self) -> list[str]:
+    def fence_keys(self) -> list[str]:
         """Where Redis keeps which relay may publish: its epoch, and what goes with it (dovecote/relay/fence.py)."""
         return [f"{self.namespace}:__relay__", f"{self.namespace}:__relay__.history"]
 
@@ -168,7 +168,7 @@ class OutboxBroker(RedisBroker):
         return added + self._call_publish(epoch, args)
 
     def _call_publish(self, epoch: int, args: Sequence[str | int | bytes]) -> int:
-        added = int(self._publish(keys=self.marker_keys, args=args))
+        added = int(self._publish(keys=self.fence_keys, args=args))
         if added == -1:
             raise RedisLost
         if added == -2:
@@ -248,12 +248,12 @@ class OutboxBroker(RedisBroker):
 
         For the declared queues, and for what is put aside for these (queue, handler).
         """
-        types = dict.fromkeys(self.marker_keys[:1], "string") | dict.fromkeys(self.marker_keys[1:], "hash")
+        types = dict.fromkeys(self.fence_keys[:1], "string") | dict.fromkeys(self.fence_keys[1:], "hash")
         types[f"{self.namespace}:__heartbeats__"] = "zset"
         for name in (name for queue in self.queues for name in (queue, dq_name(queue))):
             key = f"{self.namespace}:{name}"
             types |= {key: "list", self._held(name): "set", f"{key}.XQ": "zset"}
-            types |= dict.fromkeys((f"{key}{end}" for end in (".msgs", ".XQ.msgs", ".at_work", ".crashes")), "hash")
+            types |= dict.fromkeys((f"{key}{end}" for end in (".msgs", ".XQ.msgs", ".in_flight", ".crashes")), "hash")
         types |= {self._aside(queue, handler): "list" for queue, handler in handlers}
         deleted = self._mend(keys=list(types), args=list(types.values()))
         for key in deleted:
@@ -272,7 +272,7 @@ class OutboxBroker(RedisBroker):
         """Bring what was put aside for a handler back to the head of its queue, in order."""
         self.sent += 1
         keys = [self._aside(queue, handler), f"{self.namespace}:{queue}"]
-        while self._take_back(keys=keys, args=[_MOST_TAKEN_BACK]):
+        while self._take_back(keys=keys, args=[_MAX_TAKEN_BACK]):
             pass
 
     def beat(self, queue: str) -> None:
@@ -333,7 +333,7 @@ class OutboxBroker(RedisBroker):
         return handler if handler in self.signed_handlers else self.stand_ins.get(queue)
 
     def is_signed_for(self, queue: str, actor: str) -> bool:
-        """Tell whether what is on this queue for this actor is of a relay, or is to be refused."""
+        """Return whether what is on this queue for this actor is of a relay, or is to be refused."""
         if queue not in self.stand_ins:
             return actor in self.signed_handlers
         others = self.actors.keys() - self.signed_handlers - set(self.stand_ins.values())
@@ -342,7 +342,7 @@ class OutboxBroker(RedisBroker):
     def refuse(self, queue: str, id: bytes, refused: Refused) -> None:
         """Take a message off its queue for good; it is among the dead letters there while these are few."""
         self._refusals.tell(queue, id, refused)
-        self.meters.refused(q_name(queue), refused.reason)
+        self.instrumentation.refused(q_name(queue), refused.reason)
         keys = [self._held(queue), f"{self.namespace}:{queue}", f"{self.namespace}:{q_name(queue)}.XQ"]
         self._refuse(keys=keys, args=[_MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES, id])
 

@@ -17,7 +17,7 @@ from dramatiq.message import Message
 
 from dovecote.broker.redis_client import PASSING
 from dovecote.envelope import handler_named_in
-from dovecote.envelope.opening import Received, Refused
+from dovecote.envelope.message_reader import Received, Refused
 
 if TYPE_CHECKING:
     from dovecote.broker.broker import Fetched, OutboxBroker
@@ -36,7 +36,7 @@ class BlockingConsumer(_RedisConsumer):
         self._unfinished: list[str] = []
 
     def __next__(self) -> MessageProxy | None:
-        self.broker.meters.fetching(self.queue_name)
+        self.broker.instrumentation.fetching(self.queue_name)
         try:
             if self._reclaim_first:
                 self.broker.reclaim(self.queue_name)

@@ -21,7 +21,7 @@ import redis
 from dovecote.envelope.signatures import MessageKeys, split_mark
 
 #: An event that was at work in so many processes when they died is not started again.
-MOST_STARTS = 3
+MAX_STARTS = 3
 
 # One event at a time in this process: neither another suspect in the next thread nor its own bundle-mates
 # are to be marked when it dies.
@@ -52,7 +52,7 @@ class Suspect:
         self.crashes = crashes
         self._client = client
         self._keys = keys
-        self._key, self._crashes_key = f"{queue}.at_work", f"{queue}.crashes"
+        self._key, self._crashes_key = f"{queue}.in_flight", f"{queue}.crashes"
         self._message_id = message_id
 
     def starts(self, event_id: UUID) -> int:
@@ -65,7 +65,7 @@ class Suspect:
         unexplained = self.crashes - marks.explained > known
         return known + 1 if known and unexplained else known
 
-    def at_work(self, event_id: UUID) -> tuple[Marks, Marks]:
+    def in_flight(self, event_id: UUID) -> tuple[Marks, Marks]:
         """Return what to write before the event starts, and what once it has ended, however, short of death."""
         marks = self._marks()
         others = {id: starts for id, starts in marks.starts.items() if id != str(event_id)}

@@ -10,16 +10,16 @@ PASSING = (redis.RedisError,)
 
 
 def is_wrong_type(error: BaseException) -> bool:
-    """Tell whether a key of ours is of another type than ours: that does not pass by itself (OutboxBroker.mend)."""
+    """Return whether a key of ours is of another type than ours: that does not pass by itself (OutboxBroker.mend)."""
     return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
 
 
 #: Of one process. It uses one for each queue and delay queue it waits on, and one for each thread that
 #: acknowledges; without an end, a process of many threads could use up what the server gives to all.
-MOST_CONNECTIONS = 64
+MAX_CONNECTIONS = 64
 
 
-def connect_redis(url: str, socket_timeout_seconds: float, max_connections: int = MOST_CONNECTIONS) -> redis.Redis:
+def connect_redis(url: str, socket_timeout_seconds: float, max_connections: int = MAX_CONNECTIONS) -> redis.Redis:
     """Return a client that never repeats a command by itself: a lost reply may have been a fetch.
 
     Whoever finds all connections in use waits for one, as long as for an answer.

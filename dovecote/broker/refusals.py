@@ -5,7 +5,7 @@ import time
 
 import structlog
 
-from dovecote.envelope.opening import Refused
+from dovecote.envelope.message_reader import Refused
 
 log = structlog.get_logger()
 

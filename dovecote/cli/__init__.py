@@ -29,7 +29,7 @@ from dovecote.errors import DovecoteError
 from dovecote.local.binaries import ServerError
 from dovecote.local.supervisor import CannotRun, ProcfileError
 from dovecote.migrations import schema
-from dovecote.processes.state_directory import HomeError
+from dovecote.processes.state_directory import StateDirectoryError
 from dovecote.processes.terminal import write_block
 from dovecote.settings import SettingsError
 from dovecote.settings.application import find_app
@@ -88,7 +88,7 @@ def main() -> None:
         _refuse_command(error)
     except (SettingsError, operations.WrongRequest) as error:
         refuse(str(error))
-    except (DovecoteError, HomeError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:
+    except (DovecoteError, StateDirectoryError, ServerError, ProcfileError, CannotRun, schema.SchemaError) as error:
         fail(str(error))
     except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
         cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error

@@ -1,7 +1,6 @@
 """Commands about what did not go well: `deliveries` and `aggregates`."""
 
 from datetime import datetime
-from enum import Enum
 from typing import Annotated
 
 import typer
@@ -26,16 +25,9 @@ from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, s
 from dovecote.operations import Change, Failure, Filter
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
+from dovecote.store.delivery_state import DeliveryState
 
-
-class State(Enum):
-    retrying = "retrying"
-    waiting = "waiting"
-    dead = "dead"
-    discarded = "discarded"
-
-
-StateOption = Annotated[State | None, typer.Option(help="Only deliveries of this state.")]
+StateOption = Annotated[DeliveryState | None, typer.Option(help="Only deliveries of this state.")]
 Fingerprint = Annotated[str | None, typer.Option(help="Only failures of this kind, as `deliveries list` names it.")]
 ChangedSince = Annotated[
     datetime | None,
@@ -227,7 +219,7 @@ def blocked(
 
 def _filter(
     handler: str | None,
-    state: State | None,
+    state: DeliveryState | None,
     fingerprint: str | None,
     event_type: str | None,
     aggregate_type: str | None,

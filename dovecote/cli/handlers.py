@@ -13,6 +13,7 @@ from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, s
 from dovecote.operations import Handler, HandlerWithoutRoute
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
+from dovecote.store.delivery_state import DeliveryState
 
 Name = Annotated[
     str, typer.Argument(help="The handler, such as billing.write_history.", autocompletion=complete_handler)
@@ -52,10 +53,9 @@ def list_(as_json: AsJson = False) -> None:
 
 
 def _without_route(left: Sequence[HandlerWithoutRoute]) -> Table:
-    states = ("retrying", "waiting", "dead", "discarded")
-    table = Table("handler", *states, "subscriptions", "", box=None, pad_edge=False)
+    table = Table("handler", *DeliveryState, "subscriptions", "", box=None, pad_edge=False)
     for one in left:
-        counts = [f"{getattr(one, state)}{'+' if state in one.at_least else ''}" for state in states]
+        counts = [f"{getattr(one, state)}{'+' if state in one.at_least else ''}" for state in DeliveryState]
         flags = {"paused": one.is_paused, "queue was full": one.is_postponed}
         words = ", ".join(word for word, holds in flags.items() if holds)
         add_row(table, one.name, *counts, one.event_types, words)

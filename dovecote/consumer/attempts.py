@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from dovecote.envelope import Envelope
 from dovecote.errors import DomainError, GatewayUnavailable, UnknownEvent
 from dovecote.route import Route
+from dovecote.store.delivery_state import DeliveryState
 from dovecote.telemetry import trace_id
 from dovecote.telemetry.failures import Failure, KilledTheProcess, UnknownHandler
 from dovecote.telemetry.outages import passes
@@ -99,7 +100,7 @@ def _row(route: Route, attempt: Attempt, so_far: SoFar, replay: UUID | None) -> 
         "aggregate_type": envelope.aggregate_type,
         "aggregate_id": envelope.aggregate_id,
         "event_type": envelope.type,
-        "state": "dead" if final else "retrying",
+        "state": DeliveryState.DEAD if final else DeliveryState.RETRYING,
         "attempts": attempts,
         # The database's clock decides when, not the worker's.
         "pause_seconds": None if final else pause.total_seconds(),

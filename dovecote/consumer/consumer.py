@@ -24,24 +24,24 @@ import structlog
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from dovecote.broker.poison import MOST_STARTS, Suspect, one_at_a_time
+from dovecote.broker.poison import MAX_STARTS, Suspect, one_at_a_time
 from dovecote.consumer.attempts import Attempt, SoFar, attempts_so_far, record_failures
 from dovecote.consumer.stuck import end_stuck_process
 from dovecote.consumer.time_limits import TimeLimits, Watch
 from dovecote.consumer.transaction_guard import TransactionGuard
 from dovecote.database import Sessions
 from dovecote.envelope import Contents, Envelope
-from dovecote.envelope.opening import Opener, Received
+from dovecote.envelope.message_reader import MessageReader, Received
 from dovecote.envelope.signatures import MessageKeys
 from dovecote.privacy import Keyring
 from dovecote.route import Route, require_nothing_returned
 from dovecote.store import deliveries, lookup
 from dovecote.store.bundle import Bundle, Parts
 from dovecote.store.pauses import HandlerPaused, require_at_work
-from dovecote.telemetry import acting_on, acting_on_all, consuming, now_at_work
-from dovecote.telemetry.context import event_at_work
+from dovecote.telemetry import acting_on, acting_on_all, consuming, set_in_flight
+from dovecote.telemetry.context import event_in_flight
 from dovecote.telemetry.failures import KilledTheProcess, TimeLimitExceeded, UnknownHandler, describe
-from dovecote.telemetry.meters import ConsumerMeters
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 from dovecote.telemetry.outages import asks_again, passes
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 
@@ -54,14 +54,14 @@ _takes_writes = text("select current_setting('transaction_read_only') = 'off'")
 
 
 # Some seconds of trying, with the pauses of `_wait`; then it is a failure like any other.
-_MOST_CONFLICTS = 8
+_MAX_CONFLICTS = 8
 # So often may a server seem away while Postgres is there; then it is another one, that only the handler asks.
-_MOST_ANSWERS = 5
+_MAX_ANSWERS = 5
 #: Longest that events of a bundle say nothing to Postgres together, besides the time limit of one: it ends the session
 #: of a process that says nothing for much longer (dovecote/bootstrap.py).
 SILENT_SECONDS = 5.0
 # Longest that an ordered bundle waits for the one before it to end, and how often it looks.
-_PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 0.005
+_PATIENCE_SECONDS, _POLL_INTERVAL_SECONDS = 1.0, 0.005
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Consumer:
         stopping: threading.Event | None = None,
         outage_max_backoff_seconds: float = 1.0,
         await_schema: Callable[[], bool] | None = None,
-        meters: ConsumerMeters | None = None,
+        instrumentation: ConsumerInstrumentation | None = None,
         *,
         keyring: Keyring | None = None,
     ) -> None:
@@ -103,11 +103,11 @@ class Consumer:
         self._stopping = stopping or threading.Event()
         self._outage_max_backoff_seconds = outage_max_backoff_seconds
         self._await_schema = await_schema
-        self.meters = meters or ConsumerMeters()
+        self.instrumentation = instrumentation or ConsumerInstrumentation()
         self._time_limits = TimeLimits(partial(end_stuck_process, sessions))
         self.keys = keyring
         self.message_keys = MessageKeys(sessions)
-        self._opener = Opener(sessions, self.message_keys, keyring, self._held)
+        self._opener = MessageReader(sessions, self.message_keys, keyring, self._held)
         #: Returns the history in which the messages were sent that this is called with; None where nobody knows.
         self.history_in_redis: Callable[[], str | None] = lambda: None
 
@@ -207,7 +207,7 @@ class Consumer:
             alone = bundle.of([envelope])
             with one_at_a_time(self._stop_if_told):
                 starts = self._held(partial(suspect.starts, envelope.event_id))
-                if starts >= MOST_STARTS:
+                if starts >= MAX_STARTS:
                     self._record(alone, {envelope.event_id: _killed(starts)}, if_open=True)
                     self._held(suspect.explained)
                     continue
@@ -244,10 +244,10 @@ class Consumer:
                 return failed, record_failures(session, bundle.route, failed, so_far, bundle.replay), found.absent
 
         failed, states, absent = self._held(write)
-        lookup.report(bundle.route, absent, self.meters)
+        lookup.report(bundle.route, absent, self.instrumentation)
         for attempt, state in zip(failed, states, strict=True):
-            now_at_work(bundle.route, (attempt.envelope,))
-            self.meters.failed(bundle.route.handler, state)
+            set_in_flight(bundle.route, (attempt.envelope,))
+            self.instrumentation.failed(bundle.route.handler, state)
             log.warning(
                 "event failed",
                 handler=bundle.route.handler,
@@ -259,7 +259,7 @@ class Consumer:
     def _through_outages(self, bundle: Bundle, suspect: Suspect | None = None) -> Failed | None:
         """Act in one transaction; return what the handler raised, if anything."""
         route = bundle.route
-        now_at_work(route, bundle.envelopes)
+        set_in_flight(route, bundle.envelopes)
         conflicts = answers = 0
         done = _Done()
 
@@ -275,14 +275,14 @@ class Consumer:
                 except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
                     if passes(error):
                         answers += self._postgres_answers()
-                        if answers <= _MOST_ANSWERS:
+                        if answers <= _MAX_ANSWERS:
                             raise
-                    if asks_again(error) and conflicts < _MOST_CONFLICTS:
+                    if asks_again(error) and conflicts < _MAX_CONFLICTS:
                         conflicts += 1
                         raise
-                    return Failed(error, event_at_work())
-            self.meters.acted(route.handler, done.acted, again=bundle.replay is not None)
-            lookup.report(route, done.absent, self.meters)
+                    return Failed(error, event_in_flight())
+            self.instrumentation.acted(route.handler, done.acted, again=bundle.replay is not None)
+            lookup.report(route, done.absent, self.instrumentation)
             return None
 
         failure = self._held(act)
@@ -300,7 +300,7 @@ class Consumer:
             yield
             return
         (envelope,) = envelopes  # a suspect's events are taken one by one
-        during, after = self._held(partial(suspect.at_work, envelope.event_id))
+        during, after = self._held(partial(suspect.in_flight, envelope.event_id))
         # Held: a Redis that takes no mark is no failure of the event.
         self._held(partial(suspect.write, during))
         try:
@@ -372,7 +372,7 @@ class Consumer:
                 with acting_on(route, envelope):
                     call(envelope.event)
             # What fails from here on, such as a write that was put off, is no single event's.
-            now_at_work(route, fresh)
+            set_in_flight(route, fresh)
 
         try:
             with guard.on_watch():
@@ -383,18 +383,18 @@ class Consumer:
                 uow.session.invalidate()
             raise
         finally:
-            self.meters.handled(route.handler, [*watch.moments, time.monotonic()])
+            self.instrumentation.handled(route.handler, [*watch.moments, time.monotonic()])
 
     def _without_blocked(self, uow: UnitOfWork, bundle: Bundle) -> tuple[Bundle, Sequence[Envelope]]:
         """Park those that must wait; return the others, and what was parked."""
         route, envelopes, replay = bundle.route, bundle.envelopes, bundle.replay
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         found = deliveries.blocked(uow.session, route, envelopes, replay)
-        while found.at_work is not None and self._is_settled_soon(uow.session, route, found.at_work, give_up_at):
+        while found.in_flight is not None and self._is_settled_soon(uow.session, route, found.in_flight, give_up_at):
             found = deliveries.blocked(uow.session, route, envelopes, replay)
         if found.envelopes:
             deliveries.park(uow.session, route, found.envelopes, replay)
-            self.meters.parked(route.handler, len(found.envelopes))
+            self.instrumentation.parked(route.handler, len(found.envelopes))
         parked = {envelope.event_id for envelope in found.envelopes}
         return bundle.of([envelope for envelope in envelopes if envelope.event_id not in parked]), found.envelopes
 
@@ -404,7 +404,7 @@ class Consumer:
         Putting ours behind it instead would have the relay send each event again, and the next bundle wait for those.
         """
         while not deliveries.is_settled(session, route, event_id):
-            if time.monotonic() > give_up_at or self._stopping.wait(_LOOK_SECONDS):
+            if time.monotonic() > give_up_at or self._stopping.wait(_POLL_INTERVAL_SECONDS):
                 return False
         return True
 

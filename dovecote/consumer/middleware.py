@@ -11,7 +11,7 @@ from dramatiq.middleware import Middleware
 from dovecote.broker.broker import OutboxBroker
 from dovecote.broker.fetcher import hand_back, put_aside, refuse
 from dovecote.consumer.consumer import Stopping
-from dovecote.envelope.opening import Refused
+from dovecote.envelope.message_reader import Refused
 from dovecote.store.pauses import HandlerPaused
 
 # By one process. With a pause of a second each, that is a while for a bug of the moment to pass.

@@ -57,7 +57,7 @@ _BY_FIRST_WORD: dict[str, Kind] = {
     "call": "set",
 }
 # Enough for `rollback transaction to savepoint name`, and for `create or replace function`.
-_MOST_WORDS = 6
+_MAX_WORDS = 6
 # Longer texts are read each time: they are made for one occasion, and a cache would keep them.
 _LONGEST_KEPT = 4_000
 
@@ -117,7 +117,7 @@ def _statements(text: str) -> Iterator[list[str]]:
             elif blocks:
                 blocks += {"case": 1, "end": -1}.get(word, 0)
             last = word
-        if len(words) < _MOST_WORDS and (word or token["quoted"]):
+        if len(words) < _MAX_WORDS and (word or token["quoted"]):
             words.append(word or token["quoted"].replace('""', '"'))
     if words:
         yield words

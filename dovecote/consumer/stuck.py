@@ -18,7 +18,7 @@ from dovecote.telemetry.failures import describe
 log = structlog.get_logger()
 
 # How long the record may take before the process ends all the same.
-_GOODBYE_SECONDS = 10.0
+_SHUTDOWN_TIMEOUT_SECONDS = 10.0
 _STUCK_EXIT_CODE = 70
 
 
@@ -35,7 +35,7 @@ def end_stuck_process(sessions: Sessions, watch: Watch) -> None:
         # In a thread: Postgres may be away, and then the crash is counted instead (dovecote/broker/poison.py).
         record = threading.Thread(target=_record, args=(sessions, watch, watch.envelope, error), daemon=True)
         record.start()
-        record.join(_GOODBYE_SECONDS)
+        record.join(_SHUTDOWN_TIMEOUT_SECONDS)
     os._exit(_STUCK_EXIT_CODE)
 
 

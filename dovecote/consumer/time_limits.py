@@ -2,7 +2,7 @@
 
 A handler is cut off twice over: an exception is raised in its thread, and the statement that its connection
 waits for is cancelled. Python raises only between two of its own steps: a handler that hangs in C code, on a
-socket without a time-out say, does not notice. Then the process has to end; `stuck` is called to say goodbye.
+socket without a time-out say, does not notice. Then the process has to end; `stuck` is called to say shutdown_thread.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 #: How long a handler that was cut off may take to notice, or to clean up.
 GRACE_SECONDS = 10.0
 
-_LOOK_SECONDS = 0.2
+_POLL_INTERVAL_SECONDS = 0.2
 
 
 class CutOff(BaseException):
@@ -131,7 +131,7 @@ class TimeLimits:
                 else:
                     log.warning("handler is cut off", handler=watch.route.handler, time_limit_seconds=watch.seconds)
                     watch.cut_off()
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_INTERVAL_SECONDS)
 
 
 def exceeded(watch: Watch) -> TimeLimitExceeded:

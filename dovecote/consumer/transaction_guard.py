@@ -48,7 +48,7 @@ _SETTINGS = """
     from pg_catalog.unnest(array['role', 'session_authorization'] || %s::text[]) as named (name)
 """
 _CUSTOM_NAME = re.compile(r"(?<![\w$])[^\W\d][\w$]*(?:\.[^\W\d][\w$]*)+")
-_MOST_CUSTOM_NAMES = 100
+_MAX_CUSTOM_NAMES = 100
 
 
 class EndedTransaction(DovecoteError):
@@ -221,7 +221,7 @@ def _text(query: object, connection: psycopg.Connection[Any]) -> str:
 
 def _custom_names(text: str, parameters: object) -> list[str]:
     names = {name.lower(): None for part in (text, *_texts(parameters)) for name in _CUSTOM_NAME.findall(part)}
-    return list(names)[:_MOST_CUSTOM_NAMES]
+    return list(names)[:_MAX_CUSTOM_NAMES]
 
 
 def _texts(parameters: object) -> Iterator[str]:

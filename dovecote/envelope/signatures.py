@@ -30,7 +30,7 @@ TAIL_BYTES = len(_BEFORE) + _ID_BYTES + _DIGEST_BYTES + len(_AFTER)
 # flood of made-up key ids costs Postgres one question in that time, and an honest message no wait.
 _AGE_SECONDS, _ASK_AGAIN_SECONDS = 5, 3.0
 # How long a key that was revoked may still be taken.
-_LOOK_SECONDS = 10.0
+_POLL_INTERVAL_SECONDS = 10.0
 # While Postgres is away.
 _PAUSE_SECONDS = 1.0
 
@@ -66,7 +66,7 @@ class MessageKey:
         return b"".join((unsigned, _BEFORE, self.id, _digest(self._for_messages, unsigned), _AFTER))
 
     def has_signed(self, message: bytes) -> bool:
-        """Tell whether the message is whole and as this key has signed it."""
+        """Return whether the message is whole and as this key has signed it."""
         digest = _digest(self._for_messages, memoryview(message)[:-TAIL_BYTES])
         expected = b"".join((_BEFORE, self.id, digest, _AFTER))
         return hmac.compare_digest(message[-TAIL_BYTES:], expected)
@@ -76,7 +76,7 @@ class MessageKey:
         return b"".join((mark, b"\n", self.id, self._mark_digest(message_id, mark)))
 
     def has_signed_mark(self, message_id: str, mark: bytes, digest: bytes) -> bool:
-        """Tell whether the mark is as this key has signed it for this message."""
+        """Return whether the mark is as this key has signed it for this message."""
         return hmac.compare_digest(digest, self._mark_digest(message_id, mark))
 
     def _mark_digest(self, message_id: str, mark: bytes) -> bytes:
@@ -119,6 +119,27 @@ def newest_key(connection: psycopg.Connection[Any]) -> MessageKey:
     return next(iter(valid_keys(connection).values()))
 
 
+class SigningKeys:
+    """The keys as the leading relay knows them: the one to sign with, and whether any was revoked.
+
+    Errors: NoMessageKey, psycopg.Error, when it is made and in `refresh`.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+        self._keys = valid_keys(connection)
+
+    @property
+    def newest(self) -> MessageKey:
+        """The key to sign with."""
+        return next(iter(self._keys.values()))
+
+    def refresh(self) -> bool:
+        """Read the keys again; return whether one was revoked. Consumers refuse what is queued and signed with it."""
+        before, self._keys = self._keys, valid_keys(self._connection)
+        return not before.keys() <= self._keys.keys()
+
+
 class MessageKeys:
     """The keys that a consumer takes, as Postgres has them; safe to use from many threads.
 
@@ -140,7 +161,7 @@ class MessageKeys:
                 if time.monotonic() - self._asked_at >= _ASK_AGAIN_SECONDS:
                     self._ask()
                 return self._keys.get(id)
-        if time.monotonic() - max(self._asked_at + _LOOK_SECONDS, self._tried_at + _PAUSE_SECONDS) >= 0:
+        if time.monotonic() - max(self._asked_at + _POLL_INTERVAL_SECONDS, self._tried_at + _PAUSE_SECONDS) >= 0:
             self._look()
             found = self._keys.get(id)
         return found

@@ -153,7 +153,7 @@ def versioned(type: str) -> tuple[str, int]:
 
 
 def has_sensitive_fields(event_class: type[Event]) -> bool:
-    """Tell if events of this class are written and read with keys only."""
+    """Return whether events of this class are written and read with keys only."""
     return any(codec.sensitive for codec in _codecs(event_class).values())
 
 

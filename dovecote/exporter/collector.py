@@ -26,6 +26,7 @@ from dovecote.operations.snapshot import snapshot
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
 from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
+from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import ForeignLock
 from dovecote.store.loaders import loads_anything
 from dovecote.telemetry.outages import passes
@@ -48,7 +49,7 @@ _POSTPONED = "How long the handler's queue has been full, or it has been catchin
 _DEAD_LETTERS = "Messages of the queue that nobody could read or that were given up, in Redis."
 
 
-class Survey(Collector):
+class SystemCollector(Collector):
     """Asks Postgres and Redis on a short connection each; a server that is away is a number too."""
 
     def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
@@ -174,7 +175,7 @@ def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapp
         "dovecote_deliveries", "What did not go well, by state; at least.", labels=["handler", "state"]
     )
     for handler, status in handlers.items():
-        for state in ("retrying", "waiting", "dead", "discarded"):
+        for state in DeliveryState:
             deliveries.add_metric([handler, state], getattr(status, state))
     return [
         deliveries,

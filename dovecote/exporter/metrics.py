@@ -30,8 +30,9 @@ from prometheus_client import (
 
 from dovecote.envelope import Envelope
 from dovecote.processes.children import started_at
-from dovecote.processes.state_directory import make_ours
-from dovecote.telemetry.meters import ConsumerMeters, RelayMeters, RelayState
+from dovecote.processes.state_directory import ensure_private_directory
+from dovecote.store.delivery_state import DeliveryState
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation, RelayInstrumentation, RelayState
 
 _EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3_600)
@@ -52,7 +53,7 @@ class BulkHistogram(Histogram):
             below = upto
 
 
-class RelayMetrics(RelayMeters):
+class RelayMetrics(RelayInstrumentation):
     """Of one relay, in the memory of its process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -120,7 +121,7 @@ class RelayMetrics(RelayMeters):
         self._rings.inc()
 
 
-class ConsumerMetrics(ConsumerMeters):
+class ConsumerMetrics(ConsumerInstrumentation):
     """Of one worker process, in files that all workers of its master share; see `shared_directory`."""
 
     def __init__(self, handlers: Iterable[str]) -> None:
@@ -133,7 +134,7 @@ class ConsumerMetrics(ConsumerMeters):
             multiprocess_mode="liveall",
             registry=None,
         )
-        self._at_work = Gauge(
+        self._in_flight = Gauge(
             "dovecote_in_flight_seconds",
             "How long the oldest bundle in a handler's hands has been there; 0 when idle.",
             multiprocess_mode="liveall",
@@ -162,17 +163,17 @@ class ConsumerMetrics(ConsumerMeters):
             self._processed.labels(handler=handler)
             self._parked.labels(handler=handler)
             self._phantoms.labels(handler=handler)
-            for state in ("retrying", "dead"):
+            for state in (DeliveryState.RETRYING, DeliveryState.DEAD):
                 self._failed.labels(handler=handler, state=state)
 
     def fetching(self, queue: str) -> None:
         self._fetched[queue] = time.time()
         # The thread of each queue tells of its own; the one that has been silent longest is what matters.
         self._heartbeat.set(min(list(self._fetched.values())))
-        self._at_work.set(self._oldest_at_work())
+        self._in_flight.set(self._oldest_in_flight())
 
     @contextmanager
-    def at_work(self, handler: str, events: int) -> Iterator[None]:
+    def in_flight(self, handler: str, events: int) -> Iterator[None]:
         thread = threading.get_ident()
         self._began[thread] = time.monotonic()
         try:
@@ -181,7 +182,7 @@ class ConsumerMetrics(ConsumerMeters):
             del self._began[thread]
             self._bundle.labels(handler=handler).observe(events)
 
-    def _oldest_at_work(self) -> float:
+    def _oldest_in_flight(self) -> float:
         began = list(self._began.values())
         return time.monotonic() - min(began) if began else 0.0
 
@@ -220,7 +221,7 @@ def _histogram(name: str, meaning: str, buckets: Sequence[float]) -> BulkHistogr
     return BulkHistogram(name, meaning, ["handler"], buckets=buckets, registry=None)
 
 
-class OwnHeartbeat(ConsumerMeters):
+class OwnHeartbeat(ConsumerInstrumentation):
     """Of a worker that has no place for metrics: it works, and can tell that it lives."""
 
     def __init__(self) -> None:
@@ -239,7 +240,7 @@ def shared_directory(secret: str = "") -> Path:
     It belongs to the master, by pid and start: one that gets the pid of another begins with nothing. Its name follows
     from `secret` besides, so that all workers find it and nobody else can make it before them. What masters left that
     are gone is removed.
-    Errors: HomeError or OSError when it cannot be made.
+    Errors: StateDirectoryError or OSError when it cannot be made.
     """
     temporary, ours = Path(tempfile.gettempdir()), f"dovecote-metrics-{os.geteuid()}-"
     for left in temporary.glob(f"{ours}*"):
@@ -250,14 +251,14 @@ def shared_directory(secret: str = "") -> Path:
     owner = f"{master}-{started_at(master)}"
     digest = hashlib.blake2b(owner.encode(), key=hashlib.sha256(secret.encode()).digest(), digest_size=12).hexdigest()
     directory = temporary / f"{ours}{owner}-{digest}"
-    make_ours(directory)
+    ensure_private_directory(directory)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     # Chosen when prometheus_client is imported, which a handler's module may have done before us.
     values.ValueClass = values.get_value_class()
     return directory
 
 
-def told_by_all(directory: Path) -> CollectorRegistry:
+def merged_registry(directory: Path) -> CollectorRegistry:
     """Return what all workers that share the directory have told, also those that are gone."""
     for file in directory.glob("gauge_live*.db"):
         pid = int(file.stem.rpartition("_")[2])
@@ -272,7 +273,7 @@ def heartbeats(directory: Path) -> Mapping[int, float]:
     """Return the last sign of life of each worker, in Unix time, by its pid."""
     return {
         int(sample.labels["pid"]): sample.value
-        for metric in told_by_all(directory).collect()
+        for metric in merged_registry(directory).collect()
         if metric.name == "dovecote_heartbeat_timestamp_seconds"
         for sample in metric.samples
     }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 
-from dovecote.exporter.collector import Survey
+from dovecote.exporter.collector import SystemCollector
 from dovecote.exporter.health import Missing, health, require_fresh, servers
 from dovecote.exporter.http import Page, serve
 from dovecote.exporter.metrics import (
@@ -17,13 +17,13 @@ from dovecote.exporter.metrics import (
     RelayMetrics,
     as_text,
     heartbeats,
+    merged_registry,
     shared_directory,
-    told_by_all,
 )
-from dovecote.processes.state_directory import HomeError
+from dovecote.processes.state_directory import StateDirectoryError
 from dovecote.route import Route
 from dovecote.settings import Settings
-from dovecote.telemetry.meters import ConsumerMeters
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 
 log = structlog.get_logger()
 
@@ -35,7 +35,7 @@ def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
     """Serve the pages of a relay from now on; return what it has to tell of its work."""
     registry = CollectorRegistry()
     metrics = RelayMetrics(registry)
-    registry.register(Survey(settings, routes))
+    registry.register(SystemCollector(settings, routes))
 
     def alive() -> str:
         if metrics.state == "sending_again":
@@ -53,7 +53,7 @@ def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
     return metrics
 
 
-def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerMeters:
+def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerInstrumentation:
     """Serve the pages of all workers of this Dramatiq master, or stand by for whoever does.
 
     Without a place for the metrics there are none. Events are acted on all the same.
@@ -61,7 +61,7 @@ def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerMeter
     try:
         directory = shared_directory(settings.database.url.get_secret_value())
         metrics = ConsumerMetrics(route.handler for route in routes)
-    except (HomeError, OSError) as error:
+    except (StateDirectoryError, OSError) as error:
         log.warning("metrics have no place, so there are none: name another one in TMPDIR", error=str(error))
         return _show_without_metrics(settings)
 
@@ -75,7 +75,7 @@ def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerMeter
 
     _serve(
         settings,
-        lambda: told_by_all(directory),
+        lambda: merged_registry(directory),
         {"workers": workers},
         {**servers(settings), "workers": workers},
     )

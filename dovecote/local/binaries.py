@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dovecote.processes.children import ServerUser, runs_as
-from dovecote.processes.state_directory import VAR_TMP, make_ours
+from dovecote.processes.state_directory import VAR_TMP, ensure_private_directory
 
 SYSTEM_POSTGRES = Path("/usr/lib/postgresql")
 
@@ -71,11 +71,11 @@ class Program:
         place = VAR_TMP / f"dovecote-bin-{digest[:12]}"
         if not self._is_whole(place):
             self._copy_to(place)
-        make_ours(place)  # anybody may make names in /var/tmp; we run only what we put there
+        ensure_private_directory(place)  # anybody may make names in /var/tmp; we run only what we put there
         return replace(self, path=place / self.path.relative_to(self.root), root=place)
 
     def _is_whole(self, place: Path) -> bool:
-        """Tell if nothing is missing: cleaners of /var/tmp take what was not read for long."""
+        """Return whether nothing is missing: cleaners of /var/tmp take what was not read for long."""
         return all((place / file.relative_to(self.root)).exists() for file in self._files())
 
     def _files(self) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dovecote.local.binaries import Program, ServerError
 from dovecote.processes.children import ServerUser, dying_with_us, runs_as
-from dovecote.processes.state_directory import make_ours
+from dovecote.processes.state_directory import ensure_private_directory
 
 # Crash recovery of a large log takes its time; an idle start takes a tenth of a second.
 _READY_WITHIN_SECONDS = 60.0
@@ -146,11 +146,11 @@ class ChildServer(ABC):
         return b""
 
     def _make_directory(self) -> None:
-        make_ours(self.directory)
+        ensure_private_directory(self.directory)
         if self._user and not self._user.reaches(self.directory):
             raise ServerError(
                 f"the user {self._user.name}, as whom servers run for root, cannot reach {self.directory}: "
-                "use Home.servers_path(), or a directory below /var/tmp"
+                "use StateDirectory.servers_path(), or a directory below /var/tmp"
             )
 
     def _kept_password(self) -> str:

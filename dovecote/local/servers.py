@@ -2,7 +2,7 @@
 
 Both are direct children of this process, on the loopback, behind a random password, and they end
 when it ends, even by SIGKILL. What is committed stays: fsync and the append-only file are on
-unless the caller says otherwise. One directory belongs to one process at a time (`Home.lock`).
+unless the caller says otherwise. One directory belongs to one process at a time (`StateDirectory.lock`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from redis.retry import Retry
 from dovecote.local.binaries import NoBinary, Program, ServerError, find_postgres, find_redis
 from dovecote.local.child_server import ChildServer, Server, StartFailed, WrongVersion, bare_environment, write_private
 from dovecote.processes.children import dying_with_us, listens, runs_as
-from dovecote.processes.state_directory import make_ours
+from dovecote.processes.state_directory import ensure_private_directory
 
 __all__ = ["NoBinary", "Postgres", "Redis", "Server", "ServerError", "WrongVersion", "servers"]
 
@@ -195,7 +195,7 @@ def servers(
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Server, Server]]:
     """Run both in `directory`, which is made if it is missing; both are stopped however this ends."""
-    make_ours(directory)
+    ensure_private_directory(directory)
     postgres = Postgres(directory / "postgres", postgres_settings, environ=environ)
     cache = Redis(directory / "redis", redis_settings, environ=environ)
     try:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TextIO
 
 from dovecote.processes.children import die_with_parent, dying_with_us
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.processes.terminal import write_line
 
 __all__ = [
     "CannotRun",
     "ProcfileError",
-    "Stop",
     "Supervisor",
     "die_with_parent",
     "parse_procfile",
@@ -77,40 +77,14 @@ def parse_procfile(text: str) -> dict[str, list[str]]:
     return processes
 
 
-class Stop:
-    """The wish to stop: an event that a selector can wait for."""
-
-    def __init__(self) -> None:
-        self._reads, self._writes = os.pipe2(os.O_CLOEXEC)
-        self._is_set = False
-        self.signal: signal.Signals | None = None
-
-    def set(self, sig: int | None = None) -> None:
-        if self.signal is None and sig is not None:
-            self.signal = signal.Signals(sig)
-        if not self._is_set:
-            self._is_set = True
-            os.write(self._writes, b".")  # never read: it is said for good
-
-    def is_set(self) -> bool:
-        return self._is_set
-
-    def fileno(self) -> int:
-        return self._reads
-
-    def close(self) -> None:
-        os.close(self._reads)
-        os.close(self._writes)
-
-
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Turn SIGINT, SIGTERM and SIGHUP into a `Stop`; the handlers before are put back at the end.
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Set a stop flag on SIGINT, SIGTERM and SIGHUP; restore the former handlers at the end.
 
-    A background job of a script is born deaf to SIGINT; it hears it here. One that is deaf to
-    SIGHUP stays so: that is what nohup means.
+    Background jobs of a script inherit SIGINT ignored; it is handled here all the same. An ignored SIGHUP stays
+    ignored: that is what nohup means.
     """
-    stop = Stop()
+    stop = StopFlag()
     heard = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         heard.append(signal.SIGHUP)
@@ -165,7 +139,7 @@ class Supervisor:
 
         self._selector.register(pidfd, selectors.EVENT_READ, tell)
 
-    def run_until(self, stop: Stop) -> None:
+    def run_until(self, stop: StopFlag) -> None:
         """Pass on output and start again what ends, until `stop`."""
         self._selector.register(stop, selectors.EVENT_READ, lambda: None)
         try:

@@ -11,7 +11,7 @@ import psycopg
 from dovecote.local.servers import Postgres, Redis, Server
 from dovecote.local.supervisor import Output, Supervisor, parse_procfile
 from dovecote.migrations import schema
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
 from dovecote.settings import given_variables, load_settings
 from dovecote.settings.variables import is_option, without_options
 
@@ -35,7 +35,7 @@ class LocalSystem:
     ports      where each process shows its metrics and health; empty when they are turned off
     """
 
-    home: Home
+    home: StateDirectory
     data: Path
     environment: Mapping[str, str]
     servers: Mapping[str, tuple[Server, Postgres | Redis]]
@@ -58,10 +58,10 @@ def local_system(
     """Start what is missing, bring the schema up to date and announce the system in its home.
 
     At the end the servers started here are stopped; their data stays.
-    Errors: HomeError, ServerError, NoBinary, ProcfileError, those of the migration.
+    Errors: StateDirectoryError, ServerError, NoBinary, ProcfileError, those of the migration.
     """
     processes = parse_procfile(procfile.read_text())
-    home = Home.locate(environ)
+    home = StateDirectory.locate(environ)
     home.create()
     with ExitStack() as stack:
         stack.enter_context(home.lock())
@@ -81,7 +81,7 @@ def local_system(
             # Whoever has the port while our server is down could ask for the password as it is.
             ours["DATABASE_URL"] += "?require_auth=scram-sha-256"
         # The keys stay with the data that they sealed, wherever that is.
-        ours |= Home(data if "DATABASE_URL" in servers else home.path).secrets()
+        ours |= StateDirectory(data if "DATABASE_URL" in servers else home.path).secrets()
         ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
         system = {**ours, **given}
         say("bringing the schema up to date")

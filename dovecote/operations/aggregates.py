@@ -13,7 +13,7 @@ from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import BadCursor, WrongRequest, require_handler
 from dovecote.route import Route
 
-_MOST_COUNTED = 10_000
+_MAX_COUNTED = 10_000
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def blocked_aggregates(
                     "after_type": after_type,
                     "after_id": after_id,
                     "limit": limit + 1 - len(found),
-                    "most": _MOST_COUNTED,
+                    "most": _MAX_COUNTED,
                 },
             )
             found += [Blocked(**row._mapping) for row in rows]

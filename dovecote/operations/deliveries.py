@@ -12,10 +12,11 @@ from dovecote.errors import DovecoteError
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import BadCursor, require_handler, require_range
 from dovecote.route import Route
+from dovecote.store.delivery_state import DeliveryState
 
 # Rows looked at for one count; more of them are "at least".
-_MOST_COUNTED = 10_000
-_STATES_WITH_ERROR = ("retrying", "dead", "discarded")
+_MAX_COUNTED = 10_000
+_STATES_WITH_ERROR = (DeliveryState.RETRYING, DeliveryState.DEAD, DeliveryState.DISCARDED)
 
 
 class NotThere(DovecoteError):
@@ -239,7 +240,7 @@ def failures(
             _LIST,
             {
                 # What waits has no error: it need not be searched for one.
-                **parameters_of(wanted, _STATES_WITH_ERROR if wanted.fingerprint else (*_STATES_WITH_ERROR, "waiting")),
+                **parameters_of(wanted, _STATES_WITH_ERROR if wanted.fingerprint else list(DeliveryState)),
                 "before_position": int(position) if before else 2**63 - 1,
                 "before_handler": handler,
                 "limit": limit + 1,
@@ -259,7 +260,7 @@ def failure_groups(engine: Engine, wanted: Filter, *, routes: Sequence[Route] = 
     Errors: WrongRequest for a handler that is neither in `routes` nor has deliveries.
     """
     with snapshot(engine) as connection:
-        parameters = {**parameters_of(wanted, ("dead",)), "most": _MOST_COUNTED, "limit": limit + 1}
+        parameters = {**parameters_of(wanted, (DeliveryState.DEAD,)), "most": _MAX_COUNTED, "limit": limit + 1}
         rows = connection.execute(_GROUPS, parameters).all()
     if not rows:
         require_handler(wanted.handler, routes)
@@ -269,7 +270,7 @@ def failure_groups(engine: Engine, wanted: Filter, *, routes: Sequence[Route] = 
 def failure(engine: Engine, routes: Sequence[Route], handler: str, event_id: UUID) -> Story:
     """Return all that is known of one delivery. Errors: NotThere."""
     with snapshot(engine) as connection:
-        row = connection.execute(_SHOW, {"handler": handler, "event_id": event_id, "most": _MOST_COUNTED}).one_or_none()
+        row = connection.execute(_SHOW, {"handler": handler, "event_id": event_id, "most": _MAX_COUNTED}).one_or_none()
         if row is None:
             raise NotThere(
                 f"{handler} has no trouble with {event_id}; `dovecote events show {event_id}` tells how it went"
@@ -278,7 +279,7 @@ def failure(engine: Engine, routes: Sequence[Route], handler: str, event_id: UUI
         traceback, trace_id, behind = (facts.pop(name) for name in ("traceback", "trace_id", "waiting_behind"))
         found = Failure(**facts)
         waits_for = None
-        if found.state == "waiting":
+        if found.state == DeliveryState.WAITING:
             route = next((route for route in routes if route.handler == handler), None)
             waits_for = connection.execute(
                 _BLOCKER, {**asdict(found), "event_types": route.event_types if route else [found.event_type]}

@@ -20,7 +20,7 @@ from dovecote.operations.validation import WrongRequest, require_aggregate_type,
 from dovecote.route import Route
 
 # Rows a page looks at: 50 ms at worst.
-_MOST_LOOKED_AT = 20_000
+_MAX_LOOKED_AT = 20_000
 
 
 class NoSuchEvent(DovecoteError):
@@ -221,7 +221,7 @@ class _Walk:
         self._walk = (_BY_AGGREGATE if by_aggregate else _BY_TIME).format(
             columns="{columns}", range=_RANGE, beyond=">" if forward else "<", order="" if forward else "desc"
         )
-        self._parameters = {**asdict(wanted), "cursor": start, "looked_at": _MOST_LOOKED_AT}
+        self._parameters = {**asdict(wanted), "cursor": start, "looked_at": _MAX_LOOKED_AT}
 
     def take(self, limit: int) -> Sequence[Any]:
         query = f"""

@@ -8,6 +8,7 @@ from sqlalchemy import Engine
 
 from dovecote.operations.snapshot import snapshot
 from dovecote.route import Route
+from dovecote.store.delivery_state import DeliveryState
 
 # Rows counted of each state: what has more says so.
 _MAX_COUNTED = 10_000
@@ -76,9 +77,7 @@ def handlers_without_route(engine: Engine, routes: Sequence[Route]) -> list[Hand
     return [
         HandlerWithoutRoute(
             **row._mapping,
-            at_least=[
-                state for state in ("retrying", "waiting", "dead", "discarded") if row._mapping[state] == _MAX_COUNTED
-            ],
+            at_least=[state for state in DeliveryState if row._mapping[state] == _MAX_COUNTED],
         )
         for row in rows
     ]

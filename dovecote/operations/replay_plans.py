@@ -18,7 +18,7 @@ from dovecote.store.replays import Filter, Strength
 
 #: The dry run counts exactly, however many there are; a table of 10 million events takes some seconds.
 _COUNT_TIMEOUT_MS = 600_000
-MOST_SINGLE_EVENTS = 100_000
+MAX_SINGLE_EVENTS = 100_000
 
 
 class ReplayRefused(DovecoteError):
@@ -164,8 +164,8 @@ def _route(routes: Sequence[Route], request: Request) -> Route:
         raise WrongRequest(
             f"the range of positions ends ({asked.upto_position}) before it begins ({asked.from_position})"
         )
-    if request.event_ids is not None and not 0 < len(request.event_ids) <= MOST_SINGLE_EVENTS:
-        raise WrongRequest(f"1 to {MOST_SINGLE_EVENTS:,} event ids are taken, got {len(request.event_ids):,}")
+    if request.event_ids is not None and not 0 < len(request.event_ids) <= MAX_SINGLE_EVENTS:
+        raise WrongRequest(f"1 to {MAX_SINGLE_EVENTS:,} event ids are taken, got {len(request.event_ids):,}")
     if request.rate is not None and request.rate < 1:
         raise WrongRequest(f"the rate is in events a second, at least 1; got {request.rate}")
     if request.strength == "again" and not route.replayable:

@@ -23,7 +23,7 @@ from dovecote.route import Route
 
 _BATCH_ROWS = 10_000
 # Rows looked at for one count of the listing; `maintain` counts them all.
-_MOST_COUNTED = 1_000
+_MAX_COUNTED = 1_000
 
 
 class Archived(DovecoteError):
@@ -392,7 +392,7 @@ def _obstacles(
     connection: Connection, week: Any, routes: Sequence[Route], query: TextClause = _OBSTACLES
 ) -> list[Obstacle]:
     bounds = {"lower_id": week.lower_id, "upper_id": week.upper_id}
-    more = {} if query is _OBSTACLES else {"handler": None, "most": _MOST_COUNTED}
+    more = {} if query is _OBSTACLES else {"handler": None, "most": _MAX_COUNTED}
     return [
         Obstacle(
             row.handler_name,

@@ -14,7 +14,7 @@ from dovecote.errors import DovecoteError
 from dovecote.operations.deliveries import ROW, Failure, Filter, failure
 from dovecote.operations.validation import changing, require_handler, require_range, require_who_and_why
 from dovecote.route import Route
-from dovecote.store.gone_events import EventIsGone
+from dovecote.store.unsendable import EventIsGone
 
 # Rows of one transaction, and the most that the functions take: it holds their locks for some 200 ms.
 _BATCH = 5_000

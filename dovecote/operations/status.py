@@ -15,13 +15,14 @@ from dovecote.operations.snapshot import snapshot
 from dovecote.operations.unprocessed import unprocessed
 from dovecote.operations.unrouted import UnroutedType, unrouted
 from dovecote.route import Route
+from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import QUERY, ForeignLock, foreign_locks
 
 # Rows looked at. They set what `status` costs: some 100 ms all together with ten million events on a busy machine.
-_MOST_UNPUBLISHED = 20_000
-_MOST_BATCHES = 5_000
-_MOST_PROCESSED = 50_000
-_MOST_DELIVERIES = 10_000
+_MAX_UNPUBLISHED = 20_000
+_MAX_BATCHES = 5_000
+_MAX_PROCESSED = 50_000
+_MAX_DELIVERIES = 10_000
 # Of each week of processed_events, some hundred rows each.
 _NEWEST_PAGES = 32
 
@@ -176,7 +177,7 @@ _DELIVERIES = text(
            (select event_id from dovecote.deliveries d
             where d.handler_name = h.name and d.state = s.name order by d.position limit 1) as oldest
     from unnest(cast(:handlers as text[])) as h (name)
-    cross join unnest(array['retrying', 'waiting', 'dead', 'discarded']) as s (name)
+    cross join unnest(cast(:states as text[])) as s (name)
     """
 )
 
@@ -201,18 +202,18 @@ def _relay(connection: Connection) -> RelayStatus:
         {
             "checkpoint": positions.checkpoint,
             "last_position": max(positions.last_position, positions.checkpoint),
-            "most": _MOST_UNPUBLISHED,
+            "most": _MAX_UNPUBLISHED,
         },
     ).one()
     lag_events, lag_seconds = lag.events, lag.seconds
     if positions.fault is not None:
-        unread = connection.execute(_NEVER_READ, {"most": _MOST_UNPUBLISHED}).one()
+        unread = connection.execute(_NEVER_READ, {"most": _MAX_UNPUBLISHED}).one()
         lag_events, lag_seconds = lag_events + unread.events, max(lag_seconds, unread.seconds)
-    published = connection.execute(_PUBLISHED, {"most": _MOST_BATCHES, "seconds": _RATE_SECONDS}).one()
+    published = connection.execute(_PUBLISHED, {"most": _MAX_BATCHES, "seconds": _RATE_SECONDS}).one()
     bounds = {
         "lag_events": positions.fault is not None
-        or positions.last_position - positions.checkpoint > 2 * _MOST_UNPUBLISHED,
-        "published": published.batches == _MOST_BATCHES,
+        or positions.last_position - positions.checkpoint > 2 * _MAX_UNPUBLISHED,
+        "published": published.batches == _MAX_BATCHES,
     }
     return RelayStatus(
         lag_events=lag_events,
@@ -234,36 +235,38 @@ def _relay(connection: Connection) -> RelayStatus:
 
 def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, HandlerStatus]:
     handlers = [route.handler for route in routes]
-    processed = {row.handler_name: row for row in connection.execute(_PROCESSED, {"most": _MOST_PROCESSED})}
+    processed = {row.handler_name: row for row in connection.execute(_PROCESSED, {"most": _MAX_PROCESSED})}
     rates = {
         row.handler_name: row.rate
         for row in connection.execute(_RATES, {"seconds": _RATE_SECONDS, "pages": _NEWEST_PAGES})
     }
     deliveries = {
         (row.handler_name, row.state): row
-        for row in connection.execute(_DELIVERIES, {"handlers": handlers, "most": _MOST_DELIVERIES})
+        for row in connection.execute(
+            _DELIVERIES, {"handlers": handlers, "states": list(DeliveryState), "most": _MAX_DELIVERIES}
+        )
     }
     unsettled = unprocessed(connection, routes)
     pauses = paused(connection)
     found = {}
     for handler in handlers:
-        states = {state: deliveries[handler, state] for state in ("retrying", "waiting", "dead", "discarded")}
+        states = {state: deliveries[handler, state] for state in DeliveryState}
         counts = {state: row.events for state, row in states.items()}
-        at_least = [state for state, count in counts.items() if count == _MOST_DELIVERIES]
+        at_least: list[str] = [state for state, count in counts.items() if count == _MAX_DELIVERIES]
         done, open_ = processed.get(handler), unsettled[handler]
         if any(row.is_bounded for row in processed.values()):
             at_least.append("processed")
-        if open_.at_least or not {"retrying", "waiting"}.isdisjoint(at_least):
+        if open_.at_least or not {DeliveryState.RETRYING, DeliveryState.WAITING}.isdisjoint(at_least):
             at_least.append("unprocessed")
         found[handler] = HandlerStatus(
             processed=done.processed if done else 0,
-            unprocessed=open_.events + counts["retrying"] + counts["waiting"],
+            unprocessed=open_.events + counts[DeliveryState.RETRYING] + counts[DeliveryState.WAITING],
             oldest_unprocessed_seconds=connection.execute(
                 _AGE,
                 {
                     "unsettled": open_.oldest,
-                    "retrying": states["retrying"].oldest,
-                    "waiting": states["waiting"].oldest,
+                    "retrying": states[DeliveryState.RETRYING].oldest,
+                    "waiting": states[DeliveryState.WAITING].oldest,
                 },
             ).scalar_one(),
             processed_per_second=round(rates.get(handler, 0.0), 2),

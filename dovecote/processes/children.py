@@ -59,7 +59,7 @@ def _set_death_signal(sig: signal.Signals) -> None:
 
 
 def listens(pid: int, port: int) -> bool:
-    """Tell if it is `pid` that listens on this port of 127.0.0.1, and not another process.
+    """Return whether it is `pid` that listens on this port of 127.0.0.1, and not another process.
 
     Where its descriptors may not be seen (a container without CAP_SYS_PTRACE), it is enough that its user listens.
     """
@@ -121,7 +121,7 @@ class ServerUser:
         return cls(f"uid {owner.st_uid}", owner.st_uid, owner.st_gid)
 
     def reaches(self, directory: Path) -> bool:
-        """Tell if every directory on the way lets this user through, by its mode bits alone."""
+        """Return whether every directory on the way lets this user through, by its mode bits alone."""
         resolved = directory.resolve()
         return all(self._passes(step) for step in (resolved, *resolved.parents) if step.exists())
 

@@ -74,7 +74,7 @@ def require_ours_up_to_root(directory: Path) -> None:
 
 
 def _is_private(path: Path, gid: int) -> bool:
-    """Tell if nobody but root and us is in the group: many systems give each user one, and a umask of 002."""
+    """Return whether nobody but root and us is in the group: many systems give each user one, and a umask of 002."""
     with suppress(OSError):  # no such attributes on this file system
         if "system.posix_acl_access" in os.listxattr(path):
             return False  # then the mode says nothing of who

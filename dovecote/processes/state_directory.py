@@ -1,6 +1,6 @@
 """Where a local system lives, and who is running in it.
 
-`dovecote up` announces itself here; every other command finds it through `Home.running()`.
+`dovecote up` announces itself here; every other command finds it through `StateDirectory.running()`.
 Files that hold secrets are 0600; nothing here changes the mode of a directory it did not make.
 """
 
@@ -23,14 +23,14 @@ from dovecote.processes.children import ServerUser, started_at
 from dovecote.processes.ownership import NotOurs, read_ours, require_ours, require_ours_up_to_root
 
 # For root, whose own home is closed to the user the servers run as. Not /tmp: it may be memory.
-VAR_TMP = Path("/var/tmp")  # noqa: S108 - names below it are ours or refused, see make_ours()
+VAR_TMP = Path("/var/tmp")  # noqa: S108 - names below it are ours or refused, see ensure_private_directory()
 
 
-class HomeError(Exception):
+class StateDirectoryError(Exception):
     """This directory cannot be a home; the message says why and what to do."""
 
 
-class HomeBusy(HomeError):
+class StateDirectoryBusy(StateDirectoryError):
     """Another system runs in this home."""
 
     def __init__(self, path: Path, pid: int | None) -> None:
@@ -52,13 +52,13 @@ class RunningSystem:
 
 
 @dataclass(frozen=True)
-class Home:
+class StateDirectory:
     """One directory, one system at a time."""
 
     path: Path
 
     @classmethod
-    def locate(cls, environ: Mapping[str, str]) -> Home:
+    def locate(cls, environ: Mapping[str, str]) -> StateDirectory:
         """Return the home that `environ` asks for, without making it."""
         if chosen := environ.get("DOVECOTE_HOME"):
             return cls(Path(chosen).expanduser().absolute())
@@ -68,8 +68,8 @@ class Home:
         return cls(Path(state).expanduser().absolute() / "dovecote")
 
     def create(self) -> None:
-        """Make the directory if it is missing; HomeError if it is somebody else's."""
-        make_ours(self.path)
+        """Make the directory if it is missing; StateDirectoryError if it is somebody else's."""
+        ensure_private_directory(self.path)
 
     def servers_path(self) -> Path:
         """Return where server data goes, made and reachable by the user the servers run as.
@@ -80,11 +80,11 @@ class Home:
         place = self.path / "servers"
         if place.is_symlink():
             elsewhere = place.readlink()
-            make_ours(elsewhere)
+            ensure_private_directory(elsewhere)
             return elsewhere
         user = ServerUser.chosen()
         if user is None or user.reaches(place):
-            make_ours(place)
+            ensure_private_directory(place)
             return place
         return self._servers_elsewhere(place, user)
 
@@ -96,24 +96,24 @@ class Home:
         except FileNotFoundError:
             pass
         except OSError as error:  # there is data in it, from when the way was still open
-            raise HomeError(
+            raise StateDirectoryError(
                 f"the user {user.name}, as whom the servers run, cannot reach {place}: "
                 f"open the directories above it (chmod o+x), or choose another DOVECOTE_HOME"
             ) from error
-        make_ours(elsewhere)
+        ensure_private_directory(elsewhere)
         place.symlink_to(elsewhere)
         return elsewhere
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the home for this process; HomeBusy if another one does. The kernel lets go for us."""
+        """Hold the home for this process; StateDirectoryBusy if another one does. The kernel lets go for us."""
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 said = os.pread(descriptor, 32, 0).strip()
-                raise HomeBusy(self.path, int(said) if said.isdigit() else None) from None
+                raise StateDirectoryBusy(self.path, int(said) if said.isdigit() else None) from None
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             yield
@@ -151,9 +151,9 @@ class Home:
         try:
             content = read_ours(self.path / name)
         except PermissionError as error:
-            raise HomeError(f"{self.path / name} belongs to another user: run this as that user") from error
+            raise StateDirectoryError(f"{self.path / name} belongs to another user: run this as that user") from error
         except NotOurs as error:
-            raise HomeError(
+            raise StateDirectoryError(
                 f"{self.path / name} is not read, because {error}: run this as the user whose it is, "
                 "or set DOVECOTE_HOME to a directory that is yours alone"
             ) from None
@@ -162,7 +162,7 @@ class Home:
         try:
             said = json.loads(content)
         except ValueError as error:
-            raise HomeError(f"{self.path / name} is not JSON: move it away ({error})") from error
+            raise StateDirectoryError(f"{self.path / name} is not JSON: move it away ({error})") from error
         return said if isinstance(said, dict) else None
 
     def _write(self, name: str, content: Mapping[str, object], *, replace: bool = True) -> None:
@@ -183,7 +183,7 @@ class Home:
             Path(temporary).unlink(missing_ok=True)
 
 
-def make_ours(directory: Path) -> None:
+def ensure_private_directory(directory: Path) -> None:
     """Make a directory of our own, or refuse one that somebody else made or may write to.
 
     For root it is 0711: the user the servers run as passes through it, and reads nothing.
@@ -197,23 +197,27 @@ def make_ours(directory: Path) -> None:
     except FileExistsError:
         pass  # another start was faster, or it is a dangling symlink: judged below
     except OSError as error:
-        raise HomeError(f"cannot make {directory}: {error.strerror}") from error
-    _must_be_ours(directory)
+        raise StateDirectoryError(f"cannot make {directory}: {error.strerror}") from error
+    _require_private_directory(directory)
 
 
-def _must_be_ours(directory: Path) -> None:
+def _require_private_directory(directory: Path) -> None:
     try:
         link, status = directory.lstat(), directory.stat()
         if not directory.is_dir():
-            raise HomeError(f"{directory} is not a directory")
+            raise StateDirectoryError(f"{directory} is not a directory")
         if {link.st_uid, status.st_uid} != {os.geteuid()}:
-            raise HomeError(f"{directory} belongs to another user: set DOVECOTE_HOME to a directory of your own")
+            raise StateDirectoryError(
+                f"{directory} belongs to another user: set DOVECOTE_HOME to a directory of your own"
+            )
         require_ours(directory, status)
         require_ours_up_to_root(directory)
     except NotOurs as error:
-        raise HomeError(f"{error}: set DOVECOTE_HOME to a directory of your own in a place of your own") from None
+        raise StateDirectoryError(
+            f"{error}: set DOVECOTE_HOME to a directory of your own in a place of your own"
+        ) from None
     except OSError as error:
-        raise HomeError(f"cannot use {directory}: {error.strerror}") from error
+        raise StateDirectoryError(f"cannot use {directory}: {error.strerror}") from error
 
 
 def _new_secrets() -> dict[str, str]:

@@ -16,8 +16,8 @@ from uuid import UUID
 
 from dovecote.broker.broker import QueuedBundle
 from dovecote.envelope.signatures import END, MessageKey
-from dovecote.relay.leases import MAX_BUNDLE_BYTES, DueDelivery
 from dovecote.route import Route, distinct
+from dovecote.store.leases import MAX_BUNDLE_BYTES, DueDelivery
 from dovecote.store.reader import Row, positions
 
 #: Where dovecote.envelope() puts it.

@@ -56,7 +56,7 @@ class Claim:
     beat: int
 
 
-class RelayMarker:
+class RedisFence:
     """Reads and writes the marker. Errors: every method may raise one of PASSING."""
 
     def __init__(self, broker: OutboxBroker) -> None:
@@ -68,7 +68,7 @@ class RelayMarker:
 
     def read(self) -> Marker:
         """Return what is there."""
-        epoch_key, details_key = self._broker.marker_keys
+        epoch_key, details_key = self._broker.fence_keys
         self._delete_what_is_too_long(details_key)
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.info("server")
@@ -103,7 +103,7 @@ class RelayMarker:
         args: list[str | int | bytes] = [claim.epoch, claim.history, claim.instance, claim.beat, found_there]
         if known_epoch is not None:
             args += [known_epoch, lowest_beat]
-        found, claimed = self._claim(keys=self._broker.marker_keys, args=args)
+        found, claimed = self._claim(keys=self._broker.fence_keys, args=args)
         if found > claim.epoch:
             raise NewerRelay(f"epoch {found} has taken over from {claim.epoch}")
         if claimed:
@@ -113,7 +113,7 @@ class RelayMarker:
     def beat(self, claim: Claim, confirmed: int) -> bool:
         """Tell Redis the claim's beat; False where it is in no such epoch, history, or went back before `confirmed`."""
         args: list[str | int] = [claim.epoch, claim.history, claim.beat, confirmed]
-        return bool(self._beat(keys=self._broker.marker_keys, args=args))
+        return bool(self._beat(keys=self._broker.fence_keys, args=args))
 
     def drop(self, claim: Claim) -> Iterator[int]:
         """Drop our messages from every queue there is, put aside ones included; yield how many, call by call.
@@ -124,7 +124,7 @@ class RelayMarker:
         for list_, queue in self._lists():
             others = dropped = 0
             while True:
-                keys = [list_, queue, *self._broker.marker_keys]
+                keys = [list_, queue, *self._broker.fence_keys]
                 looked_at, kept = self._drop(keys=keys, args=[claim.epoch, claim.history, others, _MAX_DROPPED])
                 if looked_at < 0:
                     raise RedisLost

@@ -24,11 +24,11 @@ import structlog
 from dovecote.broker.broker import OutboxBroker, RedisUsage
 from dovecote.broker.redis_client import PASSING
 from dovecote.errors import NewerRelay, RedisLost
-from dovecote.relay.fence import Claim, Marker, RelayMarker
-from dovecote.relay.sleeper import Sleeper
+from dovecote.processes.stop_flag import StopFlag
+from dovecote.relay.fence import Claim, Marker, RedisFence
 from dovecote.store.reader import Connection
-from dovecote.store.runs import Run
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.store.runs import Run, server_run
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -42,7 +42,6 @@ _TOLD_AGAIN_AFTER = 60
 # Between two statements of a leader that is busy with Redis: Postgres ends the session of one that says nothing.
 _SIGN_OF_LIFE_SECONDS = 1.0
 
-_RUN = "select dovecote.server_run()"
 # Past every epoch that either server has heard of: Postgres may have been taken back by many leaderships. Where the
 # leader before us was a relay that did not sign, nothing that it has queued is acted on: then no Redis is known. An
 # epoch of Redis that is far ahead was made up (lua/claim.lua).
@@ -115,19 +114,13 @@ def salt(history: str) -> bytes:
     return blake2b(history.encode(), digest_size=blake2b.SALT_SIZE).digest() if history else b""
 
 
-def run_of(connection: Connection) -> str:
-    """Return the run of Postgres this session is of; it cannot outlive it."""
-    (run,) = connection.execute(_RUN).fetchone() or ("",)
-    return str(run)
-
-
 def take_over(connection: Connection, past: int, owner: str) -> TakenOver:
     """Begin the next epoch, past the one that Redis has heard of."""
     row = connection.execute(_TAKE_OVER, {"past": past, "owner": owner}).fetchone()
     assert row is not None, "relay_state has one row"
     (beat,) = connection.execute(_LAST_BEAT).fetchone() or (0,)
     epoch, checkpoint, known, history, instance = row
-    return TakenOver(epoch, checkpoint, known, history, instance, run_of(connection), beat)
+    return TakenOver(epoch, checkpoint, known, history, instance, server_run(connection), beat)
 
 
 def require_right_of_way(run: str, seen: Marker) -> None:
@@ -143,13 +136,15 @@ def require_right_of_way(run: str, seen: Marker) -> None:
         raise StandsBack(ours, theirs)
 
 
-def await_right_of_way(connection: Connection, broker: OutboxBroker, sleeper: Sleeper, meters: RelayMeters) -> int:
+def await_right_of_way(
+    connection: Connection, broker: OutboxBroker, stop: StopFlag, instrumentation: RelayInstrumentation
+) -> int:
     """Stand back, loudly, while a relay of a newer database uses this Redis. Return the epoch that Redis has heard of.
 
     0 while Redis is away: it is asked again when it is greeted. The session is kept, and its lock with it.
     Errors: StandsBack when told to stop meanwhile.
     """
-    run, marker = run_of(connection), RelayMarker(broker)
+    run, marker = server_run(connection), RedisFence(broker)
     tries = 0
     while True:
         try:
@@ -159,14 +154,14 @@ def await_right_of_way(connection: Connection, broker: OutboxBroker, sleeper: Sl
         try:
             require_right_of_way(run, seen)
         except StandsBack as reason:
-            if sleeper.stopping:
+            if stop.is_set():
                 raise
-            meters.alive("standing_back")
+            instrumentation.alive("standing_back")
             connection.execute(_STAND_BACK, (seen.instance, seen.instance))
             if tries % _TOLD_AGAIN_AFTER == 0:
                 log.error("relay stands back", why=str(reason))
             tries += 1
-            sleeper.sleep(_STAND_BACK_SECONDS)
+            stop.sleep(_STAND_BACK_SECONDS)
         else:
             return seen.epoch
 
@@ -185,14 +180,14 @@ class History:
         connection: Connection,
         broker: OutboxBroker,
         records: Connection | None = None,
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         passed_over: bool = False,
     ) -> None:
         self._connection = connection
         self._records = records or connection
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._broker = broker
-        self._marker = RelayMarker(broker)
+        self._marker = RedisFence(broker)
         self.epoch = taken.epoch
         #: The Redis that holds what was published, as in relay_state. Nothing is known after another run of Postgres.
         self._known_redis = taken.known_redis if taken.instance == taken.run else None
@@ -206,7 +201,7 @@ class History:
 
     def require_one_run(self) -> None:
         """Errors: OtherRun: a connection made later may lead elsewhere, to a standby that was just promoted."""
-        if (found := run_of(self._records)) != self._claim.instance:
+        if (found := server_run(self._records)) != self._claim.instance:
             raise OtherRun(f"one session leads to run {self._claim.instance} of Postgres, and the next to {found}")
 
     @property
@@ -215,7 +210,7 @@ class History:
 
     # Greeting --------------------------------------------------------------------------------
 
-    def greet(self, send_again: Callable[[], None]) -> None:
+    def verify_redis(self, send_again: Callable[[], None]) -> None:
         """Claim Redis for this epoch. If it or Postgres is not as it was left, a new history begins.
 
         `send_again` puts on the queues what is published, not processed and not queued.
@@ -224,13 +219,13 @@ class History:
         seen = self._marker.read()
         if not self._claims_as_known(seen.redis_run):
             # Until the last message is sent again, Postgres knows no Redis: a crash in between starts this over.
-            self._meters.alive("sending_again")
+            self._instrumentation.alive("sending_again")
             self._sends_again = True
             self._begin(seen)
         self._known_redis = known_redis(seen.redis_run, self.epoch)
         self._confirmed_beat = self._claim.beat
         if self._sends_again:
-            self._meters.alive("sending_again")
+            self._instrumentation.alive("sending_again")
             with self._alive():
                 send_again()
         self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))
@@ -292,7 +287,7 @@ class History:
             total += number
             if time.monotonic() >= say_at:
                 say_at = time.monotonic() + _SIGN_OF_LIFE_SECONDS
-                self._meters.alive("sending_again")
+                self._instrumentation.alive("sending_again")
                 self._connection.execute("select")
         return total
 

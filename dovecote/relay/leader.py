@@ -14,32 +14,31 @@ import structlog
 
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
 from dovecote.broker.redis_client import PASSING, is_wrong_type
+from dovecote.envelope.signatures import SigningKeys
 from dovecote.errors import NewerRelay, RedisLost
-from dovecote.relay import leases
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay import recovery as missing
 from dovecote.relay.bundler import Bundler
 from dovecote.relay.history import History
-from dovecote.relay.key_watch import KeyWatch
-from dovecote.relay.leadership import Leadership
-from dovecote.relay.leases import DueDelivery
+from dovecote.relay.leader_lock import LeaderLock
 from dovecote.relay.postponed import Postponer
 from dovecote.relay.renamed_queues import RenamedQueues
 from dovecote.relay.replayer import Replayer
-from dovecote.relay.sleeper import Sleeper
-from dovecote.relay.standby import Standby
-from dovecote.relay.unreadable import Unreadable, report, set_aside
-from dovecote.relay.wakeup import Waking
+from dovecote.relay.standby_flush import Standby
+from dovecote.relay.wakeup import Wakeup
 from dovecote.route import Route
 from dovecote.settings import Relay as RelaySettings
-from dovecote.store import pauses, replays
-from dovecote.store.ahead import ReadAhead
+from dovecote.store import leases, pauses, replays
 from dovecote.store.envelopes import Made
+from dovecote.store.leases import DueDelivery
 from dovecote.store.positions import multirange
-from dovecote.store.reader import Batch, Connection, Reader, outbox_run, positions
+from dovecote.store.reader import Batch, Connection, ReadAhead, Reader, positions
+from dovecote.store.runs import outbox_run
 from dovecote.store.sequence import SequenceWatch
 from dovecote.store.unrouted import Unrouted
+from dovecote.store.unsendable import Unreadable, report, set_aside
 from dovecote.telemetry import publishing
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -87,12 +86,12 @@ class Leader:
         broker: OutboxBroker,
         routes: Sequence[Route],
         settings: RelaySettings,
-        sleeper: Sleeper,
+        stop: StopFlag,
         history: History,
         maintain: Callable[[], None] | None = None,
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         records: Connection | None = None,
-        leadership: Leadership | None = None,
+        leadership: LeaderLock | None = None,
     ) -> None:
         self._connection = connection
         self._records = records or connection
@@ -101,17 +100,17 @@ class Leader:
         self._broker = broker
         self._routes = routes
         run = outbox_run(connection)
-        self._keys = KeyWatch(connection)
+        self._keys = SigningKeys(connection)
         self._bundler = self.bundler = Bundler(routes, history.salt, run, self._keys.newest)
         self._settings = settings
-        self._sleeper = sleeper
+        self._stop = stop
         self._history = history
         self._epoch = epoch = history.epoch
         self._maintain = maintain
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._ahead = ReadAhead(reader)
         self._sequence = SequenceWatch(connection, epoch, run)
-        self._standby = Standby(settings, connection, self._records, sleeper, self._meters, self._tell_alive)
+        self._standby = Standby(settings, connection, self._records, stop, self._instrumentation, self._tell_alive)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -119,7 +118,7 @@ class Leader:
             epoch=epoch,
             queue_bytes=settings.queue_bytes,
             batch_size=settings.batch_size,
-            published_upto=reader.frontier,
+            published_upto=reader.high_water_mark,
             send=self._send,
             set_aside=self._give_up,
         )
@@ -136,7 +135,7 @@ class Leader:
         self._renamed_queues = RenamedQueues(broker, routes, epoch)
         #: What is published up to; the reader itself may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
-        self._waking = Waking(connection, sleeper, settings, self._meters)
+        self._waking = Wakeup(connection, stop, settings, self._instrumentation)
         self._unrouted = Unrouted(self._bundler.types)
         self._cursors = {route.handler: leases.Cursor() for route in routes}
         self._batches_in_a_row = 0
@@ -153,11 +152,11 @@ class Leader:
             # The relay before us may have ended between leasing a retry and sending it.
             leases.end_leases(self._connection)
             self._postponed.load()
-            self._through_outages(self._greet_redis)
+            self._through_outages(self._verify_redis)
             self._through_outages(self._check_redis)
             # What is moved is older than the first batch; what takes longer than a step follows.
             self._through_outages(self._renamed_queues.step)
-            while not self._sleeper.stopping:
+            while not self._stop.is_set():
                 self._turn()
         self._record_checkpoint()
         self._unrouted.write(self._records)
@@ -169,7 +168,7 @@ class Leader:
 
     def _turn(self) -> None:
         self._require_leadership()
-        self._meters.alive("leading")
+        self._instrumentation.alive("leading")
         heard, called = self._waking.turn()
         batch = self._ahead.take(at_once=called)
         if batch.rows:
@@ -214,7 +213,7 @@ class Leader:
             recorded = self._records.execute(_RECORD, record)
         self._require_ownership(recorded.rowcount)
         self._postponed.published(batch.rows)
-        self._meters.published(len(batch.rows))
+        self._instrumentation.published(len(batch.rows))
         self._unrouted.meet(batch.rows)
         if self._unrouted.has_news:
             self._unrouted.write(self._records)
@@ -259,7 +258,7 @@ class Leader:
 
         self._through_outages(publish)
         self._postponed.sent(queued)
-        self._meters.sent(sent)
+        self._instrumentation.sent(sent)
 
     def _record_checkpoint(self) -> None:
         if self.checkpoint > self._recorded_checkpoint:
@@ -288,7 +287,7 @@ class Leader:
         while True:
             try:
                 if tries:
-                    self._greet_redis()
+                    self._verify_redis()
                 work()
                 if tries:
                     self._spare_workers(time.monotonic() - began)
@@ -297,12 +296,12 @@ class Leader:
                 tries += 1
                 if is_wrong_type(error):
                     self._mend()
-                self._meters.alive("waiting_for_redis")
+                self._instrumentation.alive("waiting_for_redis")
                 if tries in (3, 30) or tries % 300 == 0:
                     log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
-                if self._sleeper.stopping:
+                if self._stop.is_set():
                     raise
-                self._sleeper.sleep(min(1.0, 0.02 * 2 ** min(tries, 8)))
+                self._stop.sleep(min(1.0, 0.02 * 2 ** min(tries, 8)))
                 # The leadership lives as long as this session: its end must not go unnoticed here.
                 self._require_leadership()
                 self._connection.execute("select")
@@ -314,10 +313,10 @@ class Leader:
             log.info("redis is back", after_seconds=round(outage_seconds, 1))
             self._next_reaping = max(self._next_reaping, time.monotonic() + timeout_seconds / 2)
 
-    def _greet_redis(self) -> None:
+    def _verify_redis(self) -> None:
         """Put our epoch into Redis; if it or Postgres is not as it was left, send again what may be lost."""
-        self._ahead.settle()
-        self._history.greet(self._send_again)
+        self._ahead.wait()
+        self._history.verify_redis(self._send_again)
 
     def _send_again(self) -> None:
         self._bundler.salt = self._history.salt
@@ -328,7 +327,7 @@ class Leader:
             self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
         )
         sent = self._broker.publish(self._epoch, found)
-        self._meters.republished(sent)
+        self._instrumentation.republished(sent)
         if sent:
             log.warning("messages that were lost or dropped were sent again", messages=sent)
 
@@ -340,7 +339,7 @@ class Leader:
     def _tick(self) -> None:
         now = time.monotonic()
         self._next_tick = now + _TICK_SECONDS
-        self._meters.alive("leading")
+        self._instrumentation.alive("leading")
         self._sequence.look()
         self._look_at_keys()
         self._record_checkpoint()
@@ -367,14 +366,14 @@ class Leader:
 
     def _reap(self) -> None:
         self._mend()
-        self._meters.reaped(self._broker.reap())
+        self._instrumentation.reaped(self._broker.reap())
 
     def _mend(self) -> None:
         if self._broker.mend((route.queue, route.handler) for route in self._routes):
             self._history.distrust("somebody else has written over keys of ours")
 
     def _look_at_keys(self) -> None:
-        if self._keys.look():
+        if self._keys.refresh():
             self._history.distrust("a key that messages were signed with was revoked")
         if self._bundler.key != self._keys.newest:
             self._bundler.key = self._keys.newest
@@ -393,13 +392,13 @@ class Leader:
         envelopes = self._reader.envelopes
         lease_seconds = self._settings.retry_lease_seconds
         routes = [route for route in self._routes if route.handler not in self._postponed.full]
-        due = leases.lease_due(self._connection, envelopes.most_rows, lease_seconds, routes, envelopes.most_of_small)
+        due = leases.lease_due(self._connection, envelopes.max_rows, lease_seconds, routes, envelopes.max_small_bytes)
         for part in envelopes.in_parts(due, [delivery.envelope for delivery in due]):
             self._give_up(
                 [Unreadable(made.item.handler_name, made.item.position, made.problem) for made in part if made.problem]
             )
             self._send(partial(self._retries, part))
-        self._meters.retried(len(due))
+        self._instrumentation.retried(len(due))
         if due:
             self._waking.busy()
             # There may be more: after the next batch of live events, and without a rest.
@@ -419,7 +418,7 @@ class Leader:
     def _gather(self, batch: Batch) -> None:
         # In traffic events travel together, or each would be a message and a transaction of its own.
         if not batch.is_full:
-            self._sleeper.sleep(self._settings.gather_ms / 1_000)
+            self._stop.sleep(self._settings.gather_ms / 1_000)
 
     def _sleep(self) -> None:
         """Until something calls or it is time to look anyway; retries and the reaper wait for neither."""

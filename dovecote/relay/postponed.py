@@ -18,10 +18,10 @@ import structlog
 from dovecote.broker.broker import QueuedBundle, RedisUsage
 from dovecote.errors import NewerRelay
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.unreadable import Unreadable
 from dovecote.route import Route, queues
 from dovecote.store.envelopes import Envelopes, Read, bounded
 from dovecote.store.reader import Connection, Row
+from dovecote.store.unsendable import Unreadable
 
 log = structlog.get_logger()
 
@@ -31,7 +31,7 @@ _LEAST_BOUND_BYTES = 1_000_000
 _SPAN = 20_000
 _STEP_BYTES = 1_000_000
 # While a full queue is being emptied, its consumers are not to wait for the next tick.
-_SHORTEST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.05, 1.0
+_SHORTEST_POLL_INTERVAL_SECONDS, _LONGEST_POLL_INTERVAL_SECONDS = 0.05, 1.0
 
 _KNOWN = "select handler_name, after_position from dovecote.postponed"
 
@@ -105,7 +105,7 @@ class Postponer:
         self._aside: dict[str, int] = {}
         #: When to look again sooner than at the next tick.
         self.next_look = float("inf")
-        self._pause = _SHORTEST_LOOK_SECONDS
+        self._pause = _SHORTEST_POLL_INTERVAL_SECONDS
 
     def load(self) -> None:
         """Go on from what the relay before us has left."""
@@ -128,7 +128,9 @@ class Postponer:
         after = self._sizes()
         waiting = self.full & self.after.keys()
         is_emptied = any(after[handler] < before[handler] for handler in waiting)
-        self._pause = _SHORTEST_LOOK_SECONDS if is_emptied else min(_LONGEST_LOOK_SECONDS, 2 * self._pause)
+        self._pause = (
+            _SHORTEST_POLL_INTERVAL_SECONDS if is_emptied else min(_LONGEST_POLL_INTERVAL_SECONDS, 2 * self._pause)
+        )
         self.next_look = time.monotonic() + self._pause if waiting else float("inf")
 
     def sent(self, queued: Mapping[str, int]) -> None:
@@ -165,7 +167,7 @@ class Postponer:
             for handler in sorted(too_much):
                 if not types.isdisjoint(self._routes[handler].event_types):
                     self._postpone(handler)
-                    self._pause, self.next_look = _SHORTEST_LOOK_SECONDS, 0.0
+                    self._pause, self.next_look = _SHORTEST_POLL_INTERVAL_SECONDS, 0.0
         return self.after
 
     def published(self, rows: Sequence[Row]) -> None:
@@ -215,7 +217,7 @@ class Postponer:
     def _unsent(self, route: Route, after: int, before: int) -> Read:
         """Return the next rows up to `before` that the handler was not sent."""
         handler = route.handler
-        limit = self._envelopes.most_rows
+        limit = self._envelopes.max_rows
         return self._envelopes.read(_UNSENT, handler, handler, handler, after, before, route.event_types, limit)
 
     def _write(self, statement: str, handler: str, position: int) -> None:

@@ -25,13 +25,13 @@ from dovecote.envelope.signatures import NoMessageKey, valid_keys
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import recovery as missing
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.queued import Queued
-from dovecote.relay.unreadable import Unreadable, report, set_aside
+from dovecote.relay.queue_search import QueueSearch
 from dovecote.route import Route
 from dovecote.settings import Relay as RelaySettings
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Connection, Reader
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.store.unsendable import Unreadable, report, set_aside
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -100,17 +100,17 @@ class Reconciler:
         settings: RelaySettings,
         epoch: int,
         published_upto: Callable[[], int],
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
     ) -> None:
         self._connect = connect
         self._broker = broker
-        self._queued = Queued(broker)
+        self._queued = QueueSearch(broker)
         self._bundler = bundler
         self._routes = {route.handler: route for route in routes}
         self._settings = settings
         self._epoch = epoch
         self._published_upto = published_upto
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         after = settings.reconcile_after_seconds
         self._pause = min(_LONGEST_PAUSE_SECONDS, max(_SHORTEST_PAUSE_SECONDS, after / 10))
         self._looked_upto: int | None = None
@@ -124,7 +124,7 @@ class Reconciler:
 
     def __enter__(self) -> "Reconciler":
         for handler in self._routes:
-            self._meters.reconciled(handler, 0)  # an alert sees a counter grow, not appear
+            self._instrumentation.reconciled(handler, 0)  # an alert sees a counter grow, not appear
         self._thread.start()
         return self
 
@@ -175,7 +175,7 @@ class Reconciler:
         sent = self._send(connection, route, lost) if lost else 0
         if sent:
             self._goes_on = True  # there may be more
-            self._meters.reconciled(route.handler, sent)
+            self._instrumentation.reconciled(route.handler, sent)
             log.warning(
                 "events were lost by the queue and sent again", handler=route.handler, queue=route.queue, events=sent
             )

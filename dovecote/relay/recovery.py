@@ -16,10 +16,10 @@ from typing import Any
 
 from dovecote.broker.broker import QueuedBundle
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.unreadable import Unreadable, report
 from dovecote.route import Route
 from dovecote.store.envelopes import Read, Row
 from dovecote.store.reader import Connection, Reader
+from dovecote.store.unsendable import Unreadable, report
 
 # Events of one statement that looks for positions only, and of one that asks what handlers have done.
 _SCANNED_EVENTS, _LOOKED_AT_EVENTS = 20_000, 5_000
@@ -187,7 +187,10 @@ class _Search:
                 yield from self._of_batches(group)
 
     def _open_ranges(self) -> str:
-        uptos = [min(self._reader.frontier, self._upto.get(name, self._reader.frontier)) for name in self._handlers]
+        uptos = [
+            min(self._reader.high_water_mark, self._upto.get(name, self._reader.high_water_mark))
+            for name in self._handlers
+        ]
         (text,) = _one(self._connection, _OPEN, {"handlers": self._handlers, "uptos": uptos})
         return str(text)
 

@@ -1,6 +1,6 @@
 """One relay process: wait for leadership, lead, and start over when a connection is lost.
 
-One relay leads; others stand by (dovecote/relay/leadership.py). Every error of the connection ends the
+One relay leads; others stand by (dovecote/relay/leader_lock.py). Every error of the connection ends the
 leadership: all that the next leader starts from is in Postgres.
 """
 
@@ -19,13 +19,13 @@ from dovecote.broker.redis_client import PASSING
 from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.history import History, StandsBack, await_right_of_way, take_over
 from dovecote.relay.leader import Leader
-from dovecote.relay.leadership import Leadership
-from dovecote.relay.progress import Marks
+from dovecote.relay.leader_lock import LeaderLock
+from dovecote.relay.low_water_marks import Marks
 from dovecote.relay.reconciler import Reconciler
-from dovecote.relay.sleeper import Sleeper
-from dovecote.relay.standby import NotOnStandby
+from dovecote.relay.standby_flush import NotOnStandby
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store import sequence
@@ -40,7 +40,7 @@ from dovecote.store.connections import (
 from dovecote.store.loaders import load_anything
 from dovecote.store.reader import Connection, Reader
 from dovecote.store.sequence import SequenceFault
-from dovecote.telemetry.meters import RelayMeters, RelayState
+from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from dovecote.telemetry.outages import asks_again, passes
 
 log = structlog.get_logger()
@@ -105,7 +105,7 @@ _HEARD_WITHIN_SECONDS = 5.0
 
 
 def of_a_value(error: psycopg.Error) -> bool:
-    """Tell whether Postgres could not work with a value in a row, such as a number that would be too large."""
+    """Return whether Postgres could not work with a value in a row, such as a number that would be too large."""
     return isinstance(error, psycopg.DataError)
 
 
@@ -142,14 +142,14 @@ class Relay:
         settings: Settings,
         broker: OutboxBroker,
         routes: Sequence[Route],
-        meters: RelayMeters | None = None,
+        instrumentation: RelayInstrumentation | None = None,
         maintain: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
-        self._meters = meters or RelayMeters()
+        self._instrumentation = instrumentation or RelayInstrumentation()
         self._broker = broker
         self._routes = routes
-        self._sleeper = Sleeper()
+        self._stop = StopFlag()
         self._maintain = maintain
         self._schema_is_current = False
         self._refused: str | None = None
@@ -157,7 +157,7 @@ class Relay:
 
     def stop(self) -> None:
         """End after the batch at hand."""
-        self._sleeper.stop()
+        self._stop.set()
 
     def run(self) -> None:
         """Return after `stop`; survive the loss of either server until then.
@@ -166,13 +166,13 @@ class Relay:
                 NoSession.
         """
         tries = 0
-        while not self._sleeper.stopping:
+        while not self._stop.is_set():
             try:
                 with self._session() as connection:
                     self._require_session(connection)
                     self._await_schema(connection)
-                    with Leadership(
-                        self._session, connection, self._sleeper, self._settings.relay.leader_timeout_seconds
+                    with LeaderLock(
+                        self._session, connection, self._stop, self._settings.relay.leader_timeout_seconds
                     ) as leadership:
                         if self._becomes_leader(connection, leadership):
                             tries = 0
@@ -183,17 +183,17 @@ class Relay:
                 if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error) or of_a_value(error)):
                     raise
                 tries += 1
-                self._meters.alive(_state_after(error))
+                self._instrumentation.alive(_state_after(error))
                 if tries in (1, 10) or tries % 100 == 0:
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
-                self._sleeper.sleep(min(2.0, 0.05 * 2 ** min(tries, 8)))
+                self._stop.sleep(min(2.0, 0.05 * 2 ** min(tries, 8)))
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 # Something that was read is not as we write it. It may be mended meanwhile, and ends no process.
                 tries += 1
-                self._meters.alive("starting")
+                self._instrumentation.alive("starting")
                 log.exception("relay cannot go on with what it has read", tries=tries, error=type(error).__name__)
-                self._sleeper.sleep(min(30.0, 0.5 * 2 ** min(tries, 8)))
+                self._stop.sleep(min(30.0, 0.5 * 2 ** min(tries, 8)))
 
     @contextmanager
     def _session(self) -> Iterator[Connection]:
@@ -235,19 +235,19 @@ class Relay:
         if self._schema_is_current:
             return
         tries = 0
-        while not self._sleeper.stopping and (pending := schema.pending_for(_revision(connection))):
+        while not self._stop.is_set() and (pending := schema.pending_for(_revision(connection))):
             if tries % 60 == 0:
                 log.warning(schema.WAITING, newest=pending[-1])
             tries += 1
-            self._meters.alive("waiting_for_schema")
-            self._sleeper.sleep(1.0)
-        self._schema_is_current = not self._sleeper.stopping
+            self._instrumentation.alive("waiting_for_schema")
+            self._stop.sleep(1.0)
+        self._schema_is_current = not self._stop.is_set()
 
-    def _becomes_leader(self, connection: Connection, leadership: Leadership) -> bool:
+    def _becomes_leader(self, connection: Connection, leadership: LeaderLock) -> bool:
         stood_by = False
         frozen_after = self._settings.relay.leader_timeout_seconds
         next_look = time.monotonic() + frozen_after
-        while not self._sleeper.stopping:
+        while not self._stop.is_set():
             if self._refused and (fault := sequence.fault(connection)):
                 self._refuse(fault)  # without the lock, or it would look now and then as if somebody led
                 continue
@@ -255,7 +255,7 @@ class Relay:
                 if self._may_lead(connection, leadership):
                     return True
                 continue
-            self._meters.alive("standing_by")
+            self._instrumentation.alive("standing_by")
             if not stood_by:
                 stood_by = True
                 log.info("relay stands by")
@@ -263,10 +263,10 @@ class Relay:
                 next_look = time.monotonic() + frozen_after / 5
                 leadership.end_frozen_older()
             # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
-            self._sleeper.sleep(self._settings.relay.standby_interval_seconds)
+            self._stop.sleep(self._settings.relay.standby_interval_seconds)
         return False
 
-    def _may_lead(self, connection: Connection, leadership: Leadership) -> bool:
+    def _may_lead(self, connection: Connection, leadership: LeaderLock) -> bool:
         """Let the lock go again where the sequence would hide events, and be silent for a while.
 
         The process stays: it would be started again and again, and leads by itself once the sequence is repaired.
@@ -279,15 +279,15 @@ class Relay:
         return False
 
     def _refuse(self, fault: str) -> None:
-        self._meters.alive("refuses")
+        self._instrumentation.alive("refuses")
         if self._refused != fault:
             self._refused = fault
             log.error("relay refuses to lead", fault=fault)
-        self._sleeper.sleep(sequence.ASK_AGAIN_SECONDS)
+        self._stop.sleep(sequence.ASK_AGAIN_SECONDS)
 
-    def _lead(self, connection: Connection, leadership: Leadership) -> None:
+    def _lead(self, connection: Connection, leadership: LeaderLock) -> None:
         leadership.begin()
-        past = await_right_of_way(connection, self._broker, self._sleeper, self._meters)
+        past = await_right_of_way(connection, self._broker, self._stop, self._instrumentation)
         taken = take_over(connection, past, f"{socket.gethostname()}:{os.getpid()}")
         epoch = taken.epoch
         limits = self._settings.relay
@@ -300,7 +300,7 @@ class Relay:
                 connection=connection,
                 records=records,
                 broker=self._broker,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
                 passed_over=passed_over,
             )
             history.require_one_run()
@@ -310,12 +310,12 @@ class Relay:
                 broker=self._broker,
                 routes=self._routes,
                 settings=self._settings.relay,
-                sleeper=self._sleeper,
+                stop=self._stop,
                 history=history,
                 maintain=self._maintain,
                 records=records,
                 leadership=leadership,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
             )
             reconciler = Reconciler(
                 connect=self._session,
@@ -325,7 +325,7 @@ class Relay:
                 settings=self._settings.relay,
                 epoch=epoch,
                 published_upto=lambda: leader.published_upto,
-                meters=self._meters,
+                instrumentation=self._instrumentation,
             )
             with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
                 leader.lead()

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 _MOVE = (Path(__file__).parents[1] / "broker" / "lua" / "move.lua").read_bytes()
 
-_LOOK_SECONDS = 60.0
+_POLL_INTERVAL_SECONDS = 60.0
 # While workers of older code have messages of an old queue in their hands, and after something was moved.
 _LOOK_SOON_SECONDS = 5.0
 # What one step may take from the relay's other work, but for its last call.
@@ -138,7 +138,7 @@ class RenamedQueues:
             if self._queue_of.get(handler, queue) != queue:
                 moved += yield from self._move_from(queue, handler)
         self._is_first = False
-        self.next_look = time.monotonic() + (_LOOK_SOON_SECONDS if moved or unknown_held else _LOOK_SECONDS)
+        self.next_look = time.monotonic() + (_LOOK_SOON_SECONDS if moved or unknown_held else _POLL_INTERVAL_SECONDS)
 
     def _move_from(self, queue: str, handler: str | None = None) -> Generator[None, None, int]:
         """Move what lies there, one call a step; return how many messages."""

@@ -18,28 +18,28 @@ from uuid import UUID
 import structlog
 
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
-from dovecote.relay.active_replays import ActiveReplay, ActiveReplays
 from dovecote.relay.bundler import Bundler, bundle, packed
-from dovecote.relay.leases import MAX_BUNDLE_BYTES
 from dovecote.relay.recovery import batches_of
-from dovecote.relay.unreadable import Unreadable, set_aside
 from dovecote.route import Route
+from dovecote.store.active_replays import ActiveReplay, ActiveReplays
 from dovecote.store.envelopes import past_unreadable
+from dovecote.store.leases import MAX_BUNDLE_BYTES
 from dovecote.store.reader import Connection, Reader
 from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_matched, is_settled
+from dovecote.store.unsendable import Unreadable, set_aside
 
 log = structlog.get_logger()
 
-_LOOK_SECONDS = 0.5
+_POLL_INTERVAL_SECONDS = 0.5
 # While none is active: whoever starts one rings.
-_IDLE_LOOK_SECONDS = 5.0
+_IDLE_POLL_INTERVAL_SECONDS = 5.0
 # A wave should take no longer than this, for the live events behind it; it may when one event takes longer.
 _WAVE_SECONDS = 0.25
-_MOST_EVENTS = 2_000
+_MAX_EVENTS = 2_000
 # Of all envelopes of a wave: it is held until it is settled, beside the live events.
-_MOST_WAVE_BYTES = 2_000_000
+_MAX_WAVE_BYTES = 2_000_000
 # Positions looked through at once; more while little matches. A statement of the relay must stay short.
-_FIRST_SPAN, _MOST_SPAN = 2_000, 512_000
+_FIRST_SPAN, _MAX_SPAN = 2_000, 512_000
 _SLOW_READ_SECONDS = 0.05
 # Sent but not heard of: published once more, which adds only what is no longer queued.
 _REPEAT_SECONDS = 30.0
@@ -48,7 +48,7 @@ _SHORTEST_PAUSE_SECONDS = 0.005
 # What is settled comes without an envelope, what is large with its id instead (dovecote/store/envelopes.py).
 _WAVE = """
     select position, id, aggregate_type, aggregate_id,
-           case when octet_length(envelope) <= %(most_of_small)s then convert_to(envelope, 'UTF8')
+           case when octet_length(envelope) <= %(max_small_bytes)s then convert_to(envelope, 'UTF8')
                 when not settled then uuid_send(id) end
     from (
         select o.position, o.id, o.aggregate_type, o.aggregate_id, {settled} as settled,
@@ -160,12 +160,12 @@ class Replayer:
         """Do what is due now: at most one wave for each active replay."""
         if time.monotonic() >= self._next_look:
             self._look_for_replays()
-            self._next_look = time.monotonic() + (_LOOK_SECONDS if self._runs else _IDLE_LOOK_SECONDS)
+            self._next_look = time.monotonic() + (_POLL_INTERVAL_SECONDS if self._runs else _IDLE_POLL_INTERVAL_SECONDS)
         for run in list(self._runs.values()):
             if time.monotonic() >= run.next_at:
                 if run.replay.handler_name in self._postponed:
                     # What its full queue kept back comes first.
-                    run.next_at = time.monotonic() + _LOOK_SECONDS
+                    run.next_at = time.monotonic() + _POLL_INTERVAL_SECONDS
                 elif run.wave is None:
                     self._send_wave(run)
                 else:
@@ -187,22 +187,22 @@ class Replayer:
             if route is not None and id not in self._runs and (asked := self._active.asked(replay, route)) is not None:
                 fields = asked.parameters(route.handler, route.event_types)
                 fields |= {"replay": id, "asked_at": replay.created_at}
-                size = min(route.bundle_size, _MOST_EVENTS)
+                size = min(route.bundle_size, _MAX_EVENTS)
                 self._runs[id] = _Run(replay, route, asked, fields, replay.cursor_position, size)
 
     # Sending ---------------------------------------------------------------------------------
 
     def _send_wave(self, run: _Run) -> None:
         began = time.monotonic()
-        # What lies above the frontier is about to be published anyway.
-        upto = min(run.replay.upto_position, self._reader.frontier)
+        # What lies above the high-water mark is about to be published anyway.
+        upto = min(run.replay.upto_position, self._reader.high_water_mark)
         before = min(run.cursor + run.span, upto)
         events, full = self._read(run, before) if before > run.cursor else ([], False)
         read_at = time.monotonic()
         self._adapt_span(run, read_at - began)
         if not events:
             run.cursor = max(run.cursor, before)
-            run.next_at = 0.0 if before < upto else read_at + _LOOK_SECONDS
+            run.next_at = 0.0 if before < upto else read_at + _POLL_INTERVAL_SECONDS
             if run.cursor >= run.replay.upto_position:
                 self._record(run, run.cursor, 0)
             return
@@ -233,9 +233,9 @@ class Replayer:
             conditions=asked + (_OF_SINGLE_EVENTS if run.replay.of_single_events else ""),
             matched=is_matched(run.replay.strength),
         )
-        limit = self._most_events(run)
+        limit = self._max_events(run)
         fields = {**run.fields, "after": run.cursor, "before": before, "limit": limit}
-        fields["most_of_small"] = _MOST_WAVE_BYTES // limit
+        fields["max_small_bytes"] = _MAX_WAVE_BYTES // limit
         with self._connection.cursor(binary=True) as cursor:
             rows = past_unreadable(self._connection, query, lambda query: cursor.execute(query, fields).fetchall())
         made = self._reader.envelopes.made([envelope for *_, envelope in rows if envelope is not None])
@@ -246,7 +246,7 @@ class Replayer:
         for position, id, aggregate_type, aggregate_id, given in rows:
             envelope, problem = (None, None) if given is None else next(made)
             size += len(envelope or b"")
-            if events and size > _MOST_WAVE_BYTES:
+            if events and size > _MAX_WAVE_BYTES:
                 full = True
                 break
             if problem is not None:
@@ -256,7 +256,7 @@ class Replayer:
         set_aside(self._connection, self._epoch, unreadable, again)
         return events, full
 
-    def _most_events(self, run: _Run) -> int:
+    def _max_events(self, run: _Run) -> int:
         if run.replay.rate is None:
             return run.size
         return max(1, min(run.size, int(run.replay.rate * _WAVE_SECONDS)))
@@ -266,7 +266,7 @@ class Replayer:
         if took_seconds > _SLOW_READ_SECONDS:
             run.span = max(_FIRST_SPAN, run.span // 2)
         elif took_seconds < _SLOW_READ_SECONDS / 2:
-            run.span = min(_MOST_SPAN, run.span * 2)
+            run.span = min(_MAX_SPAN, run.span * 2)
 
     def _bundles(self, run: _Run, events: Sequence[Event]) -> list[QueuedBundle]:
         if run.replay.strength == "missing":
@@ -317,7 +317,7 @@ class Replayer:
         now = time.monotonic()
         took = now - wave.sent_at
         if wave.unsettled:
-            run.next_at = now + min(max(took / 4, _SHORTEST_PAUSE_SECONDS), _LOOK_SECONDS)
+            run.next_at = now + min(max(took / 4, _SHORTEST_PAUSE_SECONDS), _POLL_INTERVAL_SECONDS)
             if now >= wave.repeat_at:
                 wave.repeat_at = now + _REPEAT_SECONDS
                 self._through_outages(lambda: self._broker.publish(self._epoch, wave.bundles))
@@ -325,7 +325,7 @@ class Replayer:
         if took > 2 * _WAVE_SECONDS:
             run.size = max(1, run.size // 2)
         elif took < _WAVE_SECONDS / 2 and wave.events >= run.size:
-            run.size = min(_MOST_EVENTS, run.size * 2)
+            run.size = min(_MAX_EVENTS, run.size * 2)
         run.wave = None
         run.next_at = wave.sent_at + wave.events / run.replay.rate if run.replay.rate else 0.0
         self._record(run, wave.cursor, wave.events)

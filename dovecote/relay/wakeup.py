@@ -10,12 +10,12 @@ import time
 
 import psycopg
 
-from dovecote.relay.sleeper import Sleeper
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.settings import Relay as RelaySettings
 from dovecote.store import pauses, replays
-from dovecote.store.gaps import writers_at_work
+from dovecote.store.gaps import active_writers
 from dovecote.store.reader import Connection
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 _CHANNELS = ("dovecote_outbox", "dovecote_deliveries", replays.CHANNEL, pauses.CHANNEL)
 
@@ -26,14 +26,16 @@ _SHARE_OF_A_TRANSACTION = 1 / 8
 _MAX_IDLE_WAKEUPS = 100
 
 
-class Waking:
+class Wakeup:
     """What has called the leading relay, and the lock that tells writers that it sleeps."""
 
-    def __init__(self, connection: Connection, sleeper: Sleeper, settings: RelaySettings, meters: RelayMeters) -> None:
+    def __init__(
+        self, connection: Connection, stop: StopFlag, settings: RelaySettings, instrumentation: RelayInstrumentation
+    ) -> None:
         self._connection = connection
-        self._sleeper = sleeper
+        self._stop = stop
         self._settings = settings
-        self._meters = meters
+        self._instrumentation = instrumentation
         #: Channels on which a notification has come since the last turn.
         self.heard: set[str] = set()
         self._called = False
@@ -53,7 +55,7 @@ class Waking:
         def hear(notification: psycopg.Notify) -> None:
             self.heard.add(notification.channel)
             if notification.channel == "dovecote_outbox":
-                self._meters.rang()
+                self._instrumentation.rang()
 
         self._connection.add_notify_handler(hear)
         for channel in _CHANNELS:
@@ -75,7 +77,7 @@ class Waking:
 
     def sleep(self, seconds: float) -> None:
         """Sleep until something comes or the time is over."""
-        self._called = self._sleeper.sleep(seconds, self._connection)
+        self._called = self._stop.sleep(seconds, self._connection)
 
     def busy(self) -> None:
         """Note that this turn has brought something."""
@@ -94,7 +96,7 @@ class Waking:
             self._counted_since, self._idle_wakeups = now, 0
         self._idle_wakeups += 1
         if self._idle_wakeups > _MAX_IDLE_WAKEUPS:
-            self._sleeper.sleep(self._settings.busy_poll_interval_ms / 1_000)
+            self._stop.sleep(self._settings.busy_poll_interval_ms / 1_000)
 
     def stay_awake(self) -> None:
         """Spare writers the notification while there is traffic: it makes them commit one after the other."""
@@ -116,7 +118,7 @@ class Waking:
         if not self._holds_lock:
             # A writer looks at this moment whether we sleep, or holds the lock since before 0019. It will not call.
             self._pause_seconds = min(self._settings.busy_poll_interval_ms / 1_000, self._pause_seconds * 2 or 0.001)
-            self._sleeper.sleep(self._pause_seconds)
+            self._stop.sleep(self._pause_seconds)
         return False
 
     def look_again_seconds(self) -> float:
@@ -136,5 +138,5 @@ class Waking:
 
         Those that are over by now are found by the read that follows.
         """
-        at_work = frozenset(xid for _, xid in writers_at_work(self._connection))
-        self._silent_writers = at_work if self._silent_writers is None else self._silent_writers & at_work
+        in_flight = frozenset(xid for _, xid in active_writers(self._connection))
+        self._silent_writers = in_flight if self._silent_writers is None else self._silent_writers & in_flight

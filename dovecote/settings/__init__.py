@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dovecote.privacy import KEY_BYTES, Keyring
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
 from dovecote.settings import keys
 from dovecote.settings.urls import names_ports, secrets_in, without_passwords
 from dovecote.settings.variables import ALIASES, PREFIX, SettingsError, chosen, dotenv
@@ -334,7 +334,7 @@ def _given(environ: Mapping[str, str], directory: Path | None) -> list[Mapping[s
 
 
 def _running_system(environ: Mapping[str, str]) -> dict[str, str]:
-    system = Home.locate(environ).running()
+    system = StateDirectory.locate(environ).running()
     return system.environment if system else {}
 
 

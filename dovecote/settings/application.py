@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
 from dovecote.route import Dovecote
 from dovecote.settings.variables import SettingsError, dotenv
 
@@ -19,7 +19,7 @@ def find_app(environ: Mapping[str, str] | None = None, directory: Path | None = 
     """
     environ = os.environ if environ is None else environ
     named = environ.get(VARIABLE) or dotenv((directory or Path.cwd()) / ".env").get(VARIABLE)
-    if not named and (system := Home.locate(environ).running()):
+    if not named and (system := StateDirectory.locate(environ).running()):
         named = system.environment.get(VARIABLE)
     if not named:
         raise SettingsError(f"{VARIABLE} is missing: it wants where the app object is, as package.module:name.")

@@ -52,7 +52,7 @@ def secrets_in(url: str) -> Iterator[str]:
 
 
 def names_ports(netloc_ports: str) -> bool:
-    """Tell if these are numbers of ports, one for each host, with commas between."""
+    """Return whether these are numbers of ports, one for each host, with commas between."""
     return all(
         not port or (port.isascii() and port.isdigit() and 0 < int(port) < 65_536) for port in netloc_ports.split(",")
     )

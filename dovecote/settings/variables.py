@@ -54,7 +54,7 @@ def without_options(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_option(name: str) -> bool:
-    """Tell if the name is one of an option, and not of what only says how we start, such as DOVECOTE_HOME."""
+    """Return whether the name is one of an option, and not of what only says how we start, such as DOVECOTE_HOME."""
     return name.removesuffix(_FILE) in ALIASES or (name.startswith(PREFIX) and "__" in name)
 
 

@@ -2,7 +2,7 @@
 
 An event that went well never appears here. A row is made by the consumer in a transaction of its own
 (consumer/attempts.py), after the effect was rolled back, and goes away with the effect that finally commits. What is
-due is leased and sent by the relay (relay/leases.py).
+due is leased and sent by the relay (store/leases.py).
 """
 
 from collections.abc import Sequence
@@ -185,7 +185,7 @@ class Blocked:
     """
 
     envelopes: list[Envelope]
-    at_work: UUID | None
+    in_flight: UUID | None
 
 
 def blocked(session: Session, route: Route, envelopes: Sequence[Envelope], replay: UUID | None = None) -> Blocked:
@@ -205,15 +205,15 @@ def blocked(session: Session, route: Route, envelopes: Sequence[Envelope], repla
     unresolved = {row.event_id: row for row in found if row.blocker}
     here = {envelope.event_id for envelope in envelopes}
     waiting: dict[UUID, Envelope] = {}
-    at_work: UUID | None = None
+    in_flight: UUID | None = None
     for envelope in envelopes:
         before = unresolved.get(envelope.event_id)
         # An unresolved predecessor in this very bundle is done just before, unless it must wait itself.
         if before is not None and (before.blocker not in here or before.blocker in waiting):
             waiting[envelope.event_id] = envelope
             if before.blocker not in here and not before.is_kept:
-                at_work = before.blocker
-    return Blocked(list(waiting.values()), at_work)
+                in_flight = before.blocker
+    return Blocked(list(waiting.values()), in_flight)
 
 
 def is_settled(session: Session, route: Route, event_id: UUID) -> bool:

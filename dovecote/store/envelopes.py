@@ -95,14 +95,14 @@ class Read:
     is_cut: bool = False
     problems: dict[int, str] = field(default_factory=dict)
 
-    def within(self, most_bytes: int) -> "Read":
+    def within(self, max_bytes: int) -> "Read":
         """Return as many of the rows, from the first on, as have no more bytes; none may."""
-        if self.bytes <= most_bytes:
+        if self.bytes <= max_bytes:
             return self
         kept = 0
         for _, _, envelope in self.rows:
-            most_bytes -= len(envelope)
-            if most_bytes < 0:
+            max_bytes -= len(envelope)
+            if max_bytes < 0:
                 break
             kept += 1
         rows = self.rows[:kept]
@@ -118,16 +118,16 @@ class Read:
 class Envelopes:
     """Reads rows with their envelopes on one connection, at most so many bytes at a time.
 
-    most_rows      most rows of one statement
-    most_of_small  most bytes of an envelope that comes with its row; all of them together are no more than `most_bytes`
+    max_rows         rows of one statement
+    max_small_bytes  of an envelope that comes with its row; all of them together have no more than `max_bytes`
     """
 
-    def __init__(self, connection: Connection, most_rows: int, most_bytes: int) -> None:
+    def __init__(self, connection: Connection, max_rows: int, max_bytes: int) -> None:
         self._connection = connection
-        self.most_bytes = most_bytes
+        self.max_bytes = max_bytes
         # An envelope has 400 bytes at least.
-        self.most_rows = max(1, min(most_rows, most_bytes // 1_000))
-        self.most_of_small = most_bytes // self.most_rows
+        self.max_rows = max(1, min(max_rows, max_bytes // 1_000))
+        self.max_small_bytes = max_bytes // self.max_rows
         self._row_by_row = False
 
     def read(self, query: str, *parameters: object) -> Read:
@@ -136,7 +136,7 @@ class Envelopes:
         query = without_envelopes(query) if self._row_by_row else query
         rows = past_unreadable(self._connection, query, lambda query: self._select(query, parameters))
         self._row_by_row = False
-        is_cut = len(rows) == self.most_rows
+        is_cut = len(rows) == self.max_rows
         if not rows or min(map(len, map(itemgetter(2), rows))) > _ID_BYTES:
             return Read(rows, is_cut)
         kept: list[Row] = []
@@ -145,7 +145,7 @@ class Envelopes:
         made = self.made([envelope for _, _, envelope in rows])
         for (position, event_type, _), (envelope, problem) in zip(rows, made, strict=True):
             size += len(envelope)
-            if (kept and size > self.most_bytes) or len(problems) == _PROBLEMS:
+            if (kept and size > self.max_bytes) or len(problems) == _PROBLEMS:
                 return Read(kept, True, problems)
             if problem is not None:
                 self._row_by_row = True
@@ -161,7 +161,7 @@ class Envelopes:
         part: list[Made[Item]] = []
         size = 0
         for item, (envelope, problem) in zip(items, self.made(given), strict=True):
-            if part and size + len(envelope) > self.most_bytes:
+            if part and size + len(envelope) > self.max_bytes:
                 yield part
                 part, size = [], 0
             part.append(Made(item, envelope, problem))
@@ -187,5 +187,5 @@ class Envelopes:
 
     def _select(self, query: str, parameters: Sequence[object]) -> list[Row]:
         with self._connection.cursor(binary=True) as cursor:
-            rows: list[Row] = cursor.execute(query, (self.most_of_small, *parameters)).fetchall()
+            rows: list[Row] = cursor.execute(query, (self.max_small_bytes, *parameters)).fetchall()
         return rows

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, event
 
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _LATEST = datetime.max.replace(tzinfo=UTC)
-_MOST_SHOWN = 200
+_MAX_SHOWN = 200
 
 
 class _Moment(TimestamptzLoader):
@@ -37,7 +37,7 @@ class _BinaryMoment(TimestamptzBinaryLoader):
 
 
 def _unreadable(data: Buffer) -> dict[str, str]:
-    return {"unreadable": bytes(data)[:_MOST_SHOWN].decode(errors="replace")}
+    return {"unreadable": bytes(data)[:_MAX_SHOWN].decode(errors="replace")}
 
 
 class _Json(JsonLoader):

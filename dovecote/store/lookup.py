@@ -27,7 +27,7 @@ from dovecote.envelope import Envelope
 from dovecote.route import Route
 from dovecote.store.bundle import Bundle
 from dovecote.store.connections import DURABLE, driver_connection
-from dovecote.telemetry.meters import ConsumerMeters
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 
 log = structlog.get_logger()
 
@@ -140,10 +140,10 @@ def history_in(client: redis.Redis, namespace: str) -> str | None:
     return found.decode(errors="replace") if isinstance(found, bytes) else None
 
 
-def report(route: Route, absent: Sequence[Envelope], meters: ConsumerMeters) -> None:
+def report(route: Route, absent: Sequence[Envelope], instrumentation: ConsumerInstrumentation) -> None:
     """Tell of events for which nothing was done, because they are not in the outbox."""
     if absent:
-        meters.phantoms(route.handler, len(absent))
+        instrumentation.phantoms(route.handler, len(absent))
     for envelope in absent:
         log.warning(
             "event is not in the outbox: postgres has forgotten it, or never knew it; nothing is done for it",

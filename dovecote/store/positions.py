@@ -1,9 +1,9 @@
-"""Sets of positions as sorted, disjoint ranges: a day of events with ten holes is eleven ranges."""
+"""Sets of positions as sorted, disjoint ranges: ten gaps in a day of events make eleven ranges."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
-# So many positions between two ranges are read and thrown away sooner than an index is searched once more.
+# Reading this many positions between two ranges is cheaper than another index search.
 _NEAR = 32
 
 
@@ -11,7 +11,7 @@ def _last(stretch: range) -> int:
     return stretch.stop - 1
 
 
-def holes(after: int, upto: int, positions: Sequence[int]) -> list[range]:
+def missing(after: int, upto: int, positions: Sequence[int]) -> list[range]:
     """Return the positions in (after, upto] that are not among `positions`, which are sorted."""
     if positions and len(positions) == upto - after:
         return []  # the usual case, without a look at each
@@ -24,7 +24,7 @@ def holes(after: int, upto: int, positions: Sequence[int]) -> list[range]:
 
 
 def without(ranges: list[range], positions: Sequence[int]) -> list[range]:
-    """Return the ranges less some positions, which are sorted. Costs what is touched, not how many there are."""
+    """Return the ranges without some positions, which are sorted. It touches only the ranges that change."""
     left: list[range] = []
     kept = taken = 0
     while taken < len(positions):
@@ -35,18 +35,18 @@ def without(ranges: list[range], positions: Sequence[int]) -> list[range]:
         left += ranges[kept:at]
         first = bisect_left(positions, stretch.start, taken)
         taken = bisect_left(positions, stretch.stop, first)
-        left += holes(stretch.start - 1, stretch.stop - 1, positions[first:taken])
+        left += missing(stretch.start - 1, stretch.stop - 1, positions[first:taken])
         kept = at + 1
     return left + ranges[kept:]
 
 
-def above(ranges: list[range], floor: int) -> list[range]:
-    """Return what of the ranges lies above the floor."""
-    if not ranges or ranges[0].start > floor:
+def above(ranges: list[range], position: int) -> list[range]:
+    """Return what of the ranges lies above the position."""
+    if not ranges or ranges[0].start > position:
         return ranges
-    left = ranges[bisect_right(ranges, floor, key=_last) :]
-    if left and left[0].start <= floor:
-        left[0] = range(floor + 1, left[0].stop)
+    left = ranges[bisect_right(ranges, position, key=_last) :]
+    if left and left[0].start <= position:
+        left[0] = range(position + 1, left[0].stop)
     return left
 
 

@@ -1,34 +1,35 @@
-"""Read the outbox forward without losing anyone.
+"""Read the outbox forward without missing a row.
 
-Positions become visible out of order: a transaction that took position 7 may commit after 8 was read.
-So the reader keeps two marks and what lies between them:
+Positions become visible out of order: a transaction that took position 7 may commit after 8 was read. So the reader
+keeps two marks and what lies between them:
 
-    checkpoint   everything at or below it is settled: committed and read, or gone for ever
-    frontier     the highest position looked at
-    holes        positions between the two that were not there yet when their neighbours were read
+    checkpoint       everything at or below it was either read or will never exist
+    high-water mark  the highest position that was looked for
+    gaps             positions between the two that were not visible when their neighbours were read
 
-Each read asks for rows above the frontier, and for rows that have turned up in the holes where a writer that could
-fill them is over (gaps.py). A writer that dawdles keeps the checkpoint back and leaves a hole; it delays nobody else.
-`dovecote.horizon()` says how far everything is settled; it must be asked before the rows are
+Each read asks for rows above the high-water mark, and for rows that have appeared in the gaps of writers that have
+ended (gaps.py). A slow writer keeps the checkpoint back and leaves a gap; it delays nobody else. `dovecote.horizon()`
+returns the safe position, up to which no writer is left; it must be asked before the rows are
 (docs/adr/0003-reading-forward.md).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from dovecote.store import gaps
 from dovecote.store.envelopes import Connection as Connection
 from dovecote.store.envelopes import Envelopes, Read, bounded
 from dovecote.store.envelopes import Row as Row
-from dovecote.store.positions import above, holes, multirange_of, together, without
+from dovecote.store.positions import above, missing, multirange_of, together, without
 from dovecote.store.sequence import SequenceFault
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows in writing order. Once they are published or set aside, everything up to `checkpoint` is.
+    """Rows in writing order. Once they are published or dead-lettered, everything up to `checkpoint` is.
 
-    is_full   more may be waiting behind it
+    is_full   more rows may follow
     problems  position -> why the row there has no envelope
     """
 
@@ -41,15 +42,15 @@ class Batch:
 # As bytes: an envelope goes to Redis as it is, and decoding it would cost as much as all else done with it here.
 _SELECT = "select o.position, o.event_type, o.id, dovecote.small_envelope(o) as envelope"
 _BEYOND = bounded(f"{_SELECT} from dovecote.outbox o where o.position > %s order by o.position limit %s")
-# Stretch by stretch: the planner would rather read the whole outbox in order and throw away what is in no hole.
-_IN_HOLES = bounded(f"""
+# Range by range: the planner would rather read the whole outbox in order and filter by the gaps.
+_IN_GAPS = bounded(f"""
     {_SELECT}
     from unnest(%s::bigint[], %s::bigint[]) as stretch (low, high)
     cross join lateral (select * from dovecote.outbox where position between stretch.low and stretch.high
                           and position <@ %s::int8multirange order by position limit %s) o
     order by o.position limit %s
 """)  # noqa: S608 - put together from constants
-# From a position on: a batch may be more than is read at once.
+# From a position on: a batch may have more rows than one statement reads.
 _IN_BATCHES = bounded(f"""
     {_SELECT}
     from unnest(%s::int8multirange * int8multirange(int8range(%s, null))) as stretch
@@ -58,7 +59,7 @@ _IN_BATCHES = bounded(f"""
     order by o.position limit %s
 """)  # noqa: S608 - put together from constants
 
-# A row without an end was written by no relay. What it hides would be published by nobody.
+# No relay writes a range without bounds. Positions hidden by such a row would never be published.
 _PUBLISHED_ABOVE = """
     select lower(stretch), upper(stretch)
     from (select unnest(range_agg(positions)) from dovecote.published_batches
@@ -69,55 +70,56 @@ _PUBLISHED_ABOVE = """
 
 
 class Reader:
-    """Hands out every committed event at least once, and no event twice.
+    """Returns every committed event once.
 
-    A new reader starts from the recorded checkpoint and knows from `published_batches` what was handed
-    out above it.
+    A new reader starts from the recorded checkpoint and learns from `published_batches` what was read above it.
     """
 
     def __init__(self, connection: Connection, checkpoint: int, batch_size: int, batch_bytes: int = 8_000_000) -> None:
         self._connection = connection
         self.envelopes = Envelopes(connection, batch_size, batch_bytes)
-        self._batch_size = self.envelopes.most_rows
-        # Live events go along with late rows, however large those are.
+        self._batch_size = self.envelopes.max_rows
+        # Live events keep a share of each batch, however large the late rows are.
         self._least_beyond_bytes = batch_bytes // 4
-        self.checkpoint = self.frontier = checkpoint
-        self._horizon = (checkpoint, checkpoint)
-        self._holes: list[range] = []
+        self.checkpoint = self.high_water_mark = checkpoint
+        self._watermark = (checkpoint, checkpoint)
+        self._gaps: list[range] = []
         self._writers = gaps.Writers()
-        # Above this a hole may be of a writer that no look has shown: it is looked into whoever is over. All, at first.
+        # Gaps above this may belong to a writer that was never listed: they are always read. At first, all gaps are.
         self._unseen_above = 0
         for start, stop in connection.execute(_PUBLISHED_ABOVE, {"checkpoint": checkpoint}):
-            if stop - 1 > self.frontier:
-                self._holes += holes(self.frontier, stop - 1, range(max(start, self.frontier + 1), stop))
-                self.frontier = stop - 1
+            if stop - 1 > self.high_water_mark:
+                published = range(max(start, self.high_water_mark + 1), stop)
+                self._gaps += missing(self.high_water_mark, stop - 1, published)
+                self.high_water_mark = stop - 1
 
     def read(self, *, at_once: bool = False) -> Batch:
         """Return the next batch; an empty one when there is nothing new.
 
-        `at_once` goes by the horizon of the read before, which saves a statement: what is settled stays settled,
-        so the checkpoint only waits a little longer.
+        `at_once` reuses the safe position of the read before, which saves a statement. A safe position stays safe, so
+        the checkpoint only moves a little later.
         """
         if not at_once:
-            self._horizon = self._ask_horizon()
-            self._writers.look(self._connection, at_any=self._horizon[1] < self._horizon[0])
-        last_position, settled = self._horizon
-        beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)
-        # Asked second: if a row beyond tells of an aggregate, the earlier event that committed before it
-        # is visible by now and, sorted by position, is published before it.
+            self._watermark = self._read_watermark()
+            self._writers.refresh(self._connection, are_any=self._watermark[1] < self._watermark[0])
+        last_position, safe = self._watermark
+        beyond = self.envelopes.read(_BEYOND, self.high_water_mark, self._batch_size)
+        # Second: whatever committed before a row beyond is visible by now and, sorted by position, is published
+        # before it. So the events of one aggregate stay in order.
         late = self._late()
         if late.rows:
-            beyond = beyond.within(max(self.envelopes.most_bytes - late.bytes, self._least_beyond_bytes))
+            beyond = beyond.within(max(self.envelopes.max_bytes - late.bytes, self._least_beyond_bytes))
         if late.is_cut:
             return self._late_first(late, beyond)
 
-        frontier = self._next_frontier(beyond)
-        still_missing = without(self._holes, positions(late.rows)) if late.rows else self._holes
-        self._holes = above([*still_missing, *holes(self.frontier, frontier, positions(beyond.rows))], settled)
-        # A position above the sequence as it was read may be of a writer that is younger than our look at the locks.
+        high_water_mark = self._next_high_water_mark(beyond)
+        still_missing = without(self._gaps, positions(late.rows)) if late.rows else self._gaps
+        new = missing(self.high_water_mark, high_water_mark, positions(beyond.rows))
+        self._gaps = above([*still_missing, *new], safe)
+        # A position above the sequence as it was read may belong to a writer that began after we listed the locks.
         self._unseen_above = last_position
-        self.frontier = frontier
-        self.checkpoint = max(self.checkpoint, min(settled, frontier))
+        self.high_water_mark = high_water_mark
+        self.checkpoint = max(self.checkpoint, min(safe, high_water_mark))
         return Batch([*late.rows, *beyond.rows], self.checkpoint, beyond.is_cut, {**late.problems, **beyond.problems})
 
     def slices_in(self, multirange: str) -> Iterator[Read]:
@@ -131,47 +133,47 @@ class Reader:
             start = read.rows[-1][0] + 1
 
     def rows_in(self, multirange: str) -> Iterator[Row]:
-        """Yield them one by one, those that cannot be read among them."""
+        """Yield the same rows one by one, including those that cannot be read."""
         return (row for read in self.slices_in(multirange) for row in read.rows)
 
-    def _ask_horizon(self) -> tuple[int, int]:
+    def _read_watermark(self) -> tuple[int, int]:
         row = self._connection.execute("select last_position, settled from dovecote.horizon()").fetchone()
         assert row is not None
-        if row[0] < self._horizon[0]:
-            raise SequenceFault(f"dovecote.outbox_position was set back from {self._horizon[0]} to {row[0]}")
+        if row[0] < self._watermark[0]:
+            raise SequenceFault(f"dovecote.outbox_position was set back from {self._watermark[0]} to {row[0]}")
         return row[0], row[1]
 
-    def _next_frontier(self, beyond: Read) -> int:
-        if beyond.is_cut:  # what was left out is beyond the next frontier
-            return beyond.rows[-1][0] if beyond.rows else self.frontier
-        return max(self.frontier, self._horizon[0], *positions(beyond.rows[-1:]))
+    def _next_high_water_mark(self, beyond: Read) -> int:
+        if beyond.is_cut:  # what was left out is above the next mark
+            return beyond.rows[-1][0] if beyond.rows else self.high_water_mark
+        return max(self.high_water_mark, self._watermark[0], *positions(beyond.rows[-1:]))
 
     def _late(self) -> Read:
-        """Return what has turned up in holes: only there is looked where a writer that is over may have left it."""
-        if not self._holes:
+        """Return the rows that have appeared in gaps; only the gaps that an ended writer may have filled are read."""
+        if not self._gaps:
             return Read([])
-        floor = self._unseen_above
-        ended = self._lowest_floor_of_ended(floor)
+        low = self._unseen_above
+        ended = self._lowest_mark_of_ended(low)
         while True:
-            floor = min(floor, ended)
-            late = self._in_holes(above(self._holes, floor))
-            # A writer that ended in between may have left a row above that floor and an earlier one below it.
-            if not late.rows or (ended := self._lowest_floor_of_ended(floor)) >= floor:
+            low = min(low, ended)
+            late = self._in_gaps(above(self._gaps, low))
+            # A writer that ended meanwhile may have left a row above that mark and an earlier row below it.
+            if not late.rows or (ended := self._lowest_mark_of_ended(low)) >= low:
                 return late
 
-    def _lowest_floor_of_ended(self, floor: int) -> int:
-        """Return the given floor, or a lower one where a hole below it may have been filled."""
-        if self._holes[0].start > floor:
-            return floor
-        ended = self._writers.lowest_floor_of_ended(self._connection)
-        return floor if ended is None else ended
+    def _lowest_mark_of_ended(self, low: int) -> int:
+        """Return the given mark, or the lower one of a writer that has ended."""
+        if self._gaps[0].start > low:
+            return low
+        ended = self._writers.lowest_mark_of_ended(self._connection)
+        return low if ended is None else ended
 
-    def _in_holes(self, wanted: Sequence[range]) -> Read:
+    def _in_gaps(self, wanted: Sequence[range]) -> Read:
         if not wanted:
             return Read([])
         stretches = together(wanted)
         return self.envelopes.read(
-            _IN_HOLES,
+            _IN_GAPS,
             [stretch.start for stretch in stretches],
             [stretch.stop - 1 for stretch in stretches],
             multirange_of(wanted),
@@ -180,29 +182,54 @@ class Reader:
         )
 
     def _late_first(self, late: Read, beyond: Read) -> Batch:
-        """Return the late rows of a full batch, and with them those beyond that follow on nothing unread.
+        """Return the late rows of a full batch, and those rows beyond that have no unread predecessor.
 
-        More have turned up than one batch takes, such as those of a large import. Rows beyond need not wait for
-        them, only for what is of their own aggregate: such rows become holes until then. The checkpoint stays.
+        More have appeared than fit into one batch, as after a large import. Rows beyond wait only for late rows of
+        their own aggregate: such rows become gaps until then. The checkpoint stays.
         """
-        frontier = self._next_frontier(beyond)
-        self._holes = without(self._holes, positions(late.rows))
-        # Below the last late row nothing is left that was there when the rows beyond were.
-        behind = gaps.behind_unread(self._connection, positions(beyond.rows), above(self._holes, late.rows[-1][0]))
+        high_water_mark = self._next_high_water_mark(beyond)
+        self._gaps = without(self._gaps, positions(late.rows))
+        # Nothing below the last late row is left that was visible when the rows beyond were read.
+        behind = gaps.behind_unread(self._connection, positions(beyond.rows), above(self._gaps, late.rows[-1][0]))
         rows = [row for row in beyond.rows if row[0] not in behind]
         problems = {position: problem for position, problem in beyond.problems.items() if position not in behind}
-        self._holes += holes(self.frontier, frontier, positions(rows))
-        self._unseen_above = 0  # the rest is there already, whoever is over next
-        self.frontier = frontier
+        self._gaps += missing(self.high_water_mark, high_water_mark, positions(rows))
+        self._unseen_above = 0  # the rest is visible already, whichever writer ends next
+        self.high_water_mark = high_water_mark
         return Batch([*late.rows, *rows], self.checkpoint, True, {**late.problems, **problems})
+
+
+class ReadAhead:
+    """Reads the next batch of a backlog while the current one is on its way to Redis.
+
+    Postgres makes the envelopes of one batch while this process cuts and sends the one before. Only a full batch is
+    followed by another at once, so an event that comes alone is read when it comes and waits for nothing. The thread
+    shares the leader's connection, which runs one statement at a time: other statements of the leader wait for it.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._next: Future[Batch] | None = None
+
+    def __enter__(self) -> "ReadAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def take(self, *, at_once: bool = False) -> Batch:
+        """Return the next batch; `at_once` is for the reader. Errors: those of reading."""
+        batch = self._next.result() if self._next else self._reader.read(at_once=at_once)
+        self._next = self._thread.submit(self._reader.read) if batch.is_full else None
+        return batch
+
+    def wait(self) -> None:
+        """Wait until nothing is being read and the connection is free."""
+        if self._next:
+            wait([self._next])
 
 
 def positions(rows: Sequence[Row]) -> list[int]:
     """Return the position of each row."""
     return [position for position, _, _ in rows]
-
-
-def outbox_run(connection: Connection) -> str:
-    """Return in which run of Postgres, and of which outbox, this session reads."""
-    (run,) = connection.execute("select dovecote.outbox_run()").fetchone() or ("",)
-    return str(run)

@@ -15,7 +15,7 @@ from dovecote.errors import DovecoteError
 Strength = Literal["missing", "again"]
 
 # Characters of a strange value that a sentence repeats.
-_MOST_SHOWN = 40
+_MAX_SHOWN = 40
 
 #: The relay listens to it: a replay was asked for, paused, resumed or cancelled.
 CHANNEL = "dovecote_replays"
@@ -126,7 +126,7 @@ _READ: Mapping[str, Callable[[object], Any]] = {
 def _shown(value: object) -> str:
     """Return the beginning of a value that may be of any kind and size."""
     if isinstance(value, str):
-        return ascii(value[:_MOST_SHOWN])
+        return ascii(value[:_MAX_SHOWN])
     if value is None:
         return "null"
     if isinstance(value, bool | float):

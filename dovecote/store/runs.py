@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from dovecote.store.envelopes import Connection
+
 # It is read from Redis as well, where anybody may have written it: four numbers of 64 bits, and no year beyond 9999.
 _MAX_LENGTH, _LATEST_US = 90, 253_402_000_000 * 1_000_000
 
@@ -38,3 +40,15 @@ class Run:
     def __str__(self) -> str:
         started = datetime.fromtimestamp(self.started_us / 1e6, UTC)
         return f"Postgres {self.system}, timeline {self.timeline}, started {started:%F %T} UTC"
+
+
+def server_run(connection: Connection) -> str:
+    """Return the run of Postgres that this session belongs to; the session cannot outlive it."""
+    (run,) = connection.execute("select dovecote.server_run()").fetchone() or ("",)
+    return str(run)
+
+
+def outbox_run(connection: Connection) -> str:
+    """Return the run of Postgres, and of the outbox in it, that this session reads from."""
+    (run,) = connection.execute("select dovecote.outbox_run()").fetchone() or ("",)
+    return str(run)

@@ -17,7 +17,7 @@ log = structlog.get_logger()
 #: How often a relay that does not lead asks again.
 ASK_AGAIN_SECONDS = 2.0
 # A leader notices an altered cache or increment after this long, and with the next read a sequence that was set back.
-_LOOK_SECONDS = 10.0
+_POLL_INTERVAL_SECONDS = 10.0
 
 _FAULT = "select dovecote.sequence_fault()"
 _MAY_LEAD = "select dovecote.sequence_fault(), refused_since is not null from dovecote.relay_state"
@@ -68,7 +68,7 @@ class SequenceWatch:
         self._connection = connection
         self._epoch = epoch
         self._run = run
-        self._next_look = time.monotonic() + _LOOK_SECONDS
+        self._next_look = time.monotonic() + _POLL_INTERVAL_SECONDS
 
     def look(self) -> None:
         """Do nothing until it is time.
@@ -77,7 +77,7 @@ class SequenceWatch:
         """
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + _LOOK_SECONDS
+        self._next_look = time.monotonic() + _POLL_INTERVAL_SECONDS
         fault, epoch, run = self._connection.execute(_LOOK).fetchone() or (None, None, None)
         if fault is not None:
             raise SequenceFault(fault)

@@ -84,7 +84,7 @@ Of consumers; one port tells for all worker processes of a Dramatiq master:
 """
 
 from dovecote import settings as options
-from dovecote.telemetry.context import now_at_work
+from dovecote.telemetry.context import set_in_flight
 from dovecote.telemetry.logs import configure_logs, log_uncaught
 from dovecote.telemetry.traces import (
     acting_on,
@@ -103,8 +103,8 @@ __all__ = [
     "consuming",
     "end_traces",
     "log_uncaught",
-    "now_at_work",
     "publishing",
+    "set_in_flight",
     "trace_id",
 ]
 

@@ -11,32 +11,32 @@ from dovecote.route import Route
 
 Work = tuple[Route, Sequence[Envelope]]
 
-_at_work: ContextVar[Work | None] = ContextVar("at_work", default=None)
+_in_flight: ContextVar[Work | None] = ContextVar("in_flight", default=None)
 
 
-def now_at_work(route: Route, envelopes: Sequence[Envelope]) -> Token[Work | None]:
+def set_in_flight(route: Route, envelopes: Sequence[Envelope]) -> Token[Work | None]:
     """From now on this thread works on these events; the last call wins."""
-    return _at_work.set((route, envelopes))
+    return _in_flight.set((route, envelopes))
 
 
 def back_to(token: Token[Work | None]) -> None:
     """This thread works on what it did before that call, whatever came after it."""
-    _at_work.reset(token)
+    _in_flight.reset(token)
 
 
-def event_at_work() -> Envelope | None:
+def event_in_flight() -> Envelope | None:
     """Return the event at work; None between events, and while it is a whole bundle."""
-    work = _at_work.get()
+    work = _in_flight.get()
     return work[1][0] if work and len(work[1]) == 1 else None
 
 
 def facts() -> Mapping[str, object]:
     """Return what a log line should say of it: the handler, and the event or how many there are."""
-    work = _at_work.get()
+    work = _in_flight.get()
     if work is None:
         return {}
     route, envelopes = work
-    event = event_at_work()
+    event = event_in_flight()
     if event is None:
         return {"handler": route.handler, "events": len(envelopes)}
     found = {

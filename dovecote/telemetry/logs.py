@@ -18,7 +18,7 @@ from dramatiq.compat import StreamablePipe
 from structlog.typing import EventDict, Processor
 
 from dovecote import settings as options
-from dovecote.masking import masked_facts
+from dovecote.masking import masked_fields
 from dovecote.processes.terminal import block, plain
 from dovecote.telemetry import context as work
 from dovecote.telemetry import traces
@@ -98,7 +98,7 @@ def _facts(component: str) -> dict[str, object]:
 
 
 def _mask(_: Any, __: str, event: EventDict) -> EventDict:
-    return masked_facts(event, _MAX_FIELD)
+    return masked_fields(event, _MAX_FIELD)
 
 
 def _legible(_: Any, __: str, event: EventDict) -> EventDict:

@@ -31,17 +31,17 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dovecote.envelope import Envelope, read_head
-from dovecote.masking import masked, masked_facts
+from dovecote.masking import masked, masked_fields
 from dovecote.route import Route
-from dovecote.telemetry.context import back_to, event_at_work, now_at_work
+from dovecote.telemetry.context import back_to, event_in_flight, set_in_flight
 from dovecote.telemetry.failures import Failure, describe
 
 tracer = trace.get_tracer("dovecote")
 
 # How long a collector that does not answer may delay the end of a process.
-_GOODBYE_SECONDS = 3.0
+_SHUTDOWN_TIMEOUT_SECONDS = 3.0
 # A span keeps as many links as a batch has events by default; of more, the last ones.
-_MOST_LINKS = 2_000
+_MAX_LINKS = 2_000
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 # Where `dovecote.envelope` puts it. A quote within a text is escaped, and the payload has a blank after each comma:
@@ -98,7 +98,7 @@ def _sampled(rows: Iterable[tuple[int, str, bytes]]) -> list[tuple[str, dict[str
 @contextmanager
 def consuming(route: Route, envelopes: Sequence[Envelope]) -> Iterator[None]:
     """Trace a bundle; what is logged in this block names the handler and what of the bundle is at work."""
-    token = now_at_work(route, envelopes)
+    token = set_in_flight(route, envelopes)
     attributes = {
         **_messaging("consume", "process"),
         "messaging.destination.name": route.queue,
@@ -120,7 +120,7 @@ def consuming(route: Route, envelopes: Sequence[Envelope]) -> Iterator[None]:
 
 def acting_on(route: Route, envelope: Envelope) -> AbstractContextManager[None]:
     """Trace one call of an ordinary handler: spans that it makes are children of the event's."""
-    now_at_work(route, (envelope,))
+    set_in_flight(route, (envelope,))
     return _acting_on_sampled(route, envelope) if is_sampled(envelope.traceparent) else _UNTRACED
 
 
@@ -142,7 +142,7 @@ def acting_on_all(route: Route, envelopes: Sequence[Envelope]) -> Iterator[None]
     A failure is told in the span of an event that was alone in its bundle. The events of larger ones are taken
     in parts next, and the text of the first failure may be about another event.
     """
-    now_at_work(route, envelopes)
+    set_in_flight(route, envelopes)
     spans = [_process(route, envelope) for envelope in envelopes if is_sampled(envelope.traceparent)]
     try:
         yield
@@ -233,7 +233,7 @@ def ids() -> Mapping[str, str]:
     """Return trace and span id for a log line: of the span recorded here, else of the one that wrote the event."""
     context = trace.get_current_span().get_span_context()
     if not context.trace_flags.sampled:
-        event = event_at_work()
+        event = event_in_flight()
         context = _span_context(event.traceparent) if event and event.traceparent else trace.INVALID_SPAN_CONTEXT
     if not context.is_valid:
         return {}
@@ -280,7 +280,7 @@ def provider_for(sample_ratio: float, component: str) -> TracerProvider:
         # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win.
         resource=ours.merge(OTELResourceDetector().detect()),
         sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
-        span_limits=SpanLimits(max_links=_MOST_LINKS),
+        span_limits=SpanLimits(max_links=_MAX_LINKS),
         shutdown_on_exit=False,
     )
 
@@ -289,9 +289,9 @@ def end_traces() -> None:
     """Send the last spans. A collector that is away delays the end of the process by three seconds at most."""
     provider = trace.get_tracer_provider()
     if isinstance(provider, TracerProvider):
-        goodbye = threading.Thread(target=provider.shutdown, name="last spans", daemon=True)
-        goodbye.start()
-        goodbye.join(_GOODBYE_SECONDS)
+        shutdown_thread = threading.Thread(target=provider.shutdown, name="last spans", daemon=True)
+        shutdown_thread.start()
+        shutdown_thread.join(_SHUTDOWN_TIMEOUT_SECONDS)
 
 
 class Masking(SpanExporter):
@@ -317,11 +317,11 @@ def _masked_span(span: ReadableSpan) -> ReadableSpan:
         context=span.context,
         parent=span.parent,
         resource=span.resource,
-        attributes=masked_facts(span.attributes or {}),
+        attributes=masked_fields(span.attributes or {}),
         events=[
-            Event(masked(event.name), masked_facts(event.attributes or {}), event.timestamp) for event in span.events
+            Event(masked(event.name), masked_fields(event.attributes or {}), event.timestamp) for event in span.events
         ],
-        links=[trace.Link(link.context, masked_facts(link.attributes or {})) for link in span.links],
+        links=[trace.Link(link.context, masked_fields(link.attributes or {})) for link in span.links],
         kind=span.kind,
         status=Status(span.status.status_code, masked(description) if description else None),
         start_time=span.start_time,

@@ -8,7 +8,6 @@ after the state they tell of, so that an aggregate's row is locked before its ev
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from dovecote.database import Sessions
 from dovecote.errors import ConcurrentChange, NoTransaction
 from dovecote.events import Event
 from dovecote.privacy import Keyring
+from dovecote.unit_of_work.backoff import Backoff
 from dovecote.unit_of_work.emitting import Emitted, refuse_aborted
 from dovecote.unit_of_work.trace_headers import trace_headers
 
@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 # serialization_failure and deadlock_detected; Postgres has rolled back, also when they come at the commit
 _CONFLICTS = ("40001", "40P01")
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
+_BACKOFF = Backoff(first_seconds=0.01, max_seconds=0.5, jitter=0.5)
 
 
 class UnitOfWork:
@@ -160,14 +160,14 @@ def run_unit_of_work(
     Nothing else is tried again; after a commit without a reply, nobody knows whether it happened.
     Errors: the last conflict, and whatever the work raises.
     """
-    for pause_seconds in _pauses(tries):
+    for earlier in range(1, tries):
         try:
             with unit_of_work(sessions, headers, keys) as uow:
                 return work(uow)
         except Exception as error:
             if not is_conflict(error):
                 raise
-        time.sleep(pause_seconds)
+        time.sleep(_BACKOFF.pause_seconds(earlier))
     with unit_of_work(sessions, headers, keys) as uow:
         return work(uow)
 
@@ -197,13 +197,13 @@ async def run_unit_of_work_async(
             finally:
                 uow._block_has_ended = True
 
-    for pause_seconds in _pauses(tries):
+    for earlier in range(1, tries):
         try:
             return await once()
         except Exception as error:
             if not is_conflict(error):
                 raise
-        await asyncio.sleep(pause_seconds)
+        await asyncio.sleep(_BACKOFF.pause_seconds(earlier))
     return await once()
 
 
@@ -212,9 +212,3 @@ def is_conflict(error: BaseException) -> bool:
     # The driver's own error knows: psycopg's, or asyncpg's below an AsyncSession.
     cause = error.orig if isinstance(error, DBAPIError) else error
     return isinstance(cause, ConcurrentChange) or getattr(cause, "sqlstate", None) in _CONFLICTS
-
-
-def _pauses(tries: int) -> Iterator[float]:
-    """Yield the pause after each try but the last: doubling, half of it jitter."""
-    for earlier in range(tries - 1):
-        yield min(_FIRST_PAUSE_SECONDS * 2**earlier, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)

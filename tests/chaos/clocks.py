@@ -12,7 +12,7 @@ from pathlib import Path
 
 import time_machine
 
-_LOOK_SECONDS = 0.1
+_POLL_INTERVAL_SECONDS = 0.1
 # Taken while the clock is right; nobody shifts the monotonic one.
 _BEGAN = time.time() - time.monotonic()
 
@@ -48,4 +48,4 @@ def _follow(file: Path) -> None:
                 traveller = time_machine.travel(timedelta(seconds=wanted), tick=True)
                 traveller.start()
             ahead = wanted
-        pause.wait(_LOOK_SECONDS)
+        pause.wait(_POLL_INTERVAL_SECONDS)

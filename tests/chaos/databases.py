@@ -15,7 +15,7 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from dovecote.local.servers import Postgres, Server
-from dovecote.processes.state_directory import make_ours
+from dovecote.processes.state_directory import ensure_private_directory
 from tests.support.processes import are_there, eventually
 
 # Checkpoints come often enough that a copy stays small, and a new standby finds what it did not get yet.
@@ -101,7 +101,7 @@ class Databases:
         """Start a standby of the primary."""
         self._standbys += 1
         directory = self._directory / f"standby-{self._standbys}"
-        make_ours(directory)
+        ensure_private_directory(directory)
         shutil.copy2(self.primary.directory / "password", directory / "password")
         self.copy_to(directory / "data")
         # Appended to, and not made anew: the file belongs to the servers' own user.

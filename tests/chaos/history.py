@@ -196,7 +196,7 @@ def collect(
 
 
 def _wrong_sums(committed: Iterable[Committed], accounts: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Compare the journals with the writers' own table, so that a hole in the journals is seen."""
+    """Compare the journals with the writers' own table, so that a gap in the journals is seen."""
     told: dict[str, tuple[int, int]] = dict.fromkeys(accounts, (0, 0))
     for event in committed:
         count, cents = told.get(event.account, (0, 0))

@@ -25,7 +25,7 @@ from sqlalchemy import make_url
 from dovecote import operations
 from dovecote.local.servers import Postgres, Redis
 from dovecote.processes.children import dying_with_us
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
 from dovecote.store.connections import connect
 from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
@@ -93,8 +93,10 @@ class Stage:
     def _start_system(self) -> None:
         procfile = self.directory / "Procfile"
         procfile.write_text(routes.PROCFILE)
-        self._up = self._start("system", ["workers", "up", "--procfile", str(procfile)])
-        eventually(lambda: Home(self.directory / "home").running() is not None, 60, "a system that announces itself")
+        self._up = self._start("system", ["dovecote", "up", "--procfile", str(procfile)])
+        eventually(
+            lambda: StateDirectory(self.directory / "home").running() is not None, 60, "a system that announces itself"
+        )
         eventually(lambda: self.status().relay.leading and len(self.workers()) == 4, 60, "a leader and four workers")
 
     def _start(self, name: str, words: list[str]) -> "subprocess.Popen[bytes]":

@@ -137,7 +137,8 @@ def test_a_name_is_a_plain_word(name: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "queue", ["q.DQ", "q.XQ", "q.msgs", "q.at_work", "q.XQ.msgs", "q.aside.h", "__acks__.x.q", "__relay__", "1q", "q:1"]
+    "queue",
+    ["q.DQ", "q.XQ", "q.msgs", "q.in_flight", "q.XQ.msgs", "q.aside.h", "__acks__.x.q", "__relay__", "1q", "q:1"],
 )
 def test_a_queue_has_no_name_that_another_one_s_keys_have(queue: str) -> None:
     with pytest.raises(InvalidRoute, match="queue"):

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from dovecote.errors import InvalidEvent
-from dovecote.outbox import MOST_HEADER_BYTES
+from dovecote.outbox import MAX_HEADER_BYTES
 from dovecote.unit_of_work import unit_of_work
 from tests.support.quotes import a_quote
 
@@ -44,7 +45,7 @@ class Injecting(TextMapPropagator):
 
 @pytest.fixture(autouse=True)
 def _fresh(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("dovecote.unit_of_work.trace_headers._has_warned", False)
+    monkeypatch.setattr(import_module("dovecote.unit_of_work.trace_headers"), "_has_warned", False)
     with engine.begin() as connection:
         connection.execute(text("truncate dovecote.outbox"))
     before = propagate.get_global_textmap()
@@ -88,7 +89,7 @@ def test_the_most_that_tracing_may_carry_fails_no_order(engine: Engine, sessions
         "baggage": ",".join(f"k{number:03}=" + "x" * 170 for number in range(46)),
     }
     own: dict[str, str] = {}
-    while len(json.dumps(own)) < MOST_HEADER_BYTES - 20:
+    while len(json.dumps(own)) < MAX_HEADER_BYTES - 20:
         own[f"{len(own):x}"] = ""
     token = context.attach(propagate.extract(incoming))
     try:
@@ -104,7 +105,7 @@ def test_the_longest_trace_state_fits_beside_the_longest_headers(
 ) -> None:
     injecting({"traceparent": TRACEPARENT, "tracestate": '"' * 512})  # each is two bytes of JSON
     own: dict[str, str] = {}
-    while len(json.dumps(own)) < MOST_HEADER_BYTES - 20:
+    while len(json.dumps(own)) < MAX_HEADER_BYTES - 20:
         own[f"{len(own):x}"] = ""
 
     assert kept(engine, sessions, own)["tracestate"] == '"' * 512
@@ -170,7 +171,7 @@ def test_headers_of_the_services_own_win_and_are_limited_by_themselves(
     injecting({"traceparent": TRACEPARENT})
 
     assert kept(engine, sessions, {"traceparent": "mine"}) == {"traceparent": "mine"}
-    with unit_of_work(sessions, {"a": "x" * MOST_HEADER_BYTES}) as uow, pytest.raises(InvalidEvent, match="headers"):
+    with unit_of_work(sessions, {"a": "x" * MAX_HEADER_BYTES}) as uow, pytest.raises(InvalidEvent, match="headers"):
         uow.emit(a_quote())
 
 

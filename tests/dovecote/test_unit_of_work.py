@@ -23,7 +23,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from domain import billing
 from domain.pricing import PriceQuoted
 from dovecote.errors import EventsDropped, InvalidEvent
-from dovecote.outbox import MOST_HEADER_BYTES, MOST_PAYLOAD_BYTES
+from dovecote.outbox import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, run_unit_of_work_async, unit_of_work
 from tests.support.quotes import NOON, a_quote
@@ -304,7 +304,7 @@ def test_the_largest_payload_that_is_taken_fits_the_table(sessions: sessionmaker
     def a_large_event(more: int) -> _Large:
         quote = _Large(occurred_at=NOON, symbol="", price=a_quote().price, as_of=NOON)
         empty = len(json.dumps(quote.payload()))
-        return _Large(occurred_at=NOON, symbol="x" * (MOST_PAYLOAD_BYTES - empty + more), price=quote.price, as_of=NOON)
+        return _Large(occurred_at=NOON, symbol="x" * (MAX_PAYLOAD_BYTES - empty + more), price=quote.price, as_of=NOON)
 
     with unit_of_work(sessions) as uow:
         uow.emit(a_large_event(0))
@@ -316,7 +316,7 @@ def test_the_largest_payload_that_is_taken_fits_the_table(sessions: sessionmaker
 
 def test_the_largest_headers_that_are_taken_fit_the_table(sessions: sessionmaker[Session], engine: Engine) -> None:
     headers: dict[str, str] = {}
-    while len(json.dumps(headers)) < MOST_HEADER_BYTES - 20:
+    while len(json.dumps(headers)) < MAX_HEADER_BYTES - 20:
         headers[f"{len(headers):x}"] = ""
 
     with unit_of_work(sessions, headers) as uow:

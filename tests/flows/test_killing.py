@@ -19,7 +19,7 @@ import pytest
 import sqlalchemy.exc
 
 from dovecote import operations
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
 from dovecote.store.connections import connect
 from tests.support.clusters import put_cluster
 from tests.support.exact_counts import count_everything
@@ -53,7 +53,7 @@ class RunningSystem:
         return found
 
     def database_url(self) -> str:
-        running = Home(self.home).running()
+        running = StateDirectory(self.home).running()
         assert running, "the system announced itself"
         return running.environment["DATABASE_URL"]
 
@@ -154,7 +154,7 @@ def test_ctrl_c_stops_everything() -> None:
 
         assert system.process.wait(30) == 0
         assert not are_there(everything)
-        assert Home(place / "home").running() is None
+        assert StateDirectory(place / "home").running() is None
 
 
 def _demo(system: RunningSystem) -> None:
@@ -178,7 +178,7 @@ def _up(home: Path) -> Iterator[RunningSystem]:
     )
     system = RunningSystem(home, process)
     try:
-        eventually(lambda: Home(home).running() is not None, 30, "a system that announces itself")
+        eventually(lambda: StateDirectory(home).running() is not None, 30, "a system that announces itself")
         eventually(lambda: system.status().relay.leading, 30, "a relay that leads")
         yield system
     finally:

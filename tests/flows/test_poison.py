@@ -103,7 +103,7 @@ def keys_left(system: System) -> list[str]:
     """Keys that remember crashes or marks."""
     client: Any = system.broker.client
     found = [key.decode() for key in client.scan_iter(f"{system.broker.namespace}:*")]
-    return [key for key in found if key.endswith((".msgs", ".at_work"))]
+    return [key for key in found if key.endswith((".msgs", ".in_flight"))]
 
 
 def test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mates_go_through(

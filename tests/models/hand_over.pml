@@ -113,7 +113,7 @@ inline set_marker() {
 inline claim() {
     atomic {
         if
-        :: marker > mine || redis_history != seen -> goto greet
+        :: marker > mine || redis_history != seen -> goto verify_redis
         :: else ->
             set_marker();
 #ifndef IDS_NOT_SALTED
@@ -128,9 +128,9 @@ inline claim() {
 inline drop() {
     atomic {
         if
-        :: marker != mine -> goto greet
+        :: marker != mine -> goto verify_redis
 #ifndef DROP_UNFENCED
-        :: marker == mine && redis_history != my_history -> goto greet
+        :: marker == mine && redis_history != my_history -> goto verify_redis
 #endif
         :: else ->
 #ifdef IDS_NOT_SALTED
@@ -147,7 +147,7 @@ inline publish(events) {
     atomic {
         if
 #ifndef MARKER_UNSEEN
-        :: marker < mine || redis_history != my_history -> goto greet     /* Redis lost */
+        :: marker < mine || redis_history != my_history -> goto verify_redis     /* Redis lost */
 #endif
 #ifndef PUBLISH_UNFENCED
         :: marker > mine -> goto again
@@ -197,7 +197,7 @@ end_standby:
             from = checkpoint; upto = from; known = known_id; expected = known_marker;
             my_history = history; same_run = (known_run == my_run); my_beat = beat
         }
-greet: true;
+verify_redis: true;
         d_step { found_id = run_id; seen = redis_history; lost = 0 }
         atomic {                                         /* one call of claim.lua */
             if
@@ -244,14 +244,14 @@ end_lead:
         :: from < upto -> publish(batch); record(); from = upto; batch = 0
 #endif
 #ifdef MARKER_UNSEEN
-        :: run_id != known -> goto greet
+        :: run_id != known -> goto verify_redis
 #else
-        :: run_id != known || marker < mine || redis_history != my_history -> goto greet     /* once a second it looks */
+        :: run_id != known || marker < mine || redis_history != my_history -> goto verify_redis     /* once a second it looks */
 #endif
         :: marker > mine || !session[me] -> goto again
 #ifdef SAME_RUN
         :: my_beat < 2 && queued != 0 -> atomic { STATEMENT; if :: FENCED -> my_beat++; beat = my_beat :: else -> goto again fi };
-            atomic { if :: marker == mine && redis_history == my_history && redis_beat <= my_beat -> redis_beat = my_beat :: else -> goto greet fi }
+            atomic { if :: marker == mine && redis_history == my_history && redis_beat <= my_beat -> redis_beat = my_beat :: else -> goto verify_redis fi }
 #endif
         od
     } unless { killed[me] };

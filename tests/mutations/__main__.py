@@ -25,7 +25,7 @@ from tests.support.processes import a_place_for_servers
 
 ROOT = Path(__file__).parents[2]
 # For each module or test that is run.
-_MOST_SECONDS = 400
+_MAX_SECONDS = 400
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def break_it(tree: Path, mutant: Mutant) -> None:
 
 def first_failure(tree: Path, tests: Sequence[str], environment: Mapping[str, str]) -> str:
     """Run tests until one fails, and name it; nothing if all pass."""
-    most_seconds = _MOST_SECONDS * len(tests)
+    max_seconds = _MAX_SECONDS * len(tests)
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider", "-o", "timeout=60"]
     try:
         done = subprocess.run(
@@ -111,11 +111,11 @@ def first_failure(tree: Path, tests: Sequence[str], environment: Mapping[str, st
             env={**environment, "PYTHONPATH": str(tree)},
             capture_output=True,
             text=True,
-            timeout=most_seconds,
+            timeout=max_seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"nothing came to an end within {most_seconds} s"
+        return f"nothing came to an end within {max_seconds} s"
     if done.returncode == 0:
         return ""
     failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED ")]

@@ -5,7 +5,7 @@ from tests.mutations.mutant import Mutant
 HISTORY = "tests/dovecote/relay/test_history.py"
 LOOKUP = "tests/dovecote/store/test_lookup.py"
 SEQUENCE = "tests/dovecote/relay/test_sequence.py"
-STANDBY = "tests/dovecote/relay/test_standby.py"
+STANDBY = "tests/dovecote/relay/test_standby_flush.py"
 CLAIM = "dovecote/broker/lua/claim.lua"
 SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
 FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
@@ -17,7 +17,7 @@ GOING_BACK = (
     Mutant(
         "a sequence that was set back is read on",
         "dovecote/store/reader.py",
-        "if row[0] < self._horizon[0]:",
+        "if row[0] < self._watermark[0]:",
         "if False:",
         SEQUENCE,
     ),
@@ -86,7 +86,7 @@ GOING_BACK = (
     ),
     Mutant(
         "what nobody flushes is waited for",
-        "dovecote/relay/standby.py",
+        "dovecote/relay/standby_flush.py",
         "                self._records.execute(_FLUSH)\n",
         "",
         STANDBY,
@@ -157,7 +157,7 @@ GOING_BACK = (
     Mutant(
         "marks of messages that were dropped stay",
         "dovecote/broker/lua/drop.lua",
-        "    redis.pcall('hdel', KEYS[2] .. '.at_work', unpack(ours))\n",
+        "    redis.pcall('hdel', KEYS[2] .. '.in_flight', unpack(ours))\n",
         "",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),
@@ -227,8 +227,8 @@ GOING_BACK = (
     Mutant(
         "two sessions of one leadership may lead to two servers",
         "dovecote/relay/history.py",
-        "        if (found := run_of(self._records)) != self._claim.instance:\n",
-        "        if (found := run_of(self._records)) is None:\n",
+        "        if (found := server_run(self._records)) != self._claim.instance:\n",
+        "        if (found := server_run(self._records)) is None:\n",
         f"{HISTORY}::test_both_sessions_of_a_leader_are_of_one_run",
     ),
     Mutant(

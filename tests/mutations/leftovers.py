@@ -5,7 +5,7 @@ from tests.mutations.mutant import Mutant
 DELIVERIES = "tests/dovecote/relay/test_leftover_deliveries.py"
 RENAMED = "tests/dovecote/relay/test_renamed_queues.py"
 
-LEASES = "dovecote/relay/leases.py"
+LEASES = "dovecote/store/leases.py"
 SQL = "migrations/sql/0026_leftovers.up.sql"
 MOVE = "dovecote/broker/lua/move.lua"
 
@@ -50,13 +50,13 @@ LEFTOVERS = (
     Mutant(
         "a delivery whose event is gone is leased for ever",
         LEASES,
-        "        bury_gone(connection, routes, [",
+        "        dead_letter_gone(connection, routes, [",
         "        (lambda *_: None)(connection, routes, [",
         DELIVERIES,
     ),
     Mutant(
         "what waits behind an event that is gone goes on waiting",
-        "dovecote/store/gone_events.py",
+        "dovecote/store/unsendable.py",
         "            connection.execute(_RELEASE_NEXT, behind)\n",
         "            del behind\n",
         DELIVERIES,

@@ -4,7 +4,7 @@ from tests.mutations.mutant import Mutant
 
 LOCKS_TEST, ROWS_TEST = "tests/security/test_locks.py", "tests/security/test_rows.py"
 SQL = "migrations/sql/0032_leader_lock.up.sql"
-LEADERSHIP_PY, ACTIVE_PY = "dovecote/relay/leadership.py", "dovecote/relay/active_replays.py"
+LEADERSHIP_PY, ACTIVE_PY = "dovecote/relay/leader_lock.py", "dovecote/store/active_replays.py"
 
 LOCKS = (
     Mutant(

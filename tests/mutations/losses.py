@@ -5,7 +5,7 @@ from tests.mutations.mutant import Mutant
 MISSING, RECONCILING = "tests/dovecote/relay/test_recovery.py", "tests/dovecote/relay/test_reconciler.py"
 
 MISSING_PY, RECONCILING_PY = "dovecote/relay/recovery.py", "dovecote/relay/reconciler.py"
-QUEUED_PY, REQUEUE_LUA = "dovecote/relay/queued.py", "dovecote/broker/lua/requeue.lua"
+QUEUED_PY, REQUEUE_LUA = "dovecote/relay/queue_search.py", "dovecote/broker/lua/requeue.lua"
 
 LOSSES = (
     # Redis ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from tests.mutations.mutant import Mutant
 MESSAGES = "tests/security/test_messages.py"
 KEYS = "tests/security/test_redis_keys.py"
 REFUSED = f"{MESSAGES}::test_a_message_that_no_relay_made_is_refused_once"
-SIGNATURES, OPENING = "dovecote/envelope/signatures.py", "dovecote/envelope/opening.py"
+SIGNATURES, OPENING = "dovecote/envelope/signatures.py", "dovecote/envelope/message_reader.py"
 
 SIGNED = (
     Mutant(
@@ -91,7 +91,7 @@ SIGNED = (
     ),
     Mutant(
         "what was signed with a revoked key waits for the reconciler",
-        "dovecote/relay/key_watch.py",
+        "dovecote/envelope/signatures.py",
         "return not before.keys() <= self._keys.keys()",
         "return False",
         f"{MESSAGES}::test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again",

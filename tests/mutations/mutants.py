@@ -19,7 +19,7 @@ from tests.mutations.queues import QUEUES
 from tests.mutations.settings import SETTINGS_AND_CONNECTIONS
 
 READING = "tests/dovecote/relay/test_reading_forward.py"
-GAPS = "tests/dovecote/store/test_gaps.py"
+GAPS = "tests/dovecote/relay/test_gaps.py"
 HELD = "tests/dovecote/relay/test_held_writers.py"
 RELAY = "tests/dovecote/relay/test_relay.py"
 HISTORY = "tests/dovecote/relay/test_history.py"
@@ -31,11 +31,11 @@ RELEASING = "tests/dovecote/store/test_releasing.py"
 ANY_ORDER = "tests/dovecote/consumer/test_consuming_in_any_order.py"
 REPLAYING = "tests/dovecote/relay/test_replayer.py"
 REPLAYS = "tests/dovecote/relay/test_replay_machine.py"
-WRITING = "tests/dovecote/unit_of_work/test_unit_of_work.py"
+WRITING = "tests/dovecote/test_unit_of_work.py"
 HOOKS = "tests/dovecote/unit_of_work/test_hooks.py"
 OUTER = "tests/dovecote/unit_of_work/test_outer_connections.py"
 REFUSALS = "tests/dovecote/unit_of_work/test_refusals.py"
-TRACES = "tests/dovecote/unit_of_work/test_trace_headers.py"
+TRACES = "tests/dovecote/test_trace_headers.py"
 EMITTING = "dovecote/unit_of_work/emitting.py"
 RETENTION = "tests/dovecote/operations/test_retention.py"
 ENVELOPE = "tests/dovecote/envelope/test_envelope.py"
@@ -238,8 +238,8 @@ MUTANTS = (
     Mutant(
         "the headers of a trace count against the service's own",
         "dovecote/outbox.py",
-        '_json(event, "headers", dict(headers), MOST_HEADER_BYTES)\n    return',
-        '_json(event, "headers", {**trace, **headers}, MOST_HEADER_BYTES)\n    return',
+        '_json(event, "headers", dict(headers), MAX_HEADER_BYTES)\n    return',
+        '_json(event, "headers", {**trace, **headers}, MAX_HEADER_BYTES)\n    return',
         TRACES,
     ),
     Mutant(
@@ -258,52 +258,53 @@ MUTANTS = (
         READING,
     ),
     Mutant(
-        "the checkpoint goes to the frontier",
+        "the checkpoint goes to the high-water mark",
         "dovecote/store/reader.py",
-        "self.checkpoint = max(self.checkpoint, min(settled, frontier))",
-        "self.checkpoint = max(self.checkpoint, frontier)",
+        "self.checkpoint = max(self.checkpoint, min(safe, high_water_mark))",
+        "self.checkpoint = max(self.checkpoint, high_water_mark)",
         READING,
     ),
     Mutant(
-        "a hole that is settled is kept for ever",
+        "a gap that is settled is kept for ever",
         "dovecote/store/reader.py",
-        "above([*still_missing, *holes(self.frontier, frontier, positions(beyond.rows))], settled)",
-        "[*still_missing, *holes(self.frontier, frontier, positions(beyond.rows))]",
+        "above([*still_missing, *new], safe)",
+        "[*still_missing, *new]",
         READING,
     ),
     Mutant(
-        "holes are not looked into",
+        "gaps are not looked into",
         "dovecote/store/reader.py",
-        "        if not self._holes:\n            return Read([])",
+        "        if not self._gaps:\n            return Read([])",
         "        if True:\n            return Read([])",
         READING,
     ),
     Mutant(
-        "a new reader forgets the holes above the checkpoint",
+        "a new reader forgets the gaps above the checkpoint",
         "dovecote/store/reader.py",
-        "                self._holes += holes(self.frontier, stop - 1, range(max(start, self.frontier + 1), stop))\n",
+        "                self._gaps += missing(self.high_water_mark, stop - 1, published)\n",
         "",
         READING,
     ),
     Mutant(
         "late rows are asked for before those beyond",
         "dovecote/store/reader.py",
-        "        beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)\n",
-        "        early = self._late()\n        beyond = self.envelopes.read(_BEYOND, self.frontier, self._batch_size)\n"
+        "        beyond = self.envelopes.read(_BEYOND, self.high_water_mark, self._batch_size)\n",
+        "        early = self._late()\n"
+        "        beyond = self.envelopes.read(_BEYOND, self.high_water_mark, self._batch_size)\n"
         "        self._late = lambda: early  # type: ignore[method-assign]\n",
         READING,
     ),
     Mutant(
         "a batch cut short leaves out what it did not take",
         "dovecote/store/reader.py",
-        "        if beyond.is_cut:  # what was left out is beyond the next frontier\n",
+        "        if beyond.is_cut:  # what was left out is above the next mark\n",
         "        if False:\n",
         f"{READING} {SIZES}",
     ),
     Mutant(
         "gaps are looked into in every read",
         "dovecote/store/reader.py",
-        "        return floor if ended is None else ended\n",
+        "        return low if ended is None else ended\n",
         "        return 0\n",
         GAPS,
     ),
@@ -311,13 +312,13 @@ MUTANTS = (
         "a gap above the sequence is not looked into for its own sake",
         "dovecote/store/reader.py",
         "        self._unseen_above = last_position\n",
-        "        self._unseen_above = frontier\n",
+        "        self._unseen_above = high_water_mark\n",
         GAPS,
     ),
     Mutant(
         "who is over is not asked again when late rows were found",
         "dovecote/store/reader.py",
-        "if not late.rows or (ended := self._lowest_floor_of_ended(floor)) >= floor:",
+        "if not late.rows or (ended := self._lowest_mark_of_ended(low)) >= low:",
         "if True:",
         GAPS,
     ),
@@ -409,7 +410,7 @@ MUTANTS = (
     Mutant(
         "a batch is not cut where its bytes end",
         "dovecote/store/envelopes.py",
-        "(kept and size > self.most_bytes)",
+        "(kept and size > self.max_bytes)",
         "False",
         SIZES,
     ),
@@ -443,7 +444,7 @@ MUTANTS = (
     ),
     Mutant(
         "a retry that cannot be read is sent again and again",
-        "dovecote/relay/unreadable.py",
+        "dovecote/store/unsendable.py",
         "        where known.state = 'retrying'\n",
         "        where false\n",
         UNREADABLE,
@@ -557,7 +558,7 @@ MUTANTS = (
     ),
     Mutant(
         "a relay that leads is not alone",
-        "dovecote/relay/leadership.py",
+        "dovecote/relay/leader_lock.py",
         "            self._session.execute(_TAKE)\n",
         "            pass\n",
         RELAY,
@@ -565,9 +566,9 @@ MUTANTS = (
     Mutant(
         "the relay sleeps without a last look",
         "dovecote/relay/wakeup.py",
-        "            self._sleeper.sleep(self._pause_seconds)\n",
-        "            self._sleeper.sleep(self._pause_seconds)\n"
-        "        else:\n            self._sleeper.sleep(self._settings.poll_interval_seconds, self._connection)\n",
+        "            self._stop.sleep(self._pause_seconds)\n",
+        "            self._stop.sleep(self._pause_seconds)\n"
+        "        else:\n            self._stop.sleep(self._settings.poll_interval_seconds, self._connection)\n",
         RELAY,
     ),
     Mutant(
@@ -594,7 +595,7 @@ MUTANTS = (
     Mutant(
         "a silent writer that is over is waited for",
         "dovecote/relay/wakeup.py",
-        "self._silent_writers & at_work",
+        "self._silent_writers & in_flight",
         "self._silent_writers",
         HELD,
     ),
@@ -637,14 +638,14 @@ MUTANTS = (
     ),
     Mutant(
         "the relay waits for a worker that holds a retry",
-        "dovecote/relay/leases.py",
+        "dovecote/store/leases.py",
         "skip locked\n    )\n    update dovecote.deliveries d set next_attempt_at = now(), leased_until",
         "\n    )\n    update dovecote.deliveries d set next_attempt_at = now(), leased_until",
         f"{RELAY}::test_a_relay_waits_for_no_worker_that_holds_a_delivery",
     ),
     Mutant(
         "a retry that was sent is forgotten",
-        "dovecote/relay/leases.py",
+        "dovecote/store/leases.py",
         "next_attempt_at = lease.until, leased_until = lease.until,",
         "next_attempt_at = now() + interval '1 year', leased_until = now() + interval '1 year',",
         RELAY,
@@ -738,7 +739,7 @@ MUTANTS = (
     Mutant(
         "an event is parked while the one before it is just being done",
         "dovecote/consumer/consumer.py",
-        "        while found.at_work is not None and self",
+        "        while found.in_flight is not None and self",
         "        while False and self",
         CONSUME,
     ),
@@ -829,7 +830,7 @@ MUTANTS = (
     Mutant(
         "a server that only the handler asks is waited for",
         "dovecote/consumer/consumer.py",
-        "if answers <= _MOST_ANSWERS:",
+        "if answers <= _MAX_ANSWERS:",
         "if True:",
         f"{CONSUME}::test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event",
     ),
@@ -894,7 +895,7 @@ MUTANTS = (
     Mutant(
         "an event is started for ever",
         "dovecote/consumer/consumer.py",
-        "                if starts >= MOST_STARTS:\n",
+        "                if starts >= MAX_STARTS:\n",
         "                if False:\n",
         SUSPECTS,
     ),
@@ -908,7 +909,7 @@ MUTANTS = (
     Mutant(
         "a mark outlives a clean return",
         "dovecote/broker/lua/hand_back.lua",
-        "        redis.call('hdel', KEYS[2] .. '.at_work', ARGV[i])\n",
+        "        redis.call('hdel', KEYS[2] .. '.in_flight', ARGV[i])\n",
         "",
         BROKER,
     ),
@@ -1027,8 +1028,8 @@ MUTANTS = (
     ),
     Mutant(
         "an async handler is a handler",
-        "workers/routes.py",
-        "        route_rules.require_callable(self.handler, self.act)\n",
+        "dovecote/route.py",
+        "        require_callable(self.handler, self.act)\n",
         "",
         ROUTES,
     ),
@@ -1198,7 +1199,7 @@ MUTANTS = (
     ),
     Mutant(
         "a replay goes on while its handler is paused",
-        "dovecote/relay/active_replays.py",
+        "dovecote/store/active_replays.py",
         "      and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)\n",
         "",
         f"{REPLAYING}::test_a_replay_waits_while_its_handler_is_paused",
@@ -1255,7 +1256,7 @@ MUTANTS = (
     ),
     Mutant(
         "a DBA's choice of synchronous_commit is lowered",
-        "dovecote/database.py",
+        "dovecote/store/connections.py",
         "pg_catalog.current_setting('synchronous_commit') = 'off'",
         "true",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
@@ -1344,7 +1345,7 @@ MUTANTS = (
     Mutant(
         "effects are not counted",
         "dovecote/consumer/consumer.py",
-        "            self.meters.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
+        "            self.instrumentation.acted(route.handler, done.acted, again=bundle.replay is not None)\n",
         "",
         TOLD,
     ),
@@ -1358,14 +1359,14 @@ MUTANTS = (
     Mutant(
         "rings are not counted",
         "dovecote/relay/wakeup.py",
-        "                self._meters.rang()\n",
+        "                self._instrumentation.rang()\n",
         "                pass\n",
         WATCHED,
     ),
     Mutant(
         "waiting for Redis looks like leading",
         "dovecote/relay/leader.py",
-        '                self._meters.alive("waiting_for_redis")\n',
+        '                self._instrumentation.alive("waiting_for_redis")\n',
         "",
         TOLD,
     ),

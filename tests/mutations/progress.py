@@ -2,12 +2,12 @@
 
 from tests.mutations.mutant import Mutant
 
-MARKS = "tests/dovecote/relay/test_progress.py"
+MARKS = "tests/dovecote/relay/test_low_water_marks.py"
 STATUS = "tests/dovecote/operations/test_status.py"
 
 PROGRESS_SQL = "migrations/sql/0022_progress.up.sql"
 LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
-PROGRESS_PY = "dovecote/relay/progress.py"
+PROGRESS_PY = "dovecote/relay/low_water_marks.py"
 
 HISTORIES = f"{MARKS}::test_a_mark_is_true_at_every_step_of_a_random_history_and_exact_at_its_end"
 WITH_A_RELAY = f"{MARKS}::test_a_relay_moves_the_marks_says_nothing_when_idle_and_begins_anew_when_cut_off"

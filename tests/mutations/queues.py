@@ -180,7 +180,7 @@ QUEUES = (
     ),
     # Sessions -----------------------------------------------------------------------------------
     *(
-        Mutant(f"our sessions have no {name} of their own", "dovecote/database.py", old, "", HOSTILE)
+        Mutant(f"our sessions have no {name} of their own", "dovecote/store/connections.py", old, "", HOSTILE)
         for name, old in {
             "DateStyle": '    "datestyle": "ISO",\n',
             "IntervalStyle": '    "intervalstyle": "postgres",\n',
@@ -192,7 +192,7 @@ QUEUES = (
     ),
     Mutant(
         "a dead connection is handed out",
-        "dovecote/database.py",
+        "dovecote/store/connections.py",
         "if idle_since is not None and time",
         "if False and time",
         HOSTILE,

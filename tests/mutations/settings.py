@@ -15,7 +15,7 @@ SERVING = "dovecote/exporter/http.py"
 SETTINGS_AND_CONNECTIONS = (
     Mutant(
         "started by hand it imports from there",
-        "workers/__init__.py",
+        "dovecote/__init__.py",
         '    sys.path[:] = [entry for entry in sys.path if entry not in ("", ".")]\n',
         "",
         START,
@@ -76,7 +76,7 @@ SETTINGS_AND_CONNECTIONS = (
     ),
     Mutant(
         "options of the URL get lost",
-        "dovecote/database.py",
+        "dovecote/store/connections.py",
         "{given.pop('options', None) or ''} ",
         "{given.pop('options', None) and ''} ",
         CONNECTIONS,

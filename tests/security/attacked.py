@@ -11,7 +11,7 @@ import pytest
 from dramatiq.common import q_name
 
 from dovecote.envelope.signatures import MessageKey, newest_key
-from dovecote.telemetry.meters import ConsumerMeters
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.processes import eventually
@@ -27,7 +27,7 @@ ENVELOPE = (
 
 
 @dataclass
-class Counted(ConsumerMeters):
+class Counted(ConsumerInstrumentation):
     """Counts what is refused."""
 
     reasons: list[tuple[str, str]] = field(default_factory=list)
@@ -39,8 +39,8 @@ class Counted(ConsumerMeters):
 class Attacked:
     """A running system, and what somebody with its Redis can do."""
 
-    def __init__(self, system: System, meters: Counted) -> None:
-        self.system, self.meters = system, meters
+    def __init__(self, system: System, instrumentation: Counted) -> None:
+        self.system, self.instrumentation = system, instrumentation
         self.redis: Any = system.broker.client
         self.prefix = f"{system.settings.redis.namespace}:"
         with self.postgres() as connection:
@@ -61,10 +61,10 @@ class Attacked:
 
     def refusals_of(self, attack: Callable[[], object], queue: str = "test") -> set[str]:
         """Return why what the attack has put on the queue was refused, once none of it is there."""
-        self.meters.reasons.clear()
+        self.instrumentation.reasons.clear()
         attack()
         eventually(lambda: self.is_gone(queue), 10, "the queue to be empty")
-        return {reason for at, reason in self.meters.reasons if at == q_name(queue)}
+        return {reason for at, reason in self.instrumentation.reasons if at == q_name(queue)}
 
     def honest_event_is_acted_on(self, within_seconds: float = 5) -> None:
         self._price += 1
@@ -96,11 +96,11 @@ def forged(handler: str = "test.note", queue: str = "test", kwargs: object = Non
 
 @pytest.fixture(scope="module")
 def attacked(servers: Servers, database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
-    meters = Counted()
+    instrumentation = Counted()
     own = settings_for(database_url, servers.redis_url, tmp_path_factory.mktemp("home"))
-    with system_for(own, [NOTE, MORE], meters) as system:
+    with system_for(own, [NOTE, MORE], instrumentation) as system:
         make_room_for_effects(system.engine)
         with system.running():
-            attacked = Attacked(system, meters)
+            attacked = Attacked(system, instrumentation)
             attacked.honest_event_is_acted_on()
             yield attacked

@@ -92,7 +92,7 @@ def lock_out(sessions: Sessions, phone: str, at: datetime) -> datetime:
     return moment
 
 
-def most_within(moments: Sequence[datetime], window: timedelta) -> int:
+def max_within(moments: Sequence[datetime], window: timedelta) -> int:
     return max((sum(start <= moment < start + window for moment in moments) for start in moments), default=0)
 
 
@@ -134,7 +134,7 @@ def test_a_challenge_after_the_other_does_not_give_more_guesses(sessions: Sessio
         except RateLimited:
             pass
 
-    assert (most_within(judged, HOUR), most_within(sent, HOUR)) == (10, 4)
+    assert (max_within(judged, HOUR), max_within(sent, HOUR)) == (10, 4)
     assert len(judged) == 20  # in 65 minutes
 
 
@@ -177,10 +177,10 @@ def test_no_interleaving_gives_more_guesses_or_texts(sessions: Sessions, moves: 
 
     assert all(refusal.retry_after > timedelta(0) for _, refusal in waits)
     assert all(refusal.retry_at == asked_at + refusal.retry_after for asked_at, refusal in waits)
-    assert most_within(judged, HOUR) <= 10
-    assert most_within(sent, HOUR) <= 6
-    assert most_within(sent, DAY) <= 12
-    assert most_within(sent, PAUSE) <= 1
+    assert max_within(judged, HOUR) <= 10
+    assert max_within(sent, HOUR) <= 6
+    assert max_within(sent, DAY) <= 12
+    assert max_within(sent, PAUSE) <= 1
 
 
 def test_accounts_that_answer_at_the_same_time_have_ten_guesses_together(sessions: Sessions, phone: str) -> None:
@@ -341,7 +341,7 @@ def test_codes_are_limited_by_the_hour_and_by_the_day(sessions: Sessions, shared
         except RateLimited as refusal:
             refused[type(refusal)] += 1
 
-    assert (most_within(sent, HOUR), most_within(sent, DAY)) == (an_hour, a_day)
+    assert (max_within(sent, HOUR), max_within(sent, DAY)) == (an_hour, a_day)
     assert set(refused) == {TooManyCodesThisHour, TooManyCodesToday}
 
 

@@ -18,10 +18,10 @@ import pytest
 from sqlalchemy import make_url
 
 from dovecote.operations.doctor import examine
-from dovecote.relay.leadership import Leadership, LeadershipLost
-from dovecote.relay.sleeper import Sleeper
-from dovecote.relay.wakeup import Waking
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.processes.stop_flag import StopFlag
+from dovecote.relay.leader_lock import LeaderLock, LeadershipLost
+from dovecote.relay.wakeup import Wakeup
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.processes import eventually
@@ -147,13 +147,13 @@ def test_what_a_stranger_prepares_is_not_heeded_and_what_a_writer_prepares_is(co
     writer.execute(APPEND)
     writer.execute(f"prepare transaction '{ours}'")
     seen = admin.execute(HORIZON).fetchone()
-    at_work = admin.execute("select floors from dovecote.writers_at_work()").fetchone()
+    in_flight = admin.execute("select floors from dovecote.writers_at_work()").fetchone()
     named = admin.execute("select prepared from dovecote.foreign_locks()").fetchall()
     for name in (theirs, ours):
         admin.execute(f"rollback prepared '{name}'")
 
     assert seen == (2, 1)
-    assert at_work == ([1],)
+    assert in_flight == ([1],)
     assert named == [(theirs,)]
 
 
@@ -213,11 +213,11 @@ def test_every_way_to_write_is_announced(
 
     with write(connect(login), admin):
         last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
-        at_work = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
+        in_flight = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
 
     assert settled < last
     assert settled <= before + 1  # what is rolled back to a savepoint had a position
-    assert at_work == (1,)
+    assert in_flight == (1,)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_a_writer_that_says_it_has_announced_announces(connect: Connect, told: s
         writer.execute(APPEND)
 
         last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
-        at_work = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
+        in_flight = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
 
     assert settled < last
-    assert at_work == (1,)
+    assert in_flight == (1,)
 
 
 def test_a_transaction_of_many_statements_takes_one_announcement(connect: Connect) -> None:
@@ -335,8 +335,8 @@ def leads_in_epoch(system: System, epoch: int) -> bool:
 
 def test_postgres_takes_the_lock_from_a_leader_that_is_silent_whatever_its_login(connect: Connect) -> None:
     # Before `begin` nobody asks anything in the session with the lock, as in a process that is stopped.
-    frozen = Leadership(lambda: connect("worker"), connect("worker"), Sleeper(), leader_timeout_seconds=1.0)
-    standby = Leadership(lambda: connect("admin"), connect("admin"), Sleeper(), leader_timeout_seconds=15.0)
+    frozen = LeaderLock(lambda: connect("worker"), connect("worker"), StopFlag(), leader_timeout_seconds=1.0)
+    standby = LeaderLock(lambda: connect("admin"), connect("admin"), StopFlag(), leader_timeout_seconds=15.0)
     with standby, suppress(psycopg.OperationalError), frozen:
         assert frozen.try_take()
         frozen._working.close()  # it holds the key that older relays know
@@ -349,7 +349,7 @@ def test_postgres_ends_the_working_session_of_a_leader_that_is_silent_and_the_le
     connect: Connect,
 ) -> None:
     working, admin = connect("worker"), connect("admin")
-    with Leadership(lambda: connect("worker"), working, Sleeper(), leader_timeout_seconds=1.0) as leadership:
+    with LeaderLock(lambda: connect("worker"), working, StopFlag(), leader_timeout_seconds=1.0) as leadership:
         assert leadership.try_take()
         leadership.begin()
         assert admin.execute(LEADER).fetchone() is not None
@@ -406,14 +406,14 @@ def test_a_stranger_with_the_wake_up_key_delays_no_event_for_long(connect: Conne
 def test_wake_ups_that_bring_nothing_are_followed_by_a_pause() -> None:
     slept: list[float] = []
 
-    class Sleepless(Sleeper):
-        def sleep(self, seconds: float, connection: Any = None) -> bool:
+    class Sleepless(StopFlag):
+        def sleep(self, seconds: float, watched: Any = None) -> bool:
             slept.append(seconds)
             return False
 
     settings: Any = SimpleNamespace(busy_poll_interval_ms=10.0)
     nobody: Any = None  # nothing is asked here
-    waking = Waking(nobody, Sleepless(), settings, RelayMeters())
+    waking = Wakeup(nobody, Sleepless(), settings, RelayInstrumentation())
     for _ in range(100):
         waking.turn()
         waking.rest(was_woken=True)

@@ -30,7 +30,7 @@ from dovecote.errors import InvalidEvent, InvalidValue, shown, shown_error
 from dovecote.events import Event, read_event
 from dovecote.events.ids import uuid7
 from dovecote.events.money import Money
-from dovecote.masking import MAX_CHARACTERS, masked, masked_facts, masked_payload
+from dovecote.masking import MAX_CHARACTERS, masked, masked_fields, masked_payload
 from dovecote.processes.terminal import block, plain
 from dovecote.settings import Settings
 from dovecote.telemetry.failures import describe, fingerprint, traceback_of
@@ -43,7 +43,7 @@ from workers.routes import ROUTES
 FEW = 8_000
 QUICK_SECONDS, TOO_SLOW_SECONDS = 0.01, 0.1
 # Of a doubling. A linear one is 2, a quadratic one 4.
-MOST_GROWTH = 3.0
+MAX_GROWTH = 3.0
 UNITS = [unit for unit in COMMON if unit != "\ud800"]
 
 
@@ -69,7 +69,7 @@ def grows_too_fast(work: Callable[[str], object], begun: str, unit: str, few: in
     for _ in range(2):  # once more, should something else have been at work
         first = seconds(of(few))
         last = seconds(of(4 * few), 1 if first > TOO_SLOW_SECONDS else 3)
-        if last < first * MOST_GROWTH**2:
+        if last < first * MAX_GROWTH**2:
             return None
     return f"{begun!r} + {unit!r} * n: {first:.4f} s, then {last:.4f} s for four times as much"
 
@@ -95,7 +95,7 @@ def of_error(work: Callable[[BaseException], object]) -> Callable[[str], object]
     [
         lambda subject: masked(subject, most=10**9),
         lambda subject: masked(subject, ["ab" * 40, "aaaa", "a" * 100, subject], most=10**9),
-        lambda subject: masked_facts({subject: subject, "phone": subject, "list": [subject]}, 10**9),
+        lambda subject: masked_fields({subject: subject, "phone": subject, "list": [subject]}, 10**9),
         lambda subject: masked_payload({"a": {subject[-50:]: [subject, {"b": subject}]}}),
         of_error(fingerprint),
         of_error(traceback_of),
@@ -189,7 +189,7 @@ def test_numbers_that_python_cannot_write_are_refused_in_words() -> None:
     with pytest.raises(InvalidEvent, match="expected str, got an integer of about 260001 digits"):
         read_event("pricing.price_quoted.v1", uuid7(), {"occurred_at": NOW.isoformat(), "symbol": huge})
     assert shown_error(KeyError(huge)) == "KeyError(an integer of about 260001 digits)"
-    assert masked_facts({"count": huge}) == {"count": "an integer of about 260001 digits"}
+    assert masked_fields({"count": huge}) == {"count": "an integer of about 260001 digits"}
     assert read_stored('{"n": 1' + "0" * 260_000 + ', "f": 1e400}') == {
         "n": "1" + "0" * 39 + "... (260001 digits)",
         "f": "1e400... (5 digits)",
@@ -359,7 +359,7 @@ def test_a_part_of_a_long_secret_is_masked_too() -> None:
 
 def test_nothing_that_was_masked_is_kept_in_memory() -> None:
     for number in range(5_000):
-        masked_facts(
+        masked_fields(
             {"event": f"call +49151{number:07}", "password": SECRET, "error": f"password={SECRET}", "n": f"a{number}"}
         )
 

@@ -25,7 +25,7 @@ from dovecote import operations
 from dovecote.broker.poison import Marks, Suspect
 from dovecote.consumer import middleware as handing_back
 from dovecote.envelope import read_bundle
-from dovecote.envelope.opening import Opener, Received, Refused
+from dovecote.envelope.message_reader import MessageReader, Received, Refused
 from dovecote.envelope.signatures import TAIL_BYTES, MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
 from dovecote.relay.bundler import bundle
 from tests.conftest import Servers
@@ -106,7 +106,7 @@ class _Keys(MessageKeys):
 @settings(max_examples=examples(200, 100_000))
 def test_whatever_is_signed_or_not_it_is_opened_or_refused(data: bytes) -> None:
     """Also what a relay would never sign: its own bug must not be a traceback of each consumer, for ever."""
-    opener: Any = Opener(None, _Keys(), None, lambda work: work())  # type: ignore[arg-type]  # no Postgres is asked
+    opener: Any = MessageReader(None, _Keys(), None, lambda work: work())  # type: ignore[arg-type]  # no Postgres is asked
     for message in (KEY.signed(data), data + b"}}", data):
         with suppress(Refused):
             assert opener.open(Received("test", "x", message)).queue == "test"
@@ -235,7 +235,7 @@ def test_a_hand_made_crash_count_buries_nothing(attacked: Attacked, crashes: byt
     event_id = str(read_bundle(attacked.redis.hget(f"{attacked.prefix}test.msgs", id)).envelopes[0].event_id)
     attacked.redis.hset(f"{attacked.prefix}test.crashes", id, crashes)
     mark = orjson.dumps(Marks({event_id: 3}))
-    attacked.redis.hset(f"{attacked.prefix}test.at_work", id, OTHER.sign_mark(id.decode(), mark))
+    attacked.redis.hset(f"{attacked.prefix}test.in_flight", id, OTHER.sign_mark(id.decode(), mark))
     with attacked.postgres() as connection:
         connection.execute("delete from dovecote.paused_handlers")
         connection.execute("notify dovecote_pauses")
@@ -252,8 +252,8 @@ def test_a_hand_made_crash_count_buries_nothing(attacked: Attacked, crashes: byt
 def suspect(servers: Servers) -> Iterator[tuple[Suspect, Any]]:
     with redis.Redis.from_url(servers.redis_url) as client:
         name = f"test-{uuid4().hex[:8]}:test"
-        yield Suspect(client, _Keys(), name, "m", 9), lambda mark: client.hset(f"{name}.at_work", "m", mark)
-        client.delete(f"{name}.at_work")
+        yield Suspect(client, _Keys(), name, "m", 9), lambda mark: client.hset(f"{name}.in_flight", "m", mark)
+        client.delete(f"{name}.in_flight")
 
 
 EVENT = UUID(int=7)
@@ -279,7 +279,7 @@ def test_a_mark_that_no_consumer_signed_for_this_message_counts_as_none(
     write(mark)
 
     assert known.starts(EVENT) == 0
-    during, after = known.at_work(EVENT)
+    during, after = known.in_flight(EVENT)
     assert (during, after) == (Marks({str(EVENT): 1}), Marks({}))
 
 
@@ -352,7 +352,7 @@ def test_nobody_but_relays_and_consumers_reads_a_secret(attacked: Attacked) -> N
 def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
     attacked: Attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovecote.envelope.signatures._LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("dovecote.envelope.signatures._POLL_INTERVAL_SECONDS", 0.2)
     engine, old = attacked.system.engine, attacked.key
     with pytest.raises(operations.WrongRequest, match="the only one"):
         operations.revoke_message_key(engine, old.id.decode(), actor="ada", reason="stolen")

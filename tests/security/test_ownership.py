@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dovecote.processes.children import started_at
-from dovecote.processes.state_directory import Home, HomeError, make_ours
+from dovecote.processes.state_directory import StateDirectory, StateDirectoryError, ensure_private_directory
 from dovecote.settings import SettingsError, load_settings
 from tests.support.keys import KEYS
 
@@ -169,8 +169,8 @@ def test_an_env_file_that_never_ends_does_not_hold_up_the_start(place: Path, mak
 def test_an_env_file_sets_our_options_and_nothing_else(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(os.environ)
     dotenv(place, f"{EVIL}PGHOST=evil\nPYTHONPATH=/evil\nSSL_CERT_FILE=/evil\nDOVECOTE_HOME=/evil\nPATH=/evil\n")
-    Home(place / "home").create()
-    Home(place / "home").announce(KEYS)
+    StateDirectory(place / "home").create()
+    StateDirectory(place / "home").announce(KEYS)
 
     settings = load_settings({"DOVECOTE_HOME": str(place / "home")}, directory=place)
 
@@ -188,16 +188,18 @@ def test_a_strangers_home_names_no_servers_and_no_keys(tmp_path: Path, name: str
     home.mkdir()
     content = {"pid": os.getpid(), "started": started_at(os.getpid()), "environment": dict(KEYS)}
     (home / name).write_text(json.dumps(content if name == "system.json" else KEYS))
-    read = Home(home).running if name == "system.json" else Home(home).secrets
+    read = StateDirectory(home).running if name == "system.json" else StateDirectory(home).secrets
     assert read()
     for path in (home / name, home):
         of_nobody(path)
-        with pytest.raises(HomeError, match=r"is not read, because .* belongs to the user nobody: run this as"):
+        with pytest.raises(
+            StateDirectoryError, match=r"is not read, because .* belongs to the user nobody: run this as"
+        ):
             read()
         os.chown(path, os.geteuid(), -1)
 
     home.chmod(0o777)
-    with pytest.raises(HomeError, match=r"everybody may write to .*home: run this as"):
+    with pytest.raises(StateDirectoryError, match=r"everybody may write to .*home: run this as"):
         read()
 
 
@@ -251,8 +253,8 @@ def test_a_home_that_others_may_write_or_move_is_refused(place: Path, made: Call
     home = place / "home"
     made(home)
 
-    with pytest.raises(HomeError):
-        make_ours(home)
+    with pytest.raises(StateDirectoryError):
+        ensure_private_directory(home)
     assert not home.is_dir() or [*home.iterdir()] == [] or home.is_symlink()
 
 
@@ -261,6 +263,6 @@ def test_a_home_in_a_sticky_directory_is_ours(place: Path) -> None:
         pytest.skip("a sticky directory keeps things from each other's users when it is root's")
     place.chmod(0o1777)
 
-    make_ours(place / "home")
+    ensure_private_directory(place / "home")
 
     assert (place / "home").stat().st_uid == os.geteuid()

@@ -11,7 +11,7 @@ import pytest
 from dovecote.events.ids import uuid7
 from dovecote.migrations import schema
 from dovecote.relay.bundler import bundle
-from dovecote.relay.fence import RelayMarker
+from dovecote.relay.fence import RedisFence
 from dovecote.relay.renamed_queues import RenamedQueues
 from tests.security.attacked import ENVELOPE, NOTE, Attacked, attacked
 from tests.support.effects import effects_in
@@ -72,7 +72,7 @@ def test_a_marker_of_any_size_does_not_fill_the_relay(attacked: Attacked, field:
     attacked.redis.hset(f"{attacked.prefix}__relay__.history", field, b"9" * LARGE)
 
     before = attacked.redis.info("stats")["total_net_output_bytes"]
-    RelayMarker(attacked.system.broker).read()
+    RedisFence(attacked.system.broker).read()
 
     assert attacked.redis.info("stats")["total_net_output_bytes"] - before < LARGE / 2
     attacked.honest_event_is_acted_on(within_seconds=20)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dovecote.relay.fence import RelayMarker
+from dovecote.relay.fence import RedisFence
 from tests.security.attacked import Attacked, attacked
 
 __all__ = ["attacked"]
@@ -14,7 +14,15 @@ __all__ = ["attacked"]
     [
         ["test"],
         ["test.msgs"],
-        ["test.XQ", "test.XQ.msgs", "test.at_work", "test.crashes", "test.DQ", "test.DQ.msgs", "test.aside.test.note"],
+        [
+            "test.XQ",
+            "test.XQ.msgs",
+            "test.in_flight",
+            "test.crashes",
+            "test.DQ",
+            "test.DQ.msgs",
+            "test.aside.test.note",
+        ],
         ["__relay__", "__relay__.history", "__heartbeats__"],
     ],
     ids=["the queue", "its messages", "the rest of it", "the relay's and the workers'"],
@@ -47,7 +55,7 @@ def test_a_hand_made_epoch_ends_no_relay(attacked: Attacked, epoch: bytes) -> No
 @pytest.mark.parametrize("value", [b"\x00", b"\xff", b"9" * 100_000, b"1 1 " + b"9" * 30, b"nan"])
 def test_nothing_that_stands_beside_it_does(attacked: Attacked, field: str, value: bytes) -> None:
     attacked.redis.hset(f"{attacked.prefix}__relay__.history", field, value)
-    marker = RelayMarker(attacked.system.broker).read()
+    marker = RedisFence(attacked.system.broker).read()
     assert marker.instance == "" or field != "instance"
 
     attacked.honest_event_is_acted_on(within_seconds=20)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dovecote.operations import replays
 from dovecote.operations.doctor import examine
-from dovecote.relay.active_replays import ActiveReplay
+from dovecote.store.active_replays import ActiveReplay
 from dovecote.store.loaders import loads_anything
 from dovecote.store.replays import Filter, NotUnderstood
 from tests.conftest import Servers, settings_for

@@ -22,7 +22,7 @@ from threading import Lock
 ROOT = Path(__file__).parents[2]
 
 # A request and its three streams are one message; answers are the number of the process, then how it ended.
-_MOST_BYTES = 100_000
+_MAX_BYTES = 100_000
 _one_at_a_time = Lock()
 
 
@@ -45,13 +45,13 @@ def run(
         ready = _ready()
         ready.settimeout(timeout_seconds)
         socket.send_fds(ready, [request], [given.fileno(), out.fileno(), err.fileno()])
-        pid = int(ready.recv(_MOST_BYTES))
+        pid = int(ready.recv(_MAX_BYTES))
         try:
-            code = int(ready.recv(_MOST_BYTES))
+            code = int(ready.recv(_MAX_BYTES))
         except TimeoutError:
             os.kill(pid, signal.SIGKILL)
             ready.settimeout(None)
-            ready.recv(_MOST_BYTES)
+            ready.recv(_MAX_BYTES)
             raise subprocess.TimeoutExpired(words, timeout_seconds) from None
         out.seek(0)
         err.seek(0)
@@ -84,7 +84,7 @@ def _ready() -> socket.socket:
 def _become_a_command(connection: socket.socket) -> bool:
     """Fork for every request; tell in the fork, where everything is as the request says, that it is one."""
     while True:
-        request, streams, _, _ = socket.recv_fds(connection, _MOST_BYTES, 3)
+        request, streams, _, _ = socket.recv_fds(connection, _MAX_BYTES, 3)
         if not request:
             return False
         if pid := os.fork():

@@ -37,7 +37,7 @@ def eventually(condition: Callable[[], T], within_seconds: float, what: str) -> 
 
 
 def are_there(pids: Iterable[int]) -> bool:
-    """Tell if any of them still runs; a zombie that nobody has reaped yet does not."""
+    """Return whether any of them still runs; a zombie that nobody has reaped yet does not."""
     return any(started_at(pid) is not None for pid in pids)
 
 

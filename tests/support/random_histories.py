@@ -129,8 +129,8 @@ class History:
         writer = self._writers[slot]
         if writer is None or writer.closed:
             writer = self._writers[slot] = psycopg.connect(self._url, options=NO_JIT)
-        at_work = writer.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
-        if at_work and self.chance.random() < (0.03 if slot == 0 else 0.5):
+        in_flight = writer.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
+        if in_flight and self.chance.random() < (0.03 if slot == 0 else 0.5):
             (writer.rollback if self.chance.random() < 0.1 else writer.commit)()
             return
         kind = self.chance.choice(TYPES)
@@ -156,8 +156,8 @@ class History:
                 "ordered": [True for _ in wanted],
             },
         )
-        self.published_upto = max(self._reader.frontier, checkpoint)
-        # As _greet_redis does after a leader that knew less: what is published and not done is sent again.
+        self.published_upto = max(self._reader.high_water_mark, checkpoint)
+        # As _verify_redis does after a leader that knew less: what is published and not done is sent again.
         self._queued = {
             (handler, position)
             for position, kind in self._published

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from dovecote.exporter.metrics import as_text, told_by_all
+from dovecote.exporter.metrics import as_text, merged_registry
 from tests.support.processes import eventually
 
 
@@ -71,7 +71,7 @@ def numbers_in(registry: CollectorRegistry) -> Numbers:
 
 def of_all(directory: Path) -> Numbers:
     """Return what the workers that share this directory tell."""
-    return numbers_in(told_by_all(directory))
+    return numbers_in(merged_registry(directory))
 
 
 def scrape(port: int) -> Numbers:

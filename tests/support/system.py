@@ -17,12 +17,12 @@ from dovecote.bootstrap import broker_for, declare_handlers, engine_for, relay_f
 from dovecote.broker.broker import OutboxBroker
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
-from dovecote.relay.fence import Claim, RelayMarker
+from dovecote.relay.fence import Claim, RedisFence
 from dovecote.relay.relay import Relay
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
 from dovecote.store.connections import sessions_for
-from dovecote.telemetry.meters import ConsumerMeters, RelayMeters
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation, RelayInstrumentation
 from tests.support.exact_counts import count_everything
 from tests.support.processes import eventually
 from workers.gateways import Gateways, gateways_for
@@ -52,9 +52,9 @@ class System:
         return self.status()
 
     @contextmanager
-    def relay(self, meters: RelayMeters | None = None) -> Iterator[Relay]:
+    def relay(self, instrumentation: RelayInstrumentation | None = None) -> Iterator[Relay]:
         """Run a relay until the end of the block."""
-        relay = relay_for(self.settings, self.routes, meters)
+        relay = relay_for(self.settings, self.routes, instrumentation)
         thread = threading.Thread(target=relay.run, name="relay")
         thread.start()
         try:
@@ -83,15 +83,22 @@ class System:
 
 
 @contextmanager
-def system_for(settings: Settings, routes: Sequence[Route], meters: ConsumerMeters | None = None) -> Iterator[System]:
+def system_for(
+    settings: Settings, routes: Sequence[Route], instrumentation: ConsumerInstrumentation | None = None
+) -> Iterator[System]:
     """Put a system together; nothing of it runs yet."""
     engine = engine_for(settings, "dovecote test")
     stopping = threading.Event()
-    broker = broker_for(settings, [HandBackWhatFails(pause_seconds=0.05)], meters)
+    broker = broker_for(settings, [HandBackWhatFails(pause_seconds=0.05)], instrumentation)
     gateways = gateways_for(settings)
     sessions = sessions_for(engine)
     consumer = Consumer(
-        sessions, gateways, stopping, outage_max_backoff_seconds=0.1, meters=meters, keyring=settings.keyring_if_given()
+        sessions,
+        gateways,
+        stopping,
+        outage_max_backoff_seconds=0.1,
+        instrumentation=instrumentation,
+        keyring=settings.keyring_if_given(),
     )
     declare_handlers(broker, consumer, routes)
     try:
@@ -105,4 +112,4 @@ def system_for(settings: Settings, routes: Sequence[Route], meters: ConsumerMete
 
 def claim(broker: OutboxBroker, epoch: int, over: str = "", history: str = "", **known: int) -> bool:
     """Let an epoch publish without a relay."""
-    return RelayMarker(broker).claim(Claim(epoch, history, "1 1 1", beat=5), over=over, **known)
+    return RedisFence(broker).claim(Claim(epoch, history, "1 1 1", beat=5), over=over, **known)

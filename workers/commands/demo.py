@@ -13,9 +13,10 @@ import typer
 from dovecote import operations
 from dovecote.bootstrap import engine_during
 from dovecote.cli.output import AsJson, print_json, progress_bar, say
-from dovecote.local.supervisor import Stop, prefixed, stop_on_signals
+from dovecote.local.supervisor import prefixed, stop_on_signals
 from dovecote.local.system import STOP_SECONDS, local_system
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.settings import Settings, given_variables, load_settings
 from workers import demo as demonstration
 
@@ -67,7 +68,7 @@ def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> d
     """Supervise from the main thread, as children must be, and write from another."""
     outcome: list[demonstration.Report | BaseException] = []
 
-    def write(settings: Settings, done: Stop) -> None:
+    def write(settings: Settings, done: StopFlag) -> None:
         try:
             outcome.append(_demo(settings, events, timeout_seconds, as_json))
         except BaseException as error:  # handed to the main thread
@@ -95,7 +96,7 @@ def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> d
 def _is_led() -> bool:
     """Return whether there is a system to be used, with a relay at work."""
     given = given_variables(os.environ)
-    if not given.get("DOVECOTE_DATABASE__URL") and Home.locate(os.environ).running() is None:
+    if not given.get("DOVECOTE_DATABASE__URL") and StateDirectory.locate(os.environ).running() is None:
         return False
     with (
         suppress(psycopg.errors.UndefinedTable, sqlalchemy.exc.ProgrammingError),

@@ -30,7 +30,7 @@ end
 if #ours > 0 then
     redis.pcall('hdel', KEYS[2] .. '.msgs', unpack(ours))
     -- dovecote/broker/poison.py: what was at work in a crash.
-    redis.pcall('hdel', KEYS[2] .. '.at_work', unpack(ours))
+    redis.pcall('hdel', KEYS[2] .. '.in_flight', unpack(ours))
     redis.pcall('hdel', KEYS[2] .. '.crashes', unpack(ours))
     redis.call('lrem', KEYS[1], #ours, '')
 end

@@ -61,7 +61,7 @@ for n = 1, #ids do
                 redis.call(from_end and 'lpush' or 'rpush', to .. ARGV[4], id)
             end
             redis.call('hdel', from .. '.msgs', id)
-            for _, kind in ipairs({'.at_work', '.crashes'}) do
+            for _, kind in ipairs({'.in_flight', '.crashes'}) do
                 local kept_of_it = redis.call('hget', from .. kind, id)
                 if kept_of_it then
                     redis.call('hset', to .. kind, id, kept_of_it)

@@ -18,7 +18,7 @@ for i = 3, #ARGV do
             end
         end
         redis.call('hdel', KEYS[2] .. '.msgs', id)
-        redis.call('hdel', KEYS[2] .. '.at_work', id)
+        redis.call('hdel', KEYS[2] .. '.in_flight', id)
         redis.call('hdel', KEYS[2] .. '.crashes', id)
     end
 end

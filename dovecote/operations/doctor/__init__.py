@@ -17,7 +17,7 @@ from dovecote.settings import Settings
 
 __all__ = ["Examination", "Finding", "examine"]
 
-_MOST_SECONDS = 15.0
+_MAX_SECONDS = 15.0
 
 Answer = TypeVar("Answer")
 
@@ -27,7 +27,7 @@ def examine(
     routes: Sequence[Route],
     *,
     now: Callable[[], float] = time.time,
-    limit_seconds: float = _MOST_SECONDS,
+    limit_seconds: float = _MAX_SECONDS,
 ) -> Examination:
     """Return what was found, all checks side by side. `now` is this machine's clock, in Unix seconds."""
     subject = Subject(settings, routes, now)

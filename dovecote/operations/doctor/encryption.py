@@ -76,7 +76,7 @@ def _redis(pool: Any) -> tuple[bool, str]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Tell if all addresses of the host are this machine's own; one that cannot be found is not."""
+    """Return whether all addresses of the host are this machine's own; one that cannot be found is not."""
     try:
         found = {str(address[4][0]) for address in socket.getaddrinfo(host, None)}
         return bool(found) and all(ip_address(address.partition("%")[0]).is_loopback for address in found)

@@ -11,7 +11,7 @@ from dramatiq.common import dq_name
 from dovecote.operations.doctor.finding import Finding, Subject, error, ok, warning
 from dovecote.operations.leftovers import WITHOUT_ROUTE, parameters
 from dovecote.route import queues
-from dovecote.store.gone_events import EventIsGone
+from dovecote.store.unsendable import EventIsGone
 from dovecote.telemetry.failures import fingerprint
 
 _MAX_NAMED = 5

@@ -35,7 +35,7 @@ _OLDEST_UNPUBLISHED = """
         where position >= lower(gap) and position < upper(gap) order by position limit 1) o
     order by o.created_at limit 1
 """
-_MOST_GAPS = 25_000
+_MAX_GAPS = 25_000
 
 # As the alert DovecoteHandlerBehind.
 _BEHIND_SECONDS = 900.0
@@ -93,4 +93,4 @@ def relay(connection: Connection) -> Finding:
 
 
 def _oldest(connection: Connection) -> Any:
-    return connection.execute(_OLDEST_UNPUBLISHED, {"most": _MOST_GAPS}).fetchone()
+    return connection.execute(_OLDEST_UNPUBLISHED, {"most": _MAX_GAPS}).fetchone()

@@ -12,7 +12,7 @@ from dovecote.operations.doctor.finding import Finding, Subject, error, ok, skew
 _SOCKET_SECONDS = 5.0
 # BLMOVE, which our consumers wait with, is of 6.2.
 _OLDEST_REDIS = (6, 2)
-_MOST_KEYS = 20_000
+_MAX_KEYS = 20_000
 
 
 def findings(subject: Subject) -> list[Finding]:
@@ -81,7 +81,7 @@ def own_database(client: Any, subject: Subject) -> Finding:
         looked += 1
         if not key.startswith(ours):
             foreign.append(key)
-        if looked >= _MOST_KEYS or len(foreign) >= 3:
+        if looked >= _MAX_KEYS or len(foreign) >= 3:
             break
     if foreign:
         names = ", ".join(repr(key.decode(errors="replace")[:60]) for key in foreign)

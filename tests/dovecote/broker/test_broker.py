@@ -26,7 +26,7 @@ from dovecote.envelope.signatures import MessageKey
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import fence as marking
 from dovecote.relay.bundler import bundle
-from dovecote.relay.fence import Claim, RelayMarker
+from dovecote.relay.fence import Claim, RedisFence
 from dovecote.store.connections import connect, sessions_for
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route
@@ -231,7 +231,7 @@ def test_only_the_newest_epoch_publishes(broker_with: Brokers) -> None:
 
 def test_redis_is_claimed_only_where_it_remembers_what_it_was_told(broker_with: Brokers) -> None:
     broker = broker_with()
-    marker = RelayMarker(broker)
+    marker = RedisFence(broker)
 
     assert not claim(broker, 2, known_epoch=1)
     assert marker.read().epoch == 0, "an empty Redis was marked"
@@ -255,7 +255,7 @@ def test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_sa
         ours.publish(3, [a_bundle("a")])
     assert theirs.publish(3, [a_bundle(OURS[0])]) == 1
     with pytest.raises(RedisLost):
-        list(RelayMarker(ours).drop(Claim(3, "ours", "1 1 1", 5)))
+        list(RedisFence(ours).drop(Claim(3, "ours", "1 1 1", 5)))
 
     assert queued(theirs) == [OURS[0]]
 
@@ -274,17 +274,17 @@ def test_what_is_dropped_is_ours_on_every_queue_there_is(broker_with: Brokers, m
         for id in [ids[0], others[0], others[1], *ids[1:4], others[2], ids[4], others[3]]:
             client.rpush(f"{space}:{name}", id)
             client.hset(f"{space}:{queue}.msgs", id, "message")
-            client.hset(f"{space}:{queue}.at_work", id, "mark")
+            client.hset(f"{space}:{queue}.in_flight", id, "mark")
     client.hset(f"{space}:{QUEUE}.msgs", OURS[7], "in a worker's hands")
 
-    dropped = sum(RelayMarker(broker).drop(Claim(1, "", "1 1 1", 5)))
+    dropped = sum(RedisFence(broker).drop(Claim(1, "", "1 1 1", 5)))
 
     kept = {f"{QUEUE}.XQ", "x:of.another.system"}
     assert dropped == 5 * (len(lists) - len(kept))
     for name, queue in lists.items():
         left = [id.decode() for id in client.lrange(f"{space}:{name}", 0, -1)]
         assert len(left) == 9 if name in kept else left == others
-        marks = {id.decode() for id in client.hkeys(f"{space}:{queue}.at_work")}
+        marks = {id.decode() for id in client.hkeys(f"{space}:{queue}.in_flight")}
         known = {id.decode() for id in client.hkeys(f"{space}:{queue}.msgs")}
         assert set(left) <= marks
         assert known - {OURS[7]} == marks
@@ -423,11 +423,11 @@ def test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is
         assert crashes() == {b"a": number}
 
     consumer = a_consumer(broker_with())
-    relay.client.hset(f"{relay.namespace}:{QUEUE}.at_work", "a", b"{}")
+    relay.client.hset(f"{relay.namespace}:{QUEUE}.in_flight", "a", b"{}")
     (fetched,) = relay.await_and_fetch(QUEUE, 1, 0.1)
     assert fetched.crashes == 2
     relay.hand_back(QUEUE, ["a"])
-    assert not relay.client.exists(f"{relay.namespace}:{QUEUE}.at_work"), "its mark outlives a clean return"
+    assert not relay.client.exists(f"{relay.namespace}:{QUEUE}.in_flight"), "its mark outlives a clean return"
     consumer.requeue(take(consumer, 1))
     assert crashes() == {b"a": b"2"}
 

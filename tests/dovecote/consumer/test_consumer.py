@@ -27,10 +27,9 @@ from dovecote.bootstrap import consumer_engine
 from dovecote.consumer.consumer import Consumer, Stopping
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import GatewayUnavailable, NotFound, Refused
-from dovecote.relay import leases
 from dovecote.route import Route
 from dovecote.settings import Settings
-from dovecote.store import deliveries
+from dovecote.store import deliveries, leases
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.chaos.commits import PostgresProxy

@@ -22,8 +22,8 @@ from domain.pricing import PriceQuoted
 from dovecote.consumer.consumer import Consumer
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import GatewayUnavailable, Refused
-from dovecote.relay import leases
 from dovecote.settings import Settings
+from dovecote.store import leases
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, make_room_for_effects, note_as
 from tests.support.profiles import examples

@@ -41,15 +41,15 @@ class Queue:
         """Processes died while these were at work."""
         marks = {"starts": {str(id): times for id, times in starts.items()}, "explained": explained}
         signed = self.keys.newest().sign_mark("m", orjson.dumps(marks))
-        self.client.hset(f"{self.name}.at_work", "m", signed)
+        self.client.hset(f"{self.name}.in_flight", "m", signed)
 
     def marked(self) -> dict[str, int]:
-        found = self.client.hget(f"{self.name}.at_work", "m")
+        found = self.client.hget(f"{self.name}.in_flight", "m")
         parts = split_mark(found) if found else None
         return dict(orjson.loads(parts[0])["starts"]) if parts else {}
 
     def is_clean(self) -> bool:
-        return not self.client.exists(f"{self.name}.at_work")
+        return not self.client.exists(f"{self.name}.in_flight")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def queue(servers: Servers, sessions: sessionmaker[Session]) -> Iterator[Queue]:
     with redis.Redis.from_url(servers.redis_url) as client:
         queue = Queue(client, MessageKeys(sessions))
         yield queue
-        client.delete(f"{queue.name}.at_work")
+        client.delete(f"{queue.name}.in_flight")
 
 
 def test_only_the_event_at_work_is_marked(bench: Bench, queue: Queue) -> None:
@@ -170,17 +170,17 @@ def test_a_full_redis_that_takes_no_marks_is_waited_for_and_spends_no_attempt(be
 
 def test_one_suspect_is_at_work_at_a_time_and_holds_up_nobody_else(bench: Bench, queue: Queue) -> None:
     lock = threading.Lock()
-    at_work: list[PriceQuoted] = []
+    in_flight: list[PriceQuoted] = []
     most = 0
     over = threading.Event()
 
     def slow(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         nonlocal most
         with lock:
-            at_work.append(event)
-            most = max(most, len(at_work))
+            in_flight.append(event)
+            most = max(most, len(in_flight))
         over.wait(0.03)
-        at_work.remove(event)
+        in_flight.remove(event)
         note_as("test.slow", event, uow)
 
     def hold_up(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:

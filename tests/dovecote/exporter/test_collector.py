@@ -32,7 +32,7 @@ def engine(settings: Settings) -> Iterator[Engine]:
 
 def found(settings: Settings) -> Numbers:
     registry = CollectorRegistry()
-    registry.register(survey.Survey(settings, ROUTES))
+    registry.register(survey.SystemCollector(settings, ROUTES))
     return numbers_in(registry)
 
 
@@ -165,7 +165,7 @@ def test_a_server_that_is_away_is_a_number_and_no_failure(settings: Settings, tm
 
 def test_several_scrapers_ask_postgres_once(settings: Settings) -> None:
     registry = CollectorRegistry()
-    asking = survey.Survey(settings, ROUTES)
+    asking = survey.SystemCollector(settings, ROUTES)
     registry.register(asking)
     statements: list[str] = []
 

@@ -23,7 +23,7 @@ from dovecote.exporter.metrics import (
     shared_directory,
 )
 from dovecote.processes.children import started_at
-from dovecote.telemetry.meters import RelayState
+from dovecote.telemetry.instrumentation import RelayState
 from tests.support.processes import eventually
 from tests.support.scraping import numbers_in, of_all
 
@@ -90,7 +90,7 @@ def test_idle_and_stuck_are_told_apart(directory: Path) -> None:
     started, finish = threading.Event(), threading.Event()
 
     def work() -> None:
-        with metrics.at_work("h", 3):
+        with metrics.in_flight("h", 3):
             started.set()
             finish.wait(20)
 
@@ -100,19 +100,19 @@ def test_idle_and_stuck_are_told_apart(directory: Path) -> None:
     thread.start()
     started.wait(10)
 
-    def at_work() -> float:
+    def in_flight() -> float:
         metrics.fetching("queue")
         (seconds,) = of_all(directory).by("pid", "dovecote_in_flight_seconds").values()
         return seconds
 
-    first = eventually(at_work, 5, "a bundle that is at work")
-    eventually(lambda: at_work() > first, 5, "a bundle that stays at work")
+    first = eventually(in_flight, 5, "a bundle that is at work")
+    eventually(lambda: in_flight() > first, 5, "a bundle that stays at work")
     finish.set()
     thread.join()
 
     assert list(idle.values()) == [0]
     assert first > 0
-    assert at_work() == 0
+    assert in_flight() == 0
 
 
 def test_a_worker_that_has_just_started_is_alive(directory: Path) -> None:

@@ -25,7 +25,7 @@ from redis.retry import Retry
 from dovecote.local.binaries import Program, find_postgres, find_redis
 from dovecote.local.servers import NoBinary, Postgres, Redis, Server, ServerError, WrongVersion, servers
 from dovecote.processes.children import ServerUser, started_at
-from dovecote.processes.state_directory import Home, HomeBusy, HomeError
+from dovecote.processes.state_directory import StateDirectory, StateDirectoryBusy, StateDirectoryError
 from tests.support.processes import a_place_for_servers, are_there, eventually
 
 FAST = {"fsync": "off"}
@@ -357,7 +357,7 @@ def test_binaries_their_user_cannot_reach_are_copied_once(place: Path, monkeypat
 @pytest.mark.skipif(os.geteuid() != 0, reason="a normal user's servers run as itself")
 def test_a_closed_home_of_root_keeps_its_data_where_the_servers_can_reach_it() -> None:
     with tempfile.TemporaryDirectory() as closed:
-        home = Home(Path(closed))
+        home = StateDirectory(Path(closed))
         home.create()
         elsewhere = home.servers_path()
         try:
@@ -373,7 +373,7 @@ def test_a_closed_home_of_root_keeps_its_data_where_the_servers_can_reach_it() -
 
 
 def test_a_home_keeps_its_secrets_to_itself(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home")
+    home = StateDirectory(tmp_path / "home")
     home.create()
 
     first = home.secrets()
@@ -389,7 +389,7 @@ def test_a_home_keeps_its_secrets_to_itself(tmp_path: Path) -> None:
 
 
 def test_a_system_is_found_until_it_withdraws_or_dies(tmp_path: Path) -> None:
-    home = Home(tmp_path)
+    home = StateDirectory(tmp_path)
     assert home.running() is None
 
     home.announce({"DATABASE_URL": "postgresql://"})
@@ -405,10 +405,10 @@ def test_a_system_is_found_until_it_withdraws_or_dies(tmp_path: Path) -> None:
 
 
 def test_two_systems_cannot_run_in_one_home(tmp_path: Path) -> None:
-    home = Home(tmp_path)
+    home = StateDirectory(tmp_path)
     with (
         home.lock(),
-        pytest.raises(HomeBusy, match=f"process {os.getpid()} already runs in {tmp_path}"),
+        pytest.raises(StateDirectoryBusy, match=f"process {os.getpid()} already runs in {tmp_path}"),
         home.lock(),
     ):
         pass
@@ -421,17 +421,17 @@ def test_two_systems_cannot_run_in_one_home(tmp_path: Path) -> None:
 def test_a_home_that_somebody_else_made_is_refused(place: Path) -> None:
     os.chown(place, 65534, 65534)
 
-    with pytest.raises(HomeError, match="belongs to another user"):
-        Home(place).create()
+    with pytest.raises(StateDirectoryError, match="belongs to another user"):
+        StateDirectory(place).create()
 
 
 def test_a_home_is_where_the_environment_says_or_in_the_users_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Home.locate({"DOVECOTE_HOME": "/somewhere"}).path == Path("/somewhere")
+    assert StateDirectory.locate({"DOVECOTE_HOME": "/somewhere"}).path == Path("/somewhere")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    assert Home.locate({"XDG_STATE_HOME": "/state"}).path == Path("/state/dovecote")
-    assert Home.locate({}).path == Path("~/.local/state/dovecote").expanduser()
+    assert StateDirectory.locate({"XDG_STATE_HOME": "/state"}).path == Path("/state/dovecote")
+    assert StateDirectory.locate({}).path == Path("~/.local/state/dovecote").expanduser()
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert Home.locate({}).path == Path("/var/tmp/dovecote-root")  # noqa: S108
+    assert StateDirectory.locate({}).path == Path("/var/tmp/dovecote-root")  # noqa: S108
 
 
 def test_a_process_that_has_ended_has_no_start() -> None:

@@ -19,12 +19,12 @@ import pytest
 from dovecote.local.supervisor import (
     CannotRun,
     ProcfileError,
-    Stop,
     Supervisor,
     parse_procfile,
     prefixed,
     stop_on_signals,
 )
+from dovecote.processes.stop_flag import StopFlag
 from tests.support.processes import are_there, eventually
 
 CHECKOUT = Path(__file__).parents[3]
@@ -78,8 +78,8 @@ def shell(script: str) -> list[str]:
 
 
 @contextmanager
-def a_stop() -> Iterator[Stop]:
-    stop = Stop()
+def a_stop() -> Iterator[StopFlag]:
+    stop = StopFlag()
     try:
         yield stop
     finally:

@@ -97,7 +97,7 @@ def test_filters_leave_what_matches(own_engine: Engine) -> None:
 
 
 def test_a_rare_type_is_searched_piece_by_piece(own_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_LOOKED_AT", 5)
+    monkeypatch.setattr(module, "_MAX_LOOKED_AT", 5)
     order = foreign(own_engine)
     write(own_engine, *range(1, 9))
     wanted = EventFilter(event_type="shop.order_placed.v1")

@@ -74,7 +74,7 @@ def test_lag_is_what_lies_between_the_batches_above_the_checkpoint(own_engine: E
 
 
 def test_a_lag_too_long_to_count_says_so(own_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_UNPUBLISHED", 3)
+    monkeypatch.setattr(module, "_MAX_UNPUBLISHED", 3)
     write(sessions_for(own_engine), 10)
 
     relay = operations.status(own_engine, ROUTES).relay

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
-from dovecote.store.gaps import LOWEST_FLOOR_OF_ENDED, writers_at_work
-from dovecote.store.reader import _IN_HOLES, Reader
+from dovecote.store.gaps import LOWEST_MARK_OF_ENDED, active_writers
+from dovecote.store.reader import _IN_GAPS, Reader
 from tests.support.outbox_rows import Connection, insert, positions_in
 
 pytestmark = pytest.mark.servers
@@ -31,7 +31,7 @@ def watched(url: str) -> Iterator[Watched]:
 
     class Watching(psycopg.Cursor[TupleRow]):
         def execute(self, query: Any, params: Any = None, **options: Any) -> "Watching":
-            if query == _IN_HOLES:
+            if query == _IN_GAPS:
                 looks.append(params[1])  # the first one is a number of bytes
             return super().execute(query, params, **options)
 
@@ -69,7 +69,7 @@ def test_gaps_are_looked_into_no_more_while_nobody_ends_who_could_fill_them(open
     for _ in range(10):
         reader.read()
 
-    assert len(reader._holes) == 20
+    assert len(reader._gaps) == 20
     assert len(watched.looks) == before
 
 
@@ -158,7 +158,7 @@ def test_of_a_writer_that_ends_while_gaps_are_looked_into_nothing_is_taken_befor
     class Ending(psycopg.Cursor[TupleRow]):
         def execute(self, query: Any, params: Any = None, **options: Any) -> "Ending":
             found = super().execute(query, params, **options)
-            if ends and query == LOWEST_FLOOR_OF_ENDED:
+            if ends and query == LOWEST_MARK_OF_ENDED:
                 ends.pop().commit()
             return found
 
@@ -212,7 +212,7 @@ def test_a_transaction_prepared_and_looked_at_again_and_again_is_found_when_it_c
     watched.looks.clear()
     for _ in range(5):
         reader.read()
-    assert [shown for _, shown in writers_at_work(watched.connection)] == [xid]
+    assert [shown for _, shown in active_writers(watched.connection)] == [xid]
     assert watched.looks == []
 
     watched.connection.execute("commit prepared 'dovecote-gaps'")
@@ -228,7 +228,7 @@ def test_each_writer_is_shown_with_its_floor_and_its_transaction(opened: Opened,
     insert(second, "C")
     other.execute("select pg_current_xact_id()")  # a transaction, and no writer
 
-    assert set(writers_at_work(relays)) == {(1, xid_of(first)), (2, xid_of(second))}
+    assert set(active_writers(relays)) == {(1, xid_of(first)), (2, xid_of(second))}
     assert relays.execute("select last_position, settled from dovecote.horizon()").fetchone() == (3, 1)
 
 

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 
 from dovecote.relay import leader as leading
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, make_room_for_effects, write_quotes
 from tests.support.outbox_rows import Connection, insert
@@ -73,7 +73,7 @@ def is_asleep(system: System) -> bool:
     return held
 
 
-class WakeUps(RelayMeters):
+class WakeUps(RelayInstrumentation):
     """How often the relay was woken."""
 
     count = 0
@@ -237,9 +237,9 @@ def test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over(
 def test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_rings_once_it_sleeps(
     opened: Opened, relays: Connection
 ) -> None:
-    at_work, another = opened(), opened()
+    in_flight, another = opened(), opened()
 
-    insert(at_work)
+    insert(in_flight)
 
     assert relays.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone() == (True,)
     relays.execute("listen dovecote_outbox")

@@ -16,10 +16,10 @@ from sqlalchemy import make_url, text
 from dovecote.operations.doctor import postgres as doctor
 from dovecote.operations.doctor.finding import Subject
 from dovecote.relay import history as history_module
-from dovecote.relay.fence import Claim, Marker, RelayMarker
-from dovecote.relay.history import History, OtherRun, TakenOver, run_of, take_over
-from dovecote.store.runs import Run
-from dovecote.telemetry.meters import RelayMeters, RelayState
+from dovecote.relay.fence import Claim, Marker, RedisFence
+from dovecote.relay.history import History, OtherRun, TakenOver, take_over
+from dovecote.store.runs import Run, server_run
+from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.postgres_back import PostgresThatGoesBack, postgres_that_goes_back
@@ -75,24 +75,24 @@ def queued(system: System) -> list[str]:
 
 
 def in_redis(system: System) -> Marker:
-    return RelayMarker(system.broker).read()
+    return RedisFence(system.broker).read()
 
 
 def change(system: System, **fields: object) -> None:
     """Change what Redis knows of the relay."""
     client: Any = system.broker.client
-    client.hset(system.broker.marker_keys[1], mapping=fields)
+    client.hset(system.broker.fence_keys[1], mapping=fields)
 
 
 def change_beat(system: System, by: int) -> None:
     client: Any = system.broker.client
-    client.hincrby(system.broker.marker_keys[1], "beat", by)
+    client.hincrby(system.broker.fence_keys[1], "beat", by)
 
 
 def a_run(system: System, **changes: int) -> str:
     """The run of Postgres that the system uses, or one like it."""
     with psycopg.connect(system.settings.database.url.get_secret_value()) as connection:
-        ours = Run.read(run_of(connection))
+        ours = Run.read(server_run(connection))
     assert ours is not None
     return " ".join(
         str(getattr(ours, name) + changes.get(name, 0)) for name in ("system", "timeline", "started_us", "database")
@@ -139,7 +139,7 @@ NOT_AS_IT_WAS: dict[str, Callable[[System], object]] = {
     "Redis is another process": lambda system: value(
         system, "update dovecote.relay_state set redis_run_id = 'another@' || epoch returning epoch"
     ),
-    "Redis has an older marker": lambda system: system.broker.client.decr(system.broker.marker_keys[0]),
+    "Redis has an older marker": lambda system: system.broker.client.decr(system.broker.fence_keys[0]),
     "Redis went back with its memory": lambda system: change_beat(system, -2),
     "Postgres went back with its memory": lambda system: change_beat(system, 1),
     "Redis is in a history that Postgres does not know": lambda system: change(system, history="another"),
@@ -177,7 +177,7 @@ def test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left(
 UNDER_A_LEADER: dict[str, Callable[[System], object]] = {
     "Redis went back by one beat": lambda system: change_beat(system, -1),
     "Redis is in another history": lambda system: change(system, history="another"),
-    "Redis has forgotten the marker": lambda system: system.broker.client.delete(*system.broker.marker_keys),
+    "Redis has forgotten the marker": lambda system: system.broker.client.delete(*system.broker.fence_keys),
 }
 
 
@@ -205,7 +205,7 @@ def test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it(system_o
 
 def test_the_epoch_jumps_past_everything_that_redis_has_heard_of(system_on: SystemOn) -> None:
     system = system_on()
-    system.broker.client.set(system.broker.marker_keys[0], 1_000)
+    system.broker.client.set(system.broker.fence_keys[0], 1_000)
 
     with one_leadership(system):
         assert system.status().relay.epoch == in_redis(system).epoch == 1_001
@@ -229,7 +229,7 @@ def test_the_beat_stands_still_while_nothing_is_under_way(system_on: SystemOn) -
 def test_both_sessions_of_a_leader_are_of_one_run(system_on: SystemOn) -> None:
     system = system_on()
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
-        ours = TakenOver(1, run=run_of(connection))
+        ours = TakenOver(1, run=server_run(connection))
         History(ours, connection=connection, broker=system.broker).require_one_run()
 
         with pytest.raises(OtherRun, match="leads to run 1 2 3"):
@@ -239,7 +239,7 @@ def test_both_sessions_of_a_leader_are_of_one_run(system_on: SystemOn) -> None:
 # Two databases and one Redis ----------------------------------------------------------------------
 
 
-class States(RelayMeters):
+class States(RelayInstrumentation):
     """Remembers what the relay said it was doing."""
 
     def __init__(self) -> None:
@@ -253,7 +253,7 @@ def test_a_relay_stands_back_while_one_of_a_newer_postgres_lives(system_on: Syst
     system = system_on()
     write_quotes(system, range(EVENTS))
     newer, states = a_run(system, timeline=1, started_us=-1), States()
-    marker = RelayMarker(system.broker)
+    marker = RedisFence(system.broker)
     marker.claim(Claim(3, "theirs", newer, 0), over="")
 
     with system.relay(states):
@@ -282,7 +282,7 @@ def test_a_leader_whose_redis_a_newer_postgres_has_taken_drops_nothing_there(sys
     with one_leadership(system):
         assert system.status().relay.epoch == theirs.epoch, "both have come to the same epoch"
 
-        RelayMarker(system.broker).claim(theirs, over=str(history(system)))
+        RedisFence(system.broker).claim(theirs, over=str(history(system)))
         ids = queued(system)
 
         eventually(lambda: system.status().relay.stands_back_for, 5, "it stands back")
@@ -302,7 +302,7 @@ def test_a_leader_that_sends_again_for_long_is_not_taken_for_dead(
             change(system, seen=0)
             eventually(lambda: in_redis(system).silent_ms < 1_000, 5, "a sign of life")
 
-        leader.greet(search_for_long)
+        leader.verify_redis(search_for_long)
 
 
 def test_of_two_databases_that_were_one_the_newer_has_redis_to_itself(
@@ -395,7 +395,7 @@ def test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event(
         before = beat(system)
         eventually(lambda: beat(system) > before + 1, 10, "beats")
         client: Any = system.broker.client
-        told = int(client.hget(system.broker.marker_keys[1], "beat"))
+        told = int(client.hget(system.broker.fence_keys[1], "beat"))
         crash(system, postgres)
         assert beat(system) >= told, "Redis was told of a beat that was not on disk"
         eventually(lambda: history(system), 20, "a Redis that is known")

@@ -14,10 +14,10 @@ from domain.pricing import PriceQuoted
 from dovecote import operations
 from dovecote.errors import Refused
 from dovecote.operations.deliveries import Filter
-from dovecote.relay import leases
 from dovecote.relay.bundler import Bundler
 from dovecote.route import Route
 from dovecote.settings import Settings
+from dovecote.store import leases
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support.processes import eventually

@@ -79,9 +79,9 @@ class Dawdler:
     def some_aggregates(self) -> list[int]:
         return sorted(self._chance.sample(AGGREGATES, self._chance.choice([1, 1, 1, 2, 3])))
 
-    def dawdle(self, likely: float, most_seconds: float) -> None:
+    def dawdle(self, likely: float, max_seconds: float) -> None:
         if self._chance.random() < likely:
-            time.sleep(self._chance.random() * most_seconds)
+            time.sleep(self._chance.random() * max_seconds)
 
     def with_raw_sql(self) -> None:
         with psycopg.connect(self._url) as connection:
@@ -251,12 +251,12 @@ def test_the_hole_of_a_writer_that_rolled_back_is_forgotten(
     abandoned, committed = insert(fickle), insert(other)
     other.commit()
     reader.read()
-    assert reader._holes == [range(abandoned, abandoned + 1)]
+    assert reader._gaps == [range(abandoned, abandoned + 1)]
 
     fickle.rollback()
 
     assert reader.read().rows == []
-    assert reader._holes == []
+    assert reader._gaps == []
     assert reader.checkpoint == committed
 
 
@@ -486,7 +486,7 @@ class Reading(RuleBasedStateMachine):
         assert self.recorded == committed, "committed and recorded differ"
         (last,) = self.relay.execute("select last_position from dovecote.horizon()").fetchone() or (0,)
         assert self.reader.checkpoint == last
-        assert self.reader._holes == []
+        assert self.reader._gaps == []
         for connection in (*self.writers, self.relay):
             connection.close()
 

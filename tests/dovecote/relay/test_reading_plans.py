@@ -16,9 +16,9 @@ from workers.routes import ROUTES
 pytestmark = pytest.mark.servers
 
 READS = {
-    "beyond the frontier": (reading._BEYOND, "bigint, bigint, bigint", "4000, 1500, 100"),
-    "in the holes": (
-        reading._IN_HOLES,
+    "above the high-water mark": (reading._BEYOND, "bigint, bigint, bigint", "4000, 1500, 100"),
+    "in the gaps": (
+        reading._IN_GAPS,
         "bigint, bigint[], bigint[], int8multirange, bigint, bigint",
         "4000, '{10,50}', '{10,60}', '{[10,11),[50,55),[57,61)}', 100, 100",
     ),
@@ -55,7 +55,7 @@ def test_every_read_finds_its_rows_by_their_position_in_every_partition(
             assert {name for name in indexes for scan in scans if name in scan["Index Name"]} == set(indexes)
             assert all(any(name in scan["Index Name"] for name in indexes) for scan in scans)
             assert all('"position"' in scan.get("Index Cond", "") for scan in scans), "the whole history is read"
-            if read == "beyond the frontier":
+            if read == "above the high-water mark":
                 assert "Sort" not in {node["Node Type"] for node in nodes}
 
 

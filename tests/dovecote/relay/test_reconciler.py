@@ -15,10 +15,10 @@ from dovecote.envelope.signatures import MessageKey, newest_key
 from dovecote.exporter.metrics import RelayMetrics
 from dovecote.relay.bundler import Bundler, bundle
 from dovecote.relay.history import salt
-from dovecote.relay.queued import Queued
+from dovecote.relay.queue_search import QueueSearch
 from dovecote.relay.reconciler import Reconciler
 from dovecote.route import Route
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.outbox_rows import Connection
@@ -49,7 +49,7 @@ def system_with(fresh_database_url: str, servers: Servers, tmp_path: Any) -> Ite
         one.__exit__(None, None, None)
 
 
-class Counted(RelayMeters):
+class Counted(RelayInstrumentation):
     """Remembers what was sent again."""
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class Looking:
             settings=system.settings.relay,
             epoch=self.epoch,
             published_upto=lambda: self.upto,
-            meters=self.counted,
+            instrumentation=self.counted,
         )
 
     def _connect(self) -> Connection:
@@ -250,7 +250,7 @@ def test_a_message_that_somebody_will_get_is_not_put_back(
     client.lpush(key_of(system), taken)
     system.broker.do_fetch("test", 1)
     lose_its_place(system, placeless)
-    epoch, places = Looking(system).epoch, Queued(system.broker)
+    epoch, places = Looking(system).epoch, QueueSearch(system.broker)
 
     def is_put_back(id: str, epoch: int = epoch) -> bool:
         return places.requeue(epoch, "test", HANDLER, id)
@@ -265,7 +265,7 @@ def test_a_message_that_somebody_will_get_is_not_put_back(
     lose(system, placeless)
     assert not is_put_back(placeless)
     assert messages_of(system) == [queued]
-    monkeypatch.setattr("dovecote.relay.queued._IDS", 1)
+    monkeypatch.setattr("dovecote.relay.queue_search._IDS", 1)
     client.rpush(key_of(system), "behind")
     assert not is_put_back(queued), "it is at the head"
 
@@ -313,7 +313,7 @@ def test_a_quiet_system_is_not_asked_anything(
 def test_a_message_in_the_middle_of_a_long_queue_is_not_lost(
     system_with: Callable[..., System], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovecote.relay.queued._IDS", 3)
+    monkeypatch.setattr("dovecote.relay.queue_search._IDS", 3)
     system = system_with()
     messages = publish(system, 40)
     published_long_ago(system)
@@ -323,7 +323,7 @@ def test_a_message_in_the_middle_of_a_long_queue_is_not_lost(
     lose_its_place(system, messages[10])
     lose(system, messages[15])
     with monkeypatch.context() as patch:
-        patch.setattr("dovecote.relay.queued._MAX_READ_BYTES", 5_000)
+        patch.setattr("dovecote.relay.queue_search._MAX_READ_BYTES", 5_000)
         assert looking.look() == 0, "it was read whole, however long it is"
     assert looking.look() == 0, "it is read again at once, however long it was"
 
@@ -337,7 +337,7 @@ def test_what_a_worker_finishes_during_the_look_is_not_lost(system_with: Callabl
     published_long_ago(system)
     looking = Looking(system)
 
-    class Finished(Queued):
+    class Finished(QueueSearch):
         """All of it is acted on and acknowledged between the first question to Postgres and that to Redis."""
 
         def not_queued(self, queue: str, handler: str, events: Collection[UUID]) -> set[UUID]:

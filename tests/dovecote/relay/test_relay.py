@@ -18,13 +18,14 @@ from sqlalchemy import make_url, text
 from domain.pricing import PriceQuoted
 from dovecote.bootstrap import relay_for
 from dovecote.errors import NewerRelay
-from dovecote.relay.fence import Claim, RelayMarker
-from dovecote.relay.history import History, TakenOver, run_of
+from dovecote.processes.stop_flag import StopFlag
+from dovecote.relay.fence import Claim, RedisFence
+from dovecote.relay.history import History, TakenOver
 from dovecote.relay.leader import Leader
-from dovecote.relay.sleeper import Sleeper
 from dovecote.route import Route
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader
+from dovecote.store.runs import server_run
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.conftest import Servers, settings_for
 from tests.support.effects import (
@@ -117,7 +118,7 @@ def terminate(system: System, application: str) -> None:
         )
 
 
-# Waking up ----------------------------------------------------------------------------------------
+# Wakeup up ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.once
@@ -224,8 +225,10 @@ def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int],
                 broker=system.broker,
                 routes=system.routes,
                 settings=system.settings.relay,
-                sleeper=Sleeper(),
-                history=History(TakenOver(epoch, run=run_of(connection)), connection=connection, broker=system.broker),
+                stop=StopFlag(),
+                history=History(
+                    TakenOver(epoch, run=server_run(connection)), connection=connection, broker=system.broker
+                ),
             )
 
         yield build
@@ -236,7 +239,7 @@ def test_a_relay_of_an_old_epoch_cannot_publish(
 ) -> None:
     system = system_with()
     write_quotes(system, [1])
-    RelayMarker(system.broker).claim(Claim(7, "another", "", 0), over="")
+    RedisFence(system.broker).claim(Claim(7, "another", "", 0), over="")
 
     with pytest.raises(NewerRelay):
         leader_of_epoch(system, 6).lead()
@@ -370,7 +373,7 @@ def test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the
 
         wipe(system)
         # What a relay does that slept through its replacement.
-        RelayMarker(system.broker).claim(Claim(1, "another", "", 0), over="")
+        RedisFence(system.broker).claim(Claim(1, "another", "", 0), over="")
 
         with ExitStack() as after:
             if relay == "the next one":

@@ -168,13 +168,13 @@ def test_what_a_dead_worker_held_of_the_old_queue_is_taken_back_and_remembers_th
     broker.publish(1, messages(OLD, [1]))
     broker.await_and_fetch("old", 1, 0.1)
     (id,) = redis_of(broker).hkeys(f"{broker.namespace}:old.msgs")
-    redis_of(broker).hset(f"{broker.namespace}:old.at_work", id, "{}")
+    redis_of(broker).hset(f"{broker.namespace}:old.in_flight", id, "{}")
     redis_of(broker).zadd(f"{broker.namespace}:__heartbeats__", {broker.broker_id: 1})
 
     move(broker, NEW)
 
     assert redis_of(broker).hgetall(f"{broker.namespace}:new.crashes") == {id: b"1"}
-    assert redis_of(broker).hgetall(f"{broker.namespace}:new.at_work") == {id: b"{}"}
+    assert redis_of(broker).hgetall(f"{broker.namespace}:new.in_flight") == {id: b"{}"}
 
 
 def test_only_the_newest_relay_moves_anything(broker: OutboxBroker) -> None:

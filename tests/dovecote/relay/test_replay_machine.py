@@ -25,11 +25,11 @@ from sqlalchemy import text
 from domain.pricing import PriceQuoted
 from dovecote.envelope import read_envelope
 from dovecote.operations import replays
-from dovecote.relay import leases
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.history import History, take_over
 from dovecote.relay.leader import Leader
-from dovecote.relay.sleeper import Sleeper
 from dovecote.settings import Settings
+from dovecote.store import leases
 from dovecote.store.reader import Reader
 from dovecote.store.replays import Filter
 from dovecote.unit_of_work import UnitOfWork
@@ -45,18 +45,17 @@ HANDLER = "test.machine"
 WIPE = "for _, key in ipairs(redis.call('keys', ARGV[1])) do redis.call('del', key) end"
 
 
-class OnePass(Sleeper):
+class OnePass(StopFlag):
     """Lets the relay's loop run once, without a pause."""
 
     def __init__(self) -> None:
         self.passes = 0
 
-    @property
-    def stopping(self) -> bool:  # type: ignore[override]  # the loop asks it before each pass
+    def is_set(self) -> bool:  # the loop asks it before each pass
         self.passes += 1
         return self.passes > 1
 
-    def sleep(self, seconds: float, connection: Any = None) -> bool:
+    def sleep(self, seconds: float, watched: Any = None) -> bool:
         return True
 
 
@@ -126,14 +125,14 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
                 options="-c enable_seqscan=off -c enable_bitmapscan=off -c enable_sort=off",
             )
             taken = take_over(self.connection, 0, "a test")
-            self.sleeper = OnePass()
+            self.stop = OnePass()
             self.leader = Leader(
                 connection=self.connection,
                 reader=Reader(self.connection, taken.checkpoint, 1_000),
                 broker=system.broker,
                 routes=system.routes,
                 settings=system.settings.relay,
-                sleeper=self.sleeper,
+                stop=self.stop,
                 history=History(taken, connection=self.connection, broker=system.broker),
             )
 
@@ -158,7 +157,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         @rule()
         def relay_works(self) -> None:
-            self.sleeper.passes = 0
+            self.stop.passes = 0
             self.leader.lead()
 
         @rule()

@@ -13,15 +13,15 @@ from typer.testing import CliRunner
 from dovecote import operations
 from dovecote.cli import app
 from dovecote.errors import NewerRelay
-from dovecote.exporter.collector import Survey
+from dovecote.exporter.collector import SystemCollector
 from dovecote.operations import CannotRecover, Recovery
 from dovecote.operations.doctor.postgres import sequence as doctor_s_finding
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store import sequence
-from dovecote.store.reader import outbox_run
+from dovecote.store.runs import outbox_run
 from dovecote.store.sequence import SequenceWatch
-from dovecote.telemetry.meters import RelayMeters, RelayState
+from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.outbox_rows import insert
 from tests.support.processes import eventually
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.servers
 Connection = psycopg.Connection[TupleRow]
 
 
-class States(RelayMeters):
+class States(RelayInstrumentation):
     """Remembers what the relay does at the moment."""
 
     now: RelayState = "starting"
@@ -47,7 +47,7 @@ class States(RelayMeters):
 @pytest.fixture(autouse=True)
 def asks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequence, "ASK_AGAIN_SECONDS", 0.1)
-    monkeypatch.setattr(sequence, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(sequence, "_POLL_INTERVAL_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def states() -> States:
 
 
 @contextmanager
-def at_work(settings: Settings, states: States, routes: Sequence[Route]) -> Iterator[System]:
+def in_flight(settings: Settings, states: States, routes: Sequence[Route]) -> Iterator[System]:
     with ExitStack() as stack:
         system = stack.enter_context(system_for(settings, routes))
         with system.engine.connect() as connection:
@@ -83,17 +83,17 @@ def of(handler: str, system: System) -> list[int]:
 
 
 def metric(settings: Settings, name: str) -> float:
-    (found,) = [one for one in Survey(settings, ()).collect() if one.name == name]
+    (found,) = [one for one in SystemCollector(settings, ()).collect() if one.name == name]
     return float(found.samples[0].value)
 
 
 def test_a_relay_refuses_a_sequence_that_is_behind_and_leads_once_it_is_recovered(
     settings: Settings, database: Connection, states: States
 ) -> None:
-    with at_work(settings, states, [a_route("test.old")]) as system:
+    with in_flight(settings, states, [a_route("test.old")]) as system:
         write_quotes(system, range(20))
         system.until_quiet()
-    with at_work(settings, states, [a_route("test.old"), a_route("test.new")]) as system:
+    with in_flight(settings, states, [a_route("test.old"), a_route("test.new")]) as system:
         eventually(states.is_("leading"), 10, "the second handler subscribes at position 20")
 
         database.execute("select setval('dovecote.outbox_position', 1, false)")
@@ -137,7 +137,7 @@ def test_a_relay_refuses_a_sequence_that_is_behind_and_leads_once_it_is_recovere
 def test_a_sequence_that_is_repaired_by_hand_hides_nothing_that_was_written_before(
     settings: Settings, database: Connection, states: States, cure: str
 ) -> None:
-    with at_work(settings, states, [a_route()]) as system:
+    with in_flight(settings, states, [a_route()]) as system:
         write_quotes(system, range(20))
         system.until_quiet()
         database.execute("select setval('dovecote.outbox_position', 3)")
@@ -156,7 +156,7 @@ def test_a_sequence_that_is_repaired_by_hand_hides_nothing_that_was_written_befo
 def test_a_leader_ends_where_its_messages_would_all_be_looked_up(
     database: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequence, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(sequence, "_POLL_INTERVAL_SECONDS", 0.0)
     watch = SequenceWatch(database, 0, outbox_run(database))
     watch.look()
 
@@ -169,14 +169,14 @@ def test_a_leader_ends_where_its_messages_would_all_be_looked_up(
 def test_recovering_sends_what_was_passed_before_anybody_led(
     settings: Settings, database: Connection, states: States
 ) -> None:
-    with at_work(settings, states, [a_route()]) as system:
+    with in_flight(settings, states, [a_route()]) as system:
         write_quotes(system, range(20))
         system.until_quiet()
     with system_for(settings, [a_route()]) as system:
         database.execute("select setval('dovecote.outbox_position', 1, false)")
         write_quotes(system, range(100, 105))
         database.execute("select setval('dovecote.outbox_position', 20)")
-    with at_work(settings, states, [a_route()]) as system:
+    with in_flight(settings, states, [a_route()]) as system:
         eventually(states.is_("leading"), 10, "nothing is wrong with the sequence any more")
 
         assert recover(system).unread == 5
@@ -197,7 +197,7 @@ def test_a_sequence_that_is_altered_ends_the_leadership(
 ) -> None:
     url = settings.database.url.get_secret_value()
     with (
-        at_work(settings, states, [a_route()]) as system,
+        in_flight(settings, states, [a_route()]) as system,
         psycopg.connect(url, autocommit=True) as one,
         psycopg.connect(url, autocommit=True) as another,
     ):

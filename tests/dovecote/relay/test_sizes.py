@@ -19,7 +19,7 @@ from sqlalchemy import make_url
 from dovecote.bootstrap import broker_for
 from dovecote.broker.broker import QueuedBundle
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.fence import Claim, RelayMarker
+from dovecote.relay.fence import Claim, RedisFence
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader, positions
 from tests.conftest import Servers, settings_for
@@ -197,7 +197,7 @@ def test_a_publish_takes_several_calls_when_it_is_large(servers: Servers, url: s
     with Calls(make_url(servers.redis_url).port or 6379) as proxy:
         through = settings_for(url, proxy.through(servers.redis_url), tmp_path, DOVECOTE_RELAY__PUBLISH_BYTES="100000")
         broker = broker_for(through, [])
-        RelayMarker(broker).claim(Claim(1, "", "", 0), over="")
+        RedisFence(broker).claim(Claim(1, "", "", 0), over="")
         broker.publish(1, [])  # the script is known from now on
         proxy.sizes.clear()
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovecote import telemetry
-from dovecote.processes.state_directory import Home
+from dovecote.processes.state_directory import StateDirectory
 from dovecote.settings import Settings, SettingsError, load_settings, options, shown
 from dovecote.settings.keys import weakness
 from tests.support import commands
@@ -54,7 +54,7 @@ def test_without_a_word_the_default_holds(tmp_path: Path) -> None:
 
 def test_the_environment_beats_the_env_file_beats_the_running_system_beats_the_default(tmp_path: Path) -> None:
     name = "DOVECOTE_RELAY__BATCH_SIZE"
-    home = Home(tmp_path)
+    home = StateDirectory(tmp_path)
 
     home.announce({name: "3"})
     from_system = load(tmp_path).relay.batch_size
@@ -69,7 +69,7 @@ def test_the_environment_beats_the_env_file_beats_the_running_system_beats_the_d
 
 
 def test_a_running_system_gives_both_servers(tmp_path: Path) -> None:
-    Home(tmp_path).announce(WELL)
+    StateDirectory(tmp_path).announce(WELL)
 
     settings = load(tmp_path, {})
 

@@ -19,7 +19,7 @@ from dovecote.envelope import Envelope
 from dovecote.envelope.signatures import TAIL_BYTES, newest_key
 from dovecote.relay.bundler import Bundler
 from dovecote.settings import Settings
-from dovecote.telemetry.meters import ConsumerMeters
+from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import Servers, settings_for
 from tests.dovecote.consumer.test_consumer import FOR_EVER, Bench, Failing, bench
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.servers
 ANOTHER_RUN = "1 base/1/1"
 
 
-class Counting(ConsumerMeters):
+class Counting(ConsumerInstrumentation):
     def __init__(self) -> None:
         self.passed_over = 0
 
@@ -47,7 +47,7 @@ class Looking:
     """A bench whose consumer counts what it passes over."""
 
     bench: Bench
-    meters: Counting = field(default_factory=Counting)
+    instrumentation: Counting = field(default_factory=Counting)
 
     def __post_init__(self) -> None:
         self.consumer = Consumer(
@@ -56,7 +56,7 @@ class Looking:
             self.bench.stopping,
             0.05,
             None,
-            self.meters,
+            self.instrumentation,
             keyring=self.bench.gateways.keyring,
         )
 
@@ -117,7 +117,7 @@ def test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not(
 
     assert sorted(looking.prices()) == [1, 3]
     assert looking.marks_and_deliveries_of(phantom) == 0
-    assert looking.meters.passed_over == 1
+    assert looking.instrumentation.passed_over == 1
     told = [line for line in logs if "not in the outbox" in line["event"]]
     assert [(line["handler"], line["event_id"], line["position"]) for line in told] == [
         ("test.note", str(phantom.event_id), phantom.position)
@@ -133,7 +133,7 @@ def test_a_retry_of_what_is_not_in_the_outbox_is_passed_over(looking: Looking, o
     looking.consumer.consume(a_route(ordered=ordered), written, retry=True)
 
     assert looking.prices() == [2]
-    assert looking.meters.passed_over == 1
+    assert looking.instrumentation.passed_over == 1
     assert looking.bench.states() == [("A", "retrying")], "for the operator, or the relay, to clear away"
 
 
@@ -157,7 +157,7 @@ def test_code_that_has_no_route_for_what_is_not_in_the_outbox_keeps_nothing_of_i
     looking.consumer.keep_for_other_code(a_route(), bundle, sent_in=ANOTHER_RUN)
 
     assert [delivery.position for delivery in looking.bench.deliveries()] == [there.position]
-    assert looking.meters.passed_over == 2
+    assert looking.instrumentation.passed_over == 2
 
 
 def test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery(looking: Looking) -> None:
@@ -170,7 +170,7 @@ def test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery(loo
     looking.consumer.consume(a_route(act=fails), [envelope])
 
     assert looking.bench.deliveries() == []
-    assert looking.meters.passed_over == 1
+    assert looking.instrumentation.passed_over == 1
 
 
 def test_an_event_that_is_forgotten_while_its_handler_is_stuck_gets_no_delivery(looking: Looking) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovecote.store.positions import above, holes, multirange, without
+from dovecote.store.positions import above, missing, multirange, without
 
 positions = st.sets(st.integers(1, 60)).map(sorted)
 
@@ -26,10 +26,10 @@ def test_holes_are_the_positions_that_are_not_there(there: list[int], after: int
     upto = after + length
     seen = [position for position in there if after < position <= upto]
 
-    found = holes(after, upto, seen)
+    found = missing(after, upto, seen)
 
     assert numbers_in(found) == sorted(set(range(after + 1, upto + 1)) - set(seen))
-    assert all(found), "an empty range is no hole"
+    assert all(found), "an empty range is no gap"
 
 
 @given(disjoint_ranges(), positions)

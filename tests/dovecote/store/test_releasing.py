@@ -18,12 +18,12 @@ from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import Refused
 from dovecote.operations.deliveries import Filter
 from dovecote.operations.handlers import pause, resume
-from dovecote.relay import leases
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.leases import MAX_BUNDLE_BYTES, Cursor, DueDelivery
 from dovecote.route import Route
 from dovecote.settings import Settings
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.store import leases
+from dovecote.store.leases import MAX_BUNDLE_BYTES, Cursor, DueDelivery
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support.processes import eventually
@@ -35,7 +35,7 @@ HANDLER = "test.note"
 
 
 @dataclass
-class Counts(RelayMeters):
+class Counts(RelayInstrumentation):
     """What the relay did."""
 
     messages: int = 0

@@ -14,13 +14,13 @@ from psycopg.rows import TupleRow, class_row
 
 from dovecote.route import Route
 from dovecote.store.envelopes import past_unreadable
-from dovecote.store.gone_events import bury_gone
+from dovecote.store.unsendable import dead_letter_gone
 
 #: Most bytes of envelopes that one lease returns, unless it is a single event.
 MAX_LEASE_BYTES = 8_000_000
 # A message that was lost without anybody noticing is sent again after twice the time that it has been on its way, and
 # after this at the latest.
-_LONGEST_LEASE_SECONDS = 3_600.0
+_MAX_LEASE_SECONDS = 3_600.0
 #: Redis and the worker hold a whole message in memory; large payloads make smaller bundles.
 MAX_BUNDLE_BYTES = 1_000_000
 
@@ -74,7 +74,7 @@ _LEASE_DUE = """
                   (extract(epoch from d.first_leased_at) * 1000000)::bigint as first_leased_at, d.replay_id
     )
     select leased.*, case when o.id is null then ''::bytea
-                          when octet_length(small) <= %(most_of_small)s then convert_to(small, 'UTF8')
+                          when octet_length(small) <= %(max_small_bytes)s then convert_to(small, 'UTF8')
                           else uuid_send(leased.event_id) end as envelope
     from leased left join dovecote.outbox o on o.id = leased.event_id
     left join lateral (select dovecote.small_envelope(o) where o.id is not null offset 0) as made (small) on true
@@ -178,7 +178,7 @@ def lease_due(
     limit: int,
     lease_seconds: float,
     routes: Sequence[Route] = (),
-    most_of_small: int = 4_000,
+    max_small_bytes: int = 4_000,
 ) -> list[DueDelivery]:
     """Return retries of the routes' handlers whose time has come, at most so many; there may be more.
 
@@ -193,14 +193,14 @@ def lease_due(
         "max_bytes": MAX_LEASE_BYTES,
         "max_bundle_bytes": MAX_BUNDLE_BYTES,
         "lease_seconds": lease_seconds,
-        "longest_lease_seconds": max(lease_seconds, _LONGEST_LEASE_SECONDS),
-        "most_of_small": most_of_small,
+        "longest_lease_seconds": max(lease_seconds, _MAX_LEASE_SECONDS),
+        "max_small_bytes": max_small_bytes,
     }
     with connection.cursor(row_factory=class_row(DueDelivery), binary=True) as cursor:
         leased = past_unreadable(connection, _LEASE_DUE, lambda query: cursor.execute(query, parameters).fetchall())
     there = [one for one in leased if one.envelope]
     if len(there) < len(leased):
-        bury_gone(connection, routes, [(one.handler_name, one.event_id) for one in leased if not one.envelope])
+        dead_letter_gone(connection, routes, [(one.handler_name, one.event_id) for one in leased if not one.envelope])
     return there
 
 

@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from dovecote.local.binaries import find_postgres
 from dovecote.local.servers import Postgres
 from dovecote.operations.doctor.postgres import standby as doctor_s_finding
-from dovecote.relay.sleeper import Sleeper
-from dovecote.relay.standby import NotOnStandby, Standby
+from dovecote.processes.stop_flag import StopFlag
+from dovecote.relay.standby_flush import NotOnStandby, Standby
 from dovecote.settings import Settings
-from dovecote.telemetry.meters import RelayMeters, RelayState
+from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.processes import a_place_for_servers, eventually
@@ -44,7 +44,7 @@ class Replica(Postgres):
         self._run([*copy, "--write-recovery-conf", "--create-slot", "--slot=replica"])
 
 
-class States(RelayMeters):
+class States(RelayInstrumentation):
     """Remembers what the relay does at the moment."""
 
     now: RelayState = "starting"
@@ -95,7 +95,7 @@ def test_nothing_is_published_that_no_standby_has(
             unfinished.execute("create table half_done as select generate_series(1, 10)")
             began = time.monotonic()
             with psycopg.connect(url, autocommit=True) as connection:
-                Standby(settings.relay, connection, connection, Sleeper(), RelayMeters()).await_flush()
+                Standby(settings.relay, connection, connection, StopFlag(), RelayInstrumentation()).await_flush()
             assert time.monotonic() - began < 3
 
             with psycopg.connect(url) as connection:
@@ -116,10 +116,10 @@ def test_a_relay_that_cannot_see_standbys_says_what_to_grant_and_publishes_nothi
 ) -> None:
     relay = settings.relay.model_copy(update={"publish_after": "standby"})
     url = as_login(fresh_database_url, f"blind_{os.getpid()}")
-    sleeper = Sleeper()
-    sleeper.stop()
+    stop = StopFlag()
+    stop.set()
     with psycopg.connect(url, autocommit=True) as connection, capture_logs() as logs:
-        standby = Standby(relay, connection, connection, sleeper, RelayMeters())
+        standby = Standby(relay, connection, connection, stop, RelayInstrumentation())
 
         with pytest.raises(NotOnStandby):
             standby.await_flush()

@@ -18,7 +18,7 @@ import psycopg
 import structlog
 
 from dovecote.errors import NewerRelay
-from dovecote.relay.sleeper import Sleeper
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.store.envelopes import Connection
 from dovecote.store.foreign_locks import QUERY, foreign_locks
 
@@ -50,7 +50,7 @@ class LeadershipLost(NewerRelay):
     """The session that holds the leader's lock is over, or no longer sees the one the leader works in."""
 
 
-class Leadership:
+class LeaderLock:
     """The lock of one relay, which works on `working`. A context manager: the lock is given back at its end.
 
     connect  opens a session with autocommit, like `working`
@@ -60,12 +60,12 @@ class Leadership:
         self,
         connect: Callable[[], AbstractContextManager[Connection]],
         working: Connection,
-        sleeper: Sleeper,
+        stop: StopFlag,
         leader_timeout_seconds: float,
     ) -> None:
         self._connect = connect
         self._working = working
-        self._sleeper = sleeper
+        self._stop = stop
         self._frozen_after = leader_timeout_seconds
         self._open = ExitStack()
         self._lost: str | None = None
@@ -162,5 +162,5 @@ class Leadership:
             if why is not None:
                 self._lost = why
                 self._session.close()
-                self._sleeper.interrupt()
+                self._stop.interrupt()
                 return

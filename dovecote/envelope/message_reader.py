@@ -58,7 +58,7 @@ class Hold(Protocol):
     def __call__(self, work: Callable[[], Result], /) -> Result: ...
 
 
-class Opener:
+class MessageReader:
     """Opens messages for one process; safe to use from many threads."""
 
     def __init__(self, sessions: Sessions, keys: MessageKeys, keyring: Keyring | None, hold: Hold) -> None:

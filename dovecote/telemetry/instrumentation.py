@@ -23,13 +23,13 @@ RelayState = Literal[
 ]
 
 
-class ConsumerMeters:
+class ConsumerInstrumentation:
     """What a consumer process tells; called from all of its threads."""
 
     def fetching(self, queue: str) -> None:
         """The thread that fetches from this queue is alive: at least every few seconds, busy or idle."""
 
-    def at_work(self, handler: str, events: int) -> AbstractContextManager[None]:
+    def in_flight(self, handler: str, events: int) -> AbstractContextManager[None]:
         """A bundle is at work until the end of the block."""
         return nullcontext()
 
@@ -52,7 +52,7 @@ class ConsumerMeters:
         """Events were passed over, because they are not in the outbox."""
 
 
-class RelayMeters:
+class RelayInstrumentation:
     """What a relay tells; called from one thread, but for `reconciled`, which is called from another."""
 
     def alive(self, state: RelayState) -> None:

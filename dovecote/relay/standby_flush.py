@@ -10,11 +10,11 @@ from collections.abc import Callable
 import structlog
 
 from dovecote.errors import DovecoteError
-from dovecote.relay.sleeper import Sleeper
+from dovecote.processes.stop_flag import StopFlag
 from dovecote.settings import Relay as RelaySettings
 from dovecote.store.envelopes import Connection
 from dovecote.store.standbys import FLUSHED, blindness
-from dovecote.telemetry.meters import RelayMeters
+from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
@@ -49,15 +49,15 @@ class Standby:
         settings: RelaySettings,
         leads: Connection,
         records: Connection,
-        sleeper: Sleeper,
-        meters: RelayMeters,
+        stop: StopFlag,
+        instrumentation: RelayInstrumentation,
         tell_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._is_wanted = settings.publish_after == "standby"
         self._leads = leads
         self._records = records
-        self._sleeper = sleeper
-        self._meters = meters
+        self._stop = stop
+        self._instrumentation = instrumentation
         self._tell_alive = tell_alive
         if self._is_wanted and (blind := blindness(records)):
             log.warning("no standby can be seen", cure=blind)
@@ -73,9 +73,9 @@ class Standby:
         is_flushed, upto = self._ask(None)
         pause, next_told, next_alive, flushes = 0.0005, began + _TELL_AFTER_SECONDS, began + _TELL_AFTER_SECONDS, True
         while not is_flushed:
-            if self._sleeper.stopping:
+            if self._stop.is_set():
                 raise NotOnStandby
-            self._sleeper.sleep(pause)
+            self._stop.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)
             now = time.monotonic()
             if flushes and now - began > _FLUSH_AFTER_SECONDS:
@@ -89,7 +89,7 @@ class Standby:
                 )
             if now >= next_alive:
                 next_alive = now + _TELL_AFTER_SECONDS
-                self._meters.alive("waiting_for_standby")
+                self._instrumentation.alive("waiting_for_standby")
                 self._tell_alive()
                 # The leadership lives as long as this session: its end must not go unnoticed here.
                 self._leads.execute("select")

@@ -27,7 +27,7 @@ class _TooMuch(Exception):
     """The queue is longer than one question reads."""
 
 
-class Queued:
+class QueueSearch:
     """Looks into the queues of one broker.
 
     Errors: redis.exceptions.RedisError, in all methods.
