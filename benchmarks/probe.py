@@ -57,10 +57,10 @@ def _watched(route: Route) -> Route:
 
     def act(envelopes: Any, uow: Any, gateways: Any) -> None:
         reached = time.time_ns()
-        route.act(envelopes, uow, gateways)
+        route.function(envelopes, uow, gateways)
         _note((envelope.event_id for envelope in envelopes if is_noted(envelope.event_id, one_in)), reached)
 
-    return replace(route, act=act)
+    return replace(route, function=act)
 
 
 def note(event_id: object, reached_ns: int) -> None:

@@ -29,7 +29,7 @@ from dovecote.broker.poison import Suspect
 from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.consumer.time_limits import GRACE_SECONDS
-from dovecote.envelope.message_reader import Received, Refused
+from dovecote.envelope.message_reader import Received, RefusedMessage
 from dovecote.envelope.stored_json import read_stored
 from dovecote.masking import never_show
 from dovecote.migrations import schema
@@ -247,9 +247,9 @@ def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = No
     def act(received: Received) -> None:
         try:
             contents = consumer.open(received, route)
-            its_route = route or Route(handler=contents.handler, events=(), act=_not_here, queue=contents.queue)
-        except (Refused, InvalidRoute) as error:
-            refused = error if isinstance(error, Refused) else Refused("unreadable", str(error))
+            its_route = route or Route(handler=contents.handler, events=(), function=_not_here, queue=contents.queue)
+        except (RefusedMessage, InvalidRoute) as error:
+            refused = error if isinstance(error, RefusedMessage) else RefusedMessage("unreadable", str(error))
             refuse_message(_message_at_hand(), refused)
             return
         suspect = None
@@ -297,7 +297,7 @@ class _RequiresKeys(Middleware):
 
 
 class _StopsWaiting(Middleware):
-    """Tells consumers that wait for a server to give their message back when the process must end."""
+    """Has consumers that wait for a server requeue their message when the process must end."""
 
     def __init__(self, stopping: threading.Event) -> None:
         self._stopping = stopping

@@ -16,12 +16,16 @@ MAX_SHOWN_ERROR = 200
 
 _MAX_DEPTH = 2
 _MAX_ITEMS = 4
-# Of a larger integer only the size is told: writing it in decimal takes time quadratic in its digits.
+# Of a larger integer only the size is shown: writing it in decimal takes time quadratic in its digits.
 _MAX_BITS = 256
 
 
 class DovecoteError(Exception):
-    """Anything this package raises on purpose."""
+    """The root of every exception that this package raises on purpose, those that steer a process included.
+
+    One is none of these, because no `except Exception` of a handler may catch it: dovecote.consumer.time_limits.CutOff.
+    Private ones (`_Name`), which never leave their module, need not be.
+    """
 
 
 class DomainError(DovecoteError):
@@ -33,9 +37,9 @@ class Refused(DomainError):
 
 
 class RateLimited(Refused):
-    """Too many of them lately. Asking earlier than told changes nothing, and makes nothing longer.
+    """Too many of them lately. Asking earlier changes nothing, and makes nothing longer.
 
-    retry_after  how long to wait, from the moment that the caller gave; more than nothing
+    retry_after  how long to wait, from the time that the caller gave; more than zero
     retry_at     the end of that wait
     """
 
@@ -65,7 +69,7 @@ class UnknownEvent(DovecoteError):
 
 
 class NoTransaction(DovecoteError):
-    """An event was emitted where no commit would write it. Emit it inside of the transaction that it tells of."""
+    """An event was emitted where no commit would write it. Emit it inside of the transaction that it describes."""
 
 
 class AbortedTransaction(DovecoteError):
@@ -89,7 +93,7 @@ class MissingPackage(DovecoteError):
 
 
 class GatewayUnavailable(DovecoteError):
-    """The outside world does not answer for the moment: try again, with growing pauses."""
+    """The outside world does not answer at present: try again, with growing pauses."""
 
 
 class NoKeys(DovecoteError):
@@ -164,7 +168,7 @@ def _shown(value: object, most: int, depth: int) -> str:
 
 
 def _of_its_own(value: object) -> str:
-    # A moment, a UUID, a member of an enum: `repr` of these is short. Of anything else only the type is safe to show.
+    # A time, a UUID, a member of an enum: `repr` of these is short. Of anything else only the type is safe to show.
     if type(value).__module__ in ("datetime", "uuid") or hasattr(type(value), "__members__"):
         return repr(value)
     return f"a {type(value).__qualname__}"

@@ -4,7 +4,7 @@ Two nets. What this process knows to be secret is taken out by value, wherever i
 a secret or a phone number is taken out by its shape. Not seen: mail addresses, names, phone numbers without a plus,
 leading zeros or a name (`phone`, `tel`, ...) before them, and secrets under a name that does not say so.
 
-Whoever writes an event chooses what is read here, and Python's `re` lets no other thread run. So the work is linear in
+The writer of an event chooses what is read here, and Python's `re` lets no other thread run. So the work is linear in
 the text, and the text is bounded: cut before it is searched, never after. A shape either takes what it has looked at or
 has looked at a bounded number of characters; `tests/security/test_masking.py` tests each with hostile texts.
 """
@@ -90,7 +90,7 @@ _ID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 # A value that holds itself has no end, and one that is wide has it late.
 _DEEPEST, _DEEPEST_PAYLOAD = 8, 100
 _MAX_ITEMS = 1_000
-# Of a larger number only the size is told: JSON has no place for it, and `str` refuses it.
+# Of a larger number only the size is shown: JSON has no place for it, and `str` refuses it.
 _MAX_BITS = 256
 
 # A long secret is recognised by its first or last characters, so that one which somebody else has cut is taken out.
@@ -132,13 +132,13 @@ def masked(text: str, hidden: Iterable[str] = (), most: int = MAX_CHARACTERS) ->
     return first[:half] + _GAP + (last[-half:] if half else "")
 
 
-def masked_fields(facts: Mapping[str, object], most: int = MAX_CHARACTERS) -> dict[str, Any]:
+def masked_fields(fields: Mapping[str, object], most: int = MAX_CHARACTERS) -> dict[str, Any]:
     """Return names and values without secrets and phone numbers, as deep as they are nested.
 
     A value whose name says that it is secret is hidden whole. What is no number, text or collection becomes its `repr`.
     Of each text at most `most` characters stay, of each collection its first 1,000 members.
     """
-    return _masked_mapping(facts, _Limits(_DEEPEST, _MAX_ITEMS, most))
+    return _masked_mapping(fields, _Limits(_DEEPEST, _MAX_ITEMS, most))
 
 
 def masked_payload(payload: Mapping[str, object]) -> dict[str, Any]:
@@ -155,11 +155,11 @@ class _Limits(NamedTuple):
         return self._replace(depth=self.depth - 1)
 
 
-def _masked_mapping(facts: Mapping[Any, object], limits: _Limits) -> dict[str, Any]:
+def _masked_mapping(fields: Mapping[Any, object], limits: _Limits) -> dict[str, Any]:
     found = {}
-    for count, (key, value) in enumerate(facts.items()):
+    for count, (key, value) in enumerate(fields.items()):
         if count == limits.items:
-            found["..."] = f"{len(facts) - count} more"
+            found["..."] = f"{len(fields) - count} more"
             break
         name = key if isinstance(key, str) else shown(key)
         found[masked(name, most=limits.characters)] = _masked_value(name[-_MAX_NAME:], value, limits)

@@ -20,6 +20,7 @@ from typing import Any
 from dovecote.errors import DomainError, DovecoteError
 from dovecote.events import Event, has_sensitive_fields, readable_as
 from dovecote.unit_of_work import UnitOfWork
+from dovecote.unit_of_work.backoff import Backoff
 
 __all__ = [
     "Dovecote",
@@ -37,6 +38,8 @@ __all__ = [
 #: that nobody else has locked, so it waits for nobody.
 Purge = Callable[[UnitOfWork, datetime], int]
 
+# The part of a pause before a retry that is taken off at random: what failed together does not come back together.
+_JITTER = 0.5
 _MAX_NAME_LENGTH = 200
 _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 # Dramatiq's rule for a queue.
@@ -64,13 +67,13 @@ class ReturnedValue(DovecoteError):
 class Route:
     """One handler and how its events reach it.
 
-    act             function(event, uow, gateways), or function(envelopes, uow, gateways) with `bulk`; returns None
+    function        function(event, uow, gateways), or function(envelopes, uow, gateways) with `bulk`; returns None
     bundle_size     most events of one message, which is one transaction
     bulk            the handler takes the whole bundle and is quicker that way
     ordered         events of one aggregate take effect in the order they were written
-    attempts        tries before an event is dead
-    backoff_seconds pause before the second try; it doubles, jittered, up to `longest_backoff_seconds`
-    may_pass        refusals that are tried again like any error; other DomainErrors are final at once
+    max_attempts    tries before an event is dead
+    backoff_seconds pause before the second try; it doubles, jittered, up to `max_backoff_seconds`
+    transient_errors        refusals that are tried again like any error; other DomainErrors are final at once
     time_limit_seconds  longest an event may take, with `bulk` a bundle; then it is cut off, which is an attempt
     replayable      an operator may have it act again on what it has acted on; what its effect does then is
                     its own business
@@ -82,15 +85,15 @@ class Route:
 
     handler: str
     events: tuple[type[Event], ...]
-    act: Callable[[Any, Any, Any], object]
+    function: Callable[[Any, Any, Any], object]
     queue: str
     bundle_size: int = 500
     bulk: bool = False
     ordered: bool = False
-    attempts: int = 8
+    max_attempts: int = 8
     backoff_seconds: float = 2.0
-    longest_backoff_seconds: float = 3_600.0
-    may_pass: tuple[type[DomainError], ...] = ()
+    max_backoff_seconds: float = 3_600.0
+    transient_errors: tuple[type[DomainError], ...] = ()
     time_limit_seconds: float = 60.0
     replayable: bool = False
     replay_note: str = "its route does not say that acting again is harmless"
@@ -100,10 +103,10 @@ class Route:
         require_name("handler", self.handler)
         require_queue(self.queue)
         require_events(self.handler, self.events)
-        require_callable(self.handler, self.act)
-        for name in ("bundle_size", "attempts"):
+        require_callable(self.handler, self.function)
+        for name in ("bundle_size", "max_attempts"):
             require_count(self.handler, name, getattr(self, name))
-        for name in ("backoff_seconds", "longest_backoff_seconds"):
+        for name in ("backoff_seconds", "max_backoff_seconds"):
             require_seconds(self.handler, name, getattr(self, name))
         require_seconds(self.handler, "time_limit_seconds", self.time_limit_seconds, more_than_none=True)
 
@@ -114,21 +117,22 @@ class Route:
 
     def backoff(self, attempts: int) -> timedelta:
         """Return the pause after this many attempts: doubling from the first, half of it jitter."""
-        return self._max_pause(attempts) * random.uniform(0.5, 1.0)
+        return timedelta(seconds=self._backoff.pause_seconds(attempts))
 
     def outage_pause(self, age: timedelta) -> timedelta:
         """Return the pause while a provider is away: as long as it has been away, within the route's limits."""
-        seconds = min(max(age.total_seconds(), self.backoff_seconds), self.longest_backoff_seconds)
-        return timedelta(seconds=seconds * random.uniform(0.5, 1.0))
+        seconds = min(max(age.total_seconds(), self.backoff_seconds), self.max_backoff_seconds)
+        return timedelta(seconds=seconds * random.uniform(1.0 - _JITTER, 1.0))
 
     @property
     def longest_retry(self) -> timedelta:
         """Return how long after its first failure an event may be tried for the last time, providers being there."""
-        return sum((self._max_pause(attempts) for attempts in range(1, self.attempts)), timedelta())
+        pauses = (self._backoff.max_pause_seconds(attempts) for attempts in range(1, self.max_attempts))
+        return timedelta(seconds=sum(pauses))
 
-    def _max_pause(self, attempts: int) -> timedelta:
-        # After 2^64 first pauses the longest one is reached; a float ends at 2^1024.
-        return timedelta(seconds=min(self.backoff_seconds * 2.0 ** min(attempts - 1, 64), self.longest_backoff_seconds))
+    @property
+    def _backoff(self) -> Backoff:
+        return Backoff(self.backoff_seconds, self.max_backoff_seconds, _JITTER)
 
     @property
     def wants_keys(self) -> bool:
@@ -165,7 +169,7 @@ def _no_gateways(_settings: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Dovecote:
-    """An application: what the library is told by it. `DOVECOTE_APP=package.module:name` says where it is.
+    """An application: what the library gets from it. `DOVECOTE_APP=package.module:name` says where it is.
 
     routes      every handler there is
     gateways    function(settings) that makes what handlers get as `gateways`, once in each process of consumers
@@ -212,29 +216,31 @@ def require_queue(name: object) -> None:
         )
 
 
-def require_callable(handler: str, act: object) -> None:
+def require_callable(handler: str, function: object) -> None:
     """Errors: InvalidRoute for what cannot be called as function(event, uow, gateways) and be done when it returns."""
-    if inspect.isclass(act):
-        raise InvalidRoute(f"{handler}: its act is the class {act.__name__}; give a function, or an instance's method")
-    if not callable(act):
-        raise InvalidRoute(f"{handler}: its act is {_shown(act)}, which cannot be called; give a function")
-    for function in _layers(act):
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+    if inspect.isclass(function):
+        raise InvalidRoute(
+            f"{handler}: its function is the class {function.__name__}; give a function, or a bound method"
+        )
+    if not callable(function):
+        raise InvalidRoute(f"{handler}: its function is {_shown(function)}, which cannot be called; give a function")
+    for layer in _layers(function):
+        if inspect.iscoroutinefunction(layer) or inspect.isasyncgenfunction(layer):
             raise InvalidRoute(
-                f"{handler}: its act is an `async def`, and nobody would await it: {_AWAIT}. A function around it that "
-                "does so already must not say that it wraps it (functools.wraps sets __wrapped__)"
+                f"{handler}: its function is an `async def`, and nobody would await it: {_AWAIT}. A function around it "
+                "that does so already must not say that it wraps it (functools.wraps sets __wrapped__)"
             )
-        if inspect.isgeneratorfunction(function):
-            raise InvalidRoute(f"{handler}: its act is a generator, whose body would never run: {_NO_YIELD}")
+        if inspect.isgeneratorfunction(layer):
+            raise InvalidRoute(f"{handler}: its function is a generator, whose body would never run: {_NO_YIELD}")
     try:
-        signature = inspect.signature(act, follow_wrapped=False)
+        signature = inspect.signature(function, follow_wrapped=False)
     except (ValueError, TypeError):
         return  # a function of C without a signature: it says so itself when it is called
     try:
         signature.bind(None, None, None)
     except TypeError as error:
         raise InvalidRoute(
-            f"{handler}: its act is called with three arguments, (event, uow, gateways) "
+            f"{handler}: its function is called with three arguments, (event, uow, gateways) "
             f"or with bulk=True (envelopes, uow, gateways), and takes {signature}: {error}"
         ) from None
 
@@ -279,10 +285,10 @@ def require_distinct(names: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def _layers(act: Any) -> list[object]:
+def _layers(function: Any) -> list[object]:
     """Return the callable and what it calls, through partials, bound methods, wrappers and `__call__`."""
     layers: list[object] = []
-    following: list[Any] = [act]
+    following: list[Any] = [function]
     while following:
         one = following.pop()
         if any(one is seen for seen in layers):

@@ -135,7 +135,9 @@ with system_for(settings, ROUTES) as system, system.relay(), system.workers():
     print(system.status().handlers["shop.count_orders"].processed)
 """
 
-CAREFUL = "+ (Route(handler='shop.keep_orders', events=(OrderPlaced,), act=on_order_placed_once, queue='billing'),)"
+CAREFUL = (
+    "+ (Route(handler='shop.keep_orders', events=(OrderPlaced,), function=on_order_placed_once, queue='billing'),)"
+)
 
 HELPERS = """
 def registered():

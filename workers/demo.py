@@ -1,4 +1,4 @@
-"""Write mixed facts of the three domains and wait until each is an effect, once."""
+"""Write mixed events of the three slices and wait until each is an effect, once."""
 
 import random
 import time
@@ -27,16 +27,16 @@ _NUMBERS = 100
 _WIDE = verification.Allowance(pause=timedelta(0), codes_an_hour=10_000, codes_a_day=10_000, answers_an_hour=10_000)
 _LIMITS = verification.Limits(phone=_WIDE, user=_WIDE)
 
-Story = Callable[[UnitOfWork, datetime], None]
+UseCase = Callable[[UnitOfWork, datetime], None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the facts.
+    """What became of the events.
 
-    processed   facts a handler has acted on
-    lost        facts that are, after the wait, neither processed nor known as retrying, waiting or dead
-    duplicated  effects beyond one a fact
+    processed   events a handler has acted on
+    lost        events that are, after the wait, neither processed nor known as retrying, waiting or dead
+    duplicated  effects beyond one per event
     """
 
     written: int
@@ -62,41 +62,41 @@ def run(
     timeout_seconds: float,
     progress: Callable[[int, int], None] = lambda _written, _processed: None,
 ) -> Report:
-    """Write `events` facts and wait until all are effects, at most `timeout_seconds`."""
+    """Write `events` events and wait until all are effects, at most `timeout_seconds`."""
     sessions = sessions_for(engine)
     run_id = uuid7()
     began = time.monotonic()
     after = _last_position(engine)
     written = 0
-    stories = _stories(run_id, keys, random.Random(run_id.int))
+    use_cases = _use_cases(run_id, keys, random.Random(run_id.int))
     while written < events:
-        written += _write(sessions, run_id, list(islice(stories, min(_PER_TRANSACTION, events - written))))
+        written += _write(sessions, run_id, list(islice(use_cases, min(_PER_TRANSACTION, events - written))))
         progress(written, 0)
     deadline = time.monotonic() + timeout_seconds
     while (processed := _count(engine, _PROCESSED, run_id, after)) < written and time.monotonic() < deadline:
         progress(written, processed)
-        time.sleep(0.05)  # the database is asked for the condition; nothing in it tells us
+        time.sleep(0.05)  # the database is polled: it has no notification for this
     progress(written, processed)
     return Report(
         written=written,
         published=_count(engine, _PUBLISHED, run_id, after),
         processed=processed,
         lost=max(0, written - processed - _count(engine, _ON_THEIR_WAY, run_id, after)),
-        # Fewer effects than facts is what `lost` says already.
-        duplicated=max(0, _count(engine, _EFFECTS, run_id, after) - _count(engine, _FACTS_WITH_EFFECT, run_id, after)),
+        # Fewer effects than events is what `lost` says already.
+        duplicated=max(0, _count(engine, _EFFECTS, run_id, after) - _count(engine, _EVENTS_WITH_EFFECT, run_id, after)),
         seconds=round(time.monotonic() - began, 3),
     )
 
 
-def _write(sessions: Sessions, run_id: UUID, stories: list[Story]) -> int:
+def _write(sessions: Sessions, run_id: UUID, use_cases: list[UseCase]) -> int:
     with unit_of_work(sessions, headers={"correlation_id": str(run_id)}) as uow:
-        for story in stories:
-            story(uow, datetime.now(UTC))
-    return len(stories)
+        for use_case in use_cases:
+            use_case(uow, datetime.now(UTC))
+    return len(use_cases)
 
 
-def _stories(run_id: UUID, keys: Keyring, chance: random.Random) -> Iterator[Story]:
-    """Yield stories of exactly one fact each."""
+def _use_cases(run_id: UUID, keys: Keyring, chance: random.Random) -> Iterator[UseCase]:
+    """Yield use cases of exactly one event each."""
     # In turn, so that two demonstrations lock numbers in the same order.
     for turn in count(chance.randrange(_NUMBERS)):
         yield from _membership(f"demo-{run_id}", chance)
@@ -105,7 +105,7 @@ def _stories(run_id: UUID, keys: Keyring, chance: random.Random) -> Iterator[Sto
         yield from _challenge(f"demo-{run_id}", keys, turn)
 
 
-def _membership(user: str, chance: random.Random) -> Iterator[Story]:
+def _membership(user: str, chance: random.Random) -> Iterator[UseCase]:
     opened: list[UUID] = []
     tier = chance.choice([billing.Tier.MONTHLY, billing.Tier.ANNUAL])
 
@@ -122,7 +122,7 @@ def _membership(user: str, chance: random.Random) -> Iterator[Story]:
     yield from (start, activate, pay)
 
 
-def _quote(symbol: str, chance: random.Random) -> Story:
+def _quote(symbol: str, chance: random.Random) -> UseCase:
     def quote(uow: UnitOfWork, at: datetime) -> None:
         price = Decimal(chance.randrange(1, 1_000_000)) / 100
         pricing.record_quotes(uow, [pricing.Quote(symbol=symbol, price=price, as_of=at)], at)
@@ -130,17 +130,17 @@ def _quote(symbol: str, chance: random.Random) -> Story:
     return quote
 
 
-def _challenge(user: str, keys: Keyring, turn: int) -> Iterator[Story]:
-    posed: list[UUID] = []
+def _challenge(user: str, keys: Keyring, turn: int) -> Iterator[UseCase]:
+    issued: list[UUID] = []
     user_id = f"{user}-{uuid7()}"
     # 555-0100 to 555-0199 are kept for fiction: no message can reach anybody (NANPA).
     phone = f"+12015550{100 + turn % _NUMBERS}"
 
     def request(uow: UnitOfWork, at: datetime) -> None:
-        posed.append(verification.request_code(uow, keys, user_id, phone, at, limits=_LIMITS).id)
+        issued.append(verification.request_code(uow, keys, user_id, phone, at, limits=_LIMITS).id)
 
     def answer_wrongly(uow: UnitOfWork, at: datetime) -> None:
-        verification.answer_challenge(uow, keys, posed[0], "000000", at, user_id=user_id, limits=_LIMITS)
+        verification.answer_challenge(uow, keys, issued[0], "000000", at, user_id=user_id, limits=_LIMITS)
 
     yield from (request, answer_wrongly)
 
@@ -159,8 +159,8 @@ _PROCESSED = f"""
 _ON_THEIR_WAY = f"""
     select count(*) {_OURS} and exists (select from dovecote.deliveries d where d.event_id = o.id)
 """  # noqa: S608
-_FACTS_WITH_EFFECT = f"select count(*) {_OURS} and o.event_type ~ '^(billing|pricing)[.]'"
-# What the ledgers say: one history line a billing fact, one count a quote.
+_EVENTS_WITH_EFFECT = f"select count(*) {_OURS} and o.event_type ~ '^(billing|pricing)[.]'"
+# What the ledgers say: one history line for each billing event, one count for each quote.
 _EFFECTS = """
     select (select count(*) from dovecote.billing_history h where h.user_id = 'demo-' || :run_id)
          + (select coalesce(sum(l.quotes_applied), 0) from dovecote.latest_prices l

@@ -33,7 +33,7 @@ from dovecote.broker.poison import MARK_SECONDS
 from dovecote.broker.redis_client import connect_redis
 from dovecote.broker.refusals import Refusals
 from dovecote.envelope import read_message
-from dovecote.envelope.message_reader import Refused
+from dovecote.envelope.message_reader import RefusedMessage
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 
@@ -154,7 +154,7 @@ class OutboxBroker(RedisBroker):
 
         One call takes at most `publish_bytes` of them, or a single one that is larger: Redis serves nobody meanwhile.
         After an error some may be queued; published once more, they are queued once.
-        Errors: RedisLost, NewerRelay, PASSING.
+        Errors: RedisLost, NewerRelay, RedisError.
         """
         added = size = 0
         self.sent += 1
@@ -339,7 +339,7 @@ class OutboxBroker(RedisBroker):
         others = self.actors.keys() - self.signed_handlers - set(self.stand_ins.values())
         return actor not in others
 
-    def refuse(self, queue: str, id: bytes, refused: Refused) -> None:
+    def refuse(self, queue: str, id: bytes, refused: RefusedMessage) -> None:
         """Take a message off its queue for good; it is among the dead letters there while these are few."""
         self._refusals.tell(queue, id, refused)
         self.instrumentation.refused(q_name(queue), refused.reason)

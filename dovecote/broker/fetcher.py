@@ -14,10 +14,10 @@ from dramatiq.brokers.redis import _RedisConsumer
 from dramatiq.common import q_name
 from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.message import Message
+from redis import RedisError
 
-from dovecote.broker.redis_client import PASSING
 from dovecote.envelope import handler_named_in
-from dovecote.envelope.message_reader import Received, Refused
+from dovecote.envelope.message_reader import Received, RefusedMessage
 
 if TYPE_CHECKING:
     from dovecote.broker.broker import Fetched, OutboxBroker
@@ -48,7 +48,7 @@ class BlockingConsumer(_RedisConsumer):
             message = self.message_cache.pop(0)
             self.queued_message_ids.add(message.message_id)
             return MessageProxy(message)
-        except PASSING as error:
+        except RedisError as error:
             raise ConnectionClosed(error) from None
 
     def _refill(self) -> None:
@@ -66,20 +66,20 @@ class BlockingConsumer(_RedisConsumer):
         for one in fetched:
             try:
                 self.message_cache.append(self._message(one))
-            except Refused as refused:
+            except RefusedMessage as refused:
                 self.broker.refuse(self.queue_name, one.id, refused)
         self.broker.take(self.queue_name, [message.message_id for message in self.message_cache])
 
     def _message(self, fetched: "Fetched") -> Message[Any]:
         """Return what Dramatiq is given: for a handler of ours the bytes as they are, for others what they say.
 
-        Errors: Refused.
+        Errors: RefusedMessage.
         """
         if fetched.data is None:
-            raise Refused("too_large", f"it has {fetched.size} bytes, and no message has so many")
+            raise RefusedMessage("too_large", f"it has {fetched.size} bytes, and no message has so many")
         id = fetched.id.decode("ascii", "replace")
         if id.encode() != fetched.id:
-            raise Refused("unreadable", "no message has such an id")
+            raise RefusedMessage("unreadable", "no message has such an id")
         name = handler_named_in(fetched.data)
         if name is not None and (actor := self.broker.actor_for(q_name(self.queue_name), name)) is not None:
             received = Received(self.queue_name, id, fetched.data, fetched.crashes)
@@ -87,12 +87,12 @@ class BlockingConsumer(_RedisConsumer):
         try:
             message: Message[Any] = Message.decode(fetched.data)
         except DecodeError as error:
-            raise Refused("unreadable", str(error)[:300]) from None
+            raise RefusedMessage("unreadable", str(error)[:300]) from None
         if self.broker.is_signed_for(q_name(self.queue_name), message.actor_name):
-            raise Refused("unsigned", "it is not as a relay of this version makes them")
+            raise RefusedMessage("unsigned", "it is not as a relay of this version makes them")
         if message.queue_name != self.queue_name or message.options["redis_message_id"] != id:
             # Dramatiq would look for a queue of that name, and acknowledge a message of that id.
-            raise Refused("misplaced", f"it says that it is of queue {message.queue_name[:80]!r}, or of another id")
+            raise RefusedMessage("misplaced", f"it says it is of queue {message.queue_name[:80]!r}, or of another id")
         return message
 
     def ack(self, message: MessageProxy) -> None:
@@ -119,7 +119,7 @@ class BlockingConsumer(_RedisConsumer):
         try:
             how(self.queue_name, [id])
             self.broker.let_go(self.queue_name, [id])
-        except PASSING as error:
+        except RedisError as error:
             raise ConnectionClosed(error) from None
         finally:
             self.queued_message_ids.discard(message.message_id)
@@ -143,7 +143,7 @@ class BlockingConsumer(_RedisConsumer):
         ids, self._unfinished = self._unfinished, []
         try:
             self.broker.hand_back(self.queue_name, ids)
-        except PASSING as error:
+        except RedisError as error:
             # Not ours any more: the next consumer reclaims them.
             self.broker.let_go(self.queue_name, ids)
             raise ConnectionClosed(error) from None
@@ -167,12 +167,12 @@ def is_put_aside(message: MessageProxy) -> bool:
     return message.__dict__.get("put_aside", False) is True
 
 
-def refuse(message: MessageProxy, refused: Refused) -> None:
+def refuse(message: MessageProxy, refused: RefusedMessage) -> None:
     """Mark a message that nobody may act on: it goes to the dead letters, and does not come back."""
     message.__dict__["refused"] = refused
 
 
-def refusal_of(message: MessageProxy) -> Refused | None:
+def refusal_of(message: MessageProxy) -> RefusedMessage | None:
     """Return why the message is refused; None where it is not."""
     refused = message.__dict__.get("refused")
-    return refused if isinstance(refused, Refused) else None
+    return refused if isinstance(refused, RefusedMessage) else None

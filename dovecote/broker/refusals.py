@@ -5,7 +5,7 @@ import time
 
 import structlog
 
-from dovecote.envelope.message_reader import Refused
+from dovecote.envelope.message_reader import RefusedMessage
 
 log = structlog.get_logger()
 
@@ -20,7 +20,7 @@ class Refusals:
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
         self._lock = threading.Lock()
 
-    def tell(self, queue: str, id: bytes, refused: Refused) -> None:
+    def tell(self, queue: str, id: bytes, refused: RefusedMessage) -> None:
         """Log the refusal, or count it for the next line."""
         kind = queue, refused.reason
         now = time.monotonic()

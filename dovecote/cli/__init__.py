@@ -33,8 +33,7 @@ from dovecote.processes.state_directory import StateDirectoryError
 from dovecote.processes.terminal import write_block
 from dovecote.settings import SettingsError
 from dovecote.settings.application import find_app
-from dovecote.telemetry.failures import traceback_of
-from dovecote.telemetry.outages import passes
+from dovecote.telemetry.failures import is_transient, traceback_of
 
 # What Typer raises for a wrong word; it has no public name for it.
 _WRONG_COMMAND = cast(type[Exception], typer.BadParameter.__mro__[2])
@@ -97,7 +96,7 @@ def main() -> None:
             fail(f"the database has no Dovecote schema, or an old one ({sentence}): run `dovecote migrate`")
         if isinstance(cause, psycopg.errors.InsufficientPrivilege):
             fail(f"Postgres refused: {sentence}; grant this login the role that may (README, Rights)")
-        fail(f"{'Postgres is not there' if passes(error) else 'Postgres refused'}: {sentence}")
+        fail(f"{'Postgres is not there' if is_transient(error) else 'Postgres refused'}: {sentence}")
 
 
 def _refuse_command(error: Any) -> NoReturn:

@@ -13,8 +13,7 @@ from dovecote.errors import DomainError, GatewayUnavailable, UnknownEvent
 from dovecote.route import Route
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.telemetry import trace_id
-from dovecote.telemetry.failures import Failure, KilledTheProcess, UnknownHandler
-from dovecote.telemetry.outages import passes
+from dovecote.telemetry.failures import Failure, KilledTheProcess, UnknownHandler, is_transient
 
 _record_failure = text(
     """
@@ -85,14 +84,14 @@ def record_failures(
 
 def _row(route: Route, attempt: Attempt, so_far: SoFar, replay: UUID | None) -> dict[str, object]:
     envelope, error, failure = attempt.envelope, attempt.error, attempt.failure
-    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):
+    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or is_transient(error):
         # The event is well, the provider is not; or this is not the code for it, which will come. No attempt is
         # spent, however long it takes.
         attempts = so_far.attempts
         final, pause = False, route.outage_pause(so_far.age)
     else:
         attempts = so_far.attempts + 1
-        final, pause = attempts >= route.attempts or _is_final(route, error), route.backoff(attempts)
+        final, pause = attempts >= route.max_attempts or _is_final(route, error), route.backoff(attempts)
     return {
         "handler_name": route.handler,
         "event_id": envelope.event_id,
@@ -115,4 +114,4 @@ def _row(route: Route, attempt: Attempt, so_far: SoFar, replay: UUID | None) -> 
 def _is_final(route: Route, error: BaseException) -> bool:
     if isinstance(error, KilledTheProcess):
         return True
-    return isinstance(error, DomainError) and not isinstance(error, route.may_pass)
+    return isinstance(error, DomainError) and not isinstance(error, route.transient_errors)

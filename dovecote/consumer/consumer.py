@@ -33,6 +33,7 @@ from dovecote.database import Sessions
 from dovecote.envelope import Contents, Envelope
 from dovecote.envelope.message_reader import MessageReader, Received
 from dovecote.envelope.signatures import MessageKeys
+from dovecote.errors import DovecoteError
 from dovecote.privacy import Keyring
 from dovecote.route import Route, require_nothing_returned
 from dovecote.store import deliveries, lookup
@@ -40,9 +41,15 @@ from dovecote.store.bundle import Bundle, Parts
 from dovecote.store.pauses import HandlerPaused, require_at_work
 from dovecote.telemetry import acting_on, acting_on_all, consuming, set_in_flight
 from dovecote.telemetry.context import event_in_flight
-from dovecote.telemetry.failures import KilledTheProcess, TimeLimitExceeded, UnknownHandler, describe
+from dovecote.telemetry.failures import (
+    KilledTheProcess,
+    TimeLimitExceeded,
+    UnknownHandler,
+    describe,
+    is_conflict,
+    is_transient,
+)
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation
-from dovecote.telemetry.outages import asks_again, passes
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 
 log = structlog.get_logger()
@@ -80,7 +87,7 @@ class _Done(NamedTuple):
     absent: Sequence[Envelope] = ()
 
 
-class Stopping(Exception):
+class Stopping(DovecoteError):
     """The process was told to stop while it waited for a server; the message goes back to its queue."""
 
 
@@ -114,7 +121,7 @@ class Consumer:
     def open(self, received: Received, route: Route | None) -> Contents:
         """Return what a relay has put into the message; nothing of it is believed before.
 
-        Errors: Refused, Stopping.
+        Errors: RefusedMessage, Stopping.
         """
         if (await_schema := self._await_schema) is not None:
             # Deployed before the schema it is written for: the message is held, as while Postgres is away.
@@ -273,11 +280,11 @@ class Consumer:
                 except (HandlerPaused, lookup.OtherHistory):
                     raise
                 except BaseException as error:  # sys.exit() in a handler, or a cancelled task, is its failure too
-                    if passes(error):
+                    if is_transient(error):
                         answers += self._postgres_answers()
                         if answers <= _MAX_ANSWERS:
                             raise
-                    if asks_again(error) and conflicts < _MAX_CONFLICTS:
+                    if is_conflict(error) and conflicts < _MAX_CONFLICTS:
                         conflicts += 1
                         raise
                     return Failed(error, event_in_flight())
@@ -354,7 +361,7 @@ class Consumer:
         guard = TransactionGuard(uow.session, route.handler)
 
         def call(argument: object) -> None:
-            require_nothing_returned(route.handler, route.act(argument, uow, self._gateways))
+            require_nothing_returned(route.handler, route.function(argument, uow, self._gateways))
             guard.check()
 
         def handle() -> None:
@@ -424,8 +431,8 @@ class Consumer:
 
     def _wait(self, error: Exception, tries: int) -> None:
         pause = min(self._outage_max_backoff_seconds, 0.01 * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)
-        if (tries in (5, 50) or tries % 500 == 0) and not asks_again(error):
-            if passes(error):
+        if (tries in (5, 50) or tries % 500 == 0) and not is_conflict(error):
+            if is_transient(error):
                 log.warning("waiting for postgres", tries=tries, error=f"{type(error).__name__}: {error}")
             else:
                 log.error(

@@ -11,7 +11,7 @@ from dramatiq.middleware import Middleware
 from dovecote.broker.broker import OutboxBroker
 from dovecote.broker.fetcher import hand_back, put_aside, refuse
 from dovecote.consumer.consumer import Stopping
-from dovecote.envelope.message_reader import Refused
+from dovecote.envelope.message_reader import RefusedMessage
 from dovecote.store.pauses import HandlerPaused
 
 # By one process. With a pause of a second each, that is a while for a bug of the moment to pass.
@@ -65,7 +65,7 @@ class HandBackWhatFails(Middleware):
                 hand_back(message)
             else:
                 what = f"{type(exception).__name__}: {exception}".partition("\n")[0][:200]
-                refuse(message, Refused("failed", f"it was handed back {_MAX_HAND_BACKS} times, and again: {what}"))
+                refuse(message, RefusedMessage("failed", f"it was requeued {_MAX_HAND_BACKS} times, and again: {what}"))
 
     def _may_come_again(self, message_id: str) -> bool:
         with self._lock:

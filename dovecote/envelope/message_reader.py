@@ -17,6 +17,7 @@ from sqlalchemy import text
 from dovecote.database import Sessions
 from dovecote.envelope import Broken, Contents, Envelope, read_bundle
 from dovecote.envelope.signatures import MessageKeys, key_id_of
+from dovecote.errors import DovecoteError
 from dovecote.privacy import Keyring
 
 log = structlog.get_logger()
@@ -44,7 +45,7 @@ class Received:
     crashes: int = 0
 
 
-class Refused(Exception):
+class RefusedMessage(DovecoteError):
     """No relay made this message as it is. `reason` is one of a few words, for a metric."""
 
     def __init__(self, reason: str, sentence: str) -> None:
@@ -72,29 +73,29 @@ class MessageReader:
 
         `its_queue` is the queue that the handler's route names today: there, too, its messages may be, for the relay
         moves them as they are when a queue is renamed.
-        Errors: Refused; those of `hold`.
+        Errors: RefusedMessage; those of `hold`.
         """
         if (refusal := self._hold(partial(self._refusal, received.data))) is not None:
             raise refusal
         try:
             contents = read_bundle(received.data, self._keyring)
         except (ValueError, TypeError, RecursionError) as error:
-            raise Refused("unreadable", f"a relay signed it, and it cannot be read: {error}") from error
+            raise RefusedMessage("unreadable", f"a relay signed it, and it cannot be read: {error}") from error
         if received.queue not in (contents.queue, its_queue) or contents.id != received.id:
-            raise Refused("misplaced", f"it was made for queue {contents.queue!r}, as {contents.id}")
+            raise RefusedMessage("misplaced", f"it was made for queue {contents.queue!r}, as {contents.id}")
         if contents.broken:
             contents.envelopes.extend(self._hold(partial(self._as_written, contents)))
         return contents
 
-    def _refusal(self, data: bytes) -> Refused | None:
+    def _refusal(self, data: bytes) -> RefusedMessage | None:
         key_id = key_id_of(data)
         if key_id is None:
-            return Refused("unsigned", "it is not signed: no relay of this version made it")
+            return RefusedMessage("unsigned", "it is not signed: no relay of this version made it")
         key = self._keys.find(key_id)
         if key is None:
-            return Refused("unknown_key", "it is signed with a key that is not in use, or was revoked")
+            return RefusedMessage("unknown_key", "it is signed with a key that is not in use, or was revoked")
         if not key.has_signed(data):
-            return Refused("forged", "its signature is not that of its content")
+            return RefusedMessage("forged", "its signature is not that of its content")
         return None
 
     def _as_written(self, contents: Contents) -> Sequence[Envelope]:

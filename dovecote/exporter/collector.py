@@ -1,4 +1,4 @@
-"""How the whole system stands, found out when somebody scrapes. Every relay tells it, also one that stands by.
+"""How the whole system stands, collected at each scrape. Every relay reports it, also a standby.
 
 So a leader that is frozen hides nothing, and what nobody asks for costs nothing. Several relays say the same:
 rules and dashboards take the largest.
@@ -29,7 +29,7 @@ from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import ForeignLock
 from dovecote.store.loaders import loads_anything
-from dovecote.telemetry.outages import passes
+from dovecote.telemetry.failures import is_transient
 
 log = structlog.get_logger()
 
@@ -84,7 +84,7 @@ class SystemCollector(Collector):
             found = self._ask_postgres(ahead_seconds)
             up["postgres"] = True
         except sqlalchemy.exc.DBAPIError as error:
-            up["postgres"] = not passes(error)
+            up["postgres"] = not is_transient(error)
             if up["postgres"]:  # such as a schema that is still older than this code
                 log.warning("how the system stands is not known", error=f"{type(error).__name__}: {error}")
         finally:
@@ -205,14 +205,18 @@ def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapp
 
 
 def _of_writers_and_weeks(connection: Connection) -> list[Metric]:
-    floor = connection.exec_driver_sql(OLDEST_FLOOR).one_or_none()
+    writer = connection.exec_driver_sql(OLDEST_FLOOR).one_or_none()
     weeks = connection.exec_driver_sql(PARTITIONS).one()
     return [
-        _gauge("dovecote_active_writers", "Floors of writers at work.", {"": floor.held if floor else 0}),
+        _gauge(
+            "dovecote_active_writers",
+            "Transactions that are writing to the outbox.",
+            {"": writer.held if writer else 0},
+        ),
         _gauge(
             "dovecote_oldest_writer_seconds",
-            "How long the writer at the lowest floor has been at work.",
-            {"": floor.seconds if floor else 0.0},
+            "Age of the writer with the lowest low-water mark.",
+            {"": writer.seconds if writer else 0.0},
         ),
         _gauge(
             "dovecote_partition_headroom_seconds",

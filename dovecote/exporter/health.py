@@ -1,7 +1,7 @@
 """Is this process alive, and is all there that it needs? Asked of the servers for real, when somebody asks here.
 
 A report is JSON: {"status", "missing": [names], "dependencies": {name: {"status": "up" or "down", "since", "detail"}},
-"timestamp"}. Moments are ISO 8601 in UTC. It is answered with 200 where nothing is missing, else with 503.
+"timestamp"}. Times are ISO 8601 in UTC. It is answered with 200 where nothing is missing, else with 503.
 `detail` is there only while a dependency is up. What is wrong names servers, logins and versions: the log says that.
 """
 
@@ -17,6 +17,7 @@ import psycopg
 import structlog
 
 from dovecote.broker.redis_client import connect_redis
+from dovecote.errors import DovecoteError
 from dovecote.exporter.http import Page
 from dovecote.masking import masked
 from dovecote.migrations import schema
@@ -30,11 +31,11 @@ FRESH_SECONDS = 60.0
 #: Longest wait for a server. libpq knows no less.
 LIMIT_SECONDS = 2
 
-# Whoever asks more often gets the same answer.
+# More frequent requests get the same answer.
 _KEPT_SECONDS = 1.0
 
 
-class Missing(Exception):
+class Missing(DovecoteError):
     """It is not there; the message says what is wrong with it."""
 
 
@@ -59,7 +60,7 @@ class Dependency:
                 threading.Thread(target=self._find_out, args=(self._asked,), daemon=True, name="health").start()
 
     def answer(self, until: float) -> dict[str, str]:
-        """Return what was found, waiting for it until this moment of time.monotonic()."""
+        """Return what was found, waiting for it until this time.monotonic()."""
         assert self._asked is not None, "it was asked before"
         try:
             status, detail = self._asked.result(max(0.0, until - time.monotonic()))
@@ -84,7 +85,7 @@ class Dependency:
 
 
 def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable[[], Page]:
-    """Return a page that tells of these; its status is `well`, or `not` and that."""
+    """Return a page about these; its status is `well`, or `not` and that."""
     known = {name: Dependency(name, check) for name, check in dependencies.items()}
 
     def page() -> Page:
@@ -92,7 +93,7 @@ def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable
             dependency.ask()
         until = time.monotonic() + LIMIT_SECONDS
         found = {name: dependency.answer(until) for name, dependency in known.items()}
-        missing = [name for name, told in found.items() if told["status"] == "down"]
+        missing = [name for name, check in found.items() if check["status"] == "down"]
         report: dict[str, Any] = {
             "status": f"not {well}" if missing else well,
             "missing": missing,
@@ -144,10 +145,10 @@ def require_fresh(what: str, heartbeat: float) -> str:
     Errors: Missing.
     """
     age = max(0.0, time.time() - heartbeat)
-    told = f"{what} gave its last sign of life {age:.0f} s ago"
+    sentence = f"{what} gave its last sign of life {age:.0f} s ago"
     if age > FRESH_SECONDS:
-        raise Missing(told)
-    return told
+        raise Missing(sentence)
+    return sentence
 
 
 def _now() -> str:

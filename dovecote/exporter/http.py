@@ -1,7 +1,7 @@
 """One small HTTP server a process, in a daemon thread: a few pages by GET, and nothing is logged of it.
 
 A port that is taken is tried again every second, and the process goes on meanwhile. That is how the worker
-processes of one Dramatiq master share a port: whoever gets it serves for all of them, and when it dies another
+processes of one Dramatiq master share a port: the one that binds it serves for all of them, and when it dies another
 one gets it.
 
 Strangers may ask, so nothing they do takes a thread or stays: one thread holds all connections, a bounded number, and
@@ -49,7 +49,7 @@ def serve(host: str, port: int, pages: Pages) -> None:
 
 
 def _serve(host: str, port: int, pages: Pages) -> None:
-    told = False
+    is_logged = False
     while True:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -60,10 +60,10 @@ def _serve(host: str, port: int, pages: Pages) -> None:
                 dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6(),
             )
         except OSError as error:
-            if error.errno != errno.EADDRINUSE and not told:
-                told = True
+            if error.errno != errno.EADDRINUSE and not is_logged:
+                is_logged = True
                 log.warning("metrics and health cannot be served", host=host, port=port, error=str(error))
-            # Nobody tells when a port is free again.
+            # There is no notification for a freed port, so poll.
             time.sleep(_RETRY_SECONDS)
             continue
         _Server(listener, pages).run()
@@ -153,7 +153,7 @@ class _Server:
         connection.heard += heard
         head, end, _ = connection.heard.replace(b"\r\n", b"\n").partition(b"\n\n")
         if end:
-            # Deaf from now on: what else is said would only wake us.
+            # Read no more: what else arrives would only wake us.
             self._selector.unregister(connection.stream)
             self._look_for(connection, head.split(b"\n")[0])
         elif len(connection.heard) > MAX_REQUEST_BYTES:

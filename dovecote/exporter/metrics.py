@@ -1,6 +1,6 @@
-"""What relay and consumers tell, kept as Prometheus metrics. The catalogue is in the docstring of the package.
+"""What relay and consumers report, kept as Prometheus metrics. The catalogue is in the docstring of the package.
 
-The consumers of one Dramatiq master keep theirs in files of one directory, so that any of them can tell for all.
+The consumers of one Dramatiq master keep theirs in files of one directory, so that any of them can report for all.
 """
 
 import hashlib
@@ -83,9 +83,9 @@ class RelayMetrics(RelayInstrumentation):
             registry=registry,
         )
         self._reaped = Counter(
-            "dovecote_reaped_messages_total", "Messages taken back from dead workers.", registry=registry
+            "dovecote_reaped_messages_total", "Messages requeued from dead workers.", registry=registry
         )
-        self._rings = Counter("dovecote_wakeups_total", "Times a writer woke the relay.", registry=registry)
+        self._wakeups = Counter("dovecote_wakeups_total", "Times a writer woke the relay.", registry=registry)
         for state in get_args(RelayState):
             self._state.labels(state=state).set(state == self.state)
         self.alive("starting")
@@ -118,7 +118,7 @@ class RelayMetrics(RelayInstrumentation):
         self._reaped.inc(messages)
 
     def rang(self) -> None:
-        self._rings.inc()
+        self._wakeups.inc()
 
 
 class ConsumerMetrics(ConsumerInstrumentation):
@@ -168,7 +168,7 @@ class ConsumerMetrics(ConsumerInstrumentation):
 
     def fetching(self, queue: str) -> None:
         self._fetched[queue] = time.time()
-        # The thread of each queue tells of its own; the one that has been silent longest is what matters.
+        # The thread of each queue reports its own; the one that has been silent longest is what matters.
         self._heartbeat.set(min(list(self._fetched.values())))
         self._in_flight.set(self._oldest_in_flight())
 
@@ -186,8 +186,8 @@ class ConsumerMetrics(ConsumerInstrumentation):
         began = list(self._began.values())
         return time.monotonic() - min(began) if began else 0.0
 
-    def handled(self, handler: str, moments: Sequence[float]) -> None:
-        self._duration.labels(handler=handler).observe_many(after - before for before, after in pairwise(moments))
+    def handled(self, handler: str, times: Sequence[float]) -> None:
+        self._duration.labels(handler=handler).observe_many(after - before for before, after in pairwise(times))
 
     def acted(self, handler: str, envelopes: Sequence[Envelope], *, again: bool) -> None:
         self._processed.labels(handler=handler).inc(len(envelopes))
@@ -222,7 +222,7 @@ def _histogram(name: str, meaning: str, buckets: Sequence[float]) -> BulkHistogr
 
 
 class OwnHeartbeat(ConsumerInstrumentation):
-    """Of a worker that has no place for metrics: it works, and can tell that it lives."""
+    """Of a worker that has no place for metrics: it works, and can show that it lives."""
 
     def __init__(self) -> None:
         self.heartbeat = time.time()
@@ -259,7 +259,7 @@ def shared_directory(secret: str = "") -> Path:
 
 
 def merged_registry(directory: Path) -> CollectorRegistry:
-    """Return what all workers that share the directory have told, also those that are gone."""
+    """Return what all workers that share the directory have reported, also dead ones."""
     for file in directory.glob("gauge_live*.db"):
         pid = int(file.stem.rpartition("_")[2])
         if started_at(pid) is None:

@@ -28,11 +28,11 @@ from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 log = structlog.get_logger()
 
 # What a relay does while all is well. It searches for what Redis has lost as the leader.
-_AT_WORK = ("leading", "standing_by", "sending_again")
+_WORKING = ("leading", "standing_by", "sending_again")
 
 
 def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
-    """Serve the pages of a relay from now on; return what it has to tell of its work."""
+    """Serve the pages of a relay from now on; return its instrumentation."""
     registry = CollectorRegistry()
     metrics = RelayMetrics(registry)
     registry.register(SystemCollector(settings, routes))
@@ -44,7 +44,7 @@ def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
 
     def relay() -> str:
         state = metrics.state.replace("_", " ")
-        if metrics.state not in _AT_WORK:
+        if metrics.state not in _WORKING:
             raise Missing(state)
         alive()
         return state
@@ -54,7 +54,7 @@ def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
 
 
 def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerInstrumentation:
-    """Serve the pages of all workers of this Dramatiq master, or stand by for whoever does.
+    """Serve the pages of all workers of this Dramatiq master, or stand by for the process that does.
 
     Without a place for the metrics there are none. Events are acted on all the same.
     """

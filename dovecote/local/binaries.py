@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dovecote.errors import DovecoteError
 from dovecote.processes.children import ServerUser, runs_as
 from dovecote.processes.state_directory import VAR_TMP, ensure_private_directory
 
 SYSTEM_POSTGRES = Path("/usr/lib/postgresql")
 
 
-class ServerError(Exception):
+class ServerError(DovecoteError):
     """A server of our own cannot be had; the message says what to do."""
 
 

@@ -41,7 +41,7 @@ class WrongVersion(ServerError):
 
 
 class StillRunning(ServerError):
-    """A server of an earlier process does not let go of the data."""
+    """A server of an earlier process does not release the data."""
 
 
 class _PortTaken(Exception):

@@ -43,33 +43,33 @@ class Postgres(ChildServer):
         return f"postgresql://dovecote:{self._password}@127.0.0.1:{self._port}/dovecote"
 
     def _make_data(self) -> None:
-        """Make the cluster and its database aside and rename it: it is there whole, or not at all."""
+        """Make the cluster and its database in a temporary directory and rename it: all of it is there or nothing."""
         if (self.data / "PG_VERSION").exists():
             self._check_version()
             return
         for abandoned in self.directory.glob("new-*"):
             shutil.rmtree(abandoned, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(dir=self.directory, prefix="new-"))
+        new = Path(tempfile.mkdtemp(dir=self.directory, prefix="new-"))
         try:
-            self._init(aside)
-            (aside / "data").rename(self.data)
+            self._init(new)
+            (new / "data").rename(self.data)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
 
-    def _init(self, aside: Path) -> None:
-        password = aside / "password"
+    def _init(self, new: Path) -> None:
+        password = new / "password"
         write_private(password, self._password)
         if self._user:
-            os.chown(aside, self._user.uid, self._user.gid)
+            os.chown(new, self._user.uid, self._user.gid)
             os.chown(password, self._user.uid, self._user.gid)
-        initdb = [str(self._program.path.with_name("initdb")), "--pgdata", str(aside / "data")]
+        initdb = [str(self._program.path.with_name("initdb")), "--pgdata", str(new / "data")]
         initdb += ["--username=dovecote", "--auth=scram-sha-256", f"--pwfile={password}"]
         initdb += ["--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"]
         if self._settings.get("fsync") == "off":
             initdb += ["--no-sync"]
         self._run(initdb)
         # Single-user mode: no port, no password, nobody else, and the rename comes after it.
-        single = [str(self._program.path), "--single", "-D", str(aside / "data"), "postgres"]
+        single = [str(self._program.path), "--single", "-D", str(new / "data"), "postgres"]
         self._run(single, b"CREATE DATABASE dovecote\n")
 
     def _run(self, command: list[str], stdin: bytes = b"") -> None:

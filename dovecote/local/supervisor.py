@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from dovecote.errors import DovecoteError
 from dovecote.processes.children import die_with_parent, dying_with_us
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.processes.terminal import write_line
@@ -46,7 +47,7 @@ _LINE = re.compile(r"\s*([A-Za-z0-9_-]+)\s*:\s*(\S.*)")
 _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 
 
-class ProcfileError(ValueError):
+class ProcfileError(DovecoteError, ValueError):
     """A line of the Procfile says nothing we understand."""
 
     def __init__(self, number: int, trouble: str) -> None:
@@ -54,7 +55,7 @@ class ProcfileError(ValueError):
         self.number = number
 
 
-class CannotRun(Exception):
+class CannotRun(DovecoteError):
     """A command of the Procfile cannot even be started."""
 
 
@@ -98,7 +99,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
 
 class Supervisor:
-    """Keeps the given processes running until it is told to stop. Used from the main thread only."""
+    """Keeps the given processes running until it is asked to stop. Used from the main thread only."""
 
     def __init__(
         self,
@@ -132,12 +133,12 @@ class Supervisor:
         """Call `ended` from `run_until` when a process that is not of the Procfile ends."""
         pidfd = os.pidfd_open(pid)
 
-        def tell() -> None:
+        def notify() -> None:
             self._selector.unregister(pidfd)
             os.close(pidfd)
             ended()
 
-        self._selector.register(pidfd, selectors.EVENT_READ, tell)
+        self._selector.register(pidfd, selectors.EVENT_READ, notify)
 
     def run_until(self, stop: StopFlag) -> None:
         """Pass on output and start again what ends, until `stop`."""

@@ -78,9 +78,9 @@ def local_system(
             servers["REDIS_URL"] = _started(stack, Redis(data / "redis", environ=environ))
         ours = {variable: server.url for variable, (server, _) in servers.items()}
         if "DATABASE_URL" in ours and psycopg.pq.version() >= _KNOWS_REQUIRE_AUTH:
-            # Whoever has the port while our server is down could ask for the password as it is.
+            # A process that binds the port while our server is down could ask for the password in clear.
             ours["DATABASE_URL"] += "?require_auth=scram-sha-256"
-        # The keys stay with the data that they sealed, wherever that is.
+        # The keys stay with the data that they encrypted, wherever that is.
         ours |= StateDirectory(data if "DATABASE_URL" in servers else home.path).secrets()
         ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
         system = {**ours, **given}

@@ -16,8 +16,9 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from dovecote.database import SCHEMA
+from dovecote.errors import DovecoteError
 from dovecote.store.connections import ONLY_OUR_NAMES, connect
-from dovecote.telemetry.outages import passes
+from dovecote.telemetry.failures import is_transient
 
 log = structlog.get_logger()
 
@@ -30,7 +31,7 @@ REVISION = "select version_num from dovecote.alembic_version"
 WAITING = "waiting for the schema, which is older than this code: run `dovecote migrate`"
 
 
-class SchemaError(Exception):
+class SchemaError(DovecoteError):
     """The schema cannot be brought to where it was asked to go; the message says why."""
 
 
@@ -146,7 +147,7 @@ def _wanted(engine: Engine) -> str | None:
         with engine.connect() as connection:
             waiting = pending_for(connection.exec_driver_sql(REVISION).scalar_one_or_none())
     except DBAPIError as error:
-        if passes(error):
+        if is_transient(error):
             return "postgres itself"
         if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):  # a revision that does not show it yet
             waiting = pending_for(None)

@@ -64,7 +64,7 @@ def handlers(engine: Engine, routes: Sequence[Route]) -> list[Handler]:
             ordered=route.ordered,
             bulk=route.bulk,
             replayable=route.replayable,
-            attempts=route.attempts,
+            attempts=route.max_attempts,
             time_limit_seconds=route.time_limit_seconds,
             paused=pauses_of.get(route.handler),
         )

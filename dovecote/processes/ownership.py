@@ -7,10 +7,12 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from dovecote.errors import DovecoteError
+
 _MAX_BYTES = 1_000_000
 
 
-class NotOurs(Exception):
+class NotOurs(DovecoteError):
     """Somebody else made it or may write to it; the message says who, beginning with the path."""
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dovecote.errors import DovecoteError
 from dovecote.processes.children import ServerUser, started_at
 from dovecote.processes.ownership import NotOurs, read_ours, require_ours, require_ours_up_to_root
 
@@ -26,7 +27,7 @@ from dovecote.processes.ownership import NotOurs, read_ours, require_ours, requi
 VAR_TMP = Path("/var/tmp")  # noqa: S108 - names below it are ours or refused, see ensure_private_directory()
 
 
-class StateDirectoryError(Exception):
+class StateDirectoryError(DovecoteError):
     """This directory cannot be a home; the message says why and what to do."""
 
 
@@ -106,7 +107,7 @@ class StateDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the home for this process; StateDirectoryBusy if another one does. The kernel lets go for us."""
+        """Hold the directory for this process; the kernel releases it at our end. StateDirectoryBusy if it is held."""
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
@@ -121,7 +122,7 @@ class StateDirectory:
             os.close(descriptor)
 
     def announce(self, environment: Mapping[str, str]) -> None:
-        """Tell other commands that this process runs here, and with which environment."""
+        """Announce to other commands that this process runs here, and with which environment."""
         pid = os.getpid()
         system = RunningSystem(pid, started_at(pid) or 0, dict(environment))
         self._write("system.json", asdict(system))

@@ -57,7 +57,7 @@ class Claim:
 
 
 class RedisFence:
-    """Reads and writes the marker. Errors: every method may raise one of PASSING."""
+    """Reads and writes the marker. Errors: every method may raise redis.RedisError."""
 
     def __init__(self, broker: OutboxBroker) -> None:
         self._broker = broker

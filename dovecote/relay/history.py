@@ -20,9 +20,9 @@ from hashlib import blake2b
 from uuid import uuid4
 
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker, RedisUsage
-from dovecote.broker.redis_client import PASSING
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.fence import Claim, Marker, RedisFence
@@ -149,7 +149,7 @@ def await_right_of_way(
     while True:
         try:
             seen = marker.read()
-        except PASSING:
+        except RedisError:
             return 0
         try:
             require_right_of_way(run, seen)
@@ -214,7 +214,7 @@ class History:
         """Claim Redis for this epoch. If it or Postgres is not as it was left, a new history begins.
 
         `send_again` puts on the queues what is published, not processed and not queued.
-        Errors: NewerRelay, RedisLost, PASSING, those of `send_again`.
+        Errors: NewerRelay, RedisLost, RedisError, those of `send_again`.
         """
         seen = self._marker.read()
         if not self._claims_as_known(seen.redis_run):
@@ -261,7 +261,7 @@ class History:
 
     def tell_alive(self) -> None:
         """Tell Redis that this leader is alive, or a relay of an older Postgres would no longer stand back."""
-        with suppress(*PASSING):
+        with suppress(RedisError):
             self._marker.beat(self._claim, self._confirmed_beat)
 
     @contextmanager

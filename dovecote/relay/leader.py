@@ -11,9 +11,10 @@ from functools import partial
 from itertools import chain
 
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
-from dovecote.broker.redis_client import PASSING, is_wrong_type
+from dovecote.broker.redis_client import is_wrong_type
 from dovecote.envelope.signatures import SigningKeys
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.processes.stop_flag import StopFlag
@@ -292,7 +293,7 @@ class Leader:
                 if tries:
                     self._spare_workers(time.monotonic() - began)
                 return
-            except (*PASSING, RedisLost) as error:
+            except (RedisError, RedisLost) as error:
                 tries += 1
                 if is_wrong_type(error):
                     self._mend()

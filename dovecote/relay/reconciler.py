@@ -18,9 +18,9 @@ from itertools import islice
 from uuid import UUID
 
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
-from dovecote.broker.redis_client import PASSING
 from dovecote.envelope.signatures import NoMessageKey, valid_keys
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import recovery as missing
@@ -141,7 +141,7 @@ class Reconciler:
             try:
                 with self._connect() as connection:
                     self._looked_upto = None if self.look(connection, upto) else upto
-            except (*PASSING, RedisLost, NewerRelay, NoMessageKey):
+            except (RedisError, RedisLost, NewerRelay, NoMessageKey):
                 self._looked_upto, self._goes_on = None, False  # the leader sees to it
             except Exception as error:
                 self._looked_upto, self._goes_on = None, False
@@ -151,7 +151,7 @@ class Reconciler:
     def look(self, connection: Connection, upto: int) -> bool:
         """Send again what is lost, as far as one look sees; return whether anything is open up to that position.
 
-        Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, PASSING.
+        Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, RedisError.
         """
         now, longest = time.monotonic(), max(map(self._patience, self._routes.values()))
         self._sent_again = {sent: at for sent, at in self._sent_again.items() if now - at < longest}

@@ -13,9 +13,9 @@ from uuid import uuid4
 
 import psycopg
 import structlog
+from redis import RedisError
 
 from dovecote.broker.broker import OutboxBroker
-from dovecote.broker.redis_client import PASSING
 from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
@@ -40,8 +40,8 @@ from dovecote.store.connections import (
 from dovecote.store.loaders import load_anything
 from dovecote.store.reader import Connection, Reader
 from dovecote.store.sequence import SequenceFault
+from dovecote.telemetry.failures import is_conflict, is_transient
 from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
-from dovecote.telemetry.outages import asks_again, passes
 
 log = structlog.get_logger()
 
@@ -179,8 +179,10 @@ class Relay:
                             self._lead(connection, leadership)
             except (SequenceFault, NotOnStandby) as error:
                 log.error("relay stops leading", error=str(error))
-            except (psycopg.Error, *PASSING, NewerRelay, RedisLost, NoMessageKey) as error:
-                if isinstance(error, psycopg.Error) and not (passes(error) or asks_again(error) or of_a_value(error)):
+            except (psycopg.Error, RedisError, NewerRelay, RedisLost, NoMessageKey) as error:
+                if isinstance(error, psycopg.Error) and not (
+                    is_transient(error) or is_conflict(error) or of_a_value(error)
+                ):
                     raise
                 tries += 1
                 self._instrumentation.alive(_state_after(error))

@@ -100,7 +100,7 @@ class RenamedQueues:
     def step(self) -> None:
         """Go on with the look that is under way, or begin one when it is time.
 
-        Errors: RedisLost, NewerRelay, PASSING; the next step begins a new look.
+        Errors: RedisLost, NewerRelay, RedisError; the next step begins a new look.
         """
         work, self._work = self._work, None
         if work is None:

@@ -127,10 +127,10 @@ class Relay(Section):
         1.0,
         ge=0.05,
         le=60,
-        description="Longest time without a look at the outbox when the bell is silent.",
+        description="Longest time without a look at the outbox when no wake-up comes.",
     )
     busy_poll_interval_ms: float = Field(
-        10.0, ge=0.5, le=1_000, description="Longest pause between reads while a writer is still at work."
+        10.0, ge=0.5, le=1_000, description="Longest pause between reads while a writer has not ended."
     )
     standby_interval_seconds: float = Field(0.5, ge=0.05, le=60, description="How often a standby tries to take over.")
     leader_timeout_seconds: float = Field(
@@ -164,7 +164,7 @@ class Consumers(Section):
         10_000,
         ge=1_000,
         le=86_400_000,
-        description="A worker silent for so long is dead and its messages are taken back.",
+        description="A worker silent for so long is dead and its messages are requeued.",
     )
     poll_interval_ms: int = Field(
         1_000, ge=50, le=10_000, description="How long a worker blocks on an empty queue before it looks up."
@@ -233,7 +233,7 @@ class Telemetry(Section):
 
 
 class Settings(BaseSettings):
-    """Everything a process can be told."""
+    """Every option of a process."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_nested_delimiter="__", extra="ignore", frozen=True, case_sensitive=False

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
+from dovecote.errors import DovecoteError
 from dovecote.processes.ownership import NotOurs, read_ours
 
 PREFIX = "DOVECOTE_"
@@ -21,7 +22,7 @@ _FILE = "_FILE"
 _MAX_SECRET_BYTES = 65_536
 
 
-class SettingsError(Exception):
+class SettingsError(DovecoteError):
     """A value is wrong or missing; the message is one sentence for the person who starts the process."""
 
 
@@ -49,7 +50,7 @@ def chosen(sources: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def without_options(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without our options, for a process that is told all of them anew."""
+    """Return the environment without our options, for a process that gets all of them anew."""
     return {name: value for name, value in environ.items() if not is_option(name)}
 
 

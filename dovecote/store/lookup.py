@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from dovecote.database import array, uuid_array
 from dovecote.envelope import Envelope
+from dovecote.errors import DovecoteError
 from dovecote.route import Route
 from dovecote.store.bundle import Bundle
 from dovecote.store.connections import DURABLE, driver_connection
@@ -65,7 +66,7 @@ _LOOK_UP = f"""{LOOKED_UP}, kept as (
 _HISTORY = text("select history from dovecote.relay_state")
 
 
-class OtherHistory(Exception):
+class OtherHistory(DovecoteError):
     """This database is not the one that the relay reads."""
 
     def __init__(self, here: str, in_redis: str) -> None:

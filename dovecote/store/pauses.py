@@ -10,13 +10,15 @@ from psycopg.rows import TupleRow
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from dovecote.errors import DovecoteError
+
 #: The relay listens to it: a handler was paused or resumed.
 CHANNEL = "dovecote_handlers"
 
 _is_paused = text("select exists (select from dovecote.paused_handlers where handler_name = :handler_name)")
 
 
-class HandlerPaused(Exception):
+class HandlerPaused(DovecoteError):
     """The handler is paused: its message is put aside until it is resumed."""
 
 

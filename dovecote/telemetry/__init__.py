@@ -1,7 +1,7 @@
 """Logs, traces and metrics, set up once per process. This docstring is the catalogue.
 
-Logs     one line an event, to stderr: time, level, what happened, then facts as key=value or JSON. Always
-         `component`. While an event is at work, whoever logs: `handler`, `event_id`, `aggregate` (type and id),
+Logs     one line an event, to stderr: time, level, what happened, then fields as key=value or JSON. Always
+         `component`. While an event is handled, every line has `handler`, `event_id`, `aggregate` (type and id),
          `correlation_id`, and `trace_id` and `span_id` where its writer traces; for a bundle that is taken at once
          `handler` and `events`, how many. Secrets and phone numbers are masked in every value, whatever put them there.
 Traces   one from the writer over the relay to the handler, in the writer's trace where the writer samples it:
@@ -31,10 +31,10 @@ Of each relay:
     dovecote_retried_events_total counter: deliveries sent once more
     dovecote_republished_bundles_total counter: messages sent again because Redis had lost them
     dovecote_reconciled_events_total{handler} counter: events that a queue had lost, sent again
-    dovecote_reaped_messages_total counter: messages taken back from dead workers
+    dovecote_reaped_messages_total counter: messages requeued from dead workers
     dovecote_wakeups_total counter: times a writer woke the relay
 
-Of the whole system, asked when a relay is scraped, and kept for 5 s. Every relay tells them: take the largest. "At
+Of the whole system, asked when a relay is scraped, and kept for 5 s. Every relay reports them: take the largest. "At
 least": a count looks at a bounded number of rows, as that of `dovecote status` does.
 
     dovecote_up{server} gauge: 1 when the server (postgres, redis) answers
@@ -56,7 +56,7 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
     dovecote_postponed_seconds{handler} gauge: how long its events have been kept in the outbox because its queue is
         full, until it has caught up; 0 when they are not
     dovecote_redis_dead_letters{queue} gauge: messages that a consumer could not read or gave up, in Redis; `dovecote
-        doctor` tells which, also on queues that no route has
+        doctor` says which, also on queues that no route has
     dovecote_unrouted_events gauge: events the relay met, of types that have no route
     dovecote_active_writers gauge: transactions that are writing to the outbox
     dovecote_oldest_writer_seconds gauge: age of the one with the lowest low-water mark; 0 for none, and where our login
@@ -66,10 +66,10 @@ least": a count looks at a bounded number of rows, as that of `dovecote status` 
     dovecote_notify_queue_usage gauge: which part of Postgres's queue of notifications is in use, 0 to 1; from 0.5 on
         nobody is woken, and the relay polls
 
-Of consumers; one port tells for all worker processes of a Dramatiq master:
+Of consumers; one port reports for all worker processes of a Dramatiq master:
 
     dovecote_heartbeat_timestamp_seconds{pid} gauge: last sign of life of the worker's fetching threads, in Unix time
-    dovecote_in_flight_seconds{pid} gauge: how long its oldest bundle has been at work, to the second. Idle is 0 and a
+    dovecote_in_flight_seconds{pid} gauge: age of its oldest bundle in flight, to the second. Idle is 0 and a
         fresh heartbeat; stuck is a number that grows and grows
     dovecote_processed_events_total{handler} counter: events whose effect is committed
     dovecote_failed_events_total{handler,state} counter: failures; the event is retrying or dead then
@@ -77,7 +77,7 @@ Of consumers; one port tells for all worker processes of a Dramatiq master:
     dovecote_phantom_events_total{handler} counter: events passed over, because they are not in the outbox: Postgres has
         forgotten them, after a restore or a failover
     dovecote_refused_messages_total{queue,reason} counter: messages that nobody acts on: unsigned, forged, unknown_key,
-        misplaced (made for another queue or id), unreadable, too_large, failed (handed back time after time)
+        misplaced (made for another queue or id), unreadable, too_large, failed (requeued time after time)
     dovecote_bundle_events{handler} histogram: events of a bundle
     dovecote_handler_duration_seconds{handler} histogram: one call of the handler: an event, or with `bulk` a bundle
     dovecote_commit_to_effect_seconds{handler} histogram: from the event's row to the commit of its effect; no replays

@@ -1,6 +1,6 @@
-"""What this thread is at work on, so that whatever is logged meanwhile can say it.
+"""What this thread handles, so that each line logged meanwhile can say it.
 
-Saying so costs a fraction of a microsecond; the facts are looked up only for a line that is really logged.
+Saying so costs a fraction of a microsecond; the fields are looked up only for a line that is really logged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ def back_to(token: Token[Work | None]) -> None:
 
 
 def event_in_flight() -> Envelope | None:
-    """Return the event at work; None between events, and while it is a whole bundle."""
+    """Return the event in flight; None between events, and while it is a whole bundle."""
     work = _in_flight.get()
     return work[1][0] if work and len(work[1]) == 1 else None
 
 
-def facts() -> Mapping[str, object]:
+def fields() -> Mapping[str, object]:
     """Return what a log line should say of it: the handler, and the event or how many there are."""
     work = _in_flight.get()
     if work is None:

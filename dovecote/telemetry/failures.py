@@ -15,11 +15,13 @@ from itertools import islice
 from pathlib import Path
 
 import psycopg
+import redis
 import sqlalchemy.exc
 
 from dovecote.envelope import Envelope
-from dovecote.errors import cut
+from dovecote.errors import DovecoteError, cut
 from dovecote.masking import masked
+from dovecote.unit_of_work import is_conflict as is_conflict_itself
 
 # Characters of a headline, and of a message that a fingerprint is made of.
 _MAX_HEADLINE, _MAX_MESSAGE = 1_000, 2_000
@@ -41,16 +43,21 @@ _CLOSED = {
 _WORD = re.compile(r"[\w.,:+@/-]+")
 _DIGIT = re.compile(r"\d")
 
+# SQLSTATE classes and codes of an outage, PostgreSQL manual, appendix A: connection exceptions (08), insufficient
+# resources (53), shutdown, crash, start-up, idle session (57P0x, 25P03), read-only after a failover.
+_OUTAGE_CLASSES = ("08", "53")
+_OUTAGE_CODES = {"57P01", "57P02", "57P03", "57P05", "25P03", "25006"}
 
-class TimeLimitExceeded(Exception):
+
+class TimeLimitExceeded(DovecoteError):
     """The handler did not end within its route's time limit."""
 
 
-class UnknownHandler(Exception):
+class UnknownHandler(DovecoteError):
     """No route here has this handler: other code sent the event. Keep it, show it."""
 
 
-class KilledTheProcess(Exception):
+class KilledTheProcess(DovecoteError):
     """Each time this event was at work, the process ended without a word."""
 
 
@@ -232,3 +239,34 @@ def _sensitive_values(envelope: Envelope) -> Iterator[str]:
 def _storable(text: str) -> str:
     """Postgres keeps no NUL and no lone surrogate."""
     return text.replace("\x00", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+# What kind of error it is -------------------------------------------------------------------------
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether the error, or one of its causes, says that a server is unavailable. No attempt is spent on it."""
+    if any(isinstance(cause, TimeLimitExceeded) for cause in causes(error)):
+        return False  # a connection that breaks when a handler is cut off says nothing of its server
+    if any(isinstance(cause, psycopg.errors.TransactionTimeout) for cause in causes(error)):
+        return False  # our sessions have none: a handler has set one, and it would be too long the next time as well
+    return any(_is_outage(cause) for cause in causes(error))
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Return whether two transactions were in each other's way: the same work may succeed at once."""
+    return any(
+        is_conflict_itself(cause) or isinstance(cause, psycopg.errors.LockNotAvailable) for cause in causes(error)
+    )
+
+
+def _is_outage(error: BaseException) -> bool:
+    if isinstance(error, sqlalchemy.exc.TimeoutError | redis.ConnectionError | redis.TimeoutError):
+        return True
+    if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
+        return True
+    if not isinstance(error, psycopg.Error):
+        return False
+    if error.sqlstate is None:  # the connection broke before the server could say why
+        return isinstance(error, psycopg.OperationalError)
+    return error.sqlstate.startswith(_OUTAGE_CLASSES) or error.sqlstate in _OUTAGE_CODES

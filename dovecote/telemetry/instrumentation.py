@@ -1,4 +1,4 @@
-"""What relay and consumers tell of their work, in words. Here nobody listens: that is for tests, and for port 0.
+"""No-op instrumentation of relay and consumers; exporter/metrics.py has the Prometheus one.
 
 Those who listen are in metrics.py. They need prometheus_client, which is imported where metrics are served only.
 """
@@ -24,17 +24,17 @@ RelayState = Literal[
 
 
 class ConsumerInstrumentation:
-    """What a consumer process tells; called from all of its threads."""
+    """What a consumer process reports; called from all of its threads."""
 
     def fetching(self, queue: str) -> None:
         """The thread that fetches from this queue is alive: at least every few seconds, busy or idle."""
 
     def in_flight(self, handler: str, events: int) -> AbstractContextManager[None]:
-        """A bundle is at work until the end of the block."""
+        """A bundle is in flight until the end of the block."""
         return nullcontext()
 
-    def handled(self, handler: str, moments: Sequence[float]) -> None:
-        """The handler was called between these moments of time.monotonic(), once from each to the next."""
+    def handled(self, handler: str, times: Sequence[float]) -> None:
+        """The handler was called between these values of time.monotonic(), once from each to the next."""
 
     def acted(self, handler: str, envelopes: Sequence[Envelope], *, again: bool) -> None:
         """The effects of these are committed; `again` says that a replay asked for it."""
@@ -53,10 +53,10 @@ class ConsumerInstrumentation:
 
 
 class RelayInstrumentation:
-    """What a relay tells; called from one thread, but for `reconciled`, which is called from another."""
+    """What a relay reports; called from one thread, but for `reconciled`, which is called from another."""
 
     def alive(self, state: RelayState) -> None:
-        """It goes round its loop: at least every few seconds, but for `sending_again`, one long search."""
+        """One turn of its loop: at least every few seconds, but for `sending_again`, one long search."""
 
     def published(self, events: int) -> None:
         """A batch is recorded as published."""
@@ -74,7 +74,7 @@ class RelayInstrumentation:
         """Events were lost by their queue and sent again; 0 makes the handler known."""
 
     def reaped(self, messages: int) -> None:
-        """Messages were taken back from dead workers."""
+        """Messages were requeued from dead workers."""
 
     def rang(self) -> None:
-        """A writer rang the bell."""
+        """A writer woke the relay."""

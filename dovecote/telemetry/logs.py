@@ -1,7 +1,7 @@
 """One line an event, to stderr: for people on a terminal, JSON for machines.
 
-The last processor before the line is written takes secrets and phone numbers out of every value, whoever logged it:
-there a fact's name still says what it is, and no JSON has put backslashes into it.
+The last processor before the line is written takes secrets and phone numbers out of every value, whichever library
+logged it: there a field's name still says what it is, and no JSON has put backslashes into it.
 """
 
 import logging
@@ -26,7 +26,7 @@ from dovecote.telemetry.failures import traceback_of
 
 # While a collector is away, OpenTelemetry says so several times every ten seconds.
 _REPEAT_SECONDS = 60.0
-# Characters of each fact of a line.
+# Characters of each field of a line.
 _MAX_FIELD = 8_000
 
 
@@ -39,7 +39,7 @@ def configure_logs(telemetry: options.Telemetry, component: str) -> None:
     def bind(_: Any, __: str, event: EventDict) -> EventDict:
         # What the caller says himself is nearer to the truth. No context variable for the component: a thread
         # starts without any.
-        return {**event, **{name: fact for name, fact in _facts(component).items() if name not in event}}
+        return {**event, **{name: value for name, value in _fields(component).items() if name not in event}}
 
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -93,8 +93,8 @@ def log_uncaught() -> None:
     sys.excepthook = end_of_process
 
 
-def _facts(component: str) -> dict[str, object]:
-    return {"component": component, **work.facts(), **traces.ids()}
+def _fields(component: str) -> dict[str, object]:
+    return {"component": component, **work.fields(), **traces.ids()}
 
 
 def _mask(_: Any, __: str, event: EventDict) -> EventDict:
@@ -104,8 +104,8 @@ def _mask(_: Any, __: str, event: EventDict) -> EventDict:
 def _legible(_: Any, __: str, event: EventDict) -> EventDict:
     # What is no text becomes its `repr`, which escapes as we do. JSON is ASCII.
     return {
-        plain(name): (block if name in ("exception", "stack") else plain)(fact) if isinstance(fact, str) else fact
-        for name, fact in event.items()
+        plain(name): (block if name in ("exception", "stack") else plain)(value) if isinstance(value, str) else value
+        for name, value in event.items()
     }
 
 

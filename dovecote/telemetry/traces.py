@@ -97,7 +97,7 @@ def _sampled(rows: Iterable[tuple[int, str, bytes]]) -> list[tuple[str, dict[str
 
 @contextmanager
 def consuming(route: Route, envelopes: Sequence[Envelope]) -> Iterator[None]:
-    """Trace a bundle; what is logged in this block names the handler and what of the bundle is at work."""
+    """Trace a bundle; what is logged in this block names the handler and what of the bundle is in flight."""
     token = set_in_flight(route, envelopes)
     attributes = {
         **_messaging("consume", "process"),
@@ -139,7 +139,7 @@ def _acting_on_sampled(route: Route, envelope: Envelope) -> Iterator[None]:
 def acting_on_all(route: Route, envelopes: Sequence[Envelope]) -> Iterator[None]:
     """Trace one call of a bulk handler: each event has the same span in its own writer's trace.
 
-    A failure is told in the span of an event that was alone in its bundle. The events of larger ones are taken
+    A failure is recorded in the span of an event that was alone in its bundle. The events of larger ones are taken
     in parts next, and the text of the first failure may be about another event.
     """
     set_in_flight(route, envelopes)

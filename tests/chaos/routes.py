@@ -147,11 +147,11 @@ def act_carelessly_in_bulk(envelopes: Sequence[Envelope], uow: UnitOfWork, _gate
 
 
 # A try costs little here, and no event may die of bad luck.
-_PATIENT = {"attempts": 1_000, "backoff_seconds": 0.05, "longest_backoff_seconds": 0.5}
+_PATIENT = {"max_attempts": 1_000, "backoff_seconds": 0.05, "max_backoff_seconds": 0.5}
 
 
 def _route(handler: str, act: object, queue: str, **more: object) -> Route:
-    return Route(handler=handler, events=(AmountMoved,), act=act, queue=queue, **{**_PATIENT, **more})  # type: ignore[arg-type]  # keywords of many types
+    return Route(handler=handler, events=(AmountMoved,), function=act, queue=queue, **{**_PATIENT, **more})  # type: ignore[arg-type]  # keywords of many types
 
 
 ROUTES = (

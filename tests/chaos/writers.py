@@ -23,7 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from dovecote.errors import ConcurrentChange, DovecoteError
 from dovecote.events.ids import uuid7
 from dovecote.store.connections import connect, sessions_for
-from dovecote.telemetry.outages import passes
+from dovecote.telemetry.failures import is_transient
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.chaos.clocks import real_time
 from tests.chaos.processes import enter
@@ -150,7 +150,7 @@ class Writer:
             except ChangedItsMind:
                 self._journal.write(rolled_back=1)
             except Exception as error:
-                if not passes(error) and not isinstance(error, ConcurrentChange):
+                if not is_transient(error) and not isinstance(error, ConcurrentChange):
                     raise
                 self._journal.write(trouble=f"{type(error).__name__}: {error}"[:200], at=real_time())
                 self.stopping.wait(0.2)

@@ -89,7 +89,7 @@ def wants_a_name(_event: Any, _uow: Any, _gateways: Any, *, name: str) -> None: 
         (timed(functools.partial(yields)), "without `yield`"),
         (Good, "is the class Good"),
         (None, "cannot be called"),
-        ("tests.act", "cannot be called"),
+        ("tests.function", "cannot be called"),
         (Good(), None),
         (Good().method, None),
         (functools.partial(wants_a_name, name="x"), None),
@@ -104,12 +104,12 @@ def wants_a_name(_event: Any, _uow: Any, _gateways: Any, *, name: str) -> None: 
 )
 def test_a_route_takes_what_acts_when_it_is_called_and_nothing_else(given: Any, words: str | None) -> None:
     def make() -> Route:
-        return Route(handler="test.h", events=(PriceQuoted,), act=given, queue="q")
+        return Route(handler="test.h", events=(PriceQuoted,), function=given, queue="q")
 
     if words is None:
-        assert make().act is given
+        assert make().function is given
         return
-    with pytest.raises(InvalidRoute, match=r"test\.h: its act") as refused:
+    with pytest.raises(InvalidRoute, match=r"test\.h: its function") as refused:
         make()
     assert words in str(refused.value)
 
@@ -123,7 +123,7 @@ def test_a_wrapper_that_awaits_by_itself_can_say_so() -> None:
         del wrapper.__wrapped__  # functools.wraps has set it
         return wrapper
 
-    assert a_route(act=run(act_async))
+    assert a_route(function=run(act_async))
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_other_names_are_free(name: str) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        *({name: value} for name in ("bundle_size", "attempts") for value in (0, -1, 1.5, True, "3", None)),
+        *({name: value} for name in ("bundle_size", "max_attempts") for value in (0, -1, 1.5, True, "3", None)),
         *(
             {name: value}
-            for name in ("backoff_seconds", "longest_backoff_seconds", "time_limit_seconds")
+            for name in ("backoff_seconds", "max_backoff_seconds", "time_limit_seconds")
             for value in (-0.1, float("nan"), float("inf"), True, "1", None)
         ),
         {"time_limit_seconds": 0},
@@ -165,7 +165,7 @@ def test_other_names_are_free(name: str) -> None:
     ],
 )
 def test_numbers_and_events_are_looked_at(more: dict[str, Any]) -> None:
-    options = {"handler": "test.h", "events": (PriceQuoted,), "act": act, "queue": "q", **more}
+    options = {"handler": "test.h", "events": (PriceQuoted,), "function": act, "queue": "q", **more}
     with pytest.raises(InvalidRoute, match=r"test\.h: "):
         Route(**options)
 

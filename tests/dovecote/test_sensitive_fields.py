@@ -80,7 +80,7 @@ def _see(event: Event, _uow: UnitOfWork, _gateways: Gateways) -> None:
     SEEN.append(event)
 
 
-ROUTE = Route(handler="tests.see", events=(SalaryAgreed,), act=_see, queue="tests")
+ROUTE = Route(handler="tests.see", events=(SalaryAgreed,), function=_see, queue="tests")
 
 
 @pytest.fixture

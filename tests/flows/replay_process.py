@@ -29,7 +29,7 @@ def note(event: PriceQuoted, uow: UnitOfWork, _gateways: Gateways) -> None:
     time.sleep(0.0005)  # so that a kill finds it at work
 
 
-ROUTE = a_route(act=note, ordered=True, replayable=True, bundle_size=50)
+ROUTE = a_route(function=note, ordered=True, replayable=True, bundle_size=50)
 
 
 def main(part: str, database_url: str, redis_url: str, namespace: str, home: str, *more: str) -> None:

@@ -325,7 +325,7 @@ MUTANTS = (
     Mutant(
         "the rest of a full batch of late rows is left",
         "dovecote/store/reader.py",
-        "        self._unseen_above = 0  # the rest is there already, whoever is over next\n",
+        "        self._unseen_above = 0  # the rest is visible already, whichever writer ends next\n",
         "",
         GAPS,
     ),
@@ -690,7 +690,7 @@ MUTANTS = (
     Mutant(
         "trouble that passes spends an attempt",
         "dovecote/consumer/consumer.py",
-        "                    if passes(error):\n",
+        "                    if is_transient(error):\n",
         "                    if False:\n",
         CONSUME,
     ),
@@ -851,7 +851,7 @@ MUTANTS = (
     Mutant(
         "a provider that is away spends attempts",
         "dovecote/consumer/attempts.py",
-        "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or passes(error):\n",
+        "    if isinstance(error, GatewayUnavailable | UnknownEvent | UnknownHandler) or is_transient(error):\n",
         "    if False:\n",
         CONSUME,
     ),
@@ -1022,14 +1022,14 @@ MUTANTS = (
     Mutant(
         "a handler that returns a coroutine has succeeded",
         "dovecote/consumer/consumer.py",
-        "            require_nothing_returned(route.handler, route.act(argument, uow, self._gateways))\n",
-        "            route.act(argument, uow, self._gateways)\n",
+        "            require_nothing_returned(route.handler, route.function(argument, uow, self._gateways))\n",
+        "            route.function(argument, uow, self._gateways)\n",
         CARELESS,
     ),
     Mutant(
         "an async handler is a handler",
         "dovecote/route.py",
-        "        require_callable(self.handler, self.act)\n",
+        "        require_callable(self.handler, self.function)\n",
         "",
         ROUTES,
     ),

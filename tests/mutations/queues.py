@@ -199,7 +199,7 @@ QUEUES = (
     ),
     Mutant(
         "a handler's own transaction_timeout is an outage",
-        "dovecote/telemetry/outages.py",
+        "dovecote/telemetry/failures.py",
         "isinstance(cause, psycopg.errors.TransactionTimeout)",
         "isinstance(cause, ZeroDivisionError)",
         HOSTILE,
@@ -207,7 +207,7 @@ QUEUES = (
     Mutant(
         "what cannot be written is called an outage",
         "dovecote/consumer/consumer.py",
-        "            if passes(error):\n                log.warning(",
+        "            if is_transient(error):\n                log.warning(",
         "            if True:\n                log.warning(",
         HOSTILE,
     ),

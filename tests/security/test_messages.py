@@ -25,7 +25,7 @@ from dovecote import operations
 from dovecote.broker.poison import Marks, Suspect
 from dovecote.consumer import middleware as handing_back
 from dovecote.envelope import read_bundle
-from dovecote.envelope.message_reader import MessageReader, Received, Refused
+from dovecote.envelope.message_reader import MessageReader, Received, RefusedMessage
 from dovecote.envelope.signatures import TAIL_BYTES, MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
 from dovecote.relay.bundler import bundle
 from tests.conftest import Servers
@@ -108,7 +108,7 @@ def test_whatever_is_signed_or_not_it_is_opened_or_refused(data: bytes) -> None:
     """Also what a relay would never sign: its own bug must not be a traceback of each consumer, for ever."""
     opener: Any = MessageReader(None, _Keys(), None, lambda work: work())  # type: ignore[arg-type]  # no Postgres is asked
     for message in (KEY.signed(data), data + b"}}", data):
-        with suppress(Refused):
+        with suppress(RefusedMessage):
             assert opener.open(Received("test", "x", message)).queue == "test"
 
 

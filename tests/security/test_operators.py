@@ -332,7 +332,7 @@ def test_relay_and_consumers_need_no_more_than_the_worker_s_role(
     effect = text(
         "insert into dovecote.effects (handler, event_id, symbol, price) values ('test.note', :id, 'EUR', :price)"
     )
-    route = a_route(HANDLER, act, ordered=True, attempts=2, replayable=True)
+    route = a_route(HANDLER, act, ordered=True, max_attempts=2, replayable=True)
     with logins_in(fresh_database_url) as database:
         settings = settings_for(database.url_of("worker"), servers.redis_url, tmp_path)
         with system_for(settings, [route]) as system:

@@ -79,7 +79,7 @@ def _bulk(handler: str, how: str, **more: Any) -> Route:
 
 def _route(handler: str, act: Any, **more: Any) -> Route:
     options = {"queue": "deadly", "backoff_seconds": 0.05, "time_limit_seconds": 1.0, **more}
-    return Route(handler=handler, events=(PriceQuoted,), act=act, **options)
+    return Route(handler=handler, events=(PriceQuoted,), function=act, **options)
 
 
 ROUTES = (
@@ -87,8 +87,8 @@ ROUTES = (
     _bulk("segfaults", "segfault"),
     _single("in.order", "kill", ordered=True),
     _single("retried", "retry"),
-    _single("in.c", "in C", attempts=2),
-    _bulk("in.c.in.bulk", "in C", attempts=1),
+    _single("in.c", "in C", max_attempts=2),
+    _bulk("in.c.in.bulk", "in C", max_attempts=1),
 )
 
 

@@ -31,14 +31,14 @@ def note_as(handler: str, event: PriceQuoted, uow: UnitOfWork) -> None:
     )
 
 
-def a_route(handler: str = "test.note", act: Any = None, **more: Any) -> Route:
-    """A route for quotes; without `act` its handler notes every one of them."""
+def a_route(handler: str = "test.note", function: Any = None, **more: Any) -> Route:
+    """A route for quotes; without `function` its handler notes every one of them."""
 
     def note(event: PriceQuoted, uow: UnitOfWork, _gateways: Gateways) -> None:
         note_as(handler, event, uow)
 
-    quick: Mapping[str, Any] = {"queue": "test", "backoff_seconds": 0.02, "longest_backoff_seconds": 0.1}
-    return Route(handler=handler, events=(PriceQuoted,), act=act or note, **{**quick, **more})
+    quick: Mapping[str, Any] = {"queue": "test", "backoff_seconds": 0.02, "max_backoff_seconds": 0.1}
+    return Route(handler=handler, events=(PriceQuoted,), function=function or note, **{**quick, **more})
 
 
 def make_room_for_effects(engine: Engine) -> None:

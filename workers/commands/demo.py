@@ -27,13 +27,13 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    events: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many facts.")] = 1_000,
+    events: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many events.")] = 1_000,
     timeout_seconds: Annotated[float, typer.Option(min=1, help="How long to wait for the last effect.")] = 300.0,
     as_json: AsJson = False,
 ) -> None:
-    """Write mixed facts of the three domains and wait until every one is an effect, once.
+    """Write mixed events of the three slices and wait until every one is an effect, once.
 
-    Uses the running system, or runs one of its own meanwhile. Exit code 1 if a fact is lost or doubled.
+    Uses the running system, or runs one of its own meanwhile. Exit code 1 if an event is lost or handled twice.
 
     Example: dovecote demo --events 10000
     """
@@ -94,7 +94,7 @@ def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> d
 
 
 def _is_led() -> bool:
-    """Return whether there is a system to be used, with a relay at work."""
+    """Return whether there is a system to be used, with a leading relay."""
     given = given_variables(os.environ)
     if not given.get("DOVECOTE_DATABASE__URL") and StateDirectory.locate(os.environ).running() is None:
         return False

@@ -31,13 +31,13 @@ def ingest_prices(
     file: Annotated[str, typer.Argument(help="CSV or JSON lines; - reads standard input.")],
     symbol: Annotated[str, typer.Option(help="Column or key of the symbol.")] = "symbol",
     price: Annotated[str, typer.Option(help="Column or key of the price.")] = "price",
-    at: Annotated[str, typer.Option(help="Column or key of the moment, ISO 8601; UTC if it has no zone.")] = "at",
+    at: Annotated[str, typer.Option(help="Column or key of the time, ISO 8601; UTC if it has no zone.")] = "at",
     format: Annotated[Format, typer.Option(help="auto: a first line that starts with { means jsonl.")] = Format.auto,
     per_transaction: Annotated[int, typer.Option(min=1, max=100_000, help="Rows in one transaction.")] = 500,
     strict: Annotated[bool, typer.Option(help="Stop at the first bad row (exit code 1).")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take in prices; each becomes a fact. Bad rows are refused and listed, the rest goes in.
+    """Take in prices; each becomes an event. Bad rows are refused and listed, the rest goes in.
 
     Example: dovecote ingest prices fx.csv --symbol Country --price "Exchange rate" --at Date
     """

@@ -1,7 +1,7 @@
 """How many tries a challenge has left, remembered in Redis so that asking costs Postgres nothing.
 
 Postgres is the truth and judges every answer; Redis may be slow, empty or gone at any time. So this
-cache never raises because of Redis: what it cannot keep or tell, it does not know.
+cache never raises because of Redis: what it cannot keep or read, it does not know.
 """
 
 from datetime import datetime

@@ -17,11 +17,11 @@ from typing import Any
 
 from domain.pricing import Quote, record_quotes
 from dovecote.database import Sessions
-from dovecote.errors import MAX_SHOWN, DomainError, cut, shown, shown_error
+from dovecote.errors import MAX_SHOWN, DomainError, DovecoteError, cut, shown, shown_error
 from dovecote.unit_of_work import unit_of_work
 
 
-class NotReadable(Exception):
+class NotReadable(DovecoteError):
     """The file as a whole is not what was announced; the message says what it is and what to do."""
 
 
@@ -221,7 +221,7 @@ def _judged(number: int, fields: Mapping[str, Any], columns: Columns) -> Quote |
         return Quote(
             symbol=_text(fields[columns.symbol], columns.symbol),
             price=_price(fields[columns.price], columns.price),
-            as_of=_moment(fields[columns.at], columns.at),
+            as_of=_time(fields[columns.at], columns.at),
         )
     except (DomainError, ValueError) as error:
         return Refusal(number, str(error))
@@ -246,13 +246,13 @@ def _price(value: Any, column: str) -> Decimal:
         raise ValueError(f"{column} is not a number: {shown(value)}") from None
 
 
-def _moment(value: Any, column: str) -> datetime:
+def _time(value: Any, column: str) -> datetime:
     if not isinstance(value, str):
         raise ValueError(f"{column} is not a date as text: {shown(value)}")
     try:
-        moment = datetime.fromisoformat(value.strip())
+        time = datetime.fromisoformat(value.strip())
         # A bare date is midnight UTC.
-        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         raise ValueError(f"{column} is not an ISO 8601 date or time: {shown(value)}") from None
 

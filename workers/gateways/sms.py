@@ -57,7 +57,7 @@ class ConsoleSms:
             if idempotency_key in self._keys:
                 return
             if next(self._failures, False):
-                raise GatewayUnavailable("the console SMS gateway fails, as it was told to")
+                raise GatewayUnavailable("the console SMS gateway fails, as configured")
             self._show(to, text)
             self._remember(idempotency_key)
             self.sent += 1

@@ -1,1 +1,1 @@
-"""What follows from each fact: one function for one fact, one module for each slice."""
+"""The handlers: one function for one kind of event, one module for each slice."""

@@ -1,4 +1,4 @@
-"""What follows from the facts of billing."""
+"""Handlers of the events of billing."""
 
 from domain.billing import BillingEvent, History, line_for
 from dovecote.unit_of_work import UnitOfWork

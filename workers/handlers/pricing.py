@@ -1,4 +1,4 @@
-"""What follows from the facts of pricing."""
+"""Handlers of the events of pricing."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What follows from the facts of verification."""
+"""Handlers of the events of verification."""
 
 from datetime import UTC, datetime
 

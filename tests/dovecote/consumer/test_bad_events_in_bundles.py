@@ -44,7 +44,7 @@ class Bad:
                 raise RuntimeError("bad")
 
     def route(self, **more: Any) -> Route:
-        return a_route(act=self, bulk=self.bulk, **more)
+        return a_route(function=self, bulk=self.bulk, **more)
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def test_wrong_blame_costs_no_good_event(bench: Bench) -> None:
         note_as("test.note", event, uow)  # flushes what the call before has added
         uow.session.add(Number(n=int(event.price)))
 
-    bench.consumer.consume(a_route(act=act), bench.write(1, 2, 3, 4, 5, 6))
+    bench.consumer.consume(a_route(function=act), bench.write(1, 2, 3, 4, 5, 6))
 
     assert [effect.price for effect in effects_in(bench.engine)] == [1, 2, 4, 5, 6]
     assert [delivery.error_type for delivery in bench.deliveries()] == ["IntegrityError"]
@@ -168,7 +168,7 @@ def test_what_fails_at_the_commit_is_found_too(bench: Bench) -> None:
         note_as("test.note", event, uow)
         uow.session.execute(text("insert into unique_later values (:n)"), {"n": int(event.price)})
 
-    bench.consumer.consume(a_route(act=act), bench.write(*range(20)))
+    bench.consumer.consume(a_route(function=act), bench.write(*range(20)))
 
     assert [effect.price for effect in effects_in(bench.engine)] == [price for price in range(20) if price != 7]
     assert [delivery.state for delivery in bench.deliveries()] == ["retrying"]
@@ -185,7 +185,7 @@ def test_one_event_that_hangs_in_bulk_is_found_in_few_cuts(bench: Bench) -> None
                 cut_off.append(len(envelopes))
                 uow.session.execute(text("select pg_sleep(30)"))
 
-    bench.consumer.consume(a_route(act=act, bulk=True, time_limit_seconds=0.5), bench.write(*range(100)))
+    bench.consumer.consume(a_route(function=act, bulk=True, time_limit_seconds=0.5), bench.write(*range(100)))
 
     assert len(effects_in(bench.engine)) == 99
     assert [delivery.error_type for delivery in bench.deliveries()] == ["TimeLimitExceeded"]

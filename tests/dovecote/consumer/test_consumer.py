@@ -182,7 +182,7 @@ def test_twenty_workers_with_the_same_bundle_act_on_it_once(bench: Bench, bulk: 
             assert isinstance(envelope.event, PriceQuoted)
             note_as("test.note", envelope.event, uow)
 
-    route = a_route(act=note_all, bulk=True) if bulk else a_route()
+    route = a_route(function=note_all, bulk=True) if bulk else a_route()
     bundle = bench.write(*range(30))
     workers = [threading.Thread(target=bench.consumer.consume, args=(route, bundle)) for _ in range(20)]
 
@@ -220,7 +220,7 @@ def test_an_event_twice_in_one_bundle_is_acted_on_once(bench: Bench) -> None:
 
 
 def test_a_bad_event_does_not_stop_its_bundle_mates(bench: Bench) -> None:
-    route = a_route(act=Failing({3: FOR_EVER}))
+    route = a_route(function=Failing({3: FOR_EVER}))
 
     bench.consumer.consume(route, bench.write(1, 2, 3, 4, 5))
 
@@ -232,17 +232,17 @@ def test_a_bad_event_does_not_stop_its_bundle_mates(bench: Bench) -> None:
 def test_the_no_of_the_business_is_final(bench: Bench) -> None:
     act = Failing({1: FOR_EVER}, lambda: Refused("not today"))
 
-    bench.consumer.consume(a_route(act=act), bench.write(1))
+    bench.consumer.consume(a_route(function=act), bench.write(1))
 
     (delivery,) = bench.deliveries()
     assert (delivery.state, delivery.attempts, delivery.error_type) == ("dead", 1, "Refused")
-    assert bench.retry(a_route(act=act)) == 0
+    assert bench.retry(a_route(function=act)) == 0
     assert act.calls == [1]
 
 
 def test_a_refusal_that_may_pass_is_tried_again(bench: Bench) -> None:
     act = Failing({1: 2}, lambda: NotFound("not yet"))
-    route = a_route(act=act, may_pass=(NotFound,))
+    route = a_route(function=act, transient_errors=(NotFound,))
     bench.consumer.consume(route, bench.write(1))
     bench.retry(route)
     assert [(delivery.state, delivery.attempts) for delivery in bench.deliveries()] == [("retrying", 2)]
@@ -254,7 +254,7 @@ def test_a_refusal_that_may_pass_is_tried_again(bench: Bench) -> None:
 
 
 def test_another_refusal_is_final_all_the_same(bench: Bench) -> None:
-    route = a_route(act=Failing({1: FOR_EVER}, lambda: Refused("no")), may_pass=(NotFound,))
+    route = a_route(function=Failing({1: FOR_EVER}, lambda: Refused("no")), transient_errors=(NotFound,))
 
     bench.consumer.consume(route, bench.write(1))
 
@@ -263,14 +263,14 @@ def test_another_refusal_is_final_all_the_same(bench: Bench) -> None:
 
 @pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, GeneratorExit])
 def test_what_is_no_exception_is_a_failure_too(bench: Bench, error: type[Exception]) -> None:
-    bench.consumer.consume(a_route(act=Failing({2: FOR_EVER}, error)), bench.write(1, 2, 3))
+    bench.consumer.consume(a_route(function=Failing({2: FOR_EVER}, error)), bench.write(1, 2, 3))
 
     assert bench.effects() == [("EUR", 1), ("EUR", 3)]
     assert [delivery.error_type for delivery in bench.deliveries()] == [error.__name__]
 
 
 def test_an_event_is_retried_with_growing_pauses_and_then_dead_with_its_traceback(bench: Bench) -> None:
-    route = a_route(act=Failing({1: FOR_EVER}), attempts=4, backoff_seconds=10.0, longest_backoff_seconds=35.0)
+    route = a_route(function=Failing({1: FOR_EVER}), max_attempts=4, backoff_seconds=10.0, max_backoff_seconds=35.0)
     bench.consumer.consume(route, bench.write(1))
     pauses = []
 
@@ -291,7 +291,7 @@ def test_an_event_is_retried_with_growing_pauses_and_then_dead_with_its_tracebac
 
 @given(st.integers(1, 100_000), st.floats(0.01, 1e4), st.floats(0.01, 1e6))
 def test_a_pause_is_never_longer_than_the_route_allows(tries: int, first: float, longest: float) -> None:
-    route = a_route(backoff_seconds=first, longest_backoff_seconds=longest)
+    route = a_route(backoff_seconds=first, max_backoff_seconds=longest)
 
     pause = route.backoff(tries).total_seconds()
 
@@ -300,7 +300,7 @@ def test_a_pause_is_never_longer_than_the_route_allows(tries: int, first: float,
 
 
 def test_a_retry_that_succeeds_leaves_nothing_behind(bench: Bench) -> None:
-    route = a_route(act=Failing({1: 2}))
+    route = a_route(function=Failing({1: 2}))
     bench.consumer.consume(route, bench.write(1))
 
     bench.retry(route)
@@ -313,7 +313,7 @@ def test_a_retry_that_succeeds_leaves_nothing_behind(bench: Bench) -> None:
 
 def test_a_retry_that_arrives_twice_is_acted_on_once(bench: Bench) -> None:
     act = Failing({1: 1})
-    route = a_route(act=act)
+    route = a_route(function=act)
     bundle = bench.write(1)
     bench.consumer.consume(route, bundle)
 
@@ -326,7 +326,7 @@ def test_a_retry_that_arrives_twice_is_acted_on_once(bench: Bench) -> None:
 
 def test_a_retry_that_arrives_after_the_event_was_buried_is_not_acted_on(bench: Bench) -> None:
     act = Failing({1: FOR_EVER}, lambda: Refused("no"))
-    route = a_route(act=act)
+    route = a_route(function=act)
     bundle = bench.write(1)
     bench.consumer.consume(route, bundle)
 
@@ -338,7 +338,7 @@ def test_a_retry_that_arrives_after_the_event_was_buried_is_not_acted_on(bench: 
 
 def test_the_bundle_of_a_dead_event_is_not_acted_on_again(bench: Bench) -> None:
     act = Failing({1: FOR_EVER}, lambda: Refused("no"))
-    route = a_route(act=act)
+    route = a_route(function=act)
     bundle = bench.write(1, 2)
     bench.consumer.consume(route, bundle)
     calls = list(act.calls)
@@ -352,7 +352,7 @@ def test_the_bundle_of_a_dead_event_is_not_acted_on_again(bench: Bench) -> None:
 
 def test_a_provider_that_is_away_spends_no_attempt(bench: Bench) -> None:
     act = Failing({1: 5}, lambda: GatewayUnavailable("no line"))
-    route = a_route(act=act, attempts=2)
+    route = a_route(function=act, max_attempts=2)
     bench.consumer.consume(route, bench.write(1))
 
     for _ in range(4):
@@ -382,7 +382,7 @@ def test_an_error_s_text_tells_no_phone_number_and_no_password(bench: Bench) -> 
         except ValueError as error:
             raise RuntimeError("postgresql://dovecote:hunter2@db/x said +12015550123") from error
 
-    bench.consumer.consume(a_route(act=leak), bench.write(1))
+    bench.consumer.consume(a_route(function=leak), bench.write(1))
 
     told = bench.deliveries()[0].error
     assert told is not None
@@ -395,7 +395,7 @@ def test_a_failure_s_log_line_tells_no_secret(bench: Bench) -> None:
     act = Failing({1: FOR_EVER}, lambda: ValueError("token=abcdef123456 for +12015550123"))
 
     with capture_logs() as logs:
-        bench.consumer.consume(a_route(act=act), bench.write(1))
+        bench.consumer.consume(a_route(function=act), bench.write(1))
 
     assert [line["error"] for line in logs] == ["ValueError: token=*** for +***23"]
 
@@ -405,7 +405,7 @@ def test_a_delivery_names_the_trace_that_wrote_the_event(bench: Bench) -> None:
     with unit_of_work(bench.sessions, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-00"}) as uow:
         uow.emit(a_quote("EUR", 1))
 
-    bench.consumer.consume(a_route(act=Failing({1: FOR_EVER})), bench.envelopes())
+    bench.consumer.consume(a_route(function=Failing({1: FOR_EVER})), bench.envelopes())
 
     with bench.engine.connect() as connection:
         assert connection.scalar(text("select trace_id from dovecote.deliveries")) == trace
@@ -415,7 +415,7 @@ def test_a_delivery_names_the_trace_that_wrote_the_event(bench: Bench) -> None:
 
 
 def test_later_events_of_an_aggregate_wait_for_the_one_that_failed(bench: Bench) -> None:
-    route = a_route(act=Failing({1: 2}), ordered=True)  # with its bundle, and alone
+    route = a_route(function=Failing({1: 2}), ordered=True)  # with its bundle, and alone
     bundle = [*bench.write(1, 2, 3, symbol="A"), *bench.write(4, symbol="B")]
 
     bench.consumer.consume(route, bundle)
@@ -433,7 +433,7 @@ def test_later_events_of_an_aggregate_wait_for_the_one_that_failed(bench: Bench)
 
 def test_of_one_bundle_the_second_waits_when_the_first_must_wait(bench: Bench) -> None:
     failing = Failing({1: FOR_EVER})
-    route = a_route(act=failing, ordered=True)
+    route = a_route(function=failing, ordered=True)
     bench.consumer.consume(route, bench.write(1, symbol="A"))
 
     bench.consumer.consume(route, bench.write(2, 3, symbol="A"))
@@ -443,7 +443,7 @@ def test_of_one_bundle_the_second_waits_when_the_first_must_wait(bench: Bench) -
 
 
 def test_a_dead_event_blocks_its_aggregate_and_no_other(bench: Bench) -> None:
-    route = a_route(act=Failing({1: FOR_EVER}, lambda: Refused("no")), ordered=True)
+    route = a_route(function=Failing({1: FOR_EVER}, lambda: Refused("no")), ordered=True)
 
     bench.consumer.consume(route, [*bench.write(1, 2, symbol="A"), *bench.write(3, symbol="B")])
     bench.consumer.consume(route, bench.write(4, symbol="A"))
@@ -454,7 +454,7 @@ def test_a_dead_event_blocks_its_aggregate_and_no_other(bench: Bench) -> None:
 
 
 def test_discarding_an_event_that_waits_frees_nobody_behind_it(bench: Bench) -> None:
-    route = a_route(act=Failing({1: FOR_EVER}, lambda: Refused("no")), ordered=True)
+    route = a_route(function=Failing({1: FOR_EVER}, lambda: Refused("no")), ordered=True)
     bench.consumer.consume(route, bench.write(1, 2, 3, symbol="A"))
     assert bench.states() == [("A", "dead"), ("A", "waiting"), ("A", "waiting")]
 
@@ -477,7 +477,7 @@ def test_an_event_waits_for_the_one_before_it_in_another_worker_s_hands(bench: B
             assert go_on.wait(10)
         note_as("test.note", event, uow)
 
-    route = a_route(act=slow_at_first, ordered=True)
+    route = a_route(function=slow_at_first, ordered=True)
     first, second = bench.write(1, 2, symbol="A")
     worker = threading.Thread(target=bench.consumer.consume, args=(route, [first]))
     worker.start()
@@ -510,7 +510,7 @@ def test_an_event_is_acted_on_at_once_when_the_one_before_it_soon_ends(
         note_as("test.note", event, uow)
 
     monkeypatch.setattr(deliveries, "is_settled", looks)
-    route = a_route(act=slow_at_first, ordered=True)
+    route = a_route(function=slow_at_first, ordered=True)
     first, second = bench.write(1, 2, symbol="A")
     later = threading.Thread(target=bench.consumer.consume, args=(route, [second]))
     later.start()
@@ -536,7 +536,7 @@ def test_an_event_parked_while_its_predecessor_commits_is_found_and_sent_on(benc
 
             listen(uow.session, "before_commit", wait)
 
-    route = a_route(act=commit_slowly, ordered=True)
+    route = a_route(function=commit_slowly, ordered=True)
     first, second = bench.write(1, 2, symbol="A")
     worker = threading.Thread(target=bench.consumer.consume, args=(route, [first]))
     worker.start()
@@ -570,7 +570,7 @@ def test_a_handler_added_later_is_not_blocked_by_what_was_told_before_it(bench: 
 
 def test_many_workers_keep_the_order_of_every_aggregate(bench: Bench) -> None:
     flaky = Failing(dict.fromkeys(range(0, 60, 7), 3))
-    route = a_route(act=flaky, ordered=True, backoff_seconds=0.001)
+    route = a_route(function=flaky, ordered=True, backoff_seconds=0.001)
     written = [envelope for price in range(60) for envelope in bench.write(price, symbol=f"S{price % 4}")]
     bundles = [written[start : start + 3] for start in range(0, 60, 3)]
 
@@ -633,7 +633,7 @@ def test_a_handler_that_hangs_is_cut_off_and_its_bundle_mates_go_through(
         for envelope in envelopes:
             act_on(envelope.event, uow)
 
-    route = a_route(act=all_of_them if bulk else one, bulk=bulk, time_limit_seconds=0.3)
+    route = a_route(function=all_of_them if bulk else one, bulk=bulk, time_limit_seconds=0.3)
     began = time.monotonic()
 
     bench.consumer.consume(route, bench.write(1, 2, 3))
@@ -658,7 +658,7 @@ def test_a_handler_that_hangs_in_a_replay_is_cut_off_and_tried_again_for_it(benc
         if calls.count(2) in (2, 3) and event.price == 2:
             uow.session.execute(text("select pg_sleep(60)"))
 
-    route = a_route(act=act, time_limit_seconds=0.3)
+    route = a_route(function=act, time_limit_seconds=0.3)
     written = bench.write(1, 2)
     bench.consumer.consume(route, written)
     replay = bench.replay_again()
@@ -682,7 +682,7 @@ def test_the_limit_is_for_each_event_of_a_bundle(bench: Bench) -> None:
         time.sleep(0.2)  # a slow handler
         note_as("test.note", event, uow)
 
-    bench.consumer.consume(a_route(act=slow, time_limit_seconds=1.0), bench.write(*range(8)))
+    bench.consumer.consume(a_route(function=slow, time_limit_seconds=1.0), bench.write(*range(8)))
 
     assert len(calls) == 8, "the bundle was cut off"
     assert bench.deliveries() == []
@@ -694,7 +694,7 @@ def test_many_handlers_that_end_just_in_time_are_each_done_or_cut_off(bench: Ben
         note_as("test.note", event, uow)
         time.sleep(0.05 + int(event.price) / 100)  # around the moment of the cut
 
-    route = a_route(act=nearly, time_limit_seconds=0.05)
+    route = a_route(function=nearly, time_limit_seconds=0.05)
     bundles = [bench.write(price, symbol=f"S{price}") for price in range(24)]
     workers = [threading.Thread(target=bench.consumer.consume, args=(route, bundle)) for bundle in bundles]
 
@@ -735,7 +735,7 @@ def test_losing_postgres_spends_no_attempt_and_doubles_nothing(bench: Bench, mom
             listen(uow.session, "before_commit", lambda _session: terminate_consumers(bench.url))
 
     # Alone, so that a failure of the bundle would be its own.
-    bench.consumer.consume(a_route(act=interrupted), bench.write(1))
+    bench.consumer.consume(a_route(function=interrupted), bench.write(1))
 
     assert len(calls) == 2, "it was not interrupted"
     assert bench.effects() == [("EUR", 1)]
@@ -798,7 +798,7 @@ def test_a_long_bundle_that_has_nothing_to_say_to_postgres_is_not_taken_for_froz
     engine = connect(bench.url, session_settings={"idle_in_transaction_session_timeout": 700})
 
     Consumer(sessions_for(engine), bench.gateways, bench.stopping, 0.05).consume(
-        a_route(act=slow), bench.write(*range(8))
+        a_route(function=slow), bench.write(*range(8))
     )
 
     engine.dispose()
@@ -810,7 +810,7 @@ def test_losing_postgres_while_a_failure_is_recorded_counts_it_once(bench: Bench
         listen(uow.session, "after_rollback", lambda _session: terminate_consumers(bench.url))
         raise RuntimeError
 
-    bench.consumer.consume(a_route(act=fail_and_cut), bench.write(1))
+    bench.consumer.consume(a_route(function=fail_and_cut), bench.write(1))
 
     assert [(delivery.state, delivery.attempts) for delivery in bench.deliveries()] == [("retrying", 1)]
 
@@ -826,7 +826,7 @@ def test_a_failure_whose_record_was_committed_without_a_reply_counts_once(bench:
             raise RuntimeError
 
         Consumer(sessions_for(engine), bench.gateways, outage_max_backoff_seconds=0.05).consume(
-            a_route(act=fail), bench.write(1)
+            a_route(function=fail), bench.write(1)
         )
 
         engine.dispose()
@@ -846,7 +846,7 @@ def test_a_server_that_is_away_for_the_handler_alone_holds_up_no_other_event(ben
         else:
             uow.session.execute(text("do $$ begin raise exception 'no link' using errcode = '08001'; end $$"))
 
-    bench.consumer.consume(a_route(act=ask, attempts=1), bench.write(1, 2, 3))
+    bench.consumer.consume(a_route(function=ask, max_attempts=1), bench.write(1, 2, 3))
 
     assert bench.effects() == [("EUR", 1), ("EUR", 3)]
     assert [(delivery.state, delivery.attempts) for delivery in bench.deliveries()] == [("retrying", 0)]
@@ -863,7 +863,7 @@ def test_more_threads_than_connections_wait_for_one_another_and_spend_no_attempt
         time.sleep(0.2)  # a slow provider
 
     bundles = [bench.write(price) for price in range(6)]
-    workers = [threading.Thread(target=consumer.consume, args=(a_route(act=slow), bundle)) for bundle in bundles]
+    workers = [threading.Thread(target=consumer.consume, args=(a_route(function=slow), bundle)) for bundle in bundles]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -884,7 +884,7 @@ def test_errors_that_ask_to_try_again_spend_no_attempt(bench: Bench, sqlstate: s
             uow.session.execute(text(f"do $$ begin raise exception 'unlucky' using errcode = '{sqlstate}'; end $$"))
         note_as("test.note", event, uow)
 
-    bench.consumer.consume(a_route(act=unlucky), bench.write(1))
+    bench.consumer.consume(a_route(function=unlucky), bench.write(1))
 
     assert bench.effects() == [("EUR", 1)]
     assert bench.deliveries() == []
@@ -896,7 +896,7 @@ def test_a_conflict_that_never_ends_is_a_failure_in_the_end(bench: Bench) -> Non
             uow.session.execute(text("do $$ begin raise exception 'again' using errcode = '40001'; end $$"))
         note_as("test.note", event, uow)
 
-    bench.consumer.consume(a_route(act=always_in_the_way), bench.write(1, 2))
+    bench.consumer.consume(a_route(function=always_in_the_way), bench.write(1, 2))
 
     assert bench.effects() == [("EUR", 2)]
     assert [(delivery.state, delivery.attempts) for delivery in bench.deliveries()] == [("retrying", 1)]

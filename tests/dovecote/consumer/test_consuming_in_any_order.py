@@ -58,7 +58,7 @@ class Consuming(RuleBasedStateMachine):
     def start(self) -> None:
         # A handler and aggregates of its own: what earlier runs left behind is none of its business.
         self.name = f"test.{uuid4().hex}"
-        self.route = a_route(self.name, act=self.act, ordered=self.ordered, attempts=1_000, bundle_size=3)
+        self.route = a_route(self.name, function=self.act, ordered=self.ordered, max_attempts=1_000, bundle_size=3)
         self.events: list[Written] = []
         self.lock = threading.Lock()
         self.troubles: list[BaseException] = []

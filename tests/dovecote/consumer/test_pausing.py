@@ -92,7 +92,7 @@ def test_retries_of_a_paused_handler_wait_for_it_and_spend_no_attempt(system_wit
             raise RuntimeError("broken")
         note_as("test.note", event, uow)
 
-    system = system_with(a_route(act=act, attempts=1_000))
+    system = system_with(a_route(function=act, max_attempts=1_000))
     with system.running():
         write_quotes(system, range(3))
         eventually(lambda: system.status().handlers["test.note"].retrying == 3, 20, "three failures")

@@ -70,7 +70,7 @@ def test_only_the_event_at_work_is_marked(bench: Bench, queue: Queue) -> None:
             raise RuntimeError
 
     written = bench.write(1, 2, 3)
-    bench.consumer.consume(a_route(act=look), written, suspect=queue.suspect(1))
+    bench.consumer.consume(a_route(function=look), written, suspect=queue.suspect(1))
 
     assert seen == [(str(envelope.event_id), {str(envelope.event_id): 1}) for envelope in written]
     assert bench.effects() == [("EUR", 1), ("EUR", 3)]
@@ -83,7 +83,7 @@ def test_an_event_at_work_in_three_dying_processes_is_not_started_again(bench: B
     written = bench.write(1, 2, 3)
     queue.left_behind({written[1].event_id: 3})
 
-    bench.consumer.consume(a_route(act=handler), written, suspect=queue.suspect(3))
+    bench.consumer.consume(a_route(function=handler), written, suspect=queue.suspect(3))
 
     assert handler.calls == [1, 3]
     (delivery,) = bench.deliveries()
@@ -98,7 +98,7 @@ def test_the_crash_that_nothing_was_marked_in_counts_against_the_first_that_dies
     written = bench.write(1, 2)
     queue.left_behind({written[0].event_id: 2})
 
-    bench.consumer.consume(a_route(act=handler), written, suspect=queue.suspect(3))
+    bench.consumer.consume(a_route(function=handler), written, suspect=queue.suspect(3))
 
     assert handler.calls == [2]
 
@@ -108,14 +108,14 @@ def test_crashes_that_a_buried_event_explains_speak_against_no_other(bench: Benc
     written = bench.write(1, 2)
     queue.left_behind({written[1].event_id: 2}, explained=3)
 
-    bench.consumer.consume(a_route(act=handler), written, suspect=queue.suspect(5))
+    bench.consumer.consume(a_route(function=handler), written, suspect=queue.suspect(5))
 
     assert handler.calls == [1, 2]
     assert bench.deliveries() == []
 
 
 def test_what_is_done_or_on_record_already_is_not_buried(bench: Bench, queue: Queue) -> None:
-    route = a_route(act=Failing({2: FOR_EVER}))
+    route = a_route(function=Failing({2: FOR_EVER}))
     written = bench.write(1, 2)
     bench.consumer.consume(route, written)
     before = bench.deliveries()
@@ -129,7 +129,7 @@ def test_what_is_done_or_on_record_already_is_not_buried(bench: Bench, queue: Qu
 
 def test_in_a_replay_what_it_has_not_acted_on_again_is_buried(bench: Bench, queue: Queue) -> None:
     handler = Failing({})
-    route = a_route(act=handler)
+    route = a_route(function=handler)
     written = bench.write(1, 2, 3)
     bench.consumer.consume(route, written)
     replay = bench.replay_again()
@@ -210,7 +210,7 @@ def test_a_suspect_that_waits_for_another_gives_up_when_the_process_stops(bench:
 
     first, second = bench.write(1), bench.write(2)
     with ThreadPoolExecutor() as pool:
-        holding = pool.submit(bench.consumer.consume, a_route(act=hold_up), first, suspect=queue.suspect(1))
+        holding = pool.submit(bench.consumer.consume, a_route(function=hold_up), first, suspect=queue.suspect(1))
         assert started.wait(30)
         waiting = pool.submit(bench.consumer.consume, a_route(), second, suspect=queue.suspect(1, "m2"))
         bench.stopping.set()

@@ -61,7 +61,7 @@ def test_failures_retries_and_what_waits_behind_them_are_counted(
             raise Refused("never")
         note_as(HANDLER, event, uow)
 
-    system = system_with(a_route(act=act, ordered=True, attempts=50))
+    system = system_with(a_route(function=act, ordered=True, max_attempts=50))
     with system.relay(RelayMetrics(registry)), system.workers():
         write_quotes(system, [1, 2, 3])
         eventually(lambda: of_all(directory)("dovecote_parked_events_total", handler=HANDLER) >= 2, 20, "two that wait")
@@ -83,7 +83,7 @@ def test_failures_retries_and_what_waits_behind_them_are_counted(
 
 
 def test_an_ordinary_handler_is_called_once_an_event(system_with: Callable[[Route], System], directory: Path) -> None:
-    system = system_with(a_route(act=lambda *_: None, bundle_size=10))
+    system = system_with(a_route(function=lambda *_: None, bundle_size=10))
     with system.running():
         write_quotes(system, range(20))
         system.until_quiet()
@@ -92,7 +92,7 @@ def test_an_ordinary_handler_is_called_once_an_event(system_with: Callable[[Rout
 
 
 def test_a_bulk_handler_is_called_once_a_bundle(system_with: Callable[[Route], System], directory: Path) -> None:
-    system = system_with(a_route(act=lambda *_: None, bundle_size=10, bulk=True))
+    system = system_with(a_route(function=lambda *_: None, bundle_size=10, bulk=True))
     with system.running():
         write_quotes(system, range(20))
         system.until_quiet()

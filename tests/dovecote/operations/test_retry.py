@@ -48,7 +48,7 @@ def mood() -> Mood:
 
 @pytest.fixture
 def ordered(settings: Settings, mood: Mood) -> Iterator[System]:
-    with system_for(settings, [a_route(HANDLER, mood.act, ordered=True, attempts=1)]) as system:
+    with system_for(settings, [a_route(HANDLER, mood.act, ordered=True, max_attempts=1)]) as system:
         make_room_for_effects(system.engine)
         yield system
 

@@ -59,7 +59,7 @@ def system(small_queue: tuple[str, str], tmp_path: Path) -> Iterator[System]:
             raise RuntimeError("once")
         note_as("test.note", quote, uow)
 
-    route = a_route(act=act, ordered=True, replayable=True, bundle_size=1, backoff_seconds=0.2)
+    route = a_route(function=act, ordered=True, replayable=True, bundle_size=1, backoff_seconds=0.2)
     with system_for(settings, [route]) as system:
         run(
             settings,

@@ -211,7 +211,7 @@ def test_what_waits_behind_an_event_that_is_gone_goes_on_in_order(
             raise Refused("not yet")
         note_as(NOTE, event, uow)
 
-    system = systems(a_route(act=act, ordered=True, bundle_size=2))
+    system = systems(a_route(function=act, ordered=True, bundle_size=2))
     write_quotes(system, range(1, 7))
     waiting = [(NOTE, "dead", 1), *[(NOTE, "waiting", 0)] * 5]
     with system.running():

@@ -278,7 +278,7 @@ def test_retries_and_replays_wait_for_room(system_with: SystemWith) -> None:
         note_as("test.down", quote, uow)
 
     system = system_with(
-        a_route("test.down", act=act, queue="down", replayable=True, backoff_seconds=9, longest_backoff_seconds=9)
+        a_route("test.down", function=act, queue="down", replayable=True, backoff_seconds=9, max_backoff_seconds=9)
     )
     with system.relay():
         with one_worker(system):

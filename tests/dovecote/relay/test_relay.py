@@ -330,7 +330,7 @@ def test_losing_every_key_of_redis_under_load_loses_and_doubles_nothing(system_w
         time.sleep(0.001)
         note_as("test.note", event, uow)
 
-    system = system_with(a_route(act=take_time, bundle_size=20))
+    system = system_with(a_route(function=take_time, bundle_size=20))
     with system.running():
         with Writers(system) as writers:
             for _ in range(3):
@@ -389,7 +389,7 @@ def test_a_retry_is_sent_when_it_is_due(system_with: SystemWith) -> None:
         if len(tried) < 3:
             raise RuntimeError
 
-    route = a_route(act=fail_at_first, backoff_seconds=0.3, longest_backoff_seconds=0.3)
+    route = a_route(function=fail_at_first, backoff_seconds=0.3, max_backoff_seconds=0.3)
     system = system_with(route, RELAY__POLL_INTERVAL_SECONDS=60)
 
     with system.running():

@@ -325,7 +325,7 @@ def test_replays_hold_their_promises_whatever_happens(settings: Settings, ordere
             {"symbol": event.symbol, "price": int(event.price), "id": event.event_id, "handler": HANDLER},
         )
 
-    route = a_route(HANDLER, note, ordered=ordered, replayable=True, bundle_size=3, attempts=1_000)
+    route = a_route(HANDLER, note, ordered=ordered, replayable=True, bundle_size=3, max_attempts=1_000)
     with system_for(settings, (route,)) as system:
         with system.engine.begin() as connection:
             connection.execute(

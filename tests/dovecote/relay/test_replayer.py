@@ -244,7 +244,7 @@ def test_an_event_that_fails_is_retried_for_the_replay_and_acts_once(system_with
             raise RuntimeError("not yet")
         note_as("test.note", event, uow)
 
-    system = system_with(a_replayable_route(act=fail_at_first_again))
+    system = system_with(a_replayable_route(function=fail_at_first_again))
     with system.running():
         write_quotes(system, range(30))
         system.until_quiet()
@@ -263,7 +263,7 @@ def test_what_is_in_deliveries_is_left_alone(system_with: SystemWith) -> None:
             raise RuntimeError("never")
         note_as("test.note", event, uow)
 
-    system = system_with(a_replayable_route(act=refuse_seven, attempts=1))
+    system = system_with(a_replayable_route(function=refuse_seven, max_attempts=1))
     with system.running():
         write_quotes(system, range(10))
         system.until_quiet()
@@ -290,7 +290,7 @@ def test_an_ordered_handler_acts_again_in_order_though_one_event_fails(system_wi
                 raise RuntimeError("not yet")
         note_as("test.note", event, uow)
 
-    system = system_with(a_replayable_route(act=fail_now_and_then, ordered=True, bundle_size=7))
+    system = system_with(a_replayable_route(function=fail_now_and_then, ordered=True, bundle_size=7))
     symbols = ("EUR", "USD", "CHF", "GBP")
     with system.running():
         for price in range(40):
@@ -468,7 +468,7 @@ def test_a_rate_is_kept(system_with: SystemWith) -> None:
 
 @pytest.mark.once
 def test_live_events_are_not_kept_waiting_by_a_replay(system_with: SystemWith) -> None:
-    system = system_with(a_replayable_route(act=slow, bundle_size=100))
+    system = system_with(a_replayable_route(function=slow, bundle_size=100))
     with system.running():
         write_quotes(system, range(3_000))
         system.until_quiet(60)

@@ -40,8 +40,8 @@ def note(event: NotedBefore | Noted, uow: UnitOfWork, _gateways: Gateways) -> No
 
 def route_for(*events: type[Event]) -> Route:
     return Route(
-        handler="routing.note", events=events, act=note, queue="test", ordered=True, backoff_seconds=0.02,
-        longest_backoff_seconds=0.1,
+        handler="routing.note", events=events, function=note, queue="test", ordered=True, backoff_seconds=0.02,
+        max_backoff_seconds=0.1,
     )  # fmt: skip
 
 

@@ -10,11 +10,12 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from domain.pricing import PriceQuoted
-from dovecote import database, operations
+from dovecote import operations
 from dovecote.operations import doctor
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
 from dovecote.settings import Settings
+from dovecote.store import connections
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
@@ -74,7 +75,7 @@ def test_the_whole_circle_under(setting: str, settings: Settings) -> None:
         time.sleep(0.15 if quote.price == 1 else 0)  # longer than a transaction may be
         note_as("test.note", quote, uow)
 
-    route = a_route(act=act, ordered=True, replayable=True)
+    route = a_route(function=act, ordered=True, replayable=True)
     let(settings, setting)
     with system_for(settings, [route]) as system:
         make_room_for_effects(system.engine)
@@ -125,7 +126,7 @@ def end_sessions_named(settings: Settings, name: str) -> None:
 def test_a_connection_that_ended_while_it_was_idle_is_replaced_before_anybody_has_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PING_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "_PING_AFTER_SECONDS", 0.05)
     engine = connect(settings.database.url.get_secret_value(), application_name="idle writer")
     writers = sessions_for(engine)
     with unit_of_work(writers) as uow:
@@ -148,7 +149,7 @@ def test_a_transaction_timeout_that_a_handler_sets_is_its_failure_and_no_outage(
         uow.session.execute(text("set local transaction_timeout = '20ms'"))
         uow.session.execute(text("select pg_sleep(1)"))
 
-    with system_for(settings, [a_route(act=act, attempts=3)]) as system, system.running():
+    with system_for(settings, [a_route(function=act, max_attempts=3)]) as system, system.running():
         write_quotes(system, [1])
 
         eventually(lambda: system.status().handlers["test.note"].dead == 1, 20, "a dead event")
@@ -170,7 +171,7 @@ def test_a_record_that_cannot_be_written_is_held_and_says_why(settings: Settings
             raise RuntimeError("twice")
         note_as("test.note", quote, uow)
 
-    with system_for(settings, [a_route(act=act)]) as system:
+    with system_for(settings, [a_route(function=act)]) as system:
         make_room_for_effects(system.engine)
         with system.relay(), capture_logs() as logged:
             write_quotes(system, [1])

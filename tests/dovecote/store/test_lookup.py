@@ -127,7 +127,7 @@ def test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not(
 @pytest.mark.parametrize("ordered", [False, True], ids=["in any order", "in order"])
 def test_a_retry_of_what_is_not_in_the_outbox_is_passed_over(looking: Looking, ordered: bool) -> None:
     written = [*looking.bench.write(1, symbol="A"), *looking.bench.write(2, symbol="B")]
-    looking.consumer.consume(a_route(act=Failing({1: FOR_EVER, 2: FOR_EVER}), ordered=ordered), written)
+    looking.consumer.consume(a_route(function=Failing({1: FOR_EVER, 2: FOR_EVER}), ordered=ordered), written)
     looking.forget(written[0])
 
     looking.consumer.consume(a_route(ordered=ordered), written, retry=True)
@@ -167,7 +167,7 @@ def test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery(loo
         looking.forget(envelope)
         raise RuntimeError
 
-    looking.consumer.consume(a_route(act=fails), [envelope])
+    looking.consumer.consume(a_route(function=fails), [envelope])
 
     assert looking.bench.deliveries() == []
     assert looking.instrumentation.passed_over == 1
@@ -353,10 +353,10 @@ def test_what_a_message_is_acknowledged_for_is_committed_durably(looking: Lookin
             """
         )
     looking.bench.engine.dispose()
-    route, written = a_route(act=_asks(seen)), looking.bench.write(1, FAILS)
+    route, written = a_route(function=_asks(seen)), looking.bench.write(1, FAILS)
 
     looking.consumer.consume(route, written[:1])
-    looking.consumer.consume(a_route("test.ordered", act=_asks(seen), ordered=True), written[:1])
+    looking.consumer.consume(a_route("test.ordered", function=_asks(seen), ordered=True), written[:1])
     looking.consumer.consume(route, written[:1], replay=looking.bench.replay_again())
     looking.consumer.consume(route, written[1:])
     looking.consumer.consume(route, written[1:], retry=True)
@@ -379,7 +379,7 @@ def test_it_is_committed_durably_through_a_pool_of_transactions(
         connection.execute(f"alter database {connection.info.dbname} set synchronous_commit = off")
     with pooled_url(fresh_database_url) as url:
         settings = settings_for(url, servers.redis_url, tmp_path)
-        with system_for(settings, [a_route(act=_asks(seen))]) as system:
+        with system_for(settings, [a_route(function=_asks(seen))]) as system:
             make_room_for_effects(system.engine)
             pooled = Looking(Bench(url, system.engine, system.sessions, system.gateways))
 

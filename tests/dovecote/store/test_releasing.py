@@ -77,7 +77,7 @@ def ordered(settings: Settings, mood: Mood) -> Iterator[Make]:
     opened: list[Any] = []
 
     def make(**words: Any) -> System:
-        route = a_route(HANDLER, act=mood, ordered=True, **{"replayable": True, **words})
+        route = a_route(HANDLER, function=mood, ordered=True, **{"replayable": True, **words})
         context = system_for(settings, [route])
         opened.append(context)
         system: System = context.__enter__()
@@ -211,7 +211,7 @@ def leased(system: System, lease_seconds: float = 60) -> list[DueDelivery]:
 def test_a_failure_in_the_middle_of_what_was_released_keeps_the_order(
     ordered: Make, mood: Mood, bundle_size: int
 ) -> None:
-    system = ordered(bundle_size=bundle_size, attempts=10)
+    system = ordered(bundle_size=bundle_size, max_attempts=10)
     block(system, mood, 20)
     mood.once.update({7: RuntimeError("once"), 8: RuntimeError("once")})
 
@@ -224,7 +224,7 @@ def test_a_failure_in_the_middle_of_what_was_released_keeps_the_order(
 
 
 def test_one_that_fails_again_and_again_takes_nothing_along(ordered: Make, mood: Mood) -> None:
-    system = ordered(bundle_size=10, attempts=6)
+    system = ordered(bundle_size=10, max_attempts=6)
     block(system, mood, 11)
     mood.broken[0] = RuntimeError("still")
     before = updates_of_deliveries(system)
@@ -304,7 +304,7 @@ def test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once(
         if event.price == 0:
             listen(uow.session, "before_commit", wait)
 
-    route: Route = a_route(HANDLER, act=commit_slowly, ordered=True)
+    route: Route = a_route(HANDLER, function=commit_slowly, ordered=True)
     write_quotes(system, [0, 1])
     first, second = envelopes(system)
     worker = threading.Thread(target=system.consumer.consume, args=(route, [first]))

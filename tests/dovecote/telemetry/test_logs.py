@@ -71,7 +71,7 @@ def test_lines_logged_by_a_handler_name_its_event(settings: Settings, lines: Lin
     first, second = a_quote("EUR", 1), a_quote("USD", 2)
     headers = {"correlation_id": "request-17", "traceparent": f"00-{'a' * 32}-{'b' * 16}-00"}
 
-    carry(settings, a_route(act=act), first, second, **headers)
+    carry(settings, a_route(function=act), first, second, **headers)
 
     said = lines.read("acting", "acting for EUR", "acting for USD")
     assert [line.get("price") for line in said] == ["1", None, "2", None]
@@ -97,7 +97,7 @@ def test_lines_logged_by_a_bulk_handler_name_its_bundle_or_its_only_event(settin
     lines.configure()
     quotes = [a_quote("EUR", 1), a_quote("USD", 2)]
 
-    carry(settings, a_route(act=act, bulk=True), *quotes)
+    carry(settings, a_route(function=act, bulk=True), *quotes)
 
     together, *alone = lines.read("acting")
     assert (together["handler"], together["events"]) == ("test.note", 2)
@@ -107,7 +107,7 @@ def test_lines_logged_by_a_bulk_handler_name_its_bundle_or_its_only_event(settin
 
 
 def test_a_bundle_of_which_one_event_is_new_names_that_one(settings: Settings, lines: Lines) -> None:
-    route = a_route(act=lambda *_: log.info("acting"), bulk=True)
+    route = a_route(function=lambda *_: log.info("acting"), bulk=True)
     lines.configure()
     with system_for(settings, (route,)) as system:
         bundle = write(system, a_quote("EUR", 1), a_quote("USD", 2))
@@ -119,7 +119,7 @@ def test_a_bundle_of_which_one_event_is_new_names_that_one(settings: Settings, l
 
 
 def test_what_is_logged_after_an_event_does_not_name_it(settings: Settings, lines: Lines) -> None:
-    route = a_route(act=lambda *_: log.info("acting"))
+    route = a_route(function=lambda *_: log.info("acting"))
     lines.configure()
     with system_for(settings, (route,)) as system:
         system.consumer.consume(route, write(system, a_quote("EUR", 1)))

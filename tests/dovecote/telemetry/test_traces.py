@@ -94,7 +94,7 @@ def test_writer_relay_and_handler_are_one_trace(spans: Spans, carry: Carry) -> N
         with spans.provider.get_tracer("a handler").start_as_current_span("reckon"):
             pass
 
-    system = carry(lambda system: requests.append(write(system, KEPT, 1)), a_route(act=act))
+    system = carry(lambda system: requests.append(write(system, KEPT, 1)), a_route(function=act))
 
     (request,) = requests
     (sent,), (processed,), (reckoned,) = (spans.named(name) for name in ("send test", "process test", "reckon"))
@@ -123,7 +123,7 @@ def test_what_a_handler_emits_goes_on_in_the_same_trace(spans: Spans, carry: Car
         if event.symbol == "EUR":
             uow.emit(a_quote("USD", 2))
 
-    carry(lambda system: write(system, KEPT, 1), a_route(act=act))
+    carry(lambda system: write(system, KEPT, 1), a_route(function=act))
 
     first, second = spans.named("process test")
     assert second.context.trace_id == first.context.trace_id
@@ -156,7 +156,7 @@ def test_a_bundle_s_links_are_all_kept(spans: Spans, carry: Carry) -> None:
         for price in range(200):
             write(system, KEPT, price)
 
-    carry(writes, a_route(bundle_size=500, bulk=True, act=lambda *_: None))
+    carry(writes, a_route(bundle_size=500, bulk=True, function=lambda *_: None))
 
     assert [len(span.links) for span in spans.named("publish", "consume test")] == [200, 200]
 
@@ -171,7 +171,7 @@ def test_each_event_of_a_bulk_handler_has_the_handler_s_span_in_its_own_trace(sp
     def writes(system: System) -> None:
         requests.extend(write(system, tracer, price) for price, tracer in enumerate([KEPT, KEPT, NOT_KEPT]))
 
-    carry(writes, a_route(act=act, bulk=True))
+    carry(writes, a_route(function=act, bulk=True))
 
     processed, (reckoned,), (bundle,) = (spans.named(name) for name in ("process test", "reckon", "consume test"))
     assert parents(processed) == {(request.trace_id, request.span_id) for request in requests[:2]}
@@ -197,7 +197,9 @@ def test_a_failure_is_told_in_the_event_s_trace_without_secrets(spans: Spans, ca
             raise ValueError("redis://:hunter2@cache said no to +49 151 12345678") from error
 
     requests: list[SpanContext] = []
-    system = carry(lambda system: requests.append(write(system, KEPT, 1)), a_route(act=act, bulk=bulk, attempts=1))
+    system = carry(
+        lambda system: requests.append(write(system, KEPT, 1)), a_route(function=act, bulk=bulk, max_attempts=1)
+    )
 
     (processed,) = spans.named("process test")
     assert processed.attributes
@@ -219,7 +221,7 @@ def test_a_failing_bundle_says_whose_fault_it_was_when_its_events_are_alone(span
         if any(envelope.event.price == 2 for envelope in envelopes):
             raise ValueError("two")
 
-    carry(lambda system: write(system, KEPT, 1, 2), a_route(act=act, bulk=True, attempts=1))
+    carry(lambda system: write(system, KEPT, 1, 2), a_route(function=act, bulk=True, max_attempts=1))
 
     together, alone = spans.named("process test")[:2], spans.named("process test")[2:]
     assert [(span.status.status_code, len(span.events)) for span in together] == [(StatusCode.ERROR, 0)] * 2
@@ -236,7 +238,7 @@ def test_what_a_handler_puts_into_its_own_spans_is_masked(spans: Spans, carry: C
             span.add_event("dialled +12015550123", {"phone": 12015550123})
             raise ValueError("token=hunter2")
 
-    carry(lambda system: write(system, KEPT, 1), a_route(act=act, attempts=1))
+    carry(lambda system: write(system, KEPT, 1), a_route(function=act, max_attempts=1))
 
     (called,) = spans.named("call +***23")
     told = called.to_json()
