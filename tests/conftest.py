@@ -30,6 +30,7 @@ from dovecote.store.connections import connect, sessions_for
 from tests.support.clusters import TEMPLATE, put_cluster
 from tests.support.keys import KEYS
 from tests.support.processes import a_place_for_servers, has_enough_memory
+from tests.support.profiles import THOROUGH
 
 # Processes that tests start belong to the application of this repository.
 os.environ.setdefault("DOVECOTE_APP", "workers.app:app")
@@ -66,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def is_long(request: pytest.FixtureRequest) -> bool:
     """Tell if there is time: tests that get stronger by their length ask this."""
-    return bool(request.config.getoption("--long"))
+    return THOROUGH or bool(request.config.getoption("--long"))
 
 
 @dataclass(frozen=True)

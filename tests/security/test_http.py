@@ -71,6 +71,7 @@ def answer_to(port: int, said: bytes) -> bytes:
     return heard
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("said", [b"", b"GET /", b"GET / HTTP/1.1\r\nX: "], ids=["nothing", "half a line", "a header"])
 def test_hundreds_who_dawdle_take_no_thread_and_a_scrape_is_answered(port: int, said: bytes) -> None:
     threads = threading.active_count()
