@@ -7,10 +7,8 @@ An application starts its processes with its app object, or has them find it: `d
 import gc
 import resource
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -18,11 +16,8 @@ import dramatiq
 import structlog
 from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import CurrentMessage, Middleware
-from psycopg.types.json import set_json_loads
 from sqlalchemy import Engine
-from sqlalchemy.event import listen
 
-from dovecote import telemetry
 from dovecote.broker.broker import OrjsonEncoder, OutboxBroker
 from dovecote.broker.fetcher import refuse as refuse_message
 from dovecote.broker.poison import Suspect
@@ -30,21 +25,23 @@ from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.consumer.time_limits import GRACE_SECONDS
 from dovecote.envelope.message_reader import Received, RefusedMessage
-from dovecote.envelope.stored_json import read_stored
 from dovecote.masking import never_show
 from dovecote.migrations import schema
 from dovecote.operations.maintainer import Maintainer
-from dovecote.processes import terminal
 from dovecote.processes.children import die_with_parent
+from dovecote.processes.terminal import refuse
 from dovecote.relay.relay import Relay
 from dovecote.route import Dovecote, InvalidRoute, Purge, Route, distinct, queues
 from dovecote.settings import Settings, SettingsError, load_settings, secrets
 from dovecote.settings.application import find_app
-from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect, sessions_for
-from dovecote.store.loaders import loads_anything
+from dovecote.store.connections import sessions_for
+from dovecote.store.engines import engine_for
 from dovecote.store.lookup import history_in
 from dovecote.store.pauses import HandlerPaused
+from dovecote.telemetry.configure import configure
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation, RelayInstrumentation
+from dovecote.telemetry.logs import log_uncaught
+from dovecote.telemetry.traces import end_traces
 from dovecote.unit_of_work import UnitOfWork
 
 log = structlog.get_logger()
@@ -59,8 +56,8 @@ def start_consumers(app: Dovecote) -> None:
     """Set up this process to act on events; called in each worker process of Dramatiq."""
     routes = app.routes
     settings = settings_or_exit()
-    telemetry.configure(settings.telemetry, "consumers")
-    telemetry.log_uncaught()
+    configure(settings.telemetry, "consumers")
+    log_uncaught()
     # A killed master must not leave its workers behind.
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
@@ -113,15 +110,15 @@ def run_relay(app: Dovecote) -> None:
     """Be a relay until SIGTERM or SIGINT."""
     routes = app.routes
     settings = settings_or_exit()
-    telemetry.configure(settings.telemetry, "relay")
-    telemetry.log_uncaught()
+    configure(settings.telemetry, "relay")
+    log_uncaught()
     running = relay_for(settings, routes, _relay_instrumentation(settings, routes), app.purges)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
     try:
         running.run()
     finally:
-        telemetry.end_traces()
+        end_traces()
 
 
 def relay_for(
@@ -153,32 +150,6 @@ def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
     )
 
 
-def engine_for(settings: Settings, application_name: str, **session_settings: object) -> Engine:
-    """Return an engine with the settings' pool and time-outs, whatever those of the role or the database are."""
-    database = settings.database
-    engine = connect(
-        database.url.get_secret_value(),
-        pool_size=database.pool_size,
-        connect_timeout_seconds=database.connect_timeout_seconds,
-        statement_timeout_ms=database.statement_timeout_ms,
-        application_name=application_name,
-        session_settings={**NO_TIME_LIMITS, **session_settings},
-    )
-    # Postgres keeps numbers and nestings that Python's own parser refuses with an error.
-    listen(engine, "connect", lambda connection, _: set_json_loads(read_stored, connection))
-    return engine
-
-
-@contextmanager
-def engine_during(settings: Settings) -> Iterator[Engine]:
-    """Give an engine for the length of a command."""
-    engine = loads_anything(engine_for(settings, "dovecote cli", **ONLY_OUR_NAMES))
-    try:
-        yield engine
-    finally:
-        engine.dispose()
-
-
 def app_or_exit() -> Dovecote:
     """Return the app object that DOVECOTE_APP names, or end the process with code 2 and one sentence."""
     try:
@@ -197,12 +168,6 @@ def settings_or_exit() -> Settings:
     # A core file would hold the keys, and lie where we were started.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return settings
-
-
-def refuse(sentence: str) -> NoReturn:
-    """End the process with code 2: it was started wrongly."""
-    terminal.write_line(sys.stderr, sentence, before="dovecote: ")
-    raise SystemExit(2)
 
 
 def broker_for(
@@ -310,4 +275,4 @@ class _SendsLastSpans(Middleware):
     """Sends what was not exported yet: Dramatiq's processes end without a word to `atexit`."""
 
     def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
-        telemetry.end_traces()
+        end_traces()

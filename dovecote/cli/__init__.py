@@ -15,7 +15,6 @@ import sqlalchemy.exc
 import typer
 
 from dovecote import masking, operations
-from dovecote.bootstrap import refuse
 from dovecote.cli import audit as auditing
 from dovecote.cli import deliveries, events, handlers, keys, status
 from dovecote.cli import doctor as doctoring
@@ -30,7 +29,7 @@ from dovecote.local.binaries import ServerError
 from dovecote.local.supervisor import CannotRun, ProcfileError
 from dovecote.migrations import schema
 from dovecote.processes.state_directory import StateDirectoryError
-from dovecote.processes.terminal import write_block
+from dovecote.processes.terminal import refuse, write_block
 from dovecote.settings import SettingsError
 from dovecote.settings.application import find_app
 from dovecote.telemetry.failures import is_transient, traceback_of

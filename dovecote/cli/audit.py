@@ -8,10 +8,10 @@ import typer
 from rich.table import Table
 
 from dovecote import operations
-from dovecote.bootstrap import engine_during
 from dovecote.cli.options import Limit, Since, identifier
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say
 from dovecote.settings import load_settings
+from dovecote.store.engines import engine_during
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,6 @@ import typer
 from rich.table import Table
 
 from dovecote import operations
-from dovecote.bootstrap import engine_during, refuse
 from dovecote.cli.options import (
     Actor,
     AggregateId,
@@ -23,9 +22,11 @@ from dovecote.cli.options import (
 )
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_block, say_nothing
 from dovecote.operations import Change, Failure, Filter
+from dovecote.processes.terminal import refuse
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
 from dovecote.store.delivery_state import DeliveryState
+from dovecote.store.engines import engine_during
 
 StateOption = Annotated[DeliveryState | None, typer.Option(help="Only deliveries of this state.")]
 Fingerprint = Annotated[str | None, typer.Option(help="Only failures of this kind, as `deliveries list` names it.")]

@@ -8,12 +8,12 @@ import typer
 from rich.table import Table
 
 from dovecote import operations
-from dovecote.bootstrap import engine_during
 from dovecote.cli.options import AggregateId, AggregateType, EventType, Limit, Since, Until, identifier
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing, until_ctrl_c
 from dovecote.operations import EventFilter, EventLife
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
+from dovecote.store.engines import engine_during
 
 _TAIL_SECONDS = 0.2
 

@@ -7,13 +7,13 @@ import typer
 from rich.table import Table
 
 from dovecote import operations
-from dovecote.bootstrap import engine_during
 from dovecote.cli.options import Actor, DryRun, Reason, complete_handler
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing
 from dovecote.operations import Handler, HandlerWithoutRoute
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
 from dovecote.store.delivery_state import DeliveryState
+from dovecote.store.engines import engine_during
 
 Name = Annotated[
     str, typer.Argument(help="The handler, such as billing.write_history.", autocompletion=complete_handler)

@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 from dovecote import operations
-from dovecote.bootstrap import engine_during
 from dovecote.cli.options import Actor, DryRun, Reason
 from dovecote.cli.output import AsJson, print_json, say
 from dovecote.settings import load_settings
+from dovecote.store.engines import engine_during
 
 _keys = typer.Typer(no_args_is_help=True, help="The keys that messages are signed with.")
 

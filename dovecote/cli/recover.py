@@ -3,12 +3,12 @@
 import typer
 
 from dovecote import operations
-from dovecote.bootstrap import engine_during
 from dovecote.cli.options import Actor, DryRun, Reason
 from dovecote.cli.output import AsJson, print_json, say
 from dovecote.operations import Recovery
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
+from dovecote.store.engines import engine_during
 
 
 def register(app: typer.Typer) -> None:

@@ -11,7 +11,6 @@ from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from sqlalchemy import Engine
 
-from dovecote.bootstrap import engine_during, refuse
 from dovecote.cli.options import (
     Actor,
     AggregateId,
@@ -28,9 +27,10 @@ from dovecote.cli.options import (
 from dovecote.cli.output import AsJson, add_row, note, print_json, print_table, progress_bar, say, shows_progress
 from dovecote.errors import shown
 from dovecote.operations import replays
-from dovecote.processes.terminal import plain
+from dovecote.processes.terminal import plain, refuse
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
+from dovecote.store.engines import engine_during
 from dovecote.store.replays import Filter
 
 _WATCH_SECONDS = 0.25

@@ -9,13 +9,13 @@ from rich.table import Table
 from sqlalchemy import Engine
 from sqlalchemy.exc import ProgrammingError
 
-from dovecote.bootstrap import engine_during
 from dovecote.cli.options import Actor, DryRun
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say
 from dovecote.operations import retention
 from dovecote.operations.purging import purge
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
+from dovecote.store.engines import engine_during
 
 KeepWeeks = Annotated[
     int | None, typer.Option(min=0, max=5_200, help="Whole weeks to keep before this one; 0 drops none.")

@@ -9,13 +9,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from dovecote.bootstrap import app_or_exit, refuse, run_relay
+from dovecote.bootstrap import app_or_exit, run_relay
 from dovecote.cli.options import DryRun
 from dovecote.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
 from dovecote.local.clients import environment_for_clients
 from dovecote.local.supervisor import prefixed, stop_on_signals
 from dovecote.local.system import PROCFILE, STOP_SECONDS, LocalSystem, local_system
 from dovecote.migrations import schema
+from dovecote.processes.terminal import refuse
 from dovecote.settings import load_settings
 
 

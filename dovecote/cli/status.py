@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dovecote import operations
-from dovecote.bootstrap import engine_during
 from dovecote.cli.output import AsJson, Legible, add_row, cell, live_screen, out, print_json, show, until_ctrl_c
 from dovecote.operations import HandlerStatus, Status
 from dovecote.settings import load_settings
 from dovecote.settings.application import find_app
+from dovecote.store.engines import engine_during
 from dovecote.store.runs import Run
 
 # Lines for types without a route: a writer may invent any number.

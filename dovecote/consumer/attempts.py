@@ -12,8 +12,8 @@ from dovecote.envelope import Envelope
 from dovecote.errors import DomainError, GatewayUnavailable, UnknownEvent
 from dovecote.route import Route
 from dovecote.store.delivery_state import DeliveryState
-from dovecote.telemetry import trace_id
 from dovecote.telemetry.failures import Failure, KilledTheProcess, UnknownHandler, is_transient
+from dovecote.telemetry.traces import trace_id
 
 _record_failure = text(
     """

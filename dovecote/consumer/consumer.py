@@ -39,8 +39,7 @@ from dovecote.route import Route, require_nothing_returned
 from dovecote.store import deliveries, lookup
 from dovecote.store.bundle import Bundle, Parts
 from dovecote.store.pauses import HandlerPaused, require_at_work
-from dovecote.telemetry import acting_on, acting_on_all, consuming, set_in_flight
-from dovecote.telemetry.context import event_in_flight
+from dovecote.telemetry.context import event_in_flight, set_in_flight
 from dovecote.telemetry.failures import (
     KilledTheProcess,
     TimeLimitExceeded,
@@ -50,6 +49,7 @@ from dovecote.telemetry.failures import (
     is_transient,
 )
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation
+from dovecote.telemetry.traces import acting_on, acting_on_all, consuming
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 
 log = structlog.get_logger()

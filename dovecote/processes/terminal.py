@@ -5,8 +5,9 @@ bidirectional overrides turn a sentence around, and a line break makes a line th
 names are written by others. So no such character leaves this module; it is shown as Python writes it, such as \\x1b.
 """
 
+import sys
 import unicodedata
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 # A letter with more accents than any language has runs over the lines above it.
 _MAX_MARKS = 4
@@ -51,6 +52,12 @@ def write(stream: TextIO, ours: str, *, flush: bool = True) -> None:
     stream.write(ours.encode(encoding, "backslashreplace").decode(encoding))
     if flush:
         stream.flush()
+
+
+def refuse(sentence: str) -> NoReturn:
+    """End the process with code 2: it was started wrongly."""
+    write_line(sys.stderr, sentence, before="dovecote: ")
+    raise SystemExit(2)
 
 
 def _escaped(character: str) -> str:

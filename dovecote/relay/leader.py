@@ -38,8 +38,8 @@ from dovecote.store.runs import outbox_run
 from dovecote.store.sequence import SequenceWatch
 from dovecote.store.unrouted import Unrouted
 from dovecote.store.unsendable import Unreadable, report, set_aside
-from dovecote.telemetry import publishing
 from dovecote.telemetry.instrumentation import RelayInstrumentation
+from dovecote.telemetry.traces import publishing
 
 log = structlog.get_logger()
 

@@ -82,35 +82,3 @@ Of consumers; one port reports for all worker processes of a Dramatiq master:
     dovecote_handler_duration_seconds{handler} histogram: one call of the handler: an event, or with `bulk` a bundle
     dovecote_commit_to_effect_seconds{handler} histogram: from the event's row to the commit of its effect; no replays
 """
-
-from dovecote import settings as options
-from dovecote.telemetry.context import set_in_flight
-from dovecote.telemetry.logs import configure_logs, log_uncaught
-from dovecote.telemetry.traces import (
-    acting_on,
-    acting_on_all,
-    configure_traces,
-    consuming,
-    end_traces,
-    publishing,
-    trace_id,
-)
-
-__all__ = [
-    "acting_on",
-    "acting_on_all",
-    "configure",
-    "consuming",
-    "end_traces",
-    "log_uncaught",
-    "publishing",
-    "set_in_flight",
-    "trace_id",
-]
-
-
-def configure(telemetry: "options.Telemetry", component: str) -> None:
-    """Set up logs and traces of this process; the last call wins."""
-    configure_logs(telemetry, component)
-    if telemetry.otlp_endpoint:
-        configure_traces(telemetry.otlp_endpoint, telemetry.sample_ratio, component)

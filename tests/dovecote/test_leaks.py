@@ -17,10 +17,12 @@ import structlog
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from dovecote import masking, telemetry
+from dovecote import masking
 from dovecote.masking import never_show
 from dovecote.settings import Telemetry, load_settings, secrets
-from dovecote.telemetry import traces
+from dovecote.telemetry import export
+from dovecote.telemetry.configure import configure
+from dovecote.telemetry.logs import log_uncaught
 
 PASSWORD = "correct-horse-battery"  # known to the process
 TOLD = "hunter2 and more"  # known by its name only
@@ -150,8 +152,8 @@ def log_format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
 def test_nothing_leaks_into_a_log_through(attempt: str, log_format: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry.configure(Telemetry(log_format=log_format), "test")
-    telemetry.log_uncaught()
+    configure(Telemetry(log_format=log_format), "test")
+    log_uncaught()
 
     ATTEMPTS[attempt]()
 
@@ -164,8 +166,8 @@ def test_nothing_leaks_into_a_log_through(attempt: str, log_format: Any, capsys:
 
 def test_nothing_leaks_into_a_trace() -> None:
     exporter = InMemorySpanExporter()
-    provider = traces.provider_for(1.0, "test")
-    provider.add_span_processor(SimpleSpanProcessor(traces.Masking(exporter)))
+    provider = export.provider_for(1.0, "test")
+    provider.add_span_processor(SimpleSpanProcessor(export.Masking(exporter)))
     tracer = provider.get_tracer("a handler")
 
     attributes: dict[str, Any] = {

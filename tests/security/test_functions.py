@@ -10,8 +10,9 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from dovecote.bootstrap import engine_during, relay_for
+from dovecote.bootstrap import relay_for
 from dovecote.migrations import schema
+from dovecote.store.engines import engine_during
 from tests.conftest import Servers, settings_for
 from tests.security.traps import TEMPORARY, one, session, trapped, traps_in
 from tests.support import commands

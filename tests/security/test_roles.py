@@ -16,11 +16,11 @@ import pytest
 
 from domain import billing, pricing, verification
 from dovecote import operations
-from dovecote.bootstrap import engine_during
 from dovecote.events.money import Money
 from dovecote.operations.tail import follow
 from dovecote.privacy import Keyring
 from dovecote.store.connections import connect, sessions_for
+from dovecote.store.engines import engine_during
 from dovecote.store.unrouted import MAX_TYPES, Unrouted
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from dovecote.unit_of_work.emitting import Emitted

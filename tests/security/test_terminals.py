@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from dovecote import cli, telemetry
+from dovecote import cli
 from dovecote.cli import deliveries, events, output, status
 from dovecote.cli import recover as recovering
 from dovecote.cli import replays as replaying
@@ -44,6 +44,7 @@ from dovecote.operations.replays import Plan, Replay
 from dovecote.operations.retention import Maintenance
 from dovecote.processes.terminal import block, plain, write_line
 from dovecote.settings import Telemetry
+from dovecote.telemetry.configure import configure
 from tests.security.patterns import modules
 from tests.support.profiles import examples
 from workers.commands import ingest as ingesting
@@ -337,7 +338,7 @@ def test_a_wrong_word_and_a_wrong_setting_are_shown_and_not_obeyed(tmp_path: Pat
 
 
 def test_log_lines_for_people_are_harmless(capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry.configure(Telemetry(log_format="console"), "test")
+    configure(Telemetry(log_format="console"), "test")
     log = structlog.get_logger()
     try:
         try:

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from dovecote import operations
-from dovecote.bootstrap import broker_for, declare_handlers, engine_for, relay_for
+from dovecote.bootstrap import broker_for, declare_handlers, relay_for
 from dovecote.broker.broker import OutboxBroker
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
@@ -22,6 +22,7 @@ from dovecote.relay.relay import Relay
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
 from dovecote.store.connections import sessions_for
+from dovecote.store.engines import engine_for
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation, RelayInstrumentation
 from tests.support.exact_counts import count_everything
 from tests.support.processes import eventually

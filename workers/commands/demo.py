@@ -11,13 +11,13 @@ import sqlalchemy.exc
 import typer
 
 from dovecote import operations
-from dovecote.bootstrap import engine_during
 from dovecote.cli.output import AsJson, print_json, progress_bar, say
 from dovecote.local.supervisor import prefixed, stop_on_signals
 from dovecote.local.system import STOP_SECONDS, local_system
 from dovecote.processes.state_directory import StateDirectory
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.settings import Settings, given_variables, load_settings
+from dovecote.store.engines import engine_during
 from workers import demo as demonstration
 
 

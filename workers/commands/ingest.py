@@ -7,10 +7,11 @@ from typing import Annotated
 import sqlalchemy.exc
 import typer
 
-from dovecote.bootstrap import engine_during, refuse
 from dovecote.cli.output import AsJson, note, print_json, progress_bar, say, shows_progress
+from dovecote.processes.terminal import refuse
 from dovecote.settings import load_settings
 from dovecote.store.connections import sessions_for
+from dovecote.store.engines import engine_during
 from workers.gateways import price_files as ingestion
 
 

@@ -15,10 +15,10 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovecote import telemetry
 from dovecote.processes.state_directory import StateDirectory
 from dovecote.settings import Settings, SettingsError, load_settings, options, shown
 from dovecote.settings.keys import weakness
+from dovecote.telemetry.configure import configure
 from tests.support import commands
 from tests.support.keys import a_key
 
@@ -323,7 +323,7 @@ def test_neither_repr_nor_a_log_shows_a_secret(tmp_path: Path) -> None:
     log = io.StringIO()
     before = logging.getLogger().handlers[:]
 
-    telemetry.configure(settings.telemetry, "test")
+    configure(settings.telemetry, "test")
     try:
         for handler in logging.getLogger().handlers:
             assert isinstance(handler, logging.StreamHandler)

@@ -10,10 +10,10 @@ import pytest
 import structlog
 
 from domain.pricing import PriceQuoted
-from dovecote import telemetry
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.route import Route
 from dovecote.settings import Settings, Telemetry
+from dovecote.telemetry.configure import configure
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route
 from tests.support.quotes import a_quote
@@ -28,7 +28,7 @@ class Lines:
         self._capture = capture
 
     def configure(self, **options: Any) -> None:
-        telemetry.configure(Telemetry(**{"log_format": "json", **options}), "test")
+        configure(Telemetry(**{"log_format": "json", **options}), "test")
 
     def read(self, *events: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self._capture.readouterr().err.splitlines()]

@@ -9,8 +9,8 @@ import structlog
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
 
-from dovecote import telemetry
 from dovecote.settings import Telemetry
+from dovecote.telemetry.configure import configure
 
 
 @pytest.fixture(params=["console", "json"])
@@ -22,7 +22,7 @@ def log_format(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_numbers_and_passwords_are_masked_in_every_value(log_format: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry.configure(Telemetry(log_format=log_format), "test")
+    configure(Telemetry(log_format=log_format), "test")
     structlog.get_logger().info(
         "calling +49 30 901820", url="postgresql://u:hunter2@db/x", nested={"to": ["+12015550123"]}
     )
@@ -36,7 +36,7 @@ def test_numbers_and_passwords_are_masked_in_every_value(log_format: Any, capsys
 
 
 def test_a_traceback_is_masked(log_format: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry.configure(Telemetry(log_format=log_format), "test")
+    configure(Telemetry(log_format=log_format), "test")
     try:
         raise ValueError("no route to +12015550123 over redis://:hunter2@cache")
     except ValueError:
@@ -49,7 +49,7 @@ def test_a_traceback_is_masked(log_format: Any, capsys: pytest.CaptureFixture[st
 
 
 def test_dramatiq_names_a_message_and_does_not_print_it(log_format: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry.configure(Telemetry(log_format=log_format), "test")
+    configure(Telemetry(log_format=log_format), "test")
     message: Message[None] = Message("billing", "billing.write_history", ([{"data": "a payload"}],), {}, {}, "m-1")
 
     logging.getLogger("dramatiq.worker").warning("Failed to post_process_message(%s)", MessageProxy(message))

@@ -14,7 +14,7 @@ from domain.pricing import PriceQuoted
 from dovecote.envelope import Envelope
 from dovecote.route import Route
 from dovecote.settings import Settings
-from dovecote.telemetry import traces
+from dovecote.telemetry import export, traces
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, effects_in, make_room_for_effects
 from tests.support.quotes import a_quote
@@ -29,8 +29,8 @@ class Spans:
 
     def __init__(self, sample_ratio: float = 1.0) -> None:
         self._exporter = InMemorySpanExporter()
-        self.provider = traces.provider_for(sample_ratio, "test")
-        self.provider.add_span_processor(SimpleSpanProcessor(traces.Masking(self._exporter)))
+        self.provider = export.provider_for(sample_ratio, "test")
+        self.provider.add_span_processor(SimpleSpanProcessor(export.Masking(self._exporter)))
         self.tracer = self.provider.get_tracer("dovecote")
 
     def named(self, *names: str) -> list[ReadableSpan]:
