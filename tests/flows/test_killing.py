@@ -72,8 +72,9 @@ class RunningSystem:
             engine.dispose()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def running() -> Iterator[RunningSystem]:
+    """One for the module, because it takes seven processes; the last test ends it."""
     with a_place_for_servers() as place, _up(place / "home") as system:
         yield system
 
@@ -128,6 +129,7 @@ def test_a_killed_system_leaves_no_process_behind_and_finds_its_data_again() -> 
 
 
 def test_servers_that_are_killed_are_started_again(running: RunningSystem) -> None:
+    published = running.status().relay.published
     for words in ("-server - --dir", "postgres -D"):
         (server,) = [one for one in running.ours(words) if one.ppid() == running.process.pid]
 
@@ -136,7 +138,7 @@ def test_servers_that_are_killed_are_started_again(running: RunningSystem) -> No
         eventually(partial(running.ours, words), 20, f"another {words}")
     eventually(lambda: _leads(running), 30, "a relay that leads again")
     _demo(running)
-    assert running.status().relay.published == 100
+    assert running.status().relay.published == published + 100
 
 
 def _leads(system: RunningSystem) -> bool:
@@ -146,15 +148,14 @@ def _leads(system: RunningSystem) -> bool:
         return False
 
 
-def test_ctrl_c_stops_everything() -> None:
-    with a_place_for_servers() as place, _up(place / "home") as system:
-        everything = [child.pid for child in psutil.Process(system.process.pid).children(recursive=True)]
+def test_ctrl_c_stops_everything(running: RunningSystem) -> None:
+    everything = [child.pid for child in psutil.Process(running.process.pid).children(recursive=True)]
 
-        system.process.send_signal(signal.SIGINT)
+    running.process.send_signal(signal.SIGINT)
 
-        assert system.process.wait(30) == 0
-        assert not are_there(everything)
-        assert StateDirectory(place / "home").running() is None
+    assert running.process.wait(30) == 0
+    assert not are_there(everything)
+    assert StateDirectory(running.home).running() is None
 
 
 def _demo(system: RunningSystem) -> None:
