@@ -9,6 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def no_servers_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DATABASE_URL", "REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def dev() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "dev"))
@@ -25,6 +31,13 @@ def test_everything_runs_in_several_processes_and_what_must_be_alone_in_one(dev:
 @pytest.mark.parametrize("words", [["-k", "relay"], ["-x"], ["tests/test_dev.py"], ["tests/test_dev.py::test_it"]])
 def test_a_selection_runs_at_once_in_one_process(dev: dict[str, Any], words: list[str]) -> None:
     assert dev["passes_of_pytest"](words) == [(words, {})]
+
+
+def test_servers_that_are_given_are_for_one_process(dev: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://given")
+    monkeypatch.setenv("REDIS_URL", "redis://given")
+
+    assert dev["passes_of_pytest"]([]) == [([], {})]
 
 
 @pytest.mark.parametrize("words", [[], ["tests/domain"], ["-v", "--durations", "20"]])
