@@ -13,7 +13,7 @@ from benchmarks import latency, probe, seeding
 from benchmarks.harness import Options, Scene, Stage
 from benchmarks.history import held_snapshot
 from benchmarks.report import Report, percentile
-from dovecote.relay import leader as leading
+from dovecote.store import published_batches, relay_state
 
 RATE = 500
 _AT_MOST = 1.2
@@ -137,8 +137,8 @@ def _age(scene: Scene) -> None:
     """Leave behind what the relay's own statements would have in ten minutes, each in a transaction of its own."""
     epoch = scene.one("select epoch from dovecote.relay_state")
     words = psycopg.ClientCursor(scene.connection)
-    record = words.mogrify(leading._RECORD, {"positions": "{}", "events": 0, "epoch": epoch})
-    checkpoint = words.mogrify(leading._RECORD_CHECKPOINT, (0, epoch))
+    record = words.mogrify(published_batches.RECORD, {"positions": "{}", "events": 0, "epoch": epoch})
+    checkpoint = words.mogrify(relay_state.RECORD_CHECKPOINT, (0, epoch))
     scene.connection.execute("set synchronous_commit = off")  # as the relay has it
     for times, statement in ((_RECORDS, record), (_CHECKPOINTS, checkpoint)):
         loop = f"do $$ begin for n in 1 .. {times} loop {statement}; commit; end loop; end $$"

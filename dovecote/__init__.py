@@ -5,6 +5,9 @@ Everything that a service needs is here; importing it needs SQLAlchemy and nothi
 
 import os
 import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 
 def _forget_current_directory() -> None:
@@ -29,22 +32,70 @@ def _forget_current_directory() -> None:
 
 _forget_current_directory()
 
-from dovecote.errors import (  # noqa: E402 - only now nothing is imported from where the process was started
-    ConcurrentChange,
-    DomainError,
-    DovecoteError,
-    GatewayUnavailable,
-    InvalidEvent,
-    InvalidValue,
-    NotFound,
-    RateLimited,
-    Refused,
-)
-from dovecote.events import Event, readable_as, sensitive, upcaster  # noqa: E402 - see above
-from dovecote.events.money import Money  # noqa: E402 - see above
-from dovecote.privacy import Keyring  # noqa: E402 - see above
-from dovecote.route import Dovecote, Route  # noqa: E402 - see above
-from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, unit_of_work  # noqa: E402 - see above
+#: The public names, each imported when it is first used: a command that only prints its help needs none of them.
+_MODULES = {
+    "ConcurrentChange": "errors",
+    "DomainError": "errors",
+    "Dovecote": "route",
+    "DovecoteError": "errors",
+    "Event": "events",
+    "GatewayUnavailable": "errors",
+    "InvalidEvent": "errors",
+    "InvalidValue": "errors",
+    "Keyring": "privacy",
+    "Money": "events.money",
+    "NotFound": "errors",
+    "RateLimited": "errors",
+    "Refused": "errors",
+    "Route": "route",
+    "UnitOfWork": "unit_of_work",
+    "readable_as": "events",
+    "run_unit_of_work": "unit_of_work",
+    "sensitive": "events",
+    "unit_of_work": "unit_of_work",
+    "upcaster": "events",
+}
+
+if TYPE_CHECKING:
+    from dovecote.errors import (
+        ConcurrentChange,
+        DomainError,
+        DovecoteError,
+        GatewayUnavailable,
+        InvalidEvent,
+        InvalidValue,
+        NotFound,
+        RateLimited,
+        Refused,
+    )
+    from dovecote.events import Event, readable_as, sensitive, upcaster
+    from dovecote.events.money import Money
+    from dovecote.privacy import Keyring
+    from dovecote.route import Dovecote, Route
+    from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, unit_of_work
+else:
+
+    class _Package(ModuleType):
+        """Gives `dovecote.unit_of_work` as the function, also where the module of that name was imported before."""
+
+        @property
+        def unit_of_work(self) -> object:
+            return __getattr__("unit_of_work")
+
+        @unit_of_work.setter
+        def unit_of_work(self, _module: object) -> None:
+            """The import system binds each submodule here; this one is found in sys.modules."""
+
+    sys.modules[__name__].__class__ = _Package
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULES})
+
 
 __all__ = [
     "ConcurrentChange",

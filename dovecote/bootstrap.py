@@ -20,10 +20,11 @@ from sqlalchemy import Engine
 
 from dovecote.broker.broker import OrjsonEncoder, OutboxBroker
 from dovecote.broker.fetcher import refuse as refuse_message
-from dovecote.broker.poison import Suspect
-from dovecote.consumer.consumer import SILENT_SECONDS, Consumer, Stopping
+from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
+from dovecote.consumer.retrying import Stopping
 from dovecote.consumer.time_limits import GRACE_SECONDS
+from dovecote.consumer.transaction import MAX_SILENCE_SECONDS
 from dovecote.envelope.message_reader import Received, RefusedMessage
 from dovecote.masking import never_show
 from dovecote.migrations import schema
@@ -34,10 +35,12 @@ from dovecote.relay.relay import Relay
 from dovecote.route import Dovecote, InvalidRoute, Purge, Route, distinct, queues
 from dovecote.settings import Settings, SettingsError, load_settings, secrets
 from dovecote.settings.application import find_app
+from dovecote.store.bundle import Bundle
 from dovecote.store.connections import sessions_for
 from dovecote.store.engines import engine_for
 from dovecote.store.lookup import history_in
 from dovecote.store.pauses import HandlerPaused
+from dovecote.store.poison import PoisonMessage
 from dovecote.telemetry.configure import configure
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation, RelayInstrumentation
 from dovecote.telemetry.logs import log_uncaught
@@ -144,7 +147,7 @@ def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
     return engine_for(
         settings,
         "dovecote consumer",
-        idle_in_transaction_session_timeout=int(1_000 * (longest_seconds + 2 * SILENT_SECONDS)),
+        idle_in_transaction_session_timeout=int(1_000 * (longest_seconds + 2 * MAX_SILENCE_SECONDS)),
         # Before statement_timeout, which would be a failure.
         lock_timeout=settings.database.statement_timeout_ms // 2,
     )
@@ -217,20 +220,16 @@ def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = No
             refused = error if isinstance(error, RefusedMessage) else RefusedMessage("unreadable", str(error))
             refuse_message(_message_at_hand(), refused)
             return
-        suspect = None
+        poison = None
         if received.crashes and isinstance(broker, OutboxBroker):
             queue = f"{broker.namespace}:{received.queue}"
-            suspect = Suspect(broker.client, consumer.message_keys, queue, received.id, received.crashes)
-        consume = consumer.consume if route else consumer.keep_for_other_code
+            poison = PoisonMessage(broker.client, consumer.message_keys, queue, received.id, received.crashes)
+        bundle = Bundle(its_route, contents.envelopes, contents.retry, contents.replay, contents.sent_in, poison)
         with consumer.instrumentation.in_flight(its_route.handler, len(contents.envelopes)):
-            consume(
-                its_route,
-                contents.envelopes,
-                retry=contents.retry,
-                replay=contents.replay,
-                suspect=suspect,
-                sent_in=contents.sent_in,
-            )
+            if route:
+                consumer.consume(bundle)
+            else:
+                consumer.keep_for_other_code(bundle)
 
     return act
 

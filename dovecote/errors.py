@@ -25,7 +25,11 @@ class DovecoteError(Exception):
 
     One is none of these, because no `except Exception` of a handler may catch it: dovecote.consumer.time_limits.CutOff.
     Private ones (`_Name`), which never leave their module, need not be.
+
+    exit_code  of a command that ends with it: 1 the work failed, 2 the command or a setting is wrong
     """
+
+    exit_code: ClassVar[int] = 1
 
 
 class DomainError(DovecoteError):
@@ -37,9 +41,9 @@ class Refused(DomainError):
 
 
 class RateLimited(Refused):
-    """Too many of them lately. Asking earlier changes nothing, and makes nothing longer.
+    """Too many requests lately. Trying again before `retry_at` is refused, and does not extend the wait.
 
-    retry_after  how long to wait, from the time that the caller gave; more than zero
+    retry_after  how long to wait, from the time that the caller gave; above zero
     retry_at     the end of that wait
     """
 
@@ -69,7 +73,7 @@ class UnknownEvent(DovecoteError):
 
 
 class NoTransaction(DovecoteError):
-    """An event was emitted where no commit would write it. Emit it inside of the transaction that it describes."""
+    """An event was emitted where no commit would write it. Emit it inside of the transaction that changes the state."""
 
 
 class AbortedTransaction(DovecoteError):
@@ -93,7 +97,7 @@ class MissingPackage(DovecoteError):
 
 
 class GatewayUnavailable(DovecoteError):
-    """The outside world does not answer at present: try again, with growing pauses."""
+    """An external service does not answer now: try again, with growing pauses."""
 
 
 class NoKeys(DovecoteError):

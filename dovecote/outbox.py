@@ -1,7 +1,7 @@
 """The outbox table and the one statement a writer needs.
 
-Append only. A row is written in the transaction of the change it tells of; the trigger `announce`
-on the table tells the relay that positions are about to be taken (migrations/sql/0002_outbox.up.sql).
+Append only. A row is written in the transaction of the change that it records; the trigger `announce`
+on the table announces to the relay that positions are about to be taken.
 Do not write into a partition directly: that would bypass the trigger, and the database refuses it.
 """
 

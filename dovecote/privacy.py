@@ -1,14 +1,11 @@
-"""Phone numbers: read them, hash them, seal them, show four digits of them.
+"""Encryption of fields: the keys, and what they encrypt and decrypt.
 
-A number in the clear lives in memory only. What is stored is a keyed hash (to find it again) and a
-sealed text (to send to it); nothing here logs, and no error repeats a number or a key.
-`cryptography` and `phonenumbers` come with the extra `dovecote[privacy]` and are imported when needed.
+Nothing here logs, and no error repeats a text or a key. `cryptography` comes with the extra `dovecote[privacy]` and is
+imported when needed.
 """
 
 import base64
 import binascii
-import hashlib
-import hmac
 import os
 import re
 from collections.abc import Mapping
@@ -28,17 +25,18 @@ _NONCE_BYTES = 12
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 
-class CannotOpen(DovecoteError):
-    """A sealed text was changed, belongs elsewhere, or its key is not at hand. A restored key opens it."""
+class CannotDecrypt(DovecoteError):
+    """An encrypted text was changed, belongs elsewhere, or its key is missing. Restore the key."""
 
 
 @dataclass(frozen=True)
 class Keyring:
-    """The secrets of this domain, 32 bytes each.
+    """The secrets of an application, 32 bytes each.
 
-    hash_key         keys the hash of phone numbers; it cannot be rotated without asking for them again
-    encryption_keys  by id; `current` seals, the others only open what they once sealed
-    code_key         codes are derived from it; rotating it voids the codes of the last five minutes
+    hash_key         keys the hashes by which values such as phone numbers are found; it cannot be rotated without
+                     asking for the values again
+    encryption_keys  by id; `current` encrypts, the others only decrypt
+    code_key         one-time codes are derived from it; rotating it invalidates the codes that are still open
 
     Errors: InvalidValue naming the key that is wrong, never showing it.
     """
@@ -80,71 +78,39 @@ class Keyring:
             code_key=_decoded("code_key", code_key),
         )
 
-    def phone_hash(self, e164: str) -> str:
-        """Return the keyed hash of a number as 64 hex digits.
+    def encrypt(self, text: str, context: str) -> str:
+        """Return `<key id>:<base64 of nonce and ciphertext>`, which decrypts only with the same context.
 
-        Keyed because there are few enough phone numbers to try them all against a plain hash.
-        """
-        return hmac.new(self.hash_key, e164.encode(), hashlib.sha256).hexdigest()
-
-    def seal(self, text: str, context: str) -> str:
-        """Return `<key id>:<base64 of nonce and ciphertext>`, which opens only with the same context.
-
-        The context says where the text belongs, such as the id of its row, so that a sealed text
-        copied into another row does not open there.
+        The context says where the text belongs, such as the id of its row: a text that is copied into another row does
+        not decrypt there.
         """
         AESGCM, _ = _cryptography()  # noqa: N806 - a class
         nonce = os.urandom(_NONCE_BYTES)
-        sealed = AESGCM(self.encryption_keys[self.current]).encrypt(nonce, text.encode(), context.encode())
-        return f"{self.current}:{base64.b64encode(nonce + sealed).decode()}"
+        ciphertext = AESGCM(self.encryption_keys[self.current]).encrypt(nonce, text.encode(), context.encode())
+        return f"{self.current}:{base64.b64encode(nonce + ciphertext).decode()}"
 
-    def open(self, sealed: str, context: str) -> str:
-        """Return what `seal` was given.
+    def decrypt(self, encrypted: str, context: str) -> str:
+        """Return what `encrypt` was given.
 
-        Errors: CannotOpen for an unknown key id, another context, or a text that was changed.
+        Errors: CannotDecrypt for an unknown key id, another context, or a text that was changed.
         """
         AESGCM, InvalidTag = _cryptography()  # noqa: N806 - these are classes
-        key_id, _, encoded = sealed.partition(":")
+        key_id, _, encoded = encrypted.partition(":")
         if key_id not in self.encryption_keys:
-            # The id is shown only if it is one: a text that was never sealed must not end up in a log.
+            # The id is shown only if it is one: a text that was never encrypted must not end up in a log.
             named = f"key {key_id!r}" if encoded and _KEY_ID.fullmatch(key_id) else "no key"
-            raise CannotOpen(f"the sealed text names {named}; encryption_keys holds {', '.join(self.encryption_keys)}")
+            raise CannotDecrypt(
+                f"the encrypted text names {named}; encryption_keys holds {', '.join(self.encryption_keys)}"
+            )
         try:
             whole = base64.b64decode(encoded, validate=True)
             nonce, ciphertext = whole[:_NONCE_BYTES], whole[_NONCE_BYTES:]
             return AESGCM(self.encryption_keys[key_id]).decrypt(nonce, ciphertext, context.encode()).decode()
         except (InvalidTag, ValueError):
-            raise CannotOpen(
-                f"the sealed text names key {key_id!r} but does not open with it: it was changed, belongs "
-                "to another context, or the id now stands for another key"
+            raise CannotDecrypt(
+                f"the encrypted text names key {key_id!r} but cannot be decrypted with it: it was changed, belongs to "
+                "another context, or the id now stands for another key"
             ) from None
-
-
-def parse_phone(text: str) -> str:
-    """Return a phone number as E.164: `+49 30 901820` becomes `+4930901820`.
-
-    The number must exist by the numbering plans that `phonenumbers` ships: a mistyped one is refused
-    before a message is paid for.
-    Errors: InvalidValue, without the number, for anything but a valid number that starts with +.
-    """
-    try:
-        import phonenumbers
-    except ImportError as error:
-        raise _missing("reading phone numbers", "phonenumbers") from error
-    if not text.strip().startswith("+"):
-        raise InvalidValue("a phone number must be in international format: + and the country code first")
-    try:
-        number = phonenumbers.parse(text.strip(), None)
-    except phonenumbers.NumberParseException:
-        raise InvalidValue("this is not a phone number: + and the country code first, then digits") from None
-    if number.extension or not phonenumbers.is_valid_number(number):
-        raise InvalidValue("this phone number is not in use in the country its code names")
-    return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
-
-
-def masked(e164: str) -> str:
-    """Return what people may see of a number: its last four digits."""
-    return "••••" + e164[-4:]
 
 
 def _check_length(name: str, key: bytes) -> None:
@@ -164,9 +130,7 @@ def _cryptography() -> "tuple[type[AESGCM], type[InvalidTag]]":
         from cryptography.exceptions import InvalidTag
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError as error:
-        raise _missing("sealing and opening phone numbers", "cryptography") from error
+        raise MissingPackage(
+            "encryption of fields needs the package cryptography: pip install 'dovecote[privacy]'"
+        ) from error
     return AESGCM, InvalidTag
-
-
-def _missing(what: str, package: str) -> MissingPackage:
-    return MissingPackage(f"{what} needs the package {package}: pip install 'dovecote[privacy]'")

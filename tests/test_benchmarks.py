@@ -17,12 +17,13 @@ from dovecote.broker.broker import OutboxBroker
 from dovecote.processes.stop_flag import HasFileno, StopFlag
 from dovecote.relay import leader as leading
 from dovecote.relay import replayer as replaying
-from dovecote.relay.history import History, take_over
+from dovecote.relay.history import History
 from dovecote.relay.leader import Leader
 from dovecote.route import queues
 from dovecote.settings import Settings
 from dovecote.store.connections import connect, sessions_for
 from dovecote.store.reader import Reader
+from dovecote.store.relay_state import take_over
 from dovecote.unit_of_work import unit_of_work
 from tests.support.processes import eventually
 from workers.routes import ROUTES
@@ -95,7 +96,7 @@ def test_a_batch_costs_three_statements_and_one_script(settings: Settings, monke
     many = _lead_through(settings, batches=12)
 
     assert (many.statements - few.statements) / 10 <= 3
-    # A beat that falls into one of them is no batch's.
+    # A heartbeat that falls into one of them is no batch's.
     assert (many.scripts - few.scripts) // 10 <= 1
     # Nothing is read twice and nothing is read over: a row published is a row read by index.
     assert many.rows_read <= 1.1 * 12 * _BATCH

@@ -40,9 +40,10 @@ with unit_of_work(sessions_for(connect(os.environ["DATABASE_URL"]))) as uow:
 
 ASK_FOR_A_PACKAGE_THAT_IS_MISSING = """
 from dovecote.errors import MissingPackage
-from dovecote.privacy import parse_phone
+from dovecote import Keyring
+key = bytes(32)
 try:
-    parse_phone("+12015550123")
+    Keyring(hash_key=key, encryption_keys={"k1": key}, current="k1", code_key=key).encrypt("text", "here")
 except MissingPackage as error:
     print(error)
 """

@@ -39,7 +39,7 @@ ROUTES: tuple[Route, ...] = (
         max_attempts=6,
         backoff_seconds=1.0,
         max_backoff_seconds=30.0,
-        replay_note="nobody has asked for the code a second time",
+        replay_note="the code was not requested a second time",
         needs_keys=True,
     ),
     Route(

@@ -1,4 +1,4 @@
-"""The facts of billing. Each names the membership and its user, so that a reader needs no look-up."""
+"""The events of billing. Each names the membership and its user, so that a reader needs no look-up."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Tier(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class MembershipStarted(Event, type="billing.membership_started.v1", aggregate="membership", key="membership_id"):
-    """Somebody wants to be a member; nothing runs yet."""
+    """A membership was requested; it is not active yet."""
 
     membership_id: UUID
     user_id: str
@@ -64,7 +64,7 @@ class TierChanged(Event, type="billing.tier_changed.v1", aggregate="membership",
 
 @dataclass(frozen=True, kw_only=True)
 class MembershipCancelled(Event, type="billing.membership_cancelled.v2", aggregate="membership", key="membership_id"):
-    """It will not be renewed. `ends_at` is the end of its period; the moment it was cancelled, if it had none."""
+    """It will not be renewed. `ends_at` is the end of its period; the time of the cancellation, if it had none."""
 
     membership_id: UUID
     user_id: str
@@ -74,9 +74,9 @@ class MembershipCancelled(Event, type="billing.membership_cancelled.v2", aggrega
 @upcaster("billing.membership_cancelled.v1", "billing.membership_cancelled.v2")
 def _cancelled_v1_to_v2(payload: Mapping[str, Any]) -> dict[str, Any]:
     # The first version left it open when a membership without a period ends: at once.
-    told = dict(payload)
-    runs_until = told.pop("runs_until")
-    return {**told, "ends_at": runs_until or told["occurred_at"]}
+    fields = dict(payload)
+    runs_until = fields.pop("runs_until")
+    return {**fields, "ends_at": runs_until or fields["occurred_at"]}
 
 
 @dataclass(frozen=True, kw_only=True)

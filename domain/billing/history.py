@@ -1,6 +1,6 @@
-"""The billing history: one line for each fact, written by the consumer, once, and never changed.
+"""The billing history: one line for each event, written by the consumer, once, and never changed.
 
-It stands alone: no foreign key leads to `memberships`, since a fact may come from a writer whose
+It stands alone: no foreign key leads to `memberships`, since an event may come from a writer whose
 memberships live elsewhere.
 """
 
@@ -73,7 +73,7 @@ _write = text(
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryLine:
-    """What the history says about one fact; `amount` is negative for money that went back."""
+    """What the history says about one event; `amount` is negative for money that went back."""
 
     membership_id: UUID
     user_id: str
@@ -86,7 +86,7 @@ class HistoryLine:
 
 
 def line_for(event: BillingEvent) -> HistoryLine:
-    """Return the line that a fact becomes."""
+    """Return the line for an event."""
     amount, invoice_id = _money(event)
     return HistoryLine(
         membership_id=event.membership_id,
@@ -176,5 +176,5 @@ def _in_words(event: BillingEvent) -> str:
             assert_never(event)
 
 
-def _until(moment: datetime | None) -> str:
-    return f" until {moment:%Y-%m-%d}" if moment else ""
+def _until(end: datetime | None) -> str:
+    return f" until {end:%Y-%m-%d}" if end else ""

@@ -77,10 +77,10 @@ class Membership:
         pending -> activate -> active -> cancel -> cancelled -> expire -> expired
 
     An active one is renewed and changes its tier. A pending one may be cancelled or expire, which is an
-    abandoned checkout. An active one expires when its period ends and nobody renewed it. A cancelled one
+    abandoned checkout. An active one expires when its period ends without a renewal. A cancelled one
     keeps running to the end of its period; there is no way back, start another membership instead.
     Paid tiers have a period from activation on; the free tier never has one.
-    Money is no question of status: what was paid or paid back has happened, even after the end.
+    Payments and refunds are accepted in any status, even after the end.
     """
 
     id: UUID
@@ -102,7 +102,7 @@ class Membership:
         stripe_customer_id: str | None = None,
         stripe_subscription_id: str | None = None,
     ) -> "tuple[Membership, MembershipStarted]":
-        """Return a pending membership and the fact that it exists.
+        """Return a pending membership and the event that records it.
 
         Errors: InvalidValue for a user id that is empty or not printable.
         """
@@ -118,7 +118,7 @@ class Membership:
         return membership, MembershipStarted(membership_id=membership.id, user_id=user_id, tier=tier, occurred_at=at)
 
     def activate(self, at: datetime, until: datetime | None = None) -> MembershipActivated:
-        """Let it run from now on: a paid tier `until` a moment, the free tier without one."""
+        """Start it now: a paid tier runs `until` a time, the free tier without an end."""
         self._only("activated", Status.PENDING)
         period = _period(self.tier, at, until)
         self.status = Status.ACTIVE
@@ -133,9 +133,9 @@ class Membership:
         )
 
     def renew(self, until: datetime, at: datetime) -> MembershipRenewed:
-        """Add the period from the end of the current one `until` a later moment.
+        """Add the period from the end of the current one `until` a later time.
 
-        The same renewal told twice is refused, since its period would end where it starts.
+        The same renewal twice is refused, since its period would end where it starts.
         """
         self._only("renewed", Status.ACTIVE)
         if self.current_period_end is None:
@@ -154,8 +154,8 @@ class Membership:
     def change_tier(self, tier: Tier, at: datetime, until: datetime | None = None) -> TierChanged:
         """Move to another tier at once; a paid one begins a period of its own.
 
-        What is left of the old period is not counted here: the payment provider prorates it and tells
-        us as a payment or a refund.
+        What is left of the old period is not counted here: the payment provider prorates it and
+        reports it as a payment or a refund.
         """
         self._only("moved to another tier", Status.ACTIVE)
         if tier is self.tier:
@@ -192,7 +192,7 @@ class Membership:
         return MembershipExpired(membership_id=self.id, user_id=self.user_id, occurred_at=at)
 
     def pay(self, amount: Money, invoice_id: str, description: str, at: datetime) -> PaymentRecorded:
-        """Tell that money came in, in whatever status: it may come before activation or after the end."""
+        """Record a payment, in any status: it may come before activation or after the end."""
         _check_payment(amount, invoice_id)
         return PaymentRecorded(
             membership_id=self.id,
@@ -204,9 +204,9 @@ class Membership:
         )
 
     def refund(self, amount: Money, invoice_id: str, description: str, at: datetime) -> PaymentRefunded:
-        """Tell that money went back, as a positive amount.
+        """Record a refund, as a positive amount.
 
-        Whether it is more than was paid is the payment provider's to refuse; no sums are kept here.
+        The payment provider refuses a refund of more than was paid; no sums are kept here.
         """
         _check_payment(amount, invoice_id)
         return PaymentRefunded(
@@ -246,7 +246,7 @@ def _period(tier: Tier, start: datetime, until: datetime | None) -> Period:
 
 def _check_period(start: datetime, until: datetime) -> None:
     if until.tzinfo is None or start.tzinfo is None:
-        raise InvalidValue(f"a moment needs a time zone, got a period from {start} until {until}")
+        raise InvalidValue(f"a time needs a time zone, got a period from {start} until {until}")
     if until <= start:
         raise InvalidValue(f"a period ends after it starts, got one from {start} until {until}")
 

@@ -52,7 +52,7 @@ class Memberships:
         self._session.add(membership)
 
     def get(self, membership_id: UUID) -> Membership:
-        """Return a membership for changing it or telling something about it; its row is locked until the end.
+        """Return a membership to change it or to emit an event of it; its row is locked until the end.
 
         The lock is what keeps its events in order: a payment changes no column, so without it two
         transactions could take their outbox positions in one order and commit in the other.

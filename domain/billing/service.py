@@ -1,4 +1,4 @@
-"""The stories of billing. `until` is the end of a period as the payment provider tells it."""
+"""The use cases of billing. `until` is the end of a period as the payment provider reports it."""
 
 from datetime import datetime
 from uuid import UUID
@@ -27,7 +27,7 @@ def start_membership(
 
 
 def activate_membership(uow: UnitOfWork, membership_id: UUID, at: datetime, *, until: datetime | None = None) -> None:
-    """Let a pending membership run: a paid tier `until` a moment, the free tier without one."""
+    """Activate a pending membership: a paid tier runs `until` a time, the free tier without an end."""
     membership = Memberships(uow).get(membership_id)
     uow.emit(membership.activate(at, until))
 
@@ -61,7 +61,7 @@ def expire_membership(uow: UnitOfWork, membership_id: UUID, at: datetime) -> Non
 def record_payment(
     uow: UnitOfWork, membership_id: UUID, amount: Money, invoice_id: str, description: str, at: datetime
 ) -> None:
-    """Tell that money came in for a membership."""
+    """Record a payment for a membership."""
     membership = Memberships(uow).get(membership_id)
     uow.emit(membership.pay(amount, invoice_id, description, at))
 
@@ -69,6 +69,6 @@ def record_payment(
 def record_refund(
     uow: UnitOfWork, membership_id: UUID, amount: Money, invoice_id: str, description: str, at: datetime
 ) -> None:
-    """Tell that money went back; the amount is positive."""
+    """Record a refund; the amount is positive."""
     membership = Memberships(uow).get(membership_id)
     uow.emit(membership.refund(amount, invoice_id, description, at))

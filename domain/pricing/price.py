@@ -26,15 +26,15 @@ def check_quote(symbol: str, price: Decimal, as_of: datetime) -> None:
             f"a price has at most {_MAX_WHOLE_DIGITS} digits and {_MAX_DECIMALS} decimals, got {shown(price)}"
         )
     if as_of.tzinfo is None:
-        raise InvalidValue(f"a moment needs a time zone, got {as_of}")
+        raise InvalidValue(f"a time needs a time zone, got {as_of}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quote:
-    """What a source says a symbol costs at a moment.
+    """What a symbol costs at a time, as a source reports it.
 
     Errors: InvalidValue for a symbol that is empty, longer than 100 characters or not printable; for a
-            price that is not a positive number of at most 20 digits and 18 decimals; for a moment
+            price that is not a positive number of at most 20 digits and 18 decimals; for a time
             without a time zone.
     """
 
@@ -45,8 +45,8 @@ class Quote:
     def __post_init__(self) -> None:
         check_quote(self.symbol, self.price, self.as_of)
 
-    def told(self, at: datetime) -> PriceQuoted:
-        """Return the fact that this quote came in."""
+    def to_event(self, at: datetime) -> PriceQuoted:
+        """Return the event that records this quote."""
         return PriceQuoted(symbol=self.symbol, price=self.price, as_of=self.as_of, occurred_at=at)
 
 

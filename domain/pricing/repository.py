@@ -34,7 +34,7 @@ latest_prices = Table(
 _record = text(
     """
     insert into dovecote.price_quotes (symbol, as_of, price)
-    select * from unnest(cast(:symbols as text[]), cast(:moments as timestamptz[]), cast(:prices as numeric[]))
+    select * from unnest(cast(:symbols as text[]), cast(:times as timestamptz[]), cast(:prices as numeric[]))
         as quote (symbol, as_of, price)
     order by symbol, as_of
     on conflict (symbol, as_of) do update set price = excluded.price, recorded_at = excluded.recorded_at
@@ -44,7 +44,7 @@ _record = text(
 _apply = text(
     """
     insert into dovecote.latest_prices as latest (symbol, price, as_of, position, quotes_applied)
-    select * from unnest(cast(:symbols as text[]), cast(:prices as numeric[]), cast(:moments as timestamptz[]),
+    select * from unnest(cast(:symbols as text[]), cast(:prices as numeric[]), cast(:times as timestamptz[]),
                          cast(:positions as bigint[]), cast(:counts as bigint[]))
         as newest (symbol, price, as_of, position, quotes_applied)
     order by symbol
@@ -66,13 +66,13 @@ class Prices:
         self._session = uow.session
 
     def record(self, quotes: Sequence[Quote]) -> None:
-        """Keep these quotes; a later one for the same symbol and moment replaces the earlier."""
+        """Keep these quotes; a later one for the same symbol and time replaces the earlier."""
         last_word = {(quote.symbol, quote.as_of): quote for quote in quotes}.values()
         self._session.execute(
             _record,
             {
                 "symbols": [quote.symbol for quote in last_word],
-                "moments": [quote.as_of for quote in last_word],
+                "times": [quote.as_of for quote in last_word],
                 "prices": [quote.price for quote in last_word],
             },
         )
@@ -94,7 +94,7 @@ class Prices:
             {
                 "symbols": array(newest),
                 "prices": array(quote.price for _, _, quote in newest.values()),
-                "moments": array(as_of for as_of, _, _ in newest.values()),
+                "times": array(as_of for as_of, _, _ in newest.values()),
                 "positions": array(position for _, position, _ in newest.values()),
                 "counts": array(counts[symbol] for symbol in newest),
             },

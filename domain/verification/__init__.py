@@ -20,7 +20,7 @@ from domain.verification.limits import (
     TooManyCodesThisHour,
     TooManyCodesToday,
 )
-from domain.verification.numbers import NotMobile
+from domain.verification.phone import NotMobile
 from domain.verification.repository import Challenges, VerifiedPhones
 from domain.verification.service import answer_challenge, forget_user, purge_expired, request_code, tries_left
 

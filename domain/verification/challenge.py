@@ -8,11 +8,12 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from domain.verification.events import CodeRejected, CodeRequested, PhoneVerified
+from domain.verification.phone import phone_hash
 from dovecote.errors import DomainError, InvalidValue, Refused
 from dovecote.events.ids import uuid7
 from dovecote.privacy import Keyring
 
-# What one challenge allows. What somebody may do with one challenge after the other is in limits.py.
+# What one challenge allows. Limits over several challenges are in limits.py.
 LIFE = timedelta(minutes=5)
 TRIES = 3
 _CODE_DIGITS = 6
@@ -47,11 +48,11 @@ class MalformedAnswer(InvalidValue):
 
 
 class UnknownCodeRequest(DomainError):
-    """An event asks for a code and is not the one that posed its challenge. Nothing is sent for it: discard it."""
+    """An event asks for a code and is not the one that issued its challenge. Nothing is sent for it: discard it."""
 
     def __init__(self, challenge_id: UUID, event_id: UUID) -> None:
         super().__init__(
-            f"event {event_id} asks for the code of challenge {challenge_id} and did not pose it: some other writer "
+            f"event {event_id} asks for the code of challenge {challenge_id} and did not issue it: some other writer "
             "wrote or changed it, or the code key was changed meanwhile. Nothing was sent; find out who wrote the "
             "event, then discard it"
         )
@@ -74,8 +75,8 @@ class Challenge:
     created_at: datetime
 
     @classmethod
-    def pose(cls, keys: Keyring, user_id: str, phone: str, at: datetime) -> "tuple[Challenge, CodeRequested]":
-        """Return a challenge for a number in E.164, and the fact that its code is wanted.
+    def issue(cls, keys: Keyring, user_id: str, phone: str, at: datetime) -> "tuple[Challenge, CodeRequested]":
+        """Return a challenge for a number in E.164, and the event that requests its code.
 
         Errors: InvalidValue for a user id that is empty, not printable or longer than 255 characters.
         """
@@ -89,8 +90,8 @@ class Challenge:
         return cls(
             id=id,
             user_id=user_id,
-            phone_hash=keys.phone_hash(phone),
-            phone_ciphertext=keys.seal(phone, context=str(id)),
+            phone_hash=phone_hash(keys, phone),
+            phone_ciphertext=keys.encrypt(phone, context=str(id)),
             phone_last4=phone[-4:],
             code_hash=hash_of(keys, id, code_for(keys, requested.event_id)),
             expires_at=requested.expires_at,
@@ -113,7 +114,7 @@ class Challenge:
             raise NoTriesLeft(self.id)
 
     def code_of(self, keys: Keyring, event_id: UUID) -> str:
-        """Return the code to send for an event, if that event posed this challenge.
+        """Return the code to send for an event, if that event issued this challenge.
 
         Anybody who writes events can write one with the id of a challenge. Its code would be another one: sent to
         the phone it would be wrong, and sent to somebody else's phone it must not be right.
@@ -132,11 +133,11 @@ class Challenge:
 def code_for(keys: Keyring, event_id: UUID) -> str:
     """Return the six digits that belong to a CodeRequested event.
 
-    Derived instead of stored: whoever sends it a second time, after a crash or in a retry, sends the
-    same code, and nobody can read it from the database.
+    Derived instead of stored: a second send, after a crash or in a retry, sends the same code, and it
+    cannot be read from the database.
     """
     digest = hmac.digest(keys.code_key, b"code " + event_id.bytes, hashlib.sha256)
-    # 64 bits for a million codes: the least even code is favoured by less than one in 10**13.
+    # 64 bits for a million codes: the modulo bias is below 1e-13.
     return f"{int.from_bytes(digest[:8], 'big') % 10**_CODE_DIGITS:0{_CODE_DIGITS}}"
 
 
@@ -146,7 +147,7 @@ def hash_of(keys: Keyring, challenge_id: UUID, code: str) -> str:
 
 
 def typed_code(answer: str) -> str:
-    """Return the six digits that somebody typed, as ASCII.
+    """Return the six digits that a user typed, as ASCII.
 
     People type `123 456`, `123-456`, copy a full stop along, or have a keyboard with other digits; phones add
     invisible marks. Digits of any script count; spaces, dashes, full stops and invisible characters do not.

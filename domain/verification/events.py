@@ -1,4 +1,4 @@
-"""The facts of verification. No number, no code and no part of them: the outbox is read by many."""
+"""The events of verification. No number, no code and no part of them: the outbox is read by many."""
 
 from dataclasses import dataclass
 from datetime import datetime

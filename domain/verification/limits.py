@@ -1,7 +1,7 @@
 """How many codes and answers a phone number and a user may have, and how that is counted.
 
 A challenge judges three answers, but anybody may ask for the next challenge: what stops guessing, and texts that
-somebody else pays for, is counted here, beyond challenges. docs/adr/0038-limits-on-codes.md says where the numbers
+another pays for, is counted here, beyond challenges. docs/adr/0038-limits-on-codes.md says where the numbers
 come from. Limits by address or by country are the web layer's: this domain sees neither.
 """
 
@@ -15,27 +15,27 @@ from dovecote.errors import InvalidValue, RateLimited
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
-#: How long a moment matters to a limit; what is older may be removed.
+#: How long a time counts for a limit; older ones may be removed.
 LONGEST_WINDOW = DAY
-_MOMENTS_KEPT = 100
+_TIMES_KEPT = 100
 
 Wait = tuple[type[RateLimited], datetime | None]
 
 
 class CodeRequestedTooSoon(RateLimited):
-    """A code was sent a moment ago and still works. Another may be had after the pause."""
+    """A code was sent just now and still works. Request another after the pause."""
 
-    why = "a code was requested a moment ago"
+    why = "a code was requested just now"
 
 
 class TooManyCodesThisHour(RateLimited):
-    """No more codes within the hour for this number, or for this user: which of the two is not told."""
+    """No more codes within the hour for this number, or for this user: the error does not say which."""
 
     why = "too many codes were requested within an hour"
 
 
 class TooManyCodesToday(RateLimited):
-    """No more codes within 24 hours for this number, or for this user: which of the two is not told."""
+    """No more codes within 24 hours for this number, or for this user: the error does not say which."""
 
     why = "too many codes were requested within a day"
 
@@ -51,7 +51,7 @@ class Allowance:
     """What one phone number, or one user, may have. Windows slide: the last hour, the last 24 hours.
 
     pause            between two codes
-    codes_an_hour    each is a text that is paid for and that disturbs somebody
+    codes_an_hour    each is a text that costs money and disturbs its reader
     codes_a_day      with three answers a code, this bounds the guesses of a day too
     answers_an_hour  judged answers, right ones included, over all challenges
 
@@ -93,10 +93,10 @@ class QuotaKind(StrEnum):
 
 @dataclass(kw_only=True, eq=False)
 class Quota:
-    """What a phone number, by its keyed hash, or a user has used of its allowance. Moments are sorted.
+    """What a phone number, by its keyed hash, or a user has used of its allowance. Times are sorted.
 
-    Moments are the callers' own, and clocks differ or are set back. A moment that is later than the present one
-    counts as well, so for every order of moments at most `most` of them are within any window: when the last of
+    Times are the callers' own, and clocks differ or are set back. A time that is later than the present one
+    counts as well, so for every order of times at most `limit` of them are within any window: when the last of
     them was counted, all others were after the beginning of its window.
     """
 
@@ -113,7 +113,7 @@ class Quota:
         self.answers_at = self._latest([*self.answers_at, at])
 
     def answers_left(self, at: datetime) -> int:
-        """Return how many answers would be judged at this moment."""
+        """Return how many answers would be judged at this time."""
         return max(0, self.allowance.answers_an_hour - sum(at < answered + HOUR for answered in self.answers_at))
 
     def code_waits(self) -> Iterator[Wait]:
@@ -128,9 +128,9 @@ class Quota:
         """Yield what holds back the judging of another answer."""
         yield TooManyAnswers, _free_at(self.answers_at, self.allowance.answers_an_hour, HOUR)
 
-    def _latest(self, moments: Sequence[datetime]) -> Sequence[datetime]:
+    def _latest(self, times: Sequence[datetime]) -> Sequence[datetime]:
         # Only the latest decide (`_free_at`); more than this allowance asks for, since another caller's may be wider.
-        return sorted(moments)[-max(_MOMENTS_KEPT, *self.allowance.counts) :]
+        return sorted(times)[-max(_TIMES_KEPT, *self.allowance.counts) :]
 
 
 def require_code(quotas: Sequence[Quota], at: datetime) -> None:
@@ -150,6 +150,6 @@ def _require(waits: Iterable[Wait], at: datetime) -> None:
         raise refusal(at, until)
 
 
-def _free_at(moments: Sequence[datetime], most: int, window: timedelta) -> datetime | None:
-    """Return from when on fewer than `most` of the sorted moments are within the window; None if they never were."""
-    return moments[-most] + window if len(moments) >= most else None
+def _free_at(times: Sequence[datetime], limit: int, window: timedelta) -> datetime | None:
+    """Return from when on fewer than `limit` of the sorted times are within the window; None if they never were."""
+    return times[-limit] + window if len(times) >= limit else None

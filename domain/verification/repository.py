@@ -101,7 +101,7 @@ class Challenges:
     def of_user(self, challenge_id: UUID, user_id: str) -> Challenge:
         """Return a challenge of this user for looking at; nothing is locked.
 
-        Errors: NotFound, in the same words as for one that does not exist, for somebody else's.
+        Errors: NotFound, with the same message as for one that does not exist, for a challenge of another user.
         """
         challenge = self.find(challenge_id)
         if challenge is None or challenge.user_id != user_id:
@@ -117,13 +117,13 @@ class Challenges:
     def remove(self, challenge: Challenge) -> None:
         self._session.delete(challenge)
 
-    def remove_expired(self, before: datetime, most: int) -> int:
-        """Remove at most `most` that expired before a moment and return how many that were. Waits for nobody."""
+    def remove_expired(self, before: datetime, limit: int) -> int:
+        """Remove at most `limit` that expired before then; return how many. Skips locked rows."""
         expired = (
             select(challenges.c.id)
             .where(challenges.c.expires_at < before)
             .order_by(challenges.c.expires_at)
-            .limit(most)
+            .limit(limit)
             .with_for_update(skip_locked=True)
         )
         return len(
@@ -171,7 +171,7 @@ class Quotas:
                 constraint="verification_quotas_pkey", set_={"subject": asked.excluded.subject}
             ).returning(columns.kind, columns.codes_at, columns.answers_at)
         )
-        used = {kind: moments for kind, *moments in locked}
+        used = {kind: times for kind, *times in locked}
         for quota in quotas:
             quota.codes_at, quota.answers_at = used[quota.kind]
         return quotas
@@ -207,15 +207,15 @@ class Quotas:
         changed = {name: counted.excluded[name] for name in ("codes_at", "answers_at", "last_at")}
         self._session.execute(counted.on_conflict_do_update(constraint="verification_quotas_pkey", set_=changed))
 
-    def remove_idle(self, before: datetime, most: int) -> int:
-        """Remove at most `most` that counted nothing since a moment and return how many. Waits for nobody."""
+    def remove_idle(self, before: datetime, limit: int) -> int:
+        """Remove at most `limit` that counted nothing since then; return how many. Skips locked rows."""
         columns = verification_quotas.c
         key = tuple_(columns.kind, columns.subject)
         idle = (
             select(columns.kind, columns.subject)
             .where(columns.last_at < before)
             .order_by(columns.last_at)
-            .limit(most)
+            .limit(limit)
             .with_for_update(skip_locked=True)
         )
         return len(
@@ -237,7 +237,7 @@ class VerifiedPhones:
         self._session: Session = uow.session
 
     def add(self, user_id: str, phone_hash: str, at: datetime) -> None:
-        """Remember the proof; a number proven again gets the later moment."""
+        """Remember the proof; a number proven again gets the later time."""
         self._session.execute(
             insert(verified_phones)
             .values(user_id=user_id, phone_hash=phone_hash, verified_at=at)

@@ -1,8 +1,8 @@
-"""The stories of verification. The code itself is sent by a consumer: nothing is sent from here.
+"""The use cases of verification. The code itself is sent by a consumer: nothing is sent from here.
 
-Whoever asks and answers is counted, by number and by user (limits.py). The counts are taken under a row lock, the
-number's before the user's, and commit with what they count: tell nobody a verdict before its transaction is committed.
-A transaction with several of these stories may meet another one head on; `run_unit_of_work` tells it again.
+Requests and answers are counted, by number and by user (limits.py). The counts are taken under a row lock, the
+number's before the user's, and commit with what they count: show no verdict before its transaction is committed. Two
+transactions with several of these use cases may deadlock; `run_unit_of_work` runs one of them again.
 """
 
 from datetime import datetime, timedelta
@@ -11,7 +11,7 @@ from uuid import UUID
 from domain.verification.challenge import Challenge, hash_of, typed_code
 from domain.verification.events import CodeRejected, PhoneVerified
 from domain.verification.limits import LIMITS, LONGEST_WINDOW, Limits, require_answer, require_code
-from domain.verification.numbers import mobile_number
+from domain.verification.phone import mobile_number
 from domain.verification.repository import Challenges, Quotas, VerifiedPhones
 from dovecote.privacy import Keyring
 from dovecote.unit_of_work import UnitOfWork
@@ -25,7 +25,7 @@ _PURGED_AT_ONCE = 1_000
 def request_code(
     uow: UnitOfWork, keys: Keyring, user_id: str, phone: str, at: datetime, *, limits: Limits = LIMITS
 ) -> Challenge:
-    """Pose a challenge for a mobile number in international format; an older one for the same number ends.
+    """Issue a challenge for a mobile number in international format; an older one for the same number ends.
 
     A refusal writes nothing, sends nothing, counts nothing, and leaves an open challenge as it is: after a double
     click the first code works.
@@ -33,7 +33,7 @@ def request_code(
             TooManyCodesToday and TooManyAnswers, all RateLimited with `retry_after`; MissingPackage without
             `dovecote[privacy]`.
     """
-    challenge, requested = Challenge.pose(keys, user_id, mobile_number(phone), at)
+    challenge, requested = Challenge.issue(keys, user_id, mobile_number(phone), at)
     quotas = Quotas(uow)
     # A savepoint: where the caller goes on after a refusal, no empty count is committed.
     with uow.session.begin_nested():
@@ -59,7 +59,7 @@ def answer_challenge(
 ) -> PhoneVerified | CodeRejected:
     """Judge an answer of a user to a challenge of their own and return the verdict.
 
-    user_id  who is answering, from the session, never from the form: somebody else's challenge is not found
+    user_id  who is answering, from the session, never from the form: a challenge of another user is not found
     A wrong answer is a verdict, not an error: its try must be committed, and an error would roll it back. Whatever
     raises was not judged and costs nothing.
     Errors: MalformedAnswer for anything but six digits; NotFound; ChallengeExpired; NoTriesLeft; TooManyAnswers,
@@ -67,9 +67,9 @@ def answer_challenge(
     """
     digits = typed_code(code)
     challenges, quotas = Challenges(uow), Quotas(uow)
-    posed = challenges.of_user(challenge_id, user_id)
+    known = challenges.of_user(challenge_id, user_id)
     with uow.session.begin_nested():
-        counted = quotas.lock(posed.phone_hash, user_id, limits, at)
+        counted = quotas.lock(known.phone_hash, user_id, limits, at)
         challenge = challenges.get(challenge_id)
         challenge.require_open(at)
         require_answer(counted, at)

@@ -29,12 +29,12 @@ from dramatiq.middleware import Middleware
 from redis.exceptions import NoScriptError, OutOfMemoryError
 
 from dovecote.broker.fetcher import BlockingConsumer
-from dovecote.broker.poison import MARK_SECONDS
 from dovecote.broker.redis_client import connect_redis
 from dovecote.broker.refusals import Refusals
 from dovecote.envelope import read_message
 from dovecote.envelope.message_reader import RefusedMessage
 from dovecote.errors import NewerRelay, RedisLost
+from dovecote.store.poison import CRASHES_EXPIRE_SECONDS
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 
 log = structlog.get_logger()
@@ -237,7 +237,7 @@ class OutboxBroker(RedisBroker):
             for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:
                 self._reap(
                     keys=[f"{self.namespace}:{name}", f"{self.namespace}:__heartbeats__"],
-                    args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name, MARK_SECONDS],
+                    args=[self.heartbeat_timeout, f"{self.namespace}:__acks__.", name, CRASHES_EXPIRE_SECONDS],
                     client=pipeline,
                 )
                 self._look_at(name, pipeline, maintain=True)

@@ -7,11 +7,8 @@ from uuid import UUID
 import typer
 from rich.table import Table
 
-from dovecote import operations
 from dovecote.cli.options import Limit, Since, identifier
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say
-from dovecote.settings import load_settings
-from dovecote.store.engines import engine_during
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +28,10 @@ def audit(
 
     Example: dovecote audit --action deliveries --since 1d
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.store.engines import engine_during
+
     cursor: UUID | None = identifier(before) if before else None
     with engine_during(load_settings(needs_redis=False)) as engine:
         page = operations.audit(engine, action=action, actor=actor, since=since, before=cursor, limit=limit)

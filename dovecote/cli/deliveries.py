@@ -1,12 +1,13 @@
 """Commands about what did not go well: `deliveries` and `aggregates`."""
 
+from __future__ import annotations
+
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from dovecote import operations
 from dovecote.cli.options import (
     Actor,
     AggregateId,
@@ -21,12 +22,13 @@ from dovecote.cli.options import (
     moment,
 )
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_block, say_nothing
-from dovecote.operations import Change, Failure, Filter
 from dovecote.processes.terminal import refuse
-from dovecote.settings import load_settings
-from dovecote.settings.application import find_app
 from dovecote.store.delivery_state import DeliveryState
-from dovecote.store.engines import engine_during
+
+if TYPE_CHECKING:
+    from dovecote import operations
+    from dovecote.operations import Change, Failure, Filter
+
 
 StateOption = Annotated[DeliveryState | None, typer.Option(help="Only deliveries of this state.")]
 Fingerprint = Annotated[str | None, typer.Option(help="Only failures of this kind, as `deliveries list` names it.")]
@@ -72,6 +74,11 @@ def list_(
 
     Example: dovecote deliveries list --state dead --rows
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     wanted = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     by_kind = not (rows or before or event_type or aggregate_type or aggregate_id or since)
     with engine_during(load_settings(needs_redis=False)) as engine:
@@ -100,6 +107,11 @@ def show(
 
     Example: dovecote deliveries show billing.write_history 019a...
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         story = operations.failure(engine, find_app().routes, handler, identifier(event_id))
     if as_json:
@@ -150,6 +162,11 @@ def retry(
 
     Example: dovecote deliveries retry --all-matching --handler billing.write_history --dry-run
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     filters = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     wanted = _wanted(handler_name, event_id, all_matching, filters)
     with engine_during(load_settings(needs_redis=False)) as engine:
@@ -177,6 +194,11 @@ def discard(
 
     Example: dovecote deliveries discard --fingerprint 3f2a90c1b7de --reason "test data" --dry-run
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     filters = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     wanted = _wanted(handler_name, event_id, all_matching, filters)
     with engine_during(load_settings(needs_redis=False)) as engine:
@@ -196,6 +218,11 @@ def blocked(
 
     Example: dovecote aggregates blocked
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         page = operations.blocked_aggregates(engine, find_app().routes, handler=handler, limit=limit, after=after)
     if as_json:
@@ -227,6 +254,8 @@ def _filter(
     aggregate_id: str | None,
     since: datetime | None,
 ) -> Filter:
+    from dovecote.operations import Filter
+
     return Filter(
         handler=handler,
         state=state.value if state else None,
@@ -240,6 +269,8 @@ def _filter(
 
 def _wanted(handler: str | None, event_id: str | None, all_matching: bool, filters: Filter) -> Filter:
     """Return what exactly one of the three ways to name deliveries asks for, or end with code 2."""
+    from dovecote.operations import Filter
+
     if handler is not None:
         if event_id is None:
             refuse(f"which event of {handler}? Give HANDLER EVENT_ID, or --all-matching --handler {handler}")

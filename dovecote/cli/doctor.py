@@ -4,9 +4,6 @@ import typer
 from rich.table import Table
 
 from dovecote.cli.output import AsJson, add_row, cell, print_json, print_table
-from dovecote.operations import doctor as doctoring
-from dovecote.settings import load_settings
-from dovecote.settings.application import find_app
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -20,6 +17,10 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: dovecote doctor --json
     """
+    from dovecote.operations import doctor as doctoring
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+
     found = doctoring.examine(load_settings(), find_app().routes)
     if as_json:
         print_json(found.as_json())

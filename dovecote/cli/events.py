@@ -1,19 +1,20 @@
 """Commands about events: `events list`, `events show`, `events tail`."""
 
+from __future__ import annotations
+
 import json
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from dovecote import operations
 from dovecote.cli.options import AggregateId, AggregateType, EventType, Limit, Since, Until, identifier
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing, until_ctrl_c
-from dovecote.operations import EventFilter, EventLife
-from dovecote.settings import load_settings
-from dovecote.settings.application import find_app
-from dovecote.store.engines import engine_during
+
+if TYPE_CHECKING:
+    from dovecote.operations import EventLife
+
 
 _TAIL_SECONDS = 0.2
 
@@ -43,6 +44,12 @@ def list_(
 
     Example: dovecote events list --type billing.payment_recorded.v1 --since 2h
     """
+    from dovecote import operations
+    from dovecote.operations import EventFilter
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     wanted = EventFilter(
         event_type=event_type,
         aggregate_type=aggregate_type,
@@ -81,6 +88,11 @@ def show(event_id: Annotated[str, typer.Argument(help="The event's id.")], as_js
 
     Example: dovecote events show 019a...
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         life = operations.event(engine, find_app().routes, identifier(event_id))
     if as_json:
@@ -137,6 +149,9 @@ def tail(
 
     Example: dovecote events tail --type pricing.price_quoted.v1
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+
     url = load_settings(needs_redis=False).database.url.get_secret_value()
     with until_ctrl_c():
         # The pace of a pair of eyes; the database is asked five times a second and never left a lock.

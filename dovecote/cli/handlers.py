@@ -1,19 +1,20 @@
 """`dovecote handlers`: which there are, and pausing them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from dovecote import operations
 from dovecote.cli.options import Actor, DryRun, Reason, complete_handler
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing
-from dovecote.operations import Handler, HandlerWithoutRoute
-from dovecote.settings import load_settings
-from dovecote.settings.application import find_app
 from dovecote.store.delivery_state import DeliveryState
-from dovecote.store.engines import engine_during
+
+if TYPE_CHECKING:
+    from dovecote.operations import Handler, HandlerWithoutRoute
+
 
 Name = Annotated[
     str, typer.Argument(help="The handler, such as billing.write_history.", autocompletion=complete_handler)
@@ -36,6 +37,11 @@ def list_(as_json: AsJson = False) -> None:
 
     Example: dovecote handlers list
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         found = operations.handlers(engine, find_app().routes)
         left = operations.handlers_without_route(engine, find_app().routes)
@@ -73,6 +79,11 @@ def pause(
 
     Example: dovecote handlers pause verification.send_code --reason "INC-12: the provider sends twice"
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         changed = operations.pause_handler(
             engine, find_app().routes, handler, actor=actor, reason=reason, dry_run=dry_run
@@ -91,6 +102,11 @@ def resume(
 
     Example: dovecote handlers resume verification.send_code
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         changed = operations.resume_handler(
             engine, find_app().routes, handler, actor=actor, reason=reason, dry_run=dry_run

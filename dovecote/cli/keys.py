@@ -4,11 +4,8 @@ from typing import Annotated
 
 import typer
 
-from dovecote import operations
 from dovecote.cli.options import Actor, DryRun, Reason
 from dovecote.cli.output import AsJson, print_json, say
-from dovecote.settings import load_settings
-from dovecote.store.engines import engine_during
 
 _keys = typer.Typer(no_args_is_help=True, help="The keys that messages are signed with.")
 
@@ -24,6 +21,10 @@ def list_(as_json: AsJson = False) -> None:
 
     Example: dovecote keys list
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         found = operations.message_keys(engine)
     if as_json:
@@ -40,6 +41,10 @@ def rotate(actor: Actor, reason: Reason = None, dry_run: DryRun = False, as_json
 
     Example: dovecote keys rotate --reason "every quarter"
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         made = operations.rotate_message_key(engine, actor=actor, reason=reason, dry_run=dry_run)
     if as_json:
@@ -66,6 +71,10 @@ def revoke(
 
     Example: dovecote keys revoke 1f0c3a5b7d9e2468 --reason "a backup was stolen"
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         key = operations.revoke_message_key(engine, id, actor=actor, reason=reason, dry_run=dry_run)
     if as_json:

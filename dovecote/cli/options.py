@@ -7,9 +7,6 @@ from uuid import UUID
 
 import typer
 
-from dovecote.operations import whoever
-from dovecote.settings.application import find_app
-
 _AGO = re.compile(r"(\d+)([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -36,10 +33,14 @@ def identifier(given: str) -> UUID:
 
 
 def complete_handler(incomplete: str) -> list[str]:
+    from dovecote.settings.application import find_app
+
     return [route.handler for route in find_app().routes if route.handler.startswith(incomplete)]
 
 
 def complete_event_type(incomplete: str) -> list[str]:
+    from dovecote.settings.application import find_app
+
     known = {event_type for route in find_app().routes for event_type in route.event_types}
     return sorted(one for one in known if one.startswith(incomplete))
 
@@ -62,9 +63,19 @@ Until = Annotated[
     datetime | None, typer.Option(help="Before this: ISO 8601, or an age.", parser=moment, metavar="MOMENT")
 ]
 Limit = Annotated[int, typer.Option(min=1, max=1_000, help="Most lines of one page.")]
+
+
+def _default_actor() -> str:
+    from dovecote.operations.audit import whoever
+
+    return whoever()
+
+
 Actor = Annotated[
     str,
-    typer.Option("--as", default_factory=whoever, show_default="user@host", help="Who you are, for the audit log."),
+    typer.Option(
+        "--as", default_factory=_default_actor, show_default="user@host", help="Who you are, for the audit log."
+    ),
 ]
 Reason = Annotated[str | None, typer.Option(help="Why, for the audit log.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]

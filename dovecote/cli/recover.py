@@ -1,14 +1,16 @@
 """`dovecote recover`: after Postgres went back in time, or somebody changed the sequence of positions."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import typer
 
-from dovecote import operations
 from dovecote.cli.options import Actor, DryRun, Reason
 from dovecote.cli.output import AsJson, print_json, say
-from dovecote.operations import Recovery
-from dovecote.settings import load_settings
-from dovecote.settings.application import find_app
-from dovecote.store.engines import engine_during
+
+if TYPE_CHECKING:
+    from dovecote.operations import Recovery
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +25,11 @@ def recover(actor: Actor, reason: Reason = None, dry_run: DryRun = False, as_jso
 
     Example: dovecote recover --dry-run
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         found = operations.recover(engine, find_app().routes, actor=actor, reason=reason, dry_run=dry_run)
     if as_json:

@@ -1,15 +1,16 @@
 """Commands that send events again."""
 
+from __future__ import annotations
+
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 from uuid import UUID
 
 import typer
 from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
-from sqlalchemy import Engine
 
 from dovecote.cli.options import (
     Actor,
@@ -26,12 +27,13 @@ from dovecote.cli.options import (
 )
 from dovecote.cli.output import AsJson, add_row, note, print_json, print_table, progress_bar, say, shows_progress
 from dovecote.errors import shown
-from dovecote.operations import replays
 from dovecote.processes.terminal import plain, refuse
-from dovecote.settings import load_settings
-from dovecote.settings.application import find_app
-from dovecote.store.engines import engine_during
-from dovecote.store.replays import Filter
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from dovecote.operations import replays
+
 
 _WATCH_SECONDS = 0.25
 
@@ -85,6 +87,12 @@ def start(
 
     Example: dovecote replay start --handler billing.write_history --since 2026-11-20 --reason "INC-7"
     """
+    from dovecote.operations import replays
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+    from dovecote.store.replays import Filter
+
     request = replays.Request(
         handler=handler,
         strength=strength.value,
@@ -122,6 +130,11 @@ def list_(
 
     Example: dovecote replay list --handler billing.write_history
     """
+    from dovecote.operations import replays
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         page = replays.listed(engine, routes=find_app().routes, handler=handler, before=before, limit=limit)
     if as_json:
@@ -149,6 +162,10 @@ def show(id: Id, watch: Watch = False, as_json: AsJson = False) -> None:
 
     Example: dovecote replay show 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21 --watch
     """
+    from dovecote.operations import replays
+    from dovecote.settings import load_settings
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         replay = replays.shown(engine, id)
         if watch and not replay.is_over:
@@ -174,6 +191,8 @@ def pause(
 
     Example: dovecote replay pause 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21
     """
+    from dovecote.operations import replays
+
     _change(replays.pause, id, actor, reason, dry_run, as_json)
 
 
@@ -188,6 +207,8 @@ def resume(
 
     Example: dovecote replay resume 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21
     """
+    from dovecote.operations import replays
+
     _change(replays.resume, id, actor, reason, dry_run, as_json)
 
 
@@ -202,10 +223,15 @@ def cancel(
 
     Example: dovecote replay cancel 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21 --reason "wrong day"
     """
+    from dovecote.operations import replays
+
     _change(replays.cancel, id, actor, reason, dry_run, as_json)
 
 
 def _change(verb: _Verb, id: UUID, actor: str, reason: str | None, dry_run: bool, as_json: bool) -> None:
+    from dovecote.settings import load_settings
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
         replay = verb(engine, id, by=actor, reason=reason, dry_run=dry_run)
     if as_json:
@@ -217,6 +243,8 @@ def _change(verb: _Verb, id: UUID, actor: str, reason: str | None, dry_run: bool
 
 
 def _watch(engine: Engine, id: UUID, as_json: bool) -> None:
+    from dovecote.operations import replays
+
     bar = progress_bar(as_json, TaskProgressColumn(), TimeRemainingColumn())
     try:
         with bar:

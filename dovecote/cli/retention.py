@@ -1,21 +1,21 @@
 """Commands that look after the weeks: partitions ahead, old weeks archived and dropped."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from psycopg.errors import InsufficientPrivilege
 from rich.table import Table
-from sqlalchemy import Engine
-from sqlalchemy.exc import ProgrammingError
 
 from dovecote.cli.options import Actor, DryRun
 from dovecote.cli.output import AsJson, add_row, print_json, print_table, say
-from dovecote.operations import retention
-from dovecote.operations.purging import purge
-from dovecote.settings import load_settings
-from dovecote.settings.application import find_app
-from dovecote.store.engines import engine_during
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from dovecote.operations import retention
+
 
 KeepWeeks = Annotated[
     int | None, typer.Option(min=0, max=5_200, help="Whole weeks to keep before this one; 0 drops none.")
@@ -39,13 +39,18 @@ def maintain(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make partitions ahead; archive and drop weeks older than those to keep. What is still needed is never dropped.
+    """Make partitions ahead; archive and drop weeks older than those to keep. What is needed is never dropped.
 
     Personal data whose time is over is removed first: expired challenges with their encrypted numbers.
     Exit code 1 when an old week is held back: by what, and what to do, is said.
 
     Example: dovecote maintain --keep-weeks 12 --archive-dir /srv/archive --dry-run
     """
+    from dovecote.operations import retention
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     settings = load_settings(needs_redis=False)
     with engine_during(settings) as engine:
         if forget_handler is not None:
@@ -78,6 +83,12 @@ def maintain(
 
 def _purge(engine: Engine) -> int | None:
     """Return how many rows were removed; None for a login that may not remove them, which is no fault of the weeks."""
+    from psycopg.errors import InsufficientPrivilege
+    from sqlalchemy.exc import ProgrammingError
+
+    from dovecote.operations.purging import purge
+    from dovecote.settings.application import find_app
+
     try:
         return purge(engine, find_app().purges)
     except ProgrammingError as error:
@@ -114,6 +125,11 @@ def partitions(keep_weeks: KeepWeeks = None, as_json: AsJson = False) -> None:
 
     Example: dovecote partitions --json
     """
+    from dovecote.operations import retention
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     settings = load_settings(needs_redis=False)
     keep = settings.retention.keep_weeks if keep_weeks is None else keep_weeks
     with engine_during(settings) as engine:

@@ -1,23 +1,22 @@
 """Commands that run processes: the whole system, one relay, the migration, a client that finds the system."""
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from dovecote.bootstrap import app_or_exit, run_relay
 from dovecote.cli.options import DryRun
 from dovecote.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
-from dovecote.local.clients import environment_for_clients
-from dovecote.local.supervisor import prefixed, stop_on_signals
-from dovecote.local.system import PROCFILE, STOP_SECONDS, LocalSystem, local_system
-from dovecote.migrations import schema
 from dovecote.processes.terminal import refuse
-from dovecote.settings import load_settings
+
+if TYPE_CHECKING:
+    from dovecote.local.system import LocalSystem
 
 
 def register(app: typer.Typer) -> None:
@@ -28,13 +27,16 @@ def register(app: typer.Typer) -> None:
 
 
 def up(
-    procfile: Annotated[Path, typer.Option(help="Which processes to run.", exists=True)] = PROCFILE,
+    procfile: Annotated[Path | None, typer.Option(help="Which processes to run.", exists=True)] = None,
 ) -> None:
     """Run a whole system here until Ctrl-C: servers where none are given, relay, consumers.
 
     Example: DOVECOTE_HOME=/var/tmp/mine dovecote up
     """
-    with stop_on_signals() as stop, local_system(os.environ, say, procfile) as system:
+    from dovecote.local.supervisor import prefixed, stop_on_signals
+    from dovecote.local.system import PROCFILE, STOP_SECONDS, local_system
+
+    with stop_on_signals() as stop, local_system(os.environ, say, procfile or PROCFILE) as system:
         supervisor = system.supervisor(prefixed(system.processes, sys.stdout))
         supervisor.start()
         try:
@@ -51,6 +53,8 @@ def relay() -> None:
 
     Example: dovecote relay
     """
+    from dovecote.bootstrap import app_or_exit, run_relay
+
     run_relay(app_or_exit())
 
 
@@ -66,6 +70,9 @@ def migrate(
 
     Example: DATABASE_URL=postgresql://... dovecote migrate
     """
+    from dovecote.migrations import schema
+    from dovecote.settings import load_settings
+
     url = load_settings(needs_redis=False).database.url.get_secret_value()
     steps = schema.steps(url, to) if down_to is None else schema.steps_back(url, down_to)
     if not dry_run:
@@ -84,6 +91,9 @@ def execute(command: Annotated[list[str], typer.Argument(help="Command and its a
 
     Example: dovecote exec psql -c 'select * from outbox_events limit 5'
     """
+    from dovecote.local.clients import environment_for_clients
+    from dovecote.settings import load_settings
+
     settings = load_settings()
     urls = {
         "DATABASE_URL": settings.database.url.get_secret_value(),

@@ -6,7 +6,6 @@ import typer
 from rich.table import Table
 
 from dovecote.cli.output import AsJson, add_row, document, print_json, print_table, say
-from dovecote.settings import load_settings, options, shown
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +21,8 @@ def show_settings(
 
     Example: dovecote settings --in-force
     """
+    from dovecote.settings import load_settings, options, shown
+
     if in_force:
         values = shown(load_settings())
         if as_json:
@@ -46,6 +47,8 @@ def show_settings(
 
 def settings_table() -> str:
     """Return the options as a Markdown table; the README holds a copy that a test keeps true."""
+    from dovecote.settings import options
+
     lines = ["| variable | default | unit | meaning |", "| --- | --- | --- | --- |"]
     for option in options():
         unit = option["unit"].replace("|", "or")

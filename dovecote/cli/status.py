@@ -1,21 +1,22 @@
 """`dovecote status`: the first look, and the one to leave open."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dovecote import operations
 from dovecote.cli.output import AsJson, Legible, add_row, cell, live_screen, out, print_json, show, until_ctrl_c
-from dovecote.operations import HandlerStatus, Status
-from dovecote.settings import load_settings
-from dovecote.settings.application import find_app
-from dovecote.store.engines import engine_during
-from dovecote.store.runs import Run
+
+if TYPE_CHECKING:
+    from dovecote import operations
+    from dovecote.operations import HandlerStatus, Status
+
 
 # Lines for types without a route: a writer may invent any number.
 _MAX_UNROUTED = 20
@@ -35,6 +36,11 @@ def status(
 
     Example: dovecote status --watch
     """
+    from dovecote import operations
+    from dovecote.settings import load_settings
+    from dovecote.settings.application import find_app
+    from dovecote.store.engines import engine_during
+
     with engine_during(load_settings(needs_redis=False)) as engine:
 
         def look() -> Status:
@@ -72,6 +78,8 @@ def _looks(look: Callable[[], Status], every_seconds: float) -> Iterator[Status]
 
 
 def _screen(found: Status) -> RenderableType:
+    from dovecote.store.runs import Run
+
     relay = found.relay
     leader = f"led by {relay.owner}" if relay.leading else "nobody leads"
     if relay.stands_back_for:
@@ -88,6 +96,8 @@ def _screen(found: Status) -> RenderableType:
 
 
 def _history(relay: operations.RelayStatus) -> Iterator[Text]:
+    from dovecote.store.runs import Run
+
     if relay.history:
         yield cell(f"history  {relay.history}, epoch {relay.epoch}, of {Run.read(relay.instance)}")
 

@@ -10,7 +10,7 @@ from dramatiq.middleware import Middleware
 
 from dovecote.broker.broker import OutboxBroker
 from dovecote.broker.fetcher import hand_back, put_aside, refuse
-from dovecote.consumer.consumer import Stopping
+from dovecote.consumer.retrying import Stopping
 from dovecote.envelope.message_reader import RefusedMessage
 from dovecote.store.pauses import HandlerPaused
 

@@ -1,4 +1,4 @@
-"""The end of a process whose handler was cut off and did not notice, and the record of which event it was."""
+"""Ends a process whose handler was cut off and did not notice, and records which event it was."""
 
 import os
 import sys
@@ -6,24 +6,27 @@ import threading
 from types import TracebackType
 
 import structlog
+from sqlalchemy import text
 
-from dovecote.consumer.attempts import Attempt, attempts_so_far, record_failures
+from dovecote.consumer.attempts import Attempt
 from dovecote.consumer.time_limits import Watch, backend_pid, exceeded
 from dovecote.database import Sessions
 from dovecote.envelope import Envelope
-from dovecote.store import deliveries, lookup
+from dovecote.store import lookup
 from dovecote.store.bundle import Bundle
-from dovecote.telemetry.failures import describe
+from dovecote.store.deliveries import Deliveries
 
 log = structlog.get_logger()
 
-# How long the record may take before the process ends all the same.
+# How long recording the event may take before the process ends all the same.
 _SHUTDOWN_TIMEOUT_SECONDS = 10.0
 _STUCK_EXIT_CODE = 70
+# Waits until the session has ended, a few seconds at most.
+_END_BACKEND = text("select pg_terminate_backend(:pid, 5000)")
 
 
 def end_stuck_process(sessions: Sessions, watch: Watch) -> None:
-    """End this process because a handler that was cut off did not notice; first write down which."""
+    """Record the event of a handler that was cut off and did not notice, and end this process."""
     error = exceeded(watch).with_traceback(_traceback_of(watch.thread_id))
     log.critical(
         "handler does not notice that it was cut off: this process ends",
@@ -32,7 +35,7 @@ def end_stuck_process(sessions: Sessions, watch: Watch) -> None:
         exc_info=error,
     )
     if watch.envelope is not None:
-        # In a thread: Postgres may be away, and then the crash is counted instead (dovecote/broker/poison.py).
+        # In a thread: Postgres may be unavailable, and then the crash is counted instead (dovecote/store/poison.py).
         record = threading.Thread(target=_record, args=(sessions, watch, watch.envelope, error), daemon=True)
         record.start()
         record.join(_SHUTDOWN_TIMEOUT_SECONDS)
@@ -42,14 +45,15 @@ def end_stuck_process(sessions: Sessions, watch: Watch) -> None:
 def _record(sessions: Sessions, watch: Watch, envelope: Envelope, error: BaseException) -> None:
     pid = backend_pid(watch.session)
     with sessions() as session, session.begin():
-        # Its transaction ends with its connection; a retry holds the row that is to be written.
-        deliveries.end_backend(session, pid)
+        # The transaction of a retry has locked the row that is to be written; it ends with its session.
+        if pid is not None:
+            session.execute(_END_BACKEND, {"pid": pid})
         # Postgres may have gone back since the handler was called.
         if lookup.look_up(session, Bundle(watch.route, [envelope])).absent:
             return
-        so_far = attempts_so_far(session, watch.route, [envelope])
-        attempt = Attempt(envelope, error, describe(error, envelope))
-        record_failures(session, watch.route, [attempt], so_far, watch.replay)
+        deliveries = Deliveries(session, watch.route, watch.replay)
+        so_far = deliveries.failed_so_far([envelope])
+        deliveries.record_failures([Attempt.of(envelope, error).after(so_far[envelope.event_id], watch.route)])
 
 
 def _traceback_of(thread_id: int) -> TracebackType | None:

@@ -2,7 +2,7 @@
 
 A handler is cut off twice over: an exception is raised in its thread, and the statement that its connection
 waits for is cancelled. Python raises only between two of its own steps: a handler that hangs in C code, on a
-socket without a time-out say, does not notice. Then the process has to end; `stuck` is called to say shutdown_thread.
+socket without a time-out say, does not notice. Then `stuck` is called, which ends the process.
 """
 
 import ctypes
@@ -28,11 +28,11 @@ _POLL_INTERVAL_SECONDS = 0.2
 
 
 class CutOff(BaseException):
-    """Raised inside of the handler. No Exception: a handler that catches those must not swallow it."""
+    """Raised inside of the handler. No Exception, and no DovecoteError: no `except` of a handler may swallow it."""
 
 
 class Watch:
-    """One handler at work, in the thread that makes it."""
+    """One handler in flight, in the thread that makes it."""
 
     def __init__(self, route: Route, session: Session, replay: UUID | None = None) -> None:
         self.route = route
@@ -40,10 +40,10 @@ class Watch:
         self.seconds = route.time_limit_seconds
         self.thread_id = threading.get_ident()
         self.session = session
-        #: The event at work, None while it is a whole bundle.
+        #: The event in flight, None while it is a whole bundle.
         self.envelope: Envelope | None = None
-        #: When each call of the handler began.
-        self.moments: list[float] = []
+        #: When each call of the handler began, by time.monotonic().
+        self.call_times: list[float] = []
         self.began_at = time.monotonic()
         self.deadline = self.began_at + self.seconds
         self.was_cut_off = False
@@ -51,10 +51,10 @@ class Watch:
         self._lock = threading.Lock()
 
     def next(self, envelope: Envelope | None) -> None:
-        """The limit is for each call of the handler: it starts anew."""
+        """Begin a call of the handler: the limit is for each of them."""
         self.envelope = envelope
         self.began_at = time.monotonic()
-        self.moments.append(self.began_at)
+        self.call_times.append(self.began_at)
         self.deadline = self.began_at + self.seconds
 
     def cut_off(self) -> None:
@@ -67,7 +67,7 @@ class Watch:
         _cancel_statement(self.session)
 
     def end(self) -> None:
-        """Nothing is raised in this thread any more once this has returned."""
+        """From when this returns, nothing is raised in this thread any more."""
         with self._lock:
             self.ended = True
             if self.was_cut_off:
@@ -85,7 +85,7 @@ class TimeLimits:
         self._lock = threading.Lock()
 
     def within(self, watch: Watch, work: Callable[[], None]) -> None:
-        """Do the work. However it takes its being cut off, this raises then.
+        """Run `work`; raise TimeLimitExceeded even if it swallowed the interrupt.
 
         Errors: TimeLimitExceeded, with the traceback of where it was; what the work raises.
         """
@@ -118,7 +118,7 @@ class TimeLimits:
     def _run(self) -> None:
         while True:
             if not self._watches:
-                # An idle process sleeps. Cleared first: a watch that comes in between sets it again.
+                # An idle process sleeps. Cleared first: a watch that begins in between sets it again.
                 self._something_to_watch.clear()
                 if not self._watches:
                     self._something_to_watch.wait()
@@ -154,6 +154,9 @@ def _cancel_statement(session: Session) -> None:
 
 
 def _raise_in(thread_id: int, exception: type[BaseException] | None) -> None:
-    """Raise between two of the thread's next steps; None takes back what was not raised yet."""
+    """Raise between two of the thread's next steps; None withdraws what was not raised yet.
+
+    Dramatiq's raise_thread_exception() cannot withdraw.
+    """
     to_raise = ctypes.py_object(exception) if exception else None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), to_raise)

@@ -1,10 +1,9 @@
 """What travels on the queue: CloudEvents 1.0 envelopes, in bundles, inside one Dramatiq message.
 
-The relay never builds an envelope in Python: the SQL function `dovecote.envelope` writes it as text, and
-bundles are joined from such texts. This module is the other end: it reads them.
+The relay never builds an envelope in Python: the SQL function `dovecote.envelope` writes it as text, and the relay
+joins such texts to bundles (wire.py). This module reads them.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,25 +12,11 @@ from uuid import UUID
 
 import orjson
 
+from dovecote.envelope.wire import BEFORE_DATA, EVENT_ID_PATTERN, FIELDS, HEAD_PATTERN, HEADERS_PATTERN
 from dovecote.errors import InvalidEvent, cut, shown, shown_error
 from dovecote.events import Event, read_event
 from dovecote.events.records import record
 from dovecote.privacy import Keyring
-
-# What the broker and Dramatiq's worker take for granted in a message.
-_FIELDS: Mapping[str, type] = {
-    "queue_name": str,
-    "actor_name": str,
-    "args": list,
-    "kwargs": dict,
-    "options": dict,
-    "message_id": str,
-    "message_timestamp": int,
-}
-
-_HEAD = re.compile(rb'{"queue_name":"([^"\\\n]{1,255})","actor_name":"([\w.:-]{1,200})","args":\[\[(?=\n|\Z)')
-_EVENT_ID = re.compile(rb'{"specversion":"1\.0","id":"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"')
-_HEADERS = re.compile(rb'(,"position":"\d+").*', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -39,7 +24,7 @@ class Envelope:
     """One event on its way, with what the outbox knows of it.
 
     Shape:  `data` is the event's payload; `time` is ISO 8601; `position` is its place in the outbox;
-            `keys` open its sensitive fields.
+            `keys` decrypt its sensitive fields.
     """
 
     event_id: UUID
@@ -58,7 +43,7 @@ class Envelope:
     def event(self) -> Event:
         """The event itself.
 
-        Errors: UnknownEvent, InvalidEvent, CannotOpen.
+        Errors: UnknownEvent, InvalidEvent, CannotDecrypt.
         """
         if self.unreadable is not None:
             raise InvalidEvent(f"{self.type} {self.event_id}: its payload cannot be read: {cut(self.unreadable, 200)}")
@@ -83,9 +68,9 @@ class Broken:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a bundle says.
+    """What a bundle contains.
 
-    sent_in  the run of Postgres in which the relay has read the events; None where it does not say
+    sent_in  the run of Postgres in which the relay has read the events; None for a message without it
     """
 
     handler: str
@@ -99,22 +84,22 @@ class Contents:
 
 
 def handler_named_in(data: bytes) -> str | None:
-    """Return the handler that a bundle says it is for; None for what does not begin as a bundle."""
-    head = _HEAD.match(data)
+    """Return the handler that a bundle names; None for what does not begin as a bundle."""
+    head = HEAD_PATTERN.match(data)
     return head[2].decode() if head else None
 
 
 def read_bundle(data: bytes, keys: Keyring | None = None) -> Contents:
     """Return what is in a bundle as the relay writes it, one envelope a line.
 
-    Postgres keeps JSON that a parser here refuses, such as 1e400 or a thousand brackets. Such a payload must not take
-    its bundle along: its envelope comes without `data`, and says why in `unreadable`. With such a header it comes
-    without its headers. What is no envelope at all is told in `broken`, and takes nobody along either.
+    Postgres accepts JSON that the parser here refuses, such as 1e400 or a thousand brackets. Such a payload does not
+    affect the rest of its bundle: its envelope has no `data`, and the reason in `unreadable`. With such a header it has
+    no headers. A line that is no envelope is in `broken`, and does not affect the rest either.
     Errors: ValueError for what is no bundle.
     """
     begin, end = data.find(b"\n"), data.rfind(b"\n")
     head, tail = data[: max(0, begin)], data[end + 1 :]
-    if begin == end or _HEAD.fullmatch(head) is None:
+    if begin == end or HEAD_PATTERN.fullmatch(head) is None:
         raise ValueError("not a bundle: it does not begin as one")
     # What comes before the envelopes and behind them, without them: nothing in them can pretend to be any of it.
     message = _checked(orjson.loads(head + tail))
@@ -124,7 +109,7 @@ def read_bundle(data: bytes, keys: Keyring | None = None) -> Contents:
         or not isinstance(kwargs.get("retry", False), bool)
         or not isinstance(kwargs.get("replay", ""), str)
     ):
-        raise ValueError("a bundle with arguments that no relay of this version gives it")
+        raise ValueError("a bundle with arguments that no relay of this version writes")
     envelopes, broken = _envelopes(data[begin + 1 : end], keys)
     return Contents(
         handler=message["actor_name"],
@@ -157,16 +142,16 @@ def _envelopes(text: bytes, keys: Keyring | None) -> tuple[list[Envelope], list[
 
 
 def _event_id_in(line: bytes) -> UUID | None:
-    # It is the server's own and comes first: whatever a writer has put into a line stands behind it.
-    found = _EVENT_ID.match(line)
+    # The server writes it first: what a writer has put into a line comes behind it.
+    found = EVENT_ID_PATTERN.match(line)
     return UUID(found[1].decode()) if found else None
 
 
 def _checked(message: Any) -> dict[str, Any]:
-    # Whoever fetches a message would fall over one that lacks any of it, again and again.
-    if not isinstance(message, dict) or not message.keys() >= _FIELDS.keys():
+    # Every fetch of a message without one of them would fail.
+    if not isinstance(message, dict) or not message.keys() >= FIELDS.keys():
         raise ValueError("not a message of Dramatiq: fields are missing")
-    for name, kind in _FIELDS.items():
+    for name, kind in FIELDS.items():
         if not isinstance(message[name], kind):
             raise ValueError(f"not a message of Dramatiq: {name} is no {kind.__name__}")
     if not isinstance(message["options"].get("redis_message_id"), str):
@@ -177,7 +162,7 @@ def _checked(message: Any) -> dict[str, Any]:
 def _read_alone(line: bytes) -> dict[str, Any]:
     _, without_headers, payload = _parts(line)
     try:
-        return _first_readable(line, without_headers + b',"data":' + payload)
+        return _first_readable(line, without_headers + BEFORE_DATA + payload)
     except orjson.JSONDecodeError as error:
         return {**read_head(line), "data": None, "unreadable": str(error)}
 
@@ -198,9 +183,8 @@ def payload_of(line: bytes) -> bytes:
 
 def _parts(line: bytes) -> tuple[bytes, bytes, bytes]:
     """Return the attributes, the same without what a writer may have put into headers, and the payload."""
-    # A quote inside of a text is escaped: this is where the payload begins, which comes last, and `_HEADERS` before it.
-    attributes, _, payload = line.partition(b',"data":')
-    return attributes, _HEADERS.sub(rb"\1", attributes), payload
+    attributes, _, payload = line.partition(BEFORE_DATA)
+    return attributes, HEADERS_PATTERN.sub(rb"\1", attributes), payload
 
 
 def _first_readable(text: bytes, otherwise: bytes) -> dict[str, Any]:
@@ -229,7 +213,7 @@ def read_envelope(fields: Mapping[str, Any], keys: Keyring | None = None) -> Env
                 "position": int(fields["position"]),
                 "time": fields["time"],
                 "data": fields["data"],
-                # Headers are the writer's own: what is no text in them is no reason to lose the event.
+                # Headers are chosen by the writer: one that is no text must not lose the event.
                 "traceparent": _text_or_none(fields.get("traceparent")),
                 "correlation_id": _text_or_none(fields.get("correlationid")),
                 "keys": keys,

@@ -16,14 +16,8 @@ import psycopg
 from sqlalchemy import text
 
 from dovecote.database import Sessions
+from dovecote.envelope.wire import AFTER_SIGNATURE, BEFORE_SIGNATURE, DIGEST_BYTES, KEY_ID_BYTES, TAIL_BYTES
 from dovecote.errors import DovecoteError
-
-_ID_BYTES, _DIGEST_BYTES = 16, 64
-_BEFORE, _AFTER = b',"signature":"', b'"}}'
-#: What an unsigned message ends with; the signature goes in front of it, as the last of its options.
-END = b"}}"
-#: Bytes at the end of a message that the signature does not cover: itself.
-TAIL_BYTES = len(_BEFORE) + _ID_BYTES + _DIGEST_BYTES + len(_AFTER)
 
 # A relay signs with a key once it is this old, by the clock of Postgres, and a consumer asks for a key that it does not
 # know if it has not asked for this long: whatever a relay signs, a consumer that has asked lately knows the key. So a
@@ -53,34 +47,36 @@ class MessageKey:
 
     id: bytes
     _for_messages: bytes = field(repr=False)
-    _for_marks: bytes = field(repr=False)
+    _for_crash_counts: bytes = field(repr=False)
 
     @classmethod
     def of(cls, id: str, secret: bytes) -> "MessageKey":
         """Return the key of a row of message_keys."""
-        derived = (hmac.digest(secret, context, "sha256") for context in (b"dovecote message", b"dovecote crash mark"))
+        derived = (
+            hmac.digest(secret, context, "sha256") for context in (b"dovecote message", b"dovecote crash counts")
+        )
         return cls(id.encode("ascii"), *derived)
 
     def signed(self, unsigned: bytes) -> bytes:
         """Return the message whole. `unsigned` is all of it up to END, which is left out."""
-        return b"".join((unsigned, _BEFORE, self.id, _digest(self._for_messages, unsigned), _AFTER))
+        return b"".join((unsigned, BEFORE_SIGNATURE, self.id, _digest(self._for_messages, unsigned), AFTER_SIGNATURE))
 
     def has_signed(self, message: bytes) -> bool:
         """Return whether the message is whole and as this key has signed it."""
         digest = _digest(self._for_messages, memoryview(message)[:-TAIL_BYTES])
-        expected = b"".join((_BEFORE, self.id, digest, _AFTER))
+        expected = b"".join((BEFORE_SIGNATURE, self.id, digest, AFTER_SIGNATURE))
         return hmac.compare_digest(message[-TAIL_BYTES:], expected)
 
-    def sign_mark(self, message_id: str, mark: bytes) -> bytes:
-        """Return the mark with a signature behind it that holds for this message."""
-        return b"".join((mark, b"\n", self.id, self._mark_digest(message_id, mark)))
+    def sign_crash_counts(self, message_id: str, counts: bytes) -> bytes:
+        """Return the crash counts with a signature behind them that holds for this message."""
+        return b"".join((counts, b"\n", self.id, self._crash_counts_digest(message_id, counts)))
 
-    def has_signed_mark(self, message_id: str, mark: bytes, digest: bytes) -> bool:
-        """Return whether the mark is as this key has signed it for this message."""
-        return hmac.compare_digest(digest, self._mark_digest(message_id, mark))
+    def has_signed_crash_counts(self, message_id: str, counts: bytes, digest: bytes) -> bool:
+        """Return whether the crash counts are as this key has signed them for this message."""
+        return hmac.compare_digest(digest, self._crash_counts_digest(message_id, counts))
 
-    def _mark_digest(self, message_id: str, mark: bytes) -> bytes:
-        return _digest(self._for_marks, b"\n".join((message_id.encode(), mark)))
+    def _crash_counts_digest(self, message_id: str, counts: bytes) -> bytes:
+        return _digest(self._for_crash_counts, b"\n".join((message_id.encode(), counts)))
 
 
 def _digest(key: bytes, data: bytes | memoryview) -> bytes:
@@ -90,17 +86,17 @@ def _digest(key: bytes, data: bytes | memoryview) -> bytes:
 def key_id_of(message: bytes) -> bytes | None:
     """Return the id of the key that a message says it was signed with; None where it is not signed."""
     tail = message[-TAIL_BYTES:]
-    if len(tail) < TAIL_BYTES or not (tail.startswith(_BEFORE) and tail.endswith(_AFTER)):
+    if len(tail) < TAIL_BYTES or not (tail.startswith(BEFORE_SIGNATURE) and tail.endswith(AFTER_SIGNATURE)):
         return None
-    return tail[len(_BEFORE) :][:_ID_BYTES]
+    return tail[len(BEFORE_SIGNATURE) :][:KEY_ID_BYTES]
 
 
-def split_mark(found: bytes) -> tuple[bytes, bytes, bytes] | None:
-    """Return a mark, the id of the key it says it was signed with, and its digest; None for what is no signed mark."""
-    at = len(found) - _ID_BYTES - _DIGEST_BYTES
+def split_crash_counts(found: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """Return crash counts, the id of the key that they name, and their digest; None for what is not signed."""
+    at = len(found) - KEY_ID_BYTES - DIGEST_BYTES
     if at < 1 or found[at - 1 : at] != b"\n":
         return None
-    return found[: at - 1], found[at : at + _ID_BYTES], found[at + _ID_BYTES :]
+    return found[: at - 1], found[at : at + KEY_ID_BYTES], found[at + KEY_ID_BYTES :]
 
 
 def valid_keys(connection: psycopg.Connection[Any]) -> dict[bytes, MessageKey]:
@@ -167,7 +163,7 @@ class MessageKeys:
         return found
 
     def newest(self) -> MessageKey:
-        """Return the key to sign a mark with. Errors: NoMessageKey besides."""
+        """Return the key to sign crash counts with. Errors: NoMessageKey besides."""
         if self._newest is None:
             with self._lock:
                 self._ask()

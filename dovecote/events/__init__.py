@@ -1,8 +1,8 @@
 """What an event is, how it becomes JSON and back, and which events exist.
 
-An event is a frozen dataclass that names its wire type, `<slice>.<fact>.v<n>`. The name and the shape
+An event is a frozen dataclass that names its wire type, `<slice>.<event>.v<n>`. The name and the shape
 of a version never change once they have been written; a new shape is a new version. Code knows the
-newest class of a fact only; an upcaster makes the payload of an older version one of the next.
+class of the newest version only; an upcaster converts the payload of a version to that of the next.
 """
 
 import json
@@ -34,14 +34,14 @@ _upcasters: dict[str, tuple[str, Upcaster]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A fact about one aggregate.
+    """Something that has happened to one aggregate.
 
         @dataclass(frozen=True, kw_only=True)
         class PriceQuoted(Event, type="pricing.price_quoted.v1", aggregate="price", key="symbol"):
             symbol: str
 
-    `key` names the field that identifies the aggregate. A field that is nobody's business on the way is
-    marked: `note: str = sensitive()`. It is encrypted in the row and opened by the consumer.
+    `key` names the field that identifies the aggregate. A sensitive field is marked:
+    `note: str = sensitive()`. It is encrypted in the row and decrypted by the consumer.
     Fields may be str, int, bool, Decimal, datetime (aware), UUID, Enum, Money, or None-able ones of these.
     """
 
@@ -55,7 +55,7 @@ class Event:
     def __init_subclass__(cls, *, type: str, aggregate: str, key: str) -> None:
         super().__init_subclass__()
         if not type_name.fullmatch(type):
-            raise InvalidEvent(f"{cls.__name__}: type {type!r} is not <slice>.<fact>.v<n>")
+            raise InvalidEvent(f"{cls.__name__}: type {type!r} is not <slice>.<event>.v<n>")
         if not _aggregate_name.fullmatch(aggregate):
             raise InvalidEvent(f"{cls.__name__}: aggregate {aggregate!r} is not a lower-case word")
         if (known := _registry.get(type)) and known.__qualname__ != cls.__qualname__:
@@ -68,29 +68,29 @@ class Event:
         return str(getattr(self, self._key))
 
     def payload(self, keys: Keyring | None = None) -> dict[str, Any]:
-        """Return the event as a flat JSON object: ids, decimals and moments as text, Money as an object.
+        """Return the event as a flat JSON object: ids, decimals and times as text, Money as an object.
 
-        Sensitive fields are {"sealed": text}.
+        Sensitive fields are {"encrypted": text}.
         Errors: InvalidEvent when there are such fields and no keys.
         """
-        told = {}
+        fields = {}
         for name, codec in _codecs(self.__class__).items():
             value = codec.encode(getattr(self, name))
-            told[name] = self._seal(name, value, keys) if codec.sensitive else value
-        return told
+            fields[name] = self._encrypted(name, value, keys) if codec.sensitive else value
+        return fields
 
     @classmethod
     def from_payload(cls, event_id: UUID, payload: Mapping[str, Any], keys: Keyring | None = None) -> Self:
         """Read an event back. Fields this version does not know are ignored: newer writers may add some.
 
-        Errors: InvalidEvent naming the field that is missing or wrong, or sealed while there are no keys;
-                CannotOpen when it is sealed with another key.
+        Errors: InvalidEvent naming the field that is missing or wrong, or encrypted while there are no keys;
+                CannotDecrypt when it is encrypted with another key.
         """
         values: dict[str, Any] = {"event_id": event_id}
         for name, codec in _codecs(cls).items():
             value = payload.get(name)
             if codec.sensitive:
-                value = cls._unseal(event_id, name, value, keys)
+                value = cls._decrypted(event_id, name, value, keys)
             try:
                 values[name] = codec.decode(value)
             except (ValueError, TypeError, KeyError, ArithmeticError) as error:
@@ -98,18 +98,18 @@ class Event:
                 raise InvalidEvent(f"{cls.type} {event_id}: field {name!r} cannot be read: {why}") from None
         return record(cls, values)
 
-    def _seal(self, name: str, value: Any, keys: Keyring | None) -> dict[str, str]:
+    def _encrypted(self, name: str, value: Any, keys: Keyring | None) -> dict[str, str]:
         if keys is None:
             raise InvalidEvent(f"{self.type}: field {name!r} is sensitive; give the unit of work its keys")
-        # Bound to its place: a sealed field copied into another event does not open there.
-        return {"sealed": keys.seal(json.dumps(value), context=f"{self.event_id}/{name}")}
+        # Bound to its place: an encrypted field that is copied into another event is not decrypted there.
+        return {"encrypted": keys.encrypt(json.dumps(value), context=f"{self.event_id}/{name}")}
 
     @classmethod
-    def _unseal(cls, event_id: UUID, name: str, value: Any, keys: Keyring | None) -> Any:
-        if keys is None or not isinstance(value, dict) or not isinstance(value.get("sealed"), str):
-            why = "there are no keys to open it" if keys is None else "it is not sealed"
+    def _decrypted(cls, event_id: UUID, name: str, value: Any, keys: Keyring | None) -> Any:
+        if keys is None or not isinstance(value, dict) or not isinstance(value.get("encrypted"), str):
+            why = "there are no keys to decrypt it" if keys is None else "it is not encrypted"
             raise InvalidEvent(f"{cls.type} {event_id}: field {name!r} is sensitive and {why}")
-        return json.loads(keys.open(value["sealed"], context=f"{event_id}/{name}"))
+        return json.loads(keys.decrypt(value["encrypted"], context=f"{event_id}/{name}"))
 
 
 def sensitive() -> Any:
@@ -124,12 +124,12 @@ def upcaster(older: str, newer: str) -> Callable[[Upcaster], Upcaster]:
         def _with_currency(payload: Mapping[str, Any]) -> dict[str, Any]:
             return {**payload, "currency": "EUR"}
 
-    A sealed field may stay or go, but not get another name: the seal is bound to it.
-    Errors: InvalidEvent unless the two are neighbouring versions of one fact, or when there is one already.
+    An encrypted field may stay or go, but not get another name: it is encrypted for that name.
+    Errors: InvalidEvent unless the two are neighbouring versions of one event, or when there is one already.
     """
-    fact, version = versioned(older)
-    if versioned(newer) != (fact, version + 1):
-        raise InvalidEvent(f"an upcaster leads to the next version of the same fact, not from {older} to {newer}")
+    name, version = versioned(older)
+    if versioned(newer) != (name, version + 1):
+        raise InvalidEvent(f"an upcaster leads to the next version of the same event, not from {older} to {newer}")
 
     def register(upcast_one: Upcaster) -> Upcaster:
         known = _upcasters.get(older)
@@ -142,18 +142,18 @@ def upcaster(older: str, newer: str) -> Callable[[Upcaster], Upcaster]:
 
 
 def versioned(type: str) -> tuple[str, int]:
-    """Return the fact and the version of a wire type: `shop.order_placed` and 2.
+    """Return the name and the version of a wire type: `shop.order_placed` and 2.
 
     Errors: InvalidEvent when it is no wire type.
     """
     if not type_name.fullmatch(type):
-        raise InvalidEvent(f"type {type!r} is not <slice>.<fact>.v<n>")
-    fact, _, version = type.rpartition(".v")
-    return fact, int(version)
+        raise InvalidEvent(f"type {type!r} is not <slice>.<event>.v<n>")
+    name, _, version = type.rpartition(".v")
+    return name, int(version)
 
 
 def has_sensitive_fields(event_class: type[Event]) -> bool:
-    """Return whether events of this class are written and read with keys only."""
+    """Return whether events of this class can be written and read with keys only."""
     return any(codec.sensitive for codec in _codecs(event_class).values())
 
 
@@ -178,7 +178,7 @@ def read_event(type: str, event_id: UUID, payload: Mapping[str, Any], keys: Keyr
     """Return the event that a row or an envelope holds, as the newest version of it.
 
     Errors: UnknownEvent when no class has that type; InvalidEvent when the payload does not fit it;
-            CannotOpen when a sensitive field was sealed with a key that is not among these.
+            CannotDecrypt when a sensitive field was encrypted with a key that is not among these.
     """
     try:
         newest, payload = upcast(type, payload) if type in _upcasters else (type, payload)
@@ -236,7 +236,7 @@ def _codec(hint: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     if hint is UUID:
         return str, _uuid
     if hint is datetime:
-        return _moment_text, _moment
+        return _time_text, _time
     if hint is Money:
         return (
             lambda money: {"amount_minor": money.amount_minor, "currency": money.currency},
@@ -294,17 +294,17 @@ def _member_of(choices: type[Enum]) -> Callable[[Any], Enum]:
     return decode
 
 
-def _moment_text(moment: datetime) -> str:
-    if moment.tzinfo is None:
-        raise InvalidEvent(f"a moment needs a time zone, got {shown(moment)}")
-    return moment.astimezone(UTC).isoformat()
+def _time_text(time: datetime) -> str:
+    if time.tzinfo is None:
+        raise InvalidEvent(f"a time needs a time zone, got {shown(time)}")
+    return time.astimezone(UTC).isoformat()
 
 
-def _moment(value: Any) -> datetime:
+def _time(value: Any) -> datetime:
     try:
-        moment = datetime.fromisoformat(value)
+        time = datetime.fromisoformat(value)
     except (ValueError, TypeError):
-        raise ValueError(f"expected a moment in ISO 8601, got {shown(value)}") from None
-    if moment.tzinfo is None:
-        raise ValueError(f"a moment needs a time zone, got {shown(value)}")
-    return moment
+        raise ValueError(f"expected a time in ISO 8601, got {shown(value)}") from None
+    if time.tzinfo is None:
+        raise ValueError(f"a time needs a time zone, got {shown(value)}")
+    return time

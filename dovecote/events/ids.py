@@ -2,6 +2,8 @@
 
 import os
 import time
+import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -11,14 +13,14 @@ _RANDOM_A = 0xFFF << 64
 _RANDOM_B = (1 << 62) - 1
 
 
-def uuid7() -> UUID:
-    """Return a new id: 48 bits of Unix milliseconds, then 74 random ones (RFC 9562, section 5.7).
-
-    Python has uuid.uuid7 from 3.14; `domain` promises to need the database packages only.
-    """
+def _uuid7() -> UUID:
     milliseconds = time.time_ns() // 1_000_000
     random = int.from_bytes(os.urandom(10), "big")
     return UUID(int=milliseconds << 80 | _VERSION_7 | random & _RANDOM_A | _VARIANT_RFC | random & _RANDOM_B)
+
+
+#: Return a new id: 48 bits of Unix milliseconds, then a counter and random bits (RFC 9562, section 5.7).
+uuid7: Callable[[], UUID] = getattr(uuid, "uuid7", _uuid7)  # in the standard library from Python 3.14
 
 
 def made_at(id: UUID) -> datetime:

@@ -12,7 +12,7 @@ _CURRENCY = re.compile(r"[A-Z]{3}")
 class Money:
     """An amount in the currency's minor unit: Money(1999, "EUR") is 19.99 euros.
 
-    Source:  ISO 4217 for the code; how many minor units make a major one is the currency's affair.
+    Source:  ISO 4217 for the code; how many minor units make a major one depends on the currency.
     Errors:  InvalidValue for a currency that is not three capital letters or an amount that is not whole.
     """
 

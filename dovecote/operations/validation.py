@@ -19,6 +19,8 @@ _NOTHING_BEFORE = datetime(2000, 1, 1, tzinfo=UTC)
 class WrongRequest(DovecoteError):
     """What was asked for makes no sense; asked again it makes none either. The message says what would."""
 
+    exit_code = 2
+
 
 class NoReason(WrongRequest):
     """The verb changes what cannot be changed back, and nobody said why."""

@@ -23,8 +23,9 @@ class StopFlag:
     def set(self, sig: int | None = None) -> None:
         if self.signal is None and sig is not None:
             self.signal = signal.Signals(sig)
-        self._is_set = True
-        self.interrupt()  # never read: the pipe stays readable
+        if not self._is_set:
+            self._is_set = True
+            self.interrupt()  # never read: the pipe stays readable
 
     def is_set(self) -> bool:
         return self._is_set

@@ -54,10 +54,10 @@ def write(stream: TextIO, ours: str, *, flush: bool = True) -> None:
         stream.flush()
 
 
-def refuse(sentence: str) -> NoReturn:
-    """End the process with code 2: it was started wrongly."""
+def refuse(sentence: str, code: int = 2) -> NoReturn:
+    """End the process with a sentence and a code: 2 if it was started wrongly."""
     write_line(sys.stderr, sentence, before="dovecote: ")
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _escaped(character: str) -> str:

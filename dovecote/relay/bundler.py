@@ -6,7 +6,6 @@ alone would not do: Postgres gives them out again after a failover that lost the
 messages of those are still queued.
 """
 
-import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
@@ -15,13 +14,11 @@ from typing import TypeVar
 from uuid import UUID
 
 from dovecote.broker.broker import QueuedBundle
-from dovecote.envelope.signatures import END, MessageKey
+from dovecote.envelope.signatures import MessageKey
+from dovecote.envelope.wire import END, EVENT_ID, unsigned_message
 from dovecote.route import Route, distinct
 from dovecote.store.leases import MAX_BUNDLE_BYTES, DueDelivery
 from dovecote.store.reader import Row, positions
-
-#: Where dovecote.envelope() puts it.
-EVENT_ID = slice(len('{"specversion":"1.0","id":"'), len('{"specversion":"1.0","id":"') + 36)
 
 Item = TypeVar("Item")
 
@@ -212,28 +209,15 @@ def bundle(
     sent_in: str | None = None,
     key: MessageKey | None = None,
 ) -> QueuedBundle:
-    """Return a message; the handler, these numbers, events, replay and salt are what its id follows from.
+    """Return a message. Its id is a digest of the handler, these numbers, the events, the replay and the salt.
 
-    `sent_in` and the signature are in its options: older consumers pass over what they do not know there. Without a
-    key it is not signed, and no consumer acts on it.
+    Without a key it is not signed, and no consumer acts on it.
     """
     digest = blake2b(array("q", identity).tobytes(), digest_size=16, key=_digest_key(route.handler), salt=salt)
     digest.update(b"".join([envelope[EVENT_ID] for envelope in envelopes]))
     if replay is not None:
         digest.update(replay.bytes)
     id = ("r" if retry else "b") + digest.hexdigest()
-    replay_word = "" if replay is None else f',"replay":"{replay}"'
-    run_word = "" if sent_in is None else f',"sent_in":"{sent_in}"'
-    # The envelopes are JSON already; everything else in here is words of our own.
-    message = b"".join(
-        (
-            f'{{"queue_name":"{route.queue}","actor_name":"{route.handler}","args":[[\n'.encode(),
-            # An envelope a line: a message that cannot be read as a whole is read line by line.
-            b",\n".join(envelopes),
-            f'\n]],"kwargs":{{"retry":{str(retry).lower()}{replay_word}}},"message_id":"{id}",'
-            f'"message_timestamp":{time.time_ns() // 1_000_000},'
-            f'"options":{{"redis_message_id":"{id}"{run_word}'.encode(),
-        )
-    )
+    message = unsigned_message(route.queue, route.handler, id, envelopes, retry=retry, replay=replay, sent_in=sent_in)
     message = message + END if key is None else key.signed(message)
     return QueuedBundle(route.handler, route.queue, id, message)

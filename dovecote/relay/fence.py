@@ -1,6 +1,6 @@
-"""What Redis knows of the relay: the epoch and the history that may publish, of which run of Postgres, and the beat.
+"""The fencing token in Redis: which epoch and history may publish, of which run of Postgres, and the last heartbeat.
 
-The epoch has a key of its own, as relays from before there were histories know it.
+The epoch has a key of its own; the rest is a hash beside it.
 """
 
 from collections.abc import Iterator
@@ -14,29 +14,29 @@ from dovecote.store.runs import Run
 
 _LUA = Path(__file__).parents[1] / "broker" / "lua"
 
-# Of an epoch, or of a moment in milliseconds.
+# Of an epoch, or of a time in milliseconds.
 _MAX_DIGITS = 15
 _DETAILS = ("history", "instance", "seen")
-# Of one of them; a relay writes 60 at most.
+# Of one field; a relay writes 60 at most.
 _MAX_DETAIL_BYTES = 1_000
-# Of one call: Redis serves nobody else for a millisecond or two.
+# Of one call, which blocks Redis for a millisecond or two.
 _MAX_DROPPED = 1_000
 _MSGS, _ASIDE, _DEAD = ".msgs", ".aside.", ".XQ"
 
 
-def _number(told: bytes | None) -> int:
-    return int(told) if told and len(told) <= _MAX_DIGITS and told.isdigit() else 0
+def _number(text: bytes | None) -> int:
+    return int(text) if text and len(text) <= _MAX_DIGITS and text.isdigit() else 0
 
 
 @dataclass(frozen=True)
-class Marker:
-    """What Redis said of the relay that claimed it last.
+class Fence:
+    """What Redis holds of the relay that claimed it last.
 
     redis_run   run id of the Redis process
     epoch       0 for none
-    history     empty for none; whatever bytes are there, with surrogates for what is no UTF-8
+    history     empty for none; any bytes that are there, with surrogates for what is not UTF-8
     instance    the run of Postgres it was connected to; empty for none
-    silent_ms   how long ago it gave a sign of life, by the clock of Redis
+    silent_ms   the age of its last heartbeat, by the clock of Redis
     """
 
     redis_run: str
@@ -48,28 +48,28 @@ class Marker:
 
 @dataclass(frozen=True)
 class Claim:
-    """Who wants to publish: its epoch and history, its run of Postgres, and the beat there."""
+    """The relay that wants to publish: its epoch and history, its run of Postgres, and the heartbeat there."""
 
     epoch: int
     history: str
     instance: str
-    beat: int
+    heartbeat: int
 
 
 class RedisFence:
-    """Reads and writes the marker. Errors: every method may raise redis.RedisError."""
+    """Reads and writes the fencing token. Errors: every method may raise redis.RedisError."""
 
     def __init__(self, broker: OutboxBroker) -> None:
         self._broker = broker
         self._client: Any = broker.client
         self._claim = self._client.register_script((_LUA / "claim.lua").read_bytes())
-        self._beat = self._client.register_script((_LUA / "beat.lua").read_bytes())
+        self._heartbeat = self._client.register_script((_LUA / "heartbeat.lua").read_bytes())
         self._drop = self._client.register_script((_LUA / "drop.lua").read_bytes())
 
-    def read(self) -> Marker:
+    def read(self) -> Fence:
         """Return what is there."""
         epoch_key, details_key = self._broker.fence_keys
-        self._delete_what_is_too_long(details_key)
+        self._delete_long_fields(details_key)
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.info("server")
             pipeline.getrange(epoch_key, 0, _MAX_DIGITS)
@@ -78,12 +78,12 @@ class RedisFence:
             info, epoch, details, (seconds, micros) = pipeline.execute()
         history, instance, seen = ((field or b"").decode(errors="surrogateescape") for field in details)
         silent_ms = seconds * 1_000 + micros // 1_000 - _number(seen.encode(errors="surrogateescape"))
-        # Anybody may have written these: what is no run, epoch or moment of ours is taken for none.
+        # Any client may have written these: what is no run, epoch or time of ours counts as none.
         instance = instance if Run.read(instance) else ""
-        return Marker(str(info["run_id"]), _number(epoch), history, instance, silent_ms)
+        return Fence(str(info["run_id"]), _number(epoch), history, instance, silent_ms)
 
-    def _delete_what_is_too_long(self, details_key: str) -> None:
-        # No relay has written that, and what somebody else has must not fill our memory.
+    def _delete_long_fields(self, details_key: str) -> None:
+        # No relay writes such a field, and those of other clients must not fill our memory.
         with self._client.pipeline(transaction=False) as pipeline:
             for name in _DETAILS:
                 pipeline.hstrlen(details_key, name)
@@ -92,17 +92,17 @@ class RedisFence:
         if too_long:
             self._client.hdel(details_key, *too_long)
 
-    def claim(self, claim: Claim, *, over: str, known_epoch: int | None = None, lowest_beat: int = 0) -> bool:
-        """Let only this epoch and history publish, and return whether it may: only where Redis is in history `over`.
+    def claim(self, claim: Claim, *, over: str, known_epoch: int | None = None, lowest_heartbeat: int = 0) -> bool:
+        """Let only this epoch and history publish, if Redis is in history `over`; return whether it was.
 
-        With `known_epoch`, only where the marker also holds this epoch, the claim's run of Postgres, and a beat from
-        `lowest_beat` to the claim's.
+        With `known_epoch`, only if the fence also has this epoch, the claim's run of Postgres, and a heartbeat from
+        `lowest_heartbeat` to the claim's.
         Errors: NewerRelay.
         """
         found_there = over.encode(errors="surrogateescape")
-        args: list[str | int | bytes] = [claim.epoch, claim.history, claim.instance, claim.beat, found_there]
+        args: list[str | int | bytes] = [claim.epoch, claim.history, claim.instance, claim.heartbeat, found_there]
         if known_epoch is not None:
-            args += [known_epoch, lowest_beat]
+            args += [known_epoch, lowest_heartbeat]
         found, claimed = self._claim(keys=self._broker.fence_keys, args=args)
         if found > claim.epoch:
             raise NewerRelay(f"epoch {found} has taken over from {claim.epoch}")
@@ -110,15 +110,15 @@ class RedisFence:
             self._broker.history = claim.history
         return bool(claimed)
 
-    def beat(self, claim: Claim, confirmed: int) -> bool:
-        """Tell Redis the claim's beat; False where it is in no such epoch, history, or went back before `confirmed`."""
-        args: list[str | int] = [claim.epoch, claim.history, claim.beat, confirmed]
-        return bool(self._beat(keys=self._broker.fence_keys, args=args))
+    def heartbeat(self, claim: Claim, confirmed: int) -> bool:
+        """Send the claim's heartbeat; False if Redis has another epoch or history, or went back before `confirmed`."""
+        args: list[str | int] = [claim.epoch, claim.history, claim.heartbeat, confirmed]
+        return bool(self._heartbeat(keys=self._broker.fence_keys, args=args))
 
     def drop(self, claim: Claim) -> Iterator[int]:
-        """Drop our messages from every queue there is, put aside ones included; yield how many, call by call.
+        """Drop our messages from every queue, held ones included; yield how many, call by call.
 
-        Those at work stay with their workers, dead letters stay where they are, and messages of others in their order.
+        Messages in flight stay with their workers, dead letters stay, and messages of others keep their order.
         Errors: RedisLost when another relay has claimed Redis meanwhile.
         """
         for list_, queue in self._lists():
@@ -133,11 +133,11 @@ class RedisFence:
                 if not looked_at:
                     if not (others and dropped):
                         break
-                    # Once more: where others' messages are taken from the head meanwhile, ours move up past our look.
+                    # Once more: while others' messages are taken from the head, ours move up past our position.
                     others = dropped = 0
 
     def _lists(self) -> list[tuple[str, str]]:
-        """Return every list of messages with the queue it belongs to: of no route any more, perhaps, and no actor."""
+        """Return every list of messages with the queue it belongs to, also of queues that no route names any more."""
         prefix = f"{self._broker.namespace}:"
         hashes = self._names(f"{prefix}*{_MSGS}")
         queues = [name.removesuffix(_MSGS) for name in hashes if not name.endswith(_DEAD + _MSGS)]

@@ -16,20 +16,20 @@ from redis import RedisError
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
 from dovecote.broker.redis_client import is_wrong_type
 from dovecote.envelope.signatures import SigningKeys
-from dovecote.errors import NewerRelay, RedisLost
+from dovecote.errors import RedisLost
 from dovecote.processes.stop_flag import StopFlag
-from dovecote.relay import recovery as missing
+from dovecote.relay import recovery
 from dovecote.relay.bundler import Bundler
 from dovecote.relay.history import History
 from dovecote.relay.leader_lock import LeaderLock
-from dovecote.relay.postponed import Postponer
+from dovecote.relay.postponer import Postponer
 from dovecote.relay.renamed_queues import RenamedQueues
 from dovecote.relay.replayer import Replayer
 from dovecote.relay.standby_flush import Standby
 from dovecote.relay.wakeup import Wakeup
 from dovecote.route import Route
 from dovecote.settings import Relay as RelaySettings
-from dovecote.store import leases, pauses, replays
+from dovecote.store import leases, pauses, published_batches, relay_state, replays
 from dovecote.store.envelopes import Made
 from dovecote.store.leases import DueDelivery
 from dovecote.store.positions import multirange
@@ -40,6 +40,7 @@ from dovecote.store.unrouted import Unrouted
 from dovecote.store.unsendable import Unreadable, report, set_aside
 from dovecote.telemetry.instrumentation import RelayInstrumentation
 from dovecote.telemetry.traces import publishing
+from dovecote.unit_of_work.backoff import Backoff
 
 log = structlog.get_logger()
 
@@ -52,24 +53,11 @@ _PARTITIONS_SECONDS = 3_600.0
 _FREE_NOTIFICATIONS_SECONDS = 60.0
 # How often the log may name somebody new who holds locks of ours.
 _NAME_STRANGERS_SECONDS = 5.0
+_BACKOFF = Backoff(first_seconds=0.04, max_seconds=1.0, log_first=3)
 # An event alone, or a few at once, are no traffic; more batches than that without a pause are.
 _FEW_IN_A_ROW = 3
 # So long may those who act on an event that came alone have the processor first.
 _RECORD_LATER_SECONDS = 0.002
-
-# Nothing is recorded by a relay that has been replaced: its epoch matches no row any more. The row is locked, which
-# reads its newest version, and not written: each version would be walked over by the next batches for as long as
-# anybody in the database holds a snapshot. The checkpoint follows once a second; what is published above it, a
-# new reader learns from published_batches.
-_RECORD = """
-    insert into dovecote.published_batches (positions, events, epoch)
-    select %(positions)s::int8multirange, %(events)s, owner.epoch
-    from (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update) as owner
-"""
-_RECORD_CHECKPOINT = """
-    update dovecote.relay_state set checkpoint = greatest(checkpoint, %s), seen_at = clock_timestamp()
-    where epoch = %s
-"""
 
 
 class Leader:
@@ -111,7 +99,7 @@ class Leader:
         self._instrumentation = instrumentation or RelayInstrumentation()
         self._ahead = ReadAhead(reader)
         self._sequence = SequenceWatch(connection, epoch, run)
-        self._standby = Standby(settings, connection, self._records, stop, self._instrumentation, self._tell_alive)
+        self._standby = Standby(settings, connection, self._records, stop, self._instrumentation, self._send_heartbeat)
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -210,9 +198,8 @@ class Leader:
             if not self._batches_in_a_row and not batch.is_full:
                 self._waking.sleep(_RECORD_LATER_SECONDS)
             where = multirange(positions(batch.rows))
-            record = {"epoch": self._epoch, "positions": where, "events": len(batch.rows)}
-            recorded = self._records.execute(_RECORD, record)
-        self._require_ownership(recorded.rowcount)
+            recorded = published_batches.record(self._records, self._epoch, where, len(batch.rows))
+        relay_state.require_leader(self._epoch, recorded)
         self._postponed.published(batch.rows)
         self._instrumentation.published(len(batch.rows))
         self._unrouted.meet(batch.rows)
@@ -263,21 +250,16 @@ class Leader:
 
     def _record_checkpoint(self) -> None:
         if self.checkpoint > self._recorded_checkpoint:
-            recorded = self._records.execute(_RECORD_CHECKPOINT, (self.checkpoint, self._epoch))
-            self._require_ownership(recorded.rowcount)
+            relay_state.record_checkpoint(self._records, self._epoch, self.checkpoint)
             self._recorded_checkpoint = self.checkpoint
 
-    def _tell_alive(self) -> None:
+    def _send_heartbeat(self) -> None:
         self._require_leadership()
-        self._history.tell_alive()
+        self._history.send_heartbeat()
 
     def _require_leadership(self) -> None:
         if self._leadership is not None:
             self._leadership.require()
-
-    def _require_ownership(self, rows_changed: int) -> None:
-        if rows_changed != 1:
-            raise NewerRelay(f"epoch {self._epoch} is over")
 
     # Redis comes and goes --------------------------------------------------------------------
 
@@ -298,11 +280,11 @@ class Leader:
                 if is_wrong_type(error):
                     self._mend()
                 self._instrumentation.alive("waiting_for_redis")
-                if tries in (3, 30) or tries % 300 == 0:
+                if _BACKOFF.should_log(tries):
                     log.warning("waiting for redis", tries=tries, error=f"{type(error).__name__}: {error}")
                 if self._stop.is_set():
                     raise
-                self._stop.sleep(min(1.0, 0.02 * 2 ** min(tries, 8)))
+                self._stop.sleep(_BACKOFF.pause_seconds(tries))
                 # The leadership lives as long as this session: its end must not go unnoticed here.
                 self._require_leadership()
                 self._connection.execute("select")
@@ -324,7 +306,7 @@ class Leader:
         self._standby.await_flush()  # for what leaders before us have published
         leases.end_leases(self._connection)
         self._replayer.forget_waves()
-        found = missing.bundles(
+        found = recovery.bundles(
             self._connection, self._reader, self._bundler, self._routes, self._give_up, self._postponed.after
         )
         sent = self._broker.publish(self._epoch, found)

@@ -11,17 +11,19 @@ from contextlib import AbstractContextManager
 
 import structlog
 
-from dovecote.store.reader import Connection
+from dovecote.store.envelopes import Connection
+from dovecote.store.progress import move_marks
+from dovecote.unit_of_work.backoff import Backoff
 
 log = structlog.get_logger()
 
 _STEP_SECONDS = 1.0
-#: Something stays open and nothing changes, such as the backlog of a paused handler: look less and less often.
-_LONGEST_PAUSE_SECONDS = 15.0
-#: Of each second, for what has fallen far behind: at most a tenth of a core for a history of millions.
+# Something stays open and nothing changes, such as the backlog of a paused handler: poll less and less often.
+_MAX_PAUSE_SECONDS = 15.0
+_BACKOFF = Backoff(first_seconds=1.0, max_seconds=_MAX_PAUSE_SECONDS)
+# Of each second, for what has fallen far behind: at most a tenth of a core for a history of millions.
 _CATCHING_UP_SECONDS = 0.1
 
-_MOVE = "select has_moved, is_behind, is_open from dovecote.move_marks(%s, %s)"
 # What somebody has read of a mark must not move back when Postgres crashes. A step never waits long, nor for a standby.
 _SETTINGS = "set synchronous_commit = local; set lock_timeout = '2s'; set statement_timeout = '60s'"
 
@@ -69,14 +71,14 @@ class Marks:
                         tries = 0
             except Exception as error:
                 tries += 1
-                if tries in (1, 10) or tries % 100 == 0:
+                if _BACKOFF.should_log(tries):
                     log.warning(
                         "the low-water marks stand still; it is tried again",
                         tries=tries,
                         error=f"{type(error).__name__}: {error}".partition("\n")[0],  # the rest is the SQL
                     )
                 self._moved_upto = None
-                self._stopping.wait(min(_LONGEST_PAUSE_SECONDS, 0.5 * 2 ** min(tries, 8)))
+                self._stopping.wait(_BACKOFF.pause_seconds(tries))
 
     def look(self, session: Connection) -> None:
         """Move the marks if anything may have changed since the last time; says nothing to Postgres if not.
@@ -87,7 +89,7 @@ class Marks:
         if upto == self._moved_upto and (not self._is_open or now < self._next_look):
             return
         has_moved = self._move(session, upto)
-        self._pause = _STEP_SECONDS if has_moved else min(self._pause * 2, _LONGEST_PAUSE_SECONDS)
+        self._pause = _STEP_SECONDS if has_moved else min(self._pause * 2, _MAX_PAUSE_SECONDS)
         self._next_look = now + self._pause
         self._moved_upto = upto
 
@@ -96,9 +98,8 @@ class Marks:
         ends_at = time.monotonic() + _CATCHING_UP_SECONDS
         has_moved = False
         while True:
-            row = session.execute(_MOVE, (self._epoch, upto)).fetchone()
-            assert row is not None, "the function returns one row"
-            moved, is_behind, self._is_open = row
-            has_moved = has_moved or moved
-            if not (is_behind and moved) or time.monotonic() > ends_at or self._stopping.is_set():
+            step = move_marks(session, self._epoch, upto)
+            self._is_open = step.is_open
+            has_moved = has_moved or step.has_moved
+            if not (step.is_behind and step.has_moved) or time.monotonic() > ends_at or self._stopping.is_set():
                 return has_moved

@@ -14,7 +14,7 @@ from uuid import UUID
 from dovecote.broker.broker import OutboxBroker
 from dovecote.envelope import handler_named_in
 from dovecote.envelope.signatures import MessageKey, key_id_of
-from dovecote.relay.bundler import EVENT_ID
+from dovecote.envelope.wire import event_ids_of_first_delivery
 
 # Ids of one call, sizes of one call, and bytes of messages of one call, or a single one that is larger.
 _IDS, _SIZES, _BYTES = 5_000, 500, 4_000_000
@@ -97,16 +97,11 @@ class QueueSearch:
         for message in self._messages(queue, ids):
             if wanted <= found:
                 break
-            # The last line tells what the message is for. A retry acts on what is in `deliveries` alone, and a replay
-            # on what was acted on: neither brings an event that is neither.
-            *envelopes, options = message.split(b"\n")
-            if (
-                handler_named_in(message) == handler
-                and b'"retry":true' not in options
-                and b'"replay":' not in options
-                and self._is_signed(message)
-            ):
-                found.update(envelope[EVENT_ID] for envelope in envelopes[1:])
+            if handler_named_in(message) != handler:
+                continue
+            events = event_ids_of_first_delivery(message)
+            if events and self._is_signed(message):
+                found.update(events)
         return found & wanted
 
     def _is_signed(self, message: bytes) -> bool:

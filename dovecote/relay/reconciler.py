@@ -23,11 +23,12 @@ from redis import RedisError
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
 from dovecote.envelope.signatures import NoMessageKey, valid_keys
 from dovecote.errors import NewerRelay, RedisLost
-from dovecote.relay import recovery as missing
+from dovecote.relay import recovery
 from dovecote.relay.bundler import Bundler
 from dovecote.relay.queue_search import QueueSearch
 from dovecote.route import Route
 from dovecote.settings import Relay as RelaySettings
+from dovecote.store import progress, published_batches
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Connection, Reader
 from dovecote.store.unsendable import Unreadable, report, set_aside
@@ -43,43 +44,6 @@ _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
 _TOO_LONG_SECONDS = 600.0
 # Events that were sent again and may still be on their way; beyond, the next are looked for when these are done.
 _MAX_SENT_AGAIN = 100_000
-
-# Who has anything open, and where. Not to be looked at is one whose messages are aside or left for later, and one whose
-# events a replay sends. Nobody is while the leader sends again what Redis has lost.
-_OPEN = """
-    select p.handler_name, (p.open + int8multirange(int8range(p.examined, greatest(p.examined, %(upto)s), '(]')))::text,
-           p.mark + 1,
-           exists (select from dovecote.relay_state where epoch = %(epoch)s and redis_run_id is not null)
-           and not exists (select from dovecote.paused_handlers h where h.handler_name = p.handler_name)
-           and not exists (select from dovecote.postponed h where h.handler_name = p.handler_name)
-           and not exists (select from dovecote.replays r where r.handler_name = p.handler_name
-                             and r.strength = 'missing' and r.state in ('pending', 'running'))
-    from dovecote.progress p
-    where p.handler_name = any(%(handlers)s) and (not isempty(p.open) or p.examined < %(upto)s)
-"""
-
-# Of these, what was published long enough ago. In no batch, and passed by the checkpoint all the same, is what was
-# written while the sequence was behind: its own age counts.
-_SENT_LONG_AGO = """
-    with candidate as materialized (
-        select o.position, o.id, o.created_at
-        from unnest(%(positions)s::bigint[]) as m (position) join dovecote.outbox o on o.position = m.position
-    ), batch as materialized (
-        select b.positions, b.published_at < clock_timestamp() - make_interval(secs => %(seconds)s) as is_old
-        from dovecote.published_batches b
-        where b.positions && (select range_agg(int8range(position, position, '[]')) from candidate)
-    ), published as materialized (
-        select coalesce(range_agg(positions), '{}') as ever,
-               coalesce(range_agg(positions) filter (where not is_old), '{}') as lately
-        from batch
-    )
-    select c.position, c.id from candidate c cross join published p
-    where not p.lately @> c.position
-      and (p.ever @> c.position
-           or c.position <= (select checkpoint from dovecote.relay_state)
-              and c.created_at < clock_timestamp() - make_interval(secs => %(seconds)s))
-    order by c.position
-"""
 
 
 class Reconciler:
@@ -153,10 +117,9 @@ class Reconciler:
 
         Errors: psycopg.Error, RedisLost, NewerRelay, NoMessageKey, RedisError.
         """
-        now, longest = time.monotonic(), max(map(self._patience, self._routes.values()))
+        now, longest = time.monotonic(), max(map(self._min_age_seconds, self._routes.values()))
         self._sent_again = {sent: at for sent, at in self._sent_again.items() if now - at < longest}
-        fields = {"handlers": list(self._routes), "upto": upto, "epoch": self._epoch}
-        found = connection.execute(_OPEN, fields).fetchall()
+        found = progress.open_handlers(connection, list(self._routes), upto, self._epoch)
         self._goes_on = False
         self._queued.keys = valid_keys(connection) if found else {}
         for handler, ranges, low, is_due in found:
@@ -182,10 +145,10 @@ class Reconciler:
 
     def _lost(self, connection: Connection, route: Route, ranges: str, begin: int) -> dict[int, UUID]:
         """Return the position and the event of what is lost, in order."""
-        positions = self._unsettled(connection, route, ranges, begin)
+        positions = self._unfinished(connection, route, ranges, begin)
         if not positions:
             return {}
-        known = connection.execute(_SENT_LONG_AGO, {"positions": positions, "seconds": self._patience(route)})
+        known = published_batches.published_long_ago(connection, positions, self._min_age_seconds(route)).items()
         asked = {position: event for position, event in known if (route.handler, event) not in self._sent_again}
         asked = dict(islice(asked.items(), _ASKED_EVENTS))
         left = self._queued.not_queued(route.queue, route.handler, asked.values()) if asked else set()
@@ -195,10 +158,10 @@ class Reconciler:
         suspects = [position for position, event in asked.items() if event in left]
         if not suspects:
             return {}
-        return {position: asked[position] for position in self._unsettled(connection, route, multirange(suspects))}
+        return {position: asked[position] for position in self._unfinished(connection, route, multirange(suspects))}
 
-    def _unsettled(self, connection: Connection, route: Route, ranges: str, begin: int = 0) -> Sequence[int]:
-        return missing.unsettled(connection, [route.handler], ranges, begin, _READ_EVENTS).get(route.handler, [])
+    def _unfinished(self, connection: Connection, route: Route, ranges: str, begin: int = 0) -> Sequence[int]:
+        return progress.unfinished(connection, [route.handler], ranges, begin, _READ_EVENTS).get(route.handler, [])
 
     def _send(self, connection: Connection, route: Route, lost: Mapping[int, UUID]) -> int:
         """Queue what is lost, in the messages that it was in; return how many events that was."""
@@ -206,11 +169,11 @@ class Reconciler:
         wanted = {route.handler: lost.keys()}
         sent: set[int] = set()
         events = 0
-        for batch in missing.batches_to_cut(connection, list(lost)):
+        for batch in published_batches.batches_and_blocks_of(connection, list(lost)):
             if events > _CUT_EVENTS:
                 break
             events += batch.events
-            for bundle, inside in missing.cut(
+            for bundle, inside in recovery.cut(
                 reader, self._bundler, [batch], wanted, partial(self._give_up, connection)
             ):
                 # An event of two batches, sent twice when a leader ended in between, is sent once here.
@@ -230,7 +193,7 @@ class Reconciler:
         report({row.position: row.problem for row in rows})
         set_aside(connection, self._epoch, rows)
 
-    def _patience(self, route: Route) -> float:
+    def _min_age_seconds(self, route: Route) -> float:
         """Return how many seconds ago an event must have been published to be looked for."""
         own = self._settings
         return max(own.reconcile_after_seconds, own.retry_lease_seconds, route.time_limit_seconds)

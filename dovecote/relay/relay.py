@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from uuid import uuid4
 
 import psycopg
 import structlog
@@ -20,7 +19,7 @@ from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
 from dovecote.processes.stop_flag import StopFlag
-from dovecote.relay.history import History, StandsBack, await_right_of_way, take_over
+from dovecote.relay.history import History, StandsBack, await_right_of_way
 from dovecote.relay.leader import Leader
 from dovecote.relay.leader_lock import LeaderLock
 from dovecote.relay.low_water_marks import Marks
@@ -35,54 +34,19 @@ from dovecote.store.connections import (
     ONLY_OUR_NAMES,
     SESSION_SETTINGS,
     connection_parameters,
+    hears_notifications,
     set_newer,
 )
 from dovecote.store.loaders import load_anything
 from dovecote.store.reader import Connection, Reader
+from dovecote.store.relay_state import take_over
 from dovecote.store.sequence import SequenceFault
+from dovecote.store.subscriptions import subscribe
 from dovecote.telemetry.failures import is_conflict, is_transient
 from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
+from dovecote.unit_of_work.backoff import Backoff
 
 log = structlog.get_logger()
-
-# Of a new handler is what is not published yet: all above the checkpoint but for exactly what is in a batch. A
-# version of a fact that the handler wants already is wanted since then: it may have been written before we knew it.
-_SUBSCRIBE = """
-    with published (above) as (
-        select coalesce(range_agg(positions), '{}') * int8multirange(int8range(%(checkpoint)s, null, '()'))
-        from dovecote.published_batches
-        where positions && int8multirange(int8range(%(checkpoint)s, null, '()'))
-          and not lower_inf(positions) and not upper_inf(positions)
-    )
-    insert into dovecote.subscriptions (handler_name, event_type, since_position, published_above, routed_epoch,
-                                        replayable, ordered)
-    select wanted.handler_name, wanted.event_type, coalesce(before.since_position, %(checkpoint)s),
-           coalesce(before.published_above, published.above), %(epoch)s, wanted.replayable, wanted.ordered
-    from unnest(%(handlers)s::text[], %(event_types)s::text[], %(replayable)s::boolean[], %(ordered)s::boolean[])
-        as wanted (handler_name, event_type, replayable, ordered)
-    cross join published
-    left join lateral (
-        select s.since_position, s.published_above from dovecote.subscriptions s
-        where s.handler_name = wanted.handler_name
-          and dovecote.fact_of(s.event_type) = dovecote.fact_of(wanted.event_type)
-        order by s.since_position limit 1
-    ) before on true
-    on conflict (handler_name, event_type) do update
-    set routed_epoch = excluded.routed_epoch, replayable = excluded.replayable, ordered = excluded.ordered
-"""
-# Something we route was not routed by the leader before us, who knew less: it has passed over events of ours.
-_PASSED_OVER = """
-    select exists (
-        select from unnest(%(handlers)s::text[], %(event_types)s::text[]) as wanted (handler_name, event_type)
-        join dovecote.subscriptions known on known.handler_name = wanted.handler_name
-            and dovecote.fact_of(known.event_type) = dovecote.fact_of(wanted.event_type)
-        left join dovecote.subscriptions own on own.handler_name = wanted.handler_name
-            and own.event_type = wanted.event_type
-        where own.routed_epoch is distinct from %(epoch)s - 1
-    )
-"""
-_FORGET_REDIS = "update dovecote.relay_state set redis_run_id = null where epoch = %(epoch)s"
-
 
 _SESSION_SETTINGS = {
     **SESSION_SETTINGS,
@@ -99,6 +63,10 @@ _SESSION_SETTINGS = {
     "enable_sort": "off",
     "enable_indexscan": "on",
 }
+
+_BACKOFF = Backoff(first_seconds=0.1, max_seconds=2.0)
+# After data that cannot be processed, which only a repair changes.
+_SLOW_BACKOFF = Backoff(first_seconds=1.0, max_seconds=30.0)
 
 # A notification through one server takes a millisecond or two.
 _HEARD_WITHIN_SECONDS = 5.0
@@ -186,16 +154,16 @@ class Relay:
                     raise
                 tries += 1
                 self._instrumentation.alive(_state_after(error))
-                if tries in (1, 10) or tries % 100 == 0:
+                if _BACKOFF.should_log(tries):
                     what = "waiting for postgres" if isinstance(error, psycopg.Error) else "relay starts over"
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
-                self._stop.sleep(min(2.0, 0.05 * 2 ** min(tries, 8)))
+                self._stop.sleep(_BACKOFF.pause_seconds(tries))
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 # Something that was read is not as we write it. It may be mended meanwhile, and ends no process.
                 tries += 1
                 self._instrumentation.alive("starting")
                 log.exception("relay cannot go on with what it has read", tries=tries, error=type(error).__name__)
-                self._stop.sleep(min(30.0, 0.5 * 2 ** min(tries, 8)))
+                self._stop.sleep(_SLOW_BACKOFF.pause_seconds(tries))
 
     @contextmanager
     def _session(self) -> Iterator[Connection]:
@@ -213,24 +181,16 @@ class Relay:
             yield connection
 
     def _require_session(self, connection: Connection) -> None:
-        """Listen here and ring from another connection: only a session of our own hears it."""
-        channel = f"dovecote_{uuid4().hex}"
-        connection.execute(f"listen {channel}")
+        """Errors: NoSession where a notification from another connection is not heard on this one."""
         with self._session() as another:
             try:
-                another.execute(f"notify {channel}")
+                is_heard = hears_notifications(connection, another, _HEARD_WITHIN_SECONDS)
             except psycopg.errors.ProgramLimitExceeded as error:
-                # Full for now, because of somebody else. We poll, as for all that was written meanwhile.
+                # Another program has filled Postgres's queue of notifications. We poll, as for all written meanwhile.
                 log.warning("NOTIFY fails, so it is not known whether we would hear it", error=str(error))
-                connection.execute(f"unlisten {channel}")
                 return
-        # A list: the generator holds the connection's lock until it has come to its end.
-        heard = [
-            notification.channel for notification in connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)
-        ]
-        if channel not in heard:
+        if not is_heard:
             raise NoSession
-        connection.execute(f"unlisten {channel}")
 
     def _await_schema(self, connection: Connection) -> None:
         """Stand back while the schema is older than this code: relays from before the deploy go on meanwhile."""
@@ -294,7 +254,7 @@ class Relay:
         epoch = taken.epoch
         limits = self._settings.relay
         reader = Reader(connection, taken.checkpoint, limits.batch_size, limits.batch_bytes)
-        passed_over = self._subscribe(connection, epoch, taken.checkpoint)
+        were_skipped = subscribe(connection, self._routes, epoch, taken.checkpoint)
         log.info("relay leads", epoch=epoch, checkpoint=taken.checkpoint)
         with self._session() as records:
             history = History(
@@ -303,7 +263,7 @@ class Relay:
                 records=records,
                 broker=self._broker,
                 instrumentation=self._instrumentation,
-                passed_over=passed_over,
+                sends_again=were_skipped,
             )
             history.require_one_run()
             leader = Leader(
@@ -332,24 +292,3 @@ class Relay:
             with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
                 leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)
-
-    def _subscribe(self, connection: Connection, epoch: int, checkpoint: int) -> bool:
-        """Note since when each handler wants each type; what is noted already stays.
-
-        Return whether leaders before us may have passed over events that are wanted.
-        """
-        wanted = [(route, event_type) for route in self._routes for event_type in route.event_types]
-        parameters = {
-            "epoch": epoch,
-            "checkpoint": checkpoint,
-            "handlers": [route.handler for route, _ in wanted],
-            "event_types": [event_type for _, event_type in wanted],
-            "replayable": [route.replayable for route, _ in wanted],
-            "ordered": [route.ordered for route, _ in wanted],
-        }
-        with connection.transaction():
-            (passed_over,) = connection.execute(_PASSED_OVER, parameters).fetchone() or (False,)
-            connection.execute(_SUBSCRIBE, parameters)
-            if passed_over:
-                connection.execute(_FORGET_REDIS, parameters)
-        return bool(passed_over)

@@ -19,11 +19,11 @@ import structlog
 
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
 from dovecote.relay.bundler import Bundler, bundle, packed
-from dovecote.relay.recovery import batches_of
 from dovecote.route import Route
 from dovecote.store.active_replays import ActiveReplay, ActiveReplays
 from dovecote.store.envelopes import past_unreadable
 from dovecote.store.leases import MAX_BUNDLE_BYTES
+from dovecote.store.published_batches import batches_of
 from dovecote.store.reader import Connection, Reader
 from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_matched, is_settled
 from dovecote.store.unsendable import Unreadable, set_aside
@@ -299,7 +299,7 @@ class Replayer:
                 cut = [
                     (bundle.id, positions)
                     for batch in batches_of(self._connection, [event.position for event in events])
-                    for bundle, positions in self._bundler.bundles_with_positions(self._reader.rows_in(batch))
+                    for bundle, positions in self._bundler.bundles_with_positions(self._reader.rows_in(batch.positions))
                     if bundle.handler == route.handler
                 ]
                 found = self._broker.which_are_queued(route.queue, [id for id, _ in cut])

@@ -25,6 +25,8 @@ _MAX_SECRET_BYTES = 65_536
 class SettingsError(DovecoteError):
     """A value is wrong or missing; the message is one sentence for the person who starts the process."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class _Given:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -167,6 +168,28 @@ def set_newer(connection: psycopg.Connection[Any], settings: Mapping[str, object
             {"name": name, "value": str(settings[name])},
         )
     connection.autocommit = was_autocommit
+
+
+def hears_notifications(
+    connection: psycopg.Connection[Any], another: psycopg.Connection[Any], timeout_seconds: float
+) -> bool:
+    """Return whether `connection` hears a NOTIFY of another one: behind a pool of transactions it has no session.
+
+    Errors: psycopg.errors.ProgramLimitExceeded when Postgres's queue of notifications is full.
+    """
+    channel = f"dovecote_{uuid4().hex}"
+    connection.execute(f"listen {channel}")
+    try:
+        another.execute(f"notify {channel}")
+    except psycopg.errors.ProgramLimitExceeded:
+        connection.execute(f"unlisten {channel}")
+        raise
+    # A list: the generator holds the connection's lock until it has come to its end.
+    heard = [one.channel for one in connection.notifies(timeout=timeout_seconds, stop_after=1)]
+    if channel not in heard:
+        return False
+    connection.execute(f"unlisten {channel}")
+    return True
 
 
 def sessions_for(engine: Engine) -> Sessions:

@@ -1,14 +1,14 @@
-"""Is an event in the outbox? Consumers act on nothing else, and write no delivery for anything else.
+"""Looks events up in the outbox. Consumers act on nothing else, and write no delivery for anything else.
 
-Postgres may have forgotten an event whose message is still queued: after a restore, or a failover that lost its tail.
-A message says in which run of Postgres the relay has read its events. Within one run nothing is forgotten that was seen
-committed, so the same run is proof enough. The outbox is asked only about messages of another run, and about those that
-do not say, such as the messages of an older relay or one that was made by hand. And about old ones: whoever can write
-to Redis may have kept a message, with its signature, until the week of its events was dropped, and with it the record
-of what was done.
+Postgres may have forgotten an event whose message is still queued: after a restore, or a failover that lost the last
+commits. A message says in which run of Postgres the relay has read its events. Within one run nothing is forgotten that
+was seen committed, so the same run is proof enough. Looked up are only the events of messages of another run, of
+messages that name none, such as those of an older relay or made by hand, and of old messages: an intruder in Redis may
+have kept a message, with its signature, until the week of its events was dropped, and with it the record of what was
+done.
 
-The question is part of the statement that marks the events, or that decides what is to be done with them. It cannot be
-asked once for a connection: through a pool of transactions a connection outlives the run.
+The look-up is part of the statement that records the events as processed, or that decides what is to be done with them.
+Once per connection would not do: behind a transaction pooler a connection outlives the run.
 """
 
 import time
@@ -34,10 +34,10 @@ log = structlog.get_logger()
 
 _LAST_POSITION = 2**63 - 1
 _MAX_HISTORY = 200
-# Of the oldest event of a message, for the run to be proof. A week is dropped when it is over, and not at once.
-_LATELY_SECONDS = 86_400
-# What stands before them in an id is the time in milliseconds (dovecote/events/ids.py).
-_BITS_BEHIND_TIME = 80
+# The oldest event of a message must be younger for the run to be proof. A week is dropped when it is over, not at once.
+_RECENT_SECONDS = 86_400
+# The bits of an id after its time in milliseconds (dovecote/events/ids.py).
+_BITS_AFTER_TIME = 80
 
 # `run` also has the transaction commit durably: the message is acknowledged because of it. It is read in any
 # case, by REST at least, and once: materialized.
@@ -78,7 +78,7 @@ class OtherHistory(DovecoteError):
 
 @dataclass(frozen=True)
 class Found:
-    """Of a bundle: what is `to_do`, and what is `absent` from the outbox. The rest is none of this message's business.
+    """Of a bundle: what is `to_do`, and what is `absent` from the outbox. The rest is not for this message to do.
 
     `of_other_run`: the relay has read the events in another run of Postgres, or in another Postgres.
     """
@@ -89,15 +89,15 @@ class Found:
 
 
 def parameters(bundle: Bundle) -> dict[str, object]:
-    """Return what LOOKED_UP asks for."""
+    """Return the parameters of LOOKED_UP."""
     events = _once_each(bundle)
     different = events.values()
     return {
         "event_ids": uuid_array(events),
-        # What Postgres cannot even compare is of no event: made by hand, it must not fail with its whole bundle.
+        # What Postgres cannot even compare is no event's: made by hand, it must not fail its whole bundle.
         "positions": array(e.position if 0 < e.position <= _LAST_POSITION else 0 for e in different),
         "event_types": array(envelope.type.replace("\0", "\ufffd") for envelope in different),
-        "sent_in": bundle.sent_in if _were_written_lately(events) else None,
+        "sent_in": bundle.sent_in if _are_recent(events) else None,
     }
 
 
@@ -114,15 +114,15 @@ def found_in(rest: Iterable[tuple[Any, ...]], bundle: Bundle) -> Found:
 
 
 def look_up(session: Session, bundle: Bundle) -> Found:
-    """Ask for nothing but which events are in the outbox; the transaction then commits durably."""
+    """Return which events are in the outbox; the transaction then commits durably."""
     return found_in(driver_connection(session).execute(_LOOK_UP, parameters(bundle)), bundle)
 
 
 def require_same_history(session: Session, found: Found, in_redis: Callable[[], str | None]) -> None:
-    """Say whether what is absent here may be there for the relay, and what is acted on here is acted on for it.
+    """Require the database that the relay reads: what is absent here may be present there.
 
     A consumer may be left behind on a primary that was replaced. An acknowledgement there would lose the event for the
-    database that the relay reads. `in_redis` returns the history in which the messages there were sent.
+    database that the relay reads. `in_redis` returns the history in which the messages in Redis were sent.
     Errors: OtherHistory; those of Redis.
     """
     if not found.absent and not found.of_other_run:
@@ -133,30 +133,30 @@ def require_same_history(session: Session, found: Found, in_redis: Callable[[], 
 
 
 def history_in(client: redis.Redis, namespace: str) -> str | None:
-    """Return the history in which the messages in Redis were sent; None where no relay has said so yet."""
+    """Return the history in which the messages in Redis were sent; None where no relay has recorded it yet."""
     key = f"{namespace}:__relay__.history"
-    if int(client.hstrlen(key, "history")) > _MAX_HISTORY:  # no relay has said that
+    if int(client.hstrlen(key, "history")) > _MAX_HISTORY:  # no relay has written that
         return None
     found = client.hget(key, "history")
     return found.decode(errors="replace") if isinstance(found, bytes) else None
 
 
 def report(route: Route, absent: Sequence[Envelope], instrumentation: ConsumerInstrumentation) -> None:
-    """Tell of events for which nothing was done, because they are not in the outbox."""
+    """Count and log events that were skipped because they are not in the outbox."""
     if absent:
         instrumentation.phantoms(route.handler, len(absent))
     for envelope in absent:
         log.warning(
-            "event is not in the outbox: postgres has forgotten it, or never knew it; nothing is done for it",
+            "event is not in the outbox: postgres has lost it, or never had it; it is skipped",
             handler=route.handler,
             event_id=str(envelope.event_id),
             position=envelope.position,
         )
 
 
-def _were_written_lately(event_ids: Iterable[UUID]) -> bool:
-    oldest = min((event_id.int for event_id in event_ids), default=0) >> _BITS_BEHIND_TIME
-    return oldest > (time.time() - _LATELY_SECONDS) * 1_000
+def _are_recent(event_ids: Iterable[UUID]) -> bool:
+    oldest = min((event_id.int for event_id in event_ids), default=0) >> _BITS_AFTER_TIME
+    return oldest > (time.time() - _RECENT_SECONDS) * 1_000
 
 
 def _once_each(bundle: Bundle) -> dict[UUID, Envelope]:

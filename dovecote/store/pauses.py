@@ -1,8 +1,8 @@
-"""Handlers that an operator has paused: the SQL that says so, and what a consumer does with their messages.
+"""Handlers that an operator has paused: the table `paused_handlers`, and what a consumer does with their messages.
 
-A paused handler's messages are put aside in Redis, each by the consumer that meets it, and go back to their queue in
-order when it is resumed (lua/put_aside.lua, lua/take_back.lua). So a pause holds from its commit on, and costs
-nothing while there is none: the statements that ask what is to be done find nothing for a paused handler.
+A paused handler's messages are held in Redis, each by the consumer that fetches it, and return to their queue in order
+when it is resumed (broker/lua/hold.lua, broker/lua/resume_held.lua). A pause is in force from its commit on, and costs
+nothing while there is none: the statements that look for work find none for a paused handler.
 """
 
 import psycopg
@@ -12,22 +12,22 @@ from sqlalchemy.orm import Session
 
 from dovecote.errors import DovecoteError
 
-#: The relay listens to it: a handler was paused or resumed.
+#: The relay listens to this channel: a handler was paused or resumed.
 CHANNEL = "dovecote_handlers"
 
-_is_paused = text("select exists (select from dovecote.paused_handlers where handler_name = :handler_name)")
+_IS_PAUSED = text("select exists (select from dovecote.paused_handlers where handler_name = :handler_name)")
 
 
 class HandlerPaused(DovecoteError):
-    """The handler is paused: its message is put aside until it is resumed."""
+    """The handler is paused: its message is held until it is resumed."""
 
 
-def require_at_work(session: Session, handler_name: str) -> None:
-    """Tell "nothing to do" from "paused", which looks the same to the statements that ask what is new.
+def require_not_paused(session: Session, handler_name: str) -> None:
+    """Distinguish "nothing to do" from "paused": the statements that look for work find nothing in both cases.
 
     Errors: HandlerPaused.
     """
-    if session.scalar(_is_paused, {"handler_name": handler_name}):
+    if session.scalar(_IS_PAUSED, {"handler_name": handler_name}):
         raise HandlerPaused(handler_name)
 
 

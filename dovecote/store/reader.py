@@ -22,6 +22,7 @@ from dovecote.store.envelopes import Connection as Connection
 from dovecote.store.envelopes import Envelopes, Read, bounded
 from dovecote.store.envelopes import Row as Row
 from dovecote.store.positions import above, missing, multirange_of, together, without
+from dovecote.store.published_batches import published_above
 from dovecote.store.sequence import SequenceFault
 
 
@@ -59,15 +60,6 @@ _IN_BATCHES = bounded(f"""
     order by o.position limit %s
 """)  # noqa: S608 - put together from constants
 
-# No relay writes a range without bounds. Positions hidden by such a row would never be published.
-_PUBLISHED_ABOVE = """
-    select lower(stretch), upper(stretch)
-    from (select unnest(range_agg(positions)) from dovecote.published_batches
-          where positions && int8multirange(int8range(%(checkpoint)s, null, '()'))
-            and not lower_inf(positions) and not upper_inf(positions)) as published (stretch)
-    order by 1
-"""
-
 
 class Reader:
     """Returns every committed event once.
@@ -87,11 +79,12 @@ class Reader:
         self._writers = gaps.Writers()
         # Gaps above this may belong to a writer that was never listed: they are always read. At first, all gaps are.
         self._unseen_above = 0
-        for start, stop in connection.execute(_PUBLISHED_ABOVE, {"checkpoint": checkpoint}):
-            if stop - 1 > self.high_water_mark:
-                published = range(max(start, self.high_water_mark + 1), stop)
-                self._gaps += missing(self.high_water_mark, stop - 1, published)
-                self.high_water_mark = stop - 1
+        for published in published_above(connection, checkpoint):
+            upto = published.stop - 1
+            if upto > self.high_water_mark:
+                known = range(max(published.start, self.high_water_mark + 1), published.stop)
+                self._gaps += missing(self.high_water_mark, upto, known)
+                self.high_water_mark = upto
 
     def read(self, *, at_once: bool = False) -> Batch:
         """Return the next batch; an empty one when there is nothing new.

@@ -23,6 +23,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dovecote.envelope import Envelope, read_head
+from dovecote.envelope.wire import TRACE_FLAG_AT, TRACEPARENT, TRACEPARENT_FROM, TRACEPARENT_TO
 from dovecote.route import Route
 from dovecote.telemetry.context import back_to, event_in_flight, set_in_flight
 from dovecote.telemetry.failures import Failure, describe
@@ -33,11 +34,6 @@ tracer = trace.get_tracer("dovecote")
 _SHUTDOWN_TIMEOUT_SECONDS = 3.0
 
 _PROPAGATOR = TraceContextTextMapPropagator()
-# Where `dovecote.envelope` puts it. A quote within a text is escaped, and the payload has a blank after each comma:
-# nothing else in an envelope reads like this. Before it come 150 bytes at least, and never 2,500.
-_TRACEPARENT = b',"traceparent":"00-'
-_EARLIEST, _LATEST = 150, 2_500
-_FLAG_AT = len(_TRACEPARENT) + 32 + len("-") + 16 + len("-0")
 _ODD = b"13579bdf"
 _SAMPLED = frozenset(_ODD.decode())
 
@@ -73,8 +69,8 @@ def _sampled(rows: Iterable[tuple[int, str, bytes]]) -> list[tuple[str, dict[str
     """Return type and attributes of the events whose writers sampled them."""
     found = []
     for _, event_type, envelope in rows:
-        at = envelope.find(_TRACEPARENT, _EARLIEST, _LATEST)
-        if at >= 0 and envelope[at + _FLAG_AT : at + _FLAG_AT + 1] in _ODD:
+        at = envelope.find(TRACEPARENT, TRACEPARENT_FROM, TRACEPARENT_TO)
+        if at >= 0 and envelope[at + TRACE_FLAG_AT : at + TRACE_FLAG_AT + 1] in _ODD:
             head = read_head(envelope)
             if is_sampled(head["traceparent"]):
                 found.append((event_type, head))

@@ -1,9 +1,9 @@
-"""One transaction: its session, the facts it tells, and the events it acts on once.
+"""One transaction: its session, the events it emits, and the events it handles once.
 
 A service opens its own with `unit_of_work(sessions)`, or puts `UnitOfWork(session)` around a
-transaction it already has, sync or async. Where transactions get in each other's way, it hands its story to
-`run_unit_of_work`, which tells it again. Emitted events are written when that transaction commits,
-after the state they tell of, so that an aggregate's row is locked before its event gets a position
+transaction it already has, sync or async. Where transactions conflict, it passes its use case to
+`run_unit_of_work`, which runs it again. Emitted events are written when that transaction commits,
+after the state they describe, so that an aggregate's row is locked before its event gets a position
 (dovecote/unit_of_work/emitting.py).
 """
 
@@ -44,11 +44,11 @@ _BACKOFF = Backoff(first_seconds=0.01, max_seconds=0.5, jitter=0.5)
 
 
 class UnitOfWork:
-    """A transaction that tells what it does.
+    """A transaction that emits events.
 
     `session`: what a service has open, sync or async; a scoped one stands for the session of this thread or task.
     `headers` travel with every event it emits; the trace context of the caller (`traceparent`, `tracestate`) is added
-    by itself when OpenTelemetry is installed. `keys` seal the sensitive fields of those that have any.
+    when OpenTelemetry is installed. `keys` encrypt sensitive fields.
     Errors: TypeError for anything that is no session.
     """
 
@@ -64,7 +64,7 @@ class UnitOfWork:
         self._block_has_ended = False  # of a unit of work that opened its transaction itself
 
     def emit(self, event: Event) -> None:
-        """Write the fact with this transaction: both commit or neither does.
+        """Write the event with this transaction: both commit or neither does.
 
         Errors: InvalidEvent at once when the outbox would refuse it; NoTransaction when nothing would write it: after
         the commit, in a transaction that was rolled back, after the block of `unit_of_work`.
@@ -157,7 +157,7 @@ def run_unit_of_work(
     When another transaction was in the way (a serialization failure, a deadlock, an aggregate that somebody
     else changed), the work is done again from its start, in a new transaction, after a short jittered pause:
     at most `tries` times, within about a second. What `work` does beyond its transaction it does each time.
-    Nothing else is tried again; after a commit without a reply, nobody knows whether it happened.
+    Nothing else is tried again; after a commit without a reply, it is not known whether it happened.
     Errors: the last conflict, and whatever the work raises.
     """
     for earlier in range(1, tries):
@@ -180,7 +180,7 @@ async def run_unit_of_work_async(
     *,
     tries: int = 5,
 ) -> Result:
-    """Like `run_unit_of_work`. The work may await its AsyncSession, and run a service's story in it:
+    """Like `run_unit_of_work`. The work may await its AsyncSession, and run a use case in it:
     `await session.run_sync(lambda _: start_membership(uow, ...))`.
     """
 

@@ -2,10 +2,10 @@
 
 They wait in memory until the session commits: a `before_commit` listener flushes the state, which locks the rows, and
 then writes all events with one statement. What is emitted later than that, in hooks of the commit itself, is written
-by a listener on the Connection at its COMMIT, which is the last moment there is. The same listener serves a session on
-a Connection of somebody else, who may commit without telling the session.
+by a listener on the Connection at its COMMIT, which is the last chance. The same listener serves a session on a
+Connection that it was given, whose owner may commit without the session.
 
-Nothing leaves in silence: what was not written by a commit raises, and what a closed session drops is warned of.
+Nothing is lost silently: what a commit did not write raises, and what a closed session drops is warned of.
 """
 
 import sys
@@ -46,7 +46,7 @@ class Emitted:
 
     def __init__(self) -> None:
         self._waiting: list[_Waiting] = []
-        # Commits that have begun: of the transaction, and of savepoints. In each, `before_commit` has passed.
+        # Commits that have begun: of the transaction, and of savepoints. In each, `before_commit` has run.
         self._committing = 0
         self._committed: SessionTransaction | None = None  # about to end
         self._rolled_back = False
@@ -83,7 +83,7 @@ class Emitted:
             )
         if not session.autobegin:
             raise NoTransaction(
-                f"{_named(row)}: emitted outside of any transaction, and the session begins none by itself "
+                f"{_named(row)}: emitted outside of any transaction, and the session begins none automatically "
                 "(autobegin=False); call session.begin() first"
             )
         try:
@@ -200,8 +200,8 @@ class _AtCommit:
 
     def _savepoint(self, _connection: Connection, _name: str, _context: Any = None) -> None:
         session = self._session
-        # Those of the session are none of others: what it commits is reported by itself, and while it begins it may
-        # make one that is its whole transaction.
+        # Savepoints of the session do not count: it reports its commits itself, and while it begins it may make one
+        # that is its whole transaction.
         if not session.in_nested_transaction() and (session.is_active or _why_inactive(session)):
             self._write()
 
@@ -292,7 +292,7 @@ def _listed(events: Sequence[_Waiting]) -> str:
 
 
 def _warn_of_dropped(events: Sequence[_Waiting]) -> None:
-    # Whoever handles an exception knows that nothing was committed.
+    # The handler of an exception knows that nothing was committed.
     if sys.exc_info()[1] is None:
         warnings.warn(
             f"a session was closed without a commit and drops {_listed(events)} with its transaction",

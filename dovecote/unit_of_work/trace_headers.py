@@ -1,7 +1,7 @@
 """The trace context of the caller, as an event carries it: `traceparent` and `tracestate`, and nothing else.
 
-Whatever else a service's propagators inject (baggage, b3, a vendor's own) nobody asked to be stored: it may be
-private, and it has no bound. Tracing never fails an `emit`.
+Other headers of a service's propagators (baggage, b3, a vendor's own) are not stored: they may be private, and have no
+bound. Tracing never fails an `emit`.
 """
 
 import logging

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from dovecote.errors import InvalidEvent
 from dovecote.events import Event, read_event, sensitive
 from dovecote.events.ids import uuid7
-from dovecote.privacy import CannotOpen, Keyring
+from dovecote.privacy import CannotDecrypt, Keyring
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
@@ -50,7 +50,7 @@ def test_without_keys_it_is_neither_written_nor_read() -> None:
 
     with pytest.raises(InvalidEvent, match="give the unit of work its keys"):
         event.payload()
-    with pytest.raises(InvalidEvent, match="no keys to open it"):
+    with pytest.raises(InvalidEvent, match="no keys to decrypt it"):
         read_event(event.type, event.event_id, event.payload(KEYS))
 
 
@@ -58,16 +58,16 @@ def test_with_another_key_or_in_another_event_it_does_not_open() -> None:
     event = agreed()
     told = event.payload(KEYS)
 
-    with pytest.raises(CannotOpen):
+    with pytest.raises(CannotDecrypt):
         read_event(event.type, event.event_id, told, OTHER_KEYS)
-    with pytest.raises(CannotOpen):
+    with pytest.raises(CannotDecrypt):
         read_event(event.type, uuid7(), told, KEYS)
 
 
 def test_a_sensitive_field_that_came_in_the_clear_is_refused_without_repeating_it() -> None:
     event = agreed()
 
-    with pytest.raises(InvalidEvent, match="is not sealed") as refusal:
+    with pytest.raises(InvalidEvent, match="is not encrypted") as refusal:
         read_event(event.type, event.event_id, {**event.payload(KEYS), "salary": "4711.50"}, KEYS)
 
     assert "4711" not in str(refusal.value)
@@ -91,7 +91,7 @@ def system(settings: Settings) -> Iterator[System]:
 
 
 @pytest.mark.servers
-def test_a_consumer_gets_it_open_and_the_outbox_holds_it_sealed(system: System) -> None:
+def test_a_consumer_gets_it_decrypted_and_the_outbox_holds_it_encrypted(system: System) -> None:
     event = agreed()
 
     with unit_of_work(system.sessions, keys=system.gateways.keys) as uow:
@@ -100,5 +100,5 @@ def test_a_consumer_gets_it_open_and_the_outbox_holds_it_sealed(system: System) 
     eventually(lambda: [event] == SEEN, 10, "the event at its consumer")
     with system.sessions() as session:
         stored = session.execute(text("select payload::text from dovecote.outbox")).scalar_one()
-    assert "sealed" in stored
+    assert "encrypted" in stored
     assert "4711" not in stored

@@ -98,20 +98,20 @@ VERIFICATION = (
     ),
     Mutant(
         "a code is sent to landlines and premium numbers",
-        "domain/verification/numbers.py",
+        "domain/verification/phone.py",
         "if not is_mobile or region",
         "if region",
         f"{CODES}::test_a_code_goes_to_mobile_phones_only",
     ),
     Mutant(
         "a code is sent to satellite phones",
-        "domain/verification/numbers.py",
+        "domain/verification/phone.py",
         "if not is_mobile or region == phonenumbers.REGION_CODE_FOR_NON_GEO_ENTITY:",
         "if not is_mobile:",
         f"{CODES}::test_a_code_goes_to_mobile_phones_only",
     ),
     Mutant(
-        "a code is sent for an event that did not pose the challenge",
+        "a code is sent for an event that did not issue the challenge",
         CHALLENGE_PY,
         "        if not hmac.compare_digest(hash_of(keys, self.id, code), self.code_hash):\n",
         "        if False:\n",
@@ -134,8 +134,8 @@ VERIFICATION = (
     Mutant(
         "what is over waits for those who use a row",
         REPOSITORY_PY,
-        ".order_by(challenges.c.expires_at)\n            .limit(most)\n            .with_for_update(skip_locked=True)",
-        ".order_by(challenges.c.expires_at)\n            .limit(most)\n            .with_for_update(nowait=True)",
+        ".order_by(challenges.c.expires_at)\n            .limit(limit)\n            .with_for_update(skip_locked=True)",
+        ".order_by(challenges.c.expires_at)\n            .limit(limit)\n            .with_for_update(nowait=True)",
         f"{PURGING}::test_it_takes_more_than_a_batch_and_waits_for_nobody",
     ),
 )

@@ -106,7 +106,7 @@ FUNCTIONS = (
     ),
     Mutant(
         "commands look into public",
-        "dovecote/bootstrap.py",
+        "dovecote/store/engines.py",
         'engine_for(settings, "dovecote cli", **ONLY_OUR_NAMES)',
         'engine_for(settings, "dovecote cli")',
         TESTS,

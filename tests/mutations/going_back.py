@@ -122,21 +122,21 @@ GOING_BACK = (
     Mutant(
         "a Redis that went back with its memory is taken for known",
         CLAIM,
-        "or beat < tonumber(ARGV[7]) or",
+        "or heartbeat < tonumber(ARGV[7]) or",
         "or",
         f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
     ),
     Mutant(
         "a Postgres that went back with its memory is taken for known",
         CLAIM,
-        "or beat > tonumber(ARGV[4]) then",
+        "or heartbeat > tonumber(ARGV[4]) then",
         "then",
         f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_it_was_told",
     ),
     Mutant(
         "a leader does not notice that Redis went back by a beat",
-        "dovecote/broker/lua/beat.lua",
-        "or beat < tonumber(ARGV[4]) or",
+        "dovecote/broker/lua/heartbeat.lua",
+        "or heartbeat < tonumber(ARGV[4]) or",
         "or",
         f"{HISTORY}::test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it",
     ),
@@ -184,7 +184,7 @@ GOING_BACK = (
     ),
     Mutant(
         "Redis is told of a beat that is not on disk",
-        "dovecote/relay/history.py",
+        "dovecote/store/relay_state.py",
         "    select setval('dovecote.relay_beat', %s), {_DURABLY}\n",
         "    select setval('dovecote.relay_beat', %s)\n",
         f"{HISTORY}::test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event",
@@ -205,7 +205,7 @@ GOING_BACK = (
     ),
     Mutant(
         "the epoch goes up one by one",
-        "dovecote/relay/history.py",
+        "dovecote/store/relay_state.py",
         "set epoch = greatest(state.epoch, before.past) + 1",
         "set epoch = state.epoch + 1",
         f"{HISTORY}::test_the_epoch_jumps_past_everything_that_redis_has_heard_of",
@@ -213,14 +213,14 @@ GOING_BACK = (
     Mutant(
         "a relay of an older Postgres leads",
         "dovecote/relay/history.py",
-        "if lives and ours and theirs and theirs.is_newer_than(ours):",
+        "if is_alive and ours and theirs and theirs.is_newer_than(ours):",
         "if False:",
         f"{HISTORY}::test_a_relay_stands_back_while_one_of_a_newer_postgres_lives",
     ),
     Mutant(
         "a leader that sends again for long is taken for dead",
         "dovecote/relay/history.py",
-        "            with self._alive():\n                send_again()\n",
+        "            with self._heartbeats():\n                send_again()\n",
         "            send_again()\n",
         f"{HISTORY}::test_a_leader_that_sends_again_for_long_is_not_taken_for_dead",
     ),
@@ -241,9 +241,9 @@ GOING_BACK = (
     Mutant(
         "a Redis is known before what it lost is sent again",
         "dovecote/relay/history.py",
-        "        self._confirmed_beat = self._claim.beat\n        if self._sends_again:\n",
-        "        self._confirmed_beat = self._claim.beat\n"
-        "        self._execute(self._connection, _KNOWN, (self._known_redis, self.epoch))\n"
+        "        self._confirmed_heartbeat = self._claim.heartbeat\n        if self._sends_again:\n",
+        "        self._confirmed_heartbeat = self._claim.heartbeat\n"
+        "        relay_state.remember_redis(self._connection, self.epoch, self._known_redis)\n"
         "        if self._sends_again:\n",
         RELAY,
     ),

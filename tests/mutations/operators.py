@@ -113,7 +113,7 @@ OPERATORS = (
     ),
     Mutant(
         "the relay does not tell what a route allows",
-        "dovecote/relay/relay.py",
+        "dovecote/store/subscriptions.py",
         "    set routed_epoch = excluded.routed_epoch, replayable = excluded.replayable, ordered = excluded.ordered\n",
         "    set routed_epoch = excluded.routed_epoch\n",
         "tests/dovecote/relay/test_routing.py",

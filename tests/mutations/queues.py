@@ -6,7 +6,7 @@ from tests.mutations.progress import PROGRESS_SQL
 HOSTILE = "tests/dovecote/settings/test_hostile_settings.py"
 FULL_NOTIFY = "tests/dovecote/relay/test_full_notify_queue.py"
 
-POSTPONED = "tests/dovecote/relay/test_postponed.py"
+POSTPONED = "tests/dovecote/relay/test_postponer.py"
 NEW_HANDLER = "tests/dovecote/relay/test_new_handler.py"
 MISSING = "tests/dovecote/relay/test_recovery.py"
 
@@ -46,21 +46,21 @@ QUEUES = (
     # Where a new handler begins -----------------------------------------------------------------
     Mutant(
         "a new handler is told what was published above the checkpoint",
-        "dovecote/relay/relay.py",
+        "dovecote/store/subscriptions.py",
         "coalesce(before.published_above, published.above)",
         "'{}'",
         NEW_HANDLER,
     ),
     Mutant(
         "a new version of a fact begins now",
-        "dovecote/relay/relay.py",
+        "dovecote/store/subscriptions.py",
         "    ) before on true",
         "    ) before on false",
         NEW_HANDLER,
     ),
     Mutant(
         "what was published before a handler's time is missing",
-        "dovecote/relay/recovery.py",
+        "dovecote/store/progress.py",
         "      and not w.published_above @> found.position\n",
         "",
         MISSING,
@@ -103,14 +103,14 @@ QUEUES = (
     # Full queues --------------------------------------------------------------------------------
     Mutant(
         "a full queue takes more",
-        "dovecote/relay/postponed.py",
+        "dovecote/relay/postponer.py",
         "            if size >= self._bound:\n",
         "            if False:\n",
         f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
     ),
     Mutant(
         "a queue has no share of maxmemory",
-        "dovecote/relay/postponed.py",
+        "dovecote/relay/postponer.py",
         "        if usage.maxmemory:\n",
         "        if False:\n",
         f"{POSTPONED}::test_no_queue_takes_more_than_its_share_of_what_redis_has_room_for",
@@ -131,21 +131,21 @@ QUEUES = (
     ),
     Mutant(
         "who has caught up a part of it is live",
-        "dovecote/relay/postponed.py",
+        "dovecote/relay/postponer.py",
         "        if upto < self.published_upto:\n",
         "        if False:\n",
         f"{POSTPONED}::test_a_queue_without_consumers_stops_only_its_own_handler",
     ),
     Mutant(
         "what a postponed handler misses is not written down",
-        "dovecote/relay/postponed.py",
-        "        self._write(_POSTPONE, handler, self.published_upto)\n",
+        "dovecote/relay/postponer.py",
+        "        self._rows.postpone(handler, self.published_upto)\n",
         "",
         f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
     ),
     Mutant(
         "a replaced relay postpones",
-        "dovecote/relay/postponed.py",
+        "dovecote/store/relay_state.py",
         "owner as (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update)",
         "owner as (select epoch from dovecote.relay_state for no key update)",
         f"{POSTPONED}::test_a_relay_that_was_replaced_postpones_nobody",
@@ -206,9 +206,9 @@ QUEUES = (
     ),
     Mutant(
         "what cannot be written is called an outage",
-        "dovecote/consumer/consumer.py",
-        "            if is_transient(error):\n                log.warning(",
-        "            if True:\n                log.warning(",
+        "dovecote/consumer/retrying.py",
+        "    if is_transient(error):\n        log.warning(",
+        "    if True:\n        log.warning(",
         HOSTILE,
     ),
 )

@@ -135,8 +135,8 @@ HOSTILE: list[Any] = [
     {"amount_minor": 5, "currency": "a" * MOST},
     {"amount_minor": 5, "currency": ["a" * MOST]},
     {"amount_minor": -(10**18), "currency": "EUR"},
-    {"sealed": "a" * MOST},
-    {"sealed": ":" + "a" * MOST},
+    {"encrypted": "a" * MOST},
+    {"encrypted": ":" + "a" * MOST},
     *(unit * (MOST // len(unit)) for unit in ("Key (", "[SQL: '", "://a:", "\n", "\x00")),
 ]
 KINDS = (PriceQuoted, PaymentRecorded, MembershipActivated, CodeRequested)

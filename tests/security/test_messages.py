@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 from dovecote import operations
-from dovecote.broker.poison import Marks, Suspect
 from dovecote.consumer import middleware as handing_back
 from dovecote.envelope import read_bundle
 from dovecote.envelope.message_reader import MessageReader, Received, RefusedMessage
-from dovecote.envelope.signatures import TAIL_BYTES, MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.envelope.signatures import MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.envelope.wire import TAIL_BYTES
 from dovecote.relay.bundler import bundle
+from dovecote.store.poison import CrashCounts, PoisonMessage
 from tests.conftest import Servers
 from tests.security.attacked import ENVELOPE, KEY, MORE, NOTE, OTHER, Attacked, attacked, forged
 from tests.support.effects import a_route, effects_in, write_quotes
@@ -63,7 +64,7 @@ def test_nothing_may_stand_around_it(signed: bytes, forge: Callable[[bytes], byt
 def test_another_keys_signature_and_a_marks_are_none(signed: bytes) -> None:
     assert not KEY.has_signed(OTHER.signed(signed[:-TAIL_BYTES]))
     body = signed[:-TAIL_BYTES]
-    mark = KEY.sign_mark("m", body)
+    mark = KEY.sign_crash_counts("m", body)
     assert not KEY.has_signed(body + b',"signature":"' + mark[-80:] + b'"}}')
 
 
@@ -234,8 +235,8 @@ def test_a_hand_made_crash_count_buries_nothing(attacked: Attacked, crashes: byt
     (id,) = attacked.redis.lrange(aside, 0, -1)
     event_id = str(read_bundle(attacked.redis.hget(f"{attacked.prefix}test.msgs", id)).envelopes[0].event_id)
     attacked.redis.hset(f"{attacked.prefix}test.crashes", id, crashes)
-    mark = orjson.dumps(Marks({event_id: 3}))
-    attacked.redis.hset(f"{attacked.prefix}test.in_flight", id, OTHER.sign_mark(id.decode(), mark))
+    counts = orjson.dumps(CrashCounts({event_id: 3}))
+    attacked.redis.hset(f"{attacked.prefix}test.in_flight", id, OTHER.sign_crash_counts(id.decode(), counts))
     with attacked.postgres() as connection:
         connection.execute("delete from dovecote.paused_handlers")
         connection.execute("notify dovecote_pauses")
@@ -249,19 +250,19 @@ def test_a_hand_made_crash_count_buries_nothing(attacked: Attacked, crashes: byt
 
 
 @pytest.fixture(scope="module")
-def suspect(servers: Servers) -> Iterator[tuple[Suspect, Any]]:
+def poison(servers: Servers) -> Iterator[tuple[PoisonMessage, Any]]:
     with redis.Redis.from_url(servers.redis_url) as client:
         name = f"test-{uuid4().hex[:8]}:test"
-        yield Suspect(client, _Keys(), name, "m", 9), lambda mark: client.hset(f"{name}.in_flight", "m", mark)
+        yield PoisonMessage(client, _Keys(), name, "m", 9), lambda counts: client.hset(f"{name}.in_flight", "m", counts)
         client.delete(f"{name}.in_flight")
 
 
 EVENT = UUID(int=7)
-MARKS = st.binary(max_size=200) | JSONS.map(lambda one: str(one).encode()) | st.sampled_from(
+COUNTS = st.binary(max_size=200) | JSONS.map(lambda one: str(one).encode()) | st.sampled_from(
     [
         b"{}",
-        b'{"starts":{},"explained":{}}',
-        b'{"starts":{"00000000-0000-0000-0000-000000000007":3},"explained":0}',
+        b'{"by_event":{},"explained":{}}',
+        b'{"by_event":{"00000000-0000-0000-0000-000000000007":3},"explained":0}',
         b"[" * 5_000,
         b"9" * 9_999,
         b"\n" * 99,
@@ -269,18 +270,18 @@ MARKS = st.binary(max_size=200) | JSONS.map(lambda one: str(one).encode()) | st.
 )  # fmt: skip
 
 
-@given(mark=MARKS | st.builds(lambda m, id: OTHER.sign_mark(id, m), MARKS, st.sampled_from(["m", "n"]))
-       | st.builds(lambda m: KEY.sign_mark("another message", m), MARKS))  # fmt: skip
+@given(counts=COUNTS | st.builds(lambda m, id: OTHER.sign_crash_counts(id, m), COUNTS, st.sampled_from(["m", "n"]))
+       | st.builds(lambda m: KEY.sign_crash_counts("another message", m), COUNTS))  # fmt: skip
 @settings(max_examples=examples(200, 100_000))
-def test_a_mark_that_no_consumer_signed_for_this_message_counts_as_none(
-    suspect: tuple[Suspect, Any], mark: bytes
+def test_crash_counts_that_no_consumer_signed_for_this_message_count_as_none(
+    poison: tuple[PoisonMessage, Any], counts: bytes
 ) -> None:
-    known, write = suspect
-    write(mark)
+    known, write = poison
+    write(counts)
 
-    assert known.starts(EVENT) == 0
+    assert known.crash_count(EVENT) == 0
     during, after = known.in_flight(EVENT)
-    assert (during, after) == (Marks({str(EVENT): 1}), Marks({}))
+    assert (during, after) == (CrashCounts({str(EVENT): 1}), CrashCounts({}))
 
 
 # A line that is no envelope ----------------------------------------------------------------------

@@ -51,11 +51,11 @@ def test_a_hand_made_epoch_ends_no_relay(attacked: Attacked, epoch: bytes) -> No
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize("field", ["history", "instance", "beat", "seen"])
+@pytest.mark.parametrize("field", ["history", "instance", "heartbeat", "seen"])
 @pytest.mark.parametrize("value", [b"\x00", b"\xff", b"9" * 100_000, b"1 1 " + b"9" * 30, b"nan"])
 def test_nothing_that_stands_beside_it_does(attacked: Attacked, field: str, value: bytes) -> None:
     attacked.redis.hset(f"{attacked.prefix}__relay__.history", field, value)
-    marker = RedisFence(attacked.system.broker).read()
-    assert marker.instance == "" or field != "instance"
+    fence = RedisFence(attacked.system.broker).read()
+    assert fence.instance == "" or field != "instance"
 
     attacked.honest_event_is_acted_on(within_seconds=20)

@@ -291,7 +291,7 @@ def pricing_s_work(uow: UnitOfWork) -> None:
     quote = pricing.Quote(symbol="EUR", price=Decimal("1.10"), as_of=NOW)
     pricing.record_quotes(uow, [quote], NOW)
     pricing.record_quotes(uow, [quote], NOW)
-    pricing.apply_quotes(uow, [(1, quote.told(NOW))])
+    pricing.apply_quotes(uow, [(1, quote.to_event(NOW))])
 
 
 def verification_s_work(uow: UnitOfWork) -> None:

@@ -9,7 +9,7 @@ import orjson
 import psycopg
 import pytest
 
-from dovecote.relay.bundler import EVENT_ID
+from dovecote.envelope.wire import EVENT_ID
 from tests.security.traps import Connection, one, session
 from tests.support.past_the_trigger import insert_past_the_trigger
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import psycopg
 
-from dovecote.relay.relay import _SUBSCRIBE
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Connection, Reader, positions
+from dovecote.store.subscriptions import SUBSCRIBE
 
 # As all sessions of ours. Where Postgres has it, compiling these queries takes longer than running them.
 NO_JIT = "-c jit=off"
@@ -146,7 +146,7 @@ class History:
         self._reader = Reader(self.relay, checkpoint, 20)
         wanted = [(handler, kind) for handler, kinds in self._known.items() for kind in kinds]
         self.relay.execute(
-            _SUBSCRIBE,
+            SUBSCRIBE,
             {
                 "epoch": self.epoch,
                 "checkpoint": checkpoint,

@@ -113,4 +113,4 @@ def system_for(
 
 def claim(broker: OutboxBroker, epoch: int, over: str = "", history: str = "", **known: int) -> bool:
     """Let an epoch publish without a relay."""
-    return RedisFence(broker).claim(Claim(epoch, history, "1 1 1", beat=5), over=over, **known)
+    return RedisFence(broker).claim(Claim(epoch, history, "1 1 1", heartbeat=5), over=over, **known)

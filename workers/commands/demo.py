@@ -1,24 +1,22 @@
 """`dovecote demo`: write events of the three slices and wait for their effects."""
 
+from __future__ import annotations
+
 import os
 import sys
 import threading
 from contextlib import suppress
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import psycopg
-import sqlalchemy.exc
 import typer
 
-from dovecote import operations
 from dovecote.cli.output import AsJson, print_json, progress_bar, say
-from dovecote.local.supervisor import prefixed, stop_on_signals
-from dovecote.local.system import STOP_SECONDS, local_system
 from dovecote.processes.state_directory import StateDirectory
 from dovecote.processes.stop_flag import StopFlag
-from dovecote.settings import Settings, given_variables, load_settings
-from dovecote.store.engines import engine_during
-from workers import demo as demonstration
+
+if TYPE_CHECKING:
+    from dovecote.settings import Settings
+    from workers import demo as demonstration
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +35,8 @@ def demo(
 
     Example: dovecote demo --events 10000
     """
+    from dovecote.settings import load_settings
+
     if _is_led():
         report = _demo(load_settings(), events, timeout_seconds, as_json)
     else:
@@ -53,6 +53,9 @@ def demo(
 
 
 def _demo(settings: Settings, events: int, timeout_seconds: float, as_json: bool) -> demonstration.Report:
+    from dovecote.store.engines import engine_during
+    from workers import demo as demonstration
+
     with engine_during(settings) as engine, progress_bar(as_json) as bar:
         written_task = bar.add_task("written", total=events)
         processed_task = bar.add_task("processed", total=events)
@@ -66,6 +69,10 @@ def _demo(settings: Settings, events: int, timeout_seconds: float, as_json: bool
 
 def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> demonstration.Report:
     """Supervise from the main thread, as children must be, and write from another."""
+    from dovecote.local.supervisor import prefixed, stop_on_signals
+    from dovecote.local.system import STOP_SECONDS, local_system
+    from dovecote.settings import load_settings
+
     outcome: list[demonstration.Report | BaseException] = []
 
     def write(settings: Settings, done: StopFlag) -> None:
@@ -95,6 +102,13 @@ def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> d
 
 def _is_led() -> bool:
     """Return whether there is a system to be used, with a leading relay."""
+    import psycopg
+    import sqlalchemy.exc
+
+    from dovecote import operations
+    from dovecote.settings import given_variables, load_settings
+    from dovecote.store.engines import engine_during
+
     given = given_variables(os.environ)
     if not given.get("DOVECOTE_DATABASE__URL") and StateDirectory.locate(os.environ).running() is None:
         return False

@@ -1,18 +1,18 @@
 """`dovecote ingest`: take in data from files."""
 
+from __future__ import annotations
+
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import sqlalchemy.exc
 import typer
 
 from dovecote.cli.output import AsJson, note, print_json, progress_bar, say, shows_progress
 from dovecote.processes.terminal import refuse
-from dovecote.settings import load_settings
-from dovecote.store.connections import sessions_for
-from dovecote.store.engines import engine_during
-from workers.gateways import price_files as ingestion
+
+if TYPE_CHECKING:
+    from workers.gateways import price_files as ingestion
 
 
 class Format(Enum):
@@ -42,6 +42,13 @@ def ingest_prices(
 
     Example: dovecote ingest prices fx.csv --symbol Country --price "Exchange rate" --at Date
     """
+    import sqlalchemy.exc
+
+    from dovecote.settings import load_settings
+    from dovecote.store.connections import sessions_for
+    from dovecote.store.engines import engine_during
+    from workers.gateways import price_files as ingestion
+
     columns = ingestion.Columns(symbol=symbol, price=price, at=at)
     latest = ingestion.Summary()
     settings = load_settings(needs_redis=False)

@@ -1,7 +1,7 @@
 """How many tries a challenge has left, remembered in Redis so that asking costs Postgres nothing.
 
 Postgres is the truth and judges every answer; Redis may be slow, empty or gone at any time. So this
-cache never raises because of Redis: what it cannot keep or read, it does not know.
+cache never raises because of Redis: what it cannot write or read is unknown.
 """
 
 from datetime import datetime
@@ -57,7 +57,7 @@ class ChallengeCache:
         return int(digits) if isinstance(digits, bytes) and len(digits) <= 3 and digits.isdigit() else None
 
     def forget(self, challenge_id: UUID) -> None:
-        """Drop what is known. If Redis is away it drops it by itself when the challenge expires."""
+        """Drop what is known. Without Redis it expires with the challenge."""
         if self._client is None:
             return
         try:

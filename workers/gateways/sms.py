@@ -11,8 +11,8 @@ from typing import Protocol
 
 import structlog
 
+from domain.verification.phone import masked_phone
 from dovecote.errors import GatewayUnavailable
-from dovecote.privacy import masked
 
 # What a provider would remember for a day; 10,000 keys of 36 characters are about 1 MB.
 _KEYS_REMEMBERED = 10_000
@@ -61,7 +61,7 @@ class ConsoleSms:
             self._show(to, text)
             self._remember(idempotency_key)
             self.sent += 1
-        log.info("sms sent", to=masked(to))
+        log.info("sms sent", to=masked_phone(to))
 
     def _show(self, to: str, text: str) -> None:
         if self._handset is None:

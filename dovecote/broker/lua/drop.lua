@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Drop our messages from a list: what they tell of may not have happened, and what has is sent again.
+-- Drop our messages from a list: their events may have been lost; those that were not are sent again.
 --
 -- KEYS[1]  the list: of a queue, or of what was put aside from it
 -- KEYS[2]  the queue
--- KEYS[3]  the relay's marker, KEYS[4] what goes with it: see claim.lua
+-- KEYS[3]  the fencing token, KEYS[4] what belongs to it: see claim.lua
 -- ARGV[1]  the epoch of the caller
 -- ARGV[2]  its history. A relay that its Postgres has left behind may have the same epoch as the one that leads now, and
 --          must not drop what that one sends.
@@ -29,7 +29,7 @@ for i, id in ipairs(ids) do
 end
 if #ours > 0 then
     redis.pcall('hdel', KEYS[2] .. '.msgs', unpack(ours))
-    -- dovecote/broker/poison.py: what was at work in a crash.
+    -- dovecote/store/poison.py: what was at work in a crash.
     redis.pcall('hdel', KEYS[2] .. '.in_flight', unpack(ours))
     redis.pcall('hdel', KEYS[2] .. '.crashes', unpack(ours))
     redis.call('lrem', KEYS[1], #ours, '')

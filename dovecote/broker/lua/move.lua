@@ -2,7 +2,7 @@
 -- Move messages to the queues that their handlers' routes name today, in order. The ids stay: a message that is there
 -- already is there once. So does every byte: they are signed. Others keep their places.
 --
--- KEYS[1]  the relay's marker: the epoch of the relay that may do this
+-- KEYS[1]  the fencing token: the epoch of the relay that may do this
 -- KEYS[2]  the list of ids: a queue, or what is put aside on it
 -- KEYS[3]  the queue's full name
 -- ARGV[1]  the epoch of the caller

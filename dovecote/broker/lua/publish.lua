@@ -1,12 +1,12 @@
 -- Put a batch of messages on their queues, in order, once each.
 --
--- KEYS[1]  the relay's marker: the epoch of the relay that may publish
--- KEYS[2]  what goes with it: see claim.lua
+-- KEYS[1]  the fencing token: the epoch of the relay that may publish
+-- KEYS[2]  what belongs to it: see claim.lua
 -- ARGV[1]  the epoch of the caller
 -- ARGV[2]  its history
 -- ARGV     then for each message: full queue name, message id, message
 --
--- Returns how many messages were new; -1 when the marker is gone or an older one is back (Redis lost what it was
+-- Returns how many messages were new; -1 when the token is gone or an older one is back (Redis lost what it was
 -- given), or is of another history; -2 when a newer relay has taken over.
 local epoch = tonumber(redis.call('get', KEYS[1]) or '-1') or -1
 -- No leadership is so far ahead: somebody has made that up.

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Put a message that nobody can fetch back on its queue: its text is there, but it is in no list and in nobody's hands.
 --
--- KEYS[1]  the relay's marker: the epoch of the relay that may publish
+-- KEYS[1]  the fencing token: the epoch of the relay that may publish
 -- KEYS[2]  the queue
 -- KEYS[3]  when each worker was last heard of
 -- KEYS[4]  what is put aside for the handler

@@ -1,6 +1,5 @@
 """Checks of what is left over: of queues and handlers that no route has, of dead messages, of events that are gone."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import psycopg
 from dramatiq.common import dq_name
 
+from dovecote.envelope.wire import EVENT_IDS_PATTERN
 from dovecote.operations.doctor.finding import Finding, Subject, error, ok, warning
 from dovecote.operations.leftovers import WITHOUT_ROUTE, parameters
 from dovecote.route import queues
@@ -42,7 +42,6 @@ _HANDLERS_OF = """
     return answer
 """
 _ASIDE = ".aside."
-_EVENT_ID = re.compile(rb'"specversion":"1\.0","id":"([0-9a-f-]{36})"')
 
 # Of one kind, so that an index finds them among any number of others.
 _GONE = """
@@ -109,7 +108,7 @@ def dead_letters(client: Any, subject: Subject) -> Finding:
     for name in names[:_MAX_NAMED]:
         key = f"{_prefix(subject)}{name}.msgs"
         _, page = client.hscan(key, count=_MAX_NAMED)
-        events = [id.decode() for message in page.values() for id in _EVENT_ID.findall(message)]
+        events = [id.decode() for message in page.values() for id in EVENT_IDS_PATTERN.findall(message)]
         handlers = ", ".join(name or "unreadable" for name in _handlers_of(client, key))
         some = f", with events such as {', '.join(events[:_MAX_NAMED])}" if events else ""
         told.append(f"{name.removesuffix('.XQ')} ({client.hlen(key)}, of {handlers}{some})")

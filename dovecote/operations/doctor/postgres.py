@@ -15,7 +15,7 @@ from dovecote.masking import masked
 from dovecote.migrations import schema
 from dovecote.operations.doctor import encryption, leftovers, progress, rights, rows
 from dovecote.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
-from dovecote.store.connections import ONLY_OUR_NAMES, connect, connection_parameters
+from dovecote.store.connections import ONLY_OUR_NAMES, connect, connection_parameters, hears_notifications
 from dovecote.store.loaders import load_anything
 from dovecote.store.runs import Run
 from dovecote.store.standbys import FLUSHED, blindness
@@ -205,17 +205,12 @@ def _locks(connection: Connection, another: Connection, advice: str) -> Finding:
 
 
 def _listen(connection: Connection, another: Connection, advice: str) -> Finding:
-    channel = f"dovecote_{uuid4().hex}"
-    connection.execute(f"listen {channel}")
     try:
-        another.execute(f"notify {channel}")
+        is_heard = hears_notifications(connection, another, _HEARD_WITHIN_SECONDS)
     except psycopg.errors.ProgramLimitExceeded as caught:
-        connection.execute(f"unlisten {channel}")
         return warning("postgres.listen", f"not tried: {caught}", "See postgres.notify_queue; then try again.")
-    heard = [told.channel for told in connection.notifies(timeout=_HEARD_WITHIN_SECONDS, stop_after=1)]
-    if channel not in heard:
+    if not is_heard:
         return error("postgres.listen", f"a NOTIFY was not heard within {_HEARD_WITHIN_SECONDS:g} s", advice)
-    connection.execute(f"unlisten {channel}")
     return ok("postgres.listen", "a NOTIFY is heard")
 
 

@@ -22,6 +22,7 @@ from domain.verification import (
     code_for,
 )
 from domain.verification.challenge import hash_of, typed_code
+from domain.verification.phone import phone_hash
 from dovecote.errors import InvalidValue
 from dovecote.events import Event, read_event
 from dovecote.events.ids import uuid7
@@ -35,7 +36,7 @@ OTHER_KEYS = Keyring(hash_key=b"h" * 32, encryption_keys={"k1": b"e" * 32}, curr
 
 
 def a_challenge() -> tuple[Challenge, str]:
-    challenge, requested = Challenge.pose(KEYS, "user-1", PHONE, NOON)
+    challenge, requested = Challenge.issue(KEYS, "user-1", PHONE, NOON)
     return challenge, code_for(KEYS, requested.event_id)
 
 
@@ -222,17 +223,17 @@ def test_the_hash_of_a_code_is_bound_to_its_challenge_and_to_the_secret() -> Non
 
 
 def test_a_new_challenge_has_three_tries_and_five_minutes() -> None:
-    challenge, requested = Challenge.pose(KEYS, "user-1", PHONE, NOON)
+    challenge, requested = Challenge.issue(KEYS, "user-1", PHONE, NOON)
 
     assert (challenge.tries_left, challenge.created_at) == (3, NOON)
     assert challenge.expires_at == requested.expires_at == NOON + LIFE == NOON + timedelta(minutes=5)
 
 
-def test_a_challenge_holds_the_number_sealed_for_itself() -> None:
+def test_a_challenge_holds_the_number_encrypted_for_itself() -> None:
     challenge, _ = a_challenge()
 
-    assert KEYS.open(challenge.phone_ciphertext, context=str(challenge.id)) == PHONE
-    assert challenge.phone_hash == KEYS.phone_hash(PHONE)
+    assert KEYS.decrypt(challenge.phone_ciphertext, context=str(challenge.id)) == PHONE
+    assert challenge.phone_hash == phone_hash(KEYS, PHONE)
     assert challenge.phone_last4 == "5678"
 
 
@@ -250,7 +251,7 @@ def test_a_challenge_shows_neither_number_nor_code() -> None:
 @pytest.mark.parametrize("user_id", ["", " ", "user\x001", "u" * 256])
 def test_a_challenge_needs_a_user(user_id: str) -> None:
     with pytest.raises(InvalidValue, match="user_id"):
-        Challenge.pose(KEYS, user_id, PHONE, NOON)
+        Challenge.issue(KEYS, user_id, PHONE, NOON)
 
 
 # Facts ----------------------------------------------------------------------------------------

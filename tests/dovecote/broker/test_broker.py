@@ -24,7 +24,7 @@ from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import HandBackWhatFails
 from dovecote.envelope.signatures import MessageKey
 from dovecote.errors import NewerRelay, RedisLost
-from dovecote.relay import fence as marking
+from dovecote.relay import fence as fencing
 from dovecote.relay.bundler import bundle
 from dovecote.relay.fence import Claim, RedisFence
 from dovecote.store.connections import connect, sessions_for
@@ -233,19 +233,19 @@ def test_only_the_newest_epoch_publishes(broker_with: Brokers) -> None:
 
 def test_redis_is_claimed_only_where_it_remembers_what_it_was_told(broker_with: Brokers) -> None:
     broker = broker_with()
-    marker = RedisFence(broker)
+    fence = RedisFence(broker)
 
     assert not claim(broker, 2, known_epoch=1)
-    assert marker.read().epoch == 0, "an empty Redis was marked"
+    assert fence.read().epoch == 0, "an empty Redis was claimed"
     assert claim(broker, 1, history="a")
     assert not claim(broker, 2, over="b", history="b"), "another relay has claimed it meanwhile"
     assert not claim(broker, 2, over="a", history="a", known_epoch=3), "it is of another leadership"
-    assert not claim(broker, 2, over="a", history="a", known_epoch=1, lowest_beat=6), "it has forgotten a beat"
-    assert not marker.claim(Claim(2, "a", "1 1 1", beat=4), over="a", known_epoch=1), "Postgres has forgotten a beat"
-    assert not marker.claim(Claim(2, "a", "1 1 2", beat=5), over="a", known_epoch=1), "it is another run of Postgres"
-    assert marker.read().epoch == 1
-    assert claim(broker, 2, over="a", history="a", known_epoch=1, lowest_beat=5)
-    assert marker.read().epoch == 2
+    assert not claim(broker, 2, over="a", history="a", known_epoch=1, lowest_heartbeat=6), "it has lost a heartbeat"
+    assert not fence.claim(Claim(2, "a", "1 1 1", heartbeat=4), over="a", known_epoch=1), "Postgres lost a heartbeat"
+    assert not fence.claim(Claim(2, "a", "1 1 2", heartbeat=5), over="a", known_epoch=1), "another run of Postgres"
+    assert fence.read().epoch == 1
+    assert claim(broker, 2, over="a", history="a", known_epoch=1, lowest_heartbeat=5)
+    assert fence.read().epoch == 2
 
 
 def test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same(broker_with: Brokers) -> None:
@@ -263,7 +263,7 @@ def test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_sa
 
 
 def test_what_is_dropped_is_ours_on_every_queue_there_is(broker_with: Brokers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(marking, "_MAX_DROPPED", 2)
+    monkeypatch.setattr(fencing, "_MAX_DROPPED", 2)
     broker = broker_with()
     client: Any = broker.client
     space = broker.namespace

@@ -18,9 +18,10 @@ from sqlalchemy.event import listen, remove
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from domain.pricing import PriceQuoted
+from dovecote.consumer.parts import Parts
 from dovecote.envelope import Envelope
 from dovecote.route import Route
-from dovecote.store.bundle import Parts
+from dovecote.store.bundle import Bundle
 from dovecote.store.pauses import HandlerPaused
 from dovecote.unit_of_work import UnitOfWork
 from tests.dovecote.consumer.test_consumer import Bench, bench
@@ -85,7 +86,7 @@ def test_a_bundle_with_bad_events_takes_few_transactions(bench: Bench, bulk: boo
     bundle = bench.write(*range(500))
 
     with transactions() as begun:
-        bench.consumer.consume(bad.route(), bundle)
+        bench.consumer.consume(Bundle(bad.route(), bundle))
 
     assert sorted(effect.price for effect in effects_in(bench.engine)) == sorted(set(range(500)) - bad.bad)
     assert len(bench.deliveries()) == how_many
@@ -100,7 +101,7 @@ def test_in_order_every_later_event_of_the_aggregate_waits(bench: Bench, bulk: b
     bad = Bad(places, bulk)
     written = [envelope for price in range(10) for envelope in bench.write(price, symbol=f"S{price % 2}")]
 
-    bench.consumer.consume(bad.route(ordered=True), written)
+    bench.consumer.consume(Bundle(bad.route(ordered=True), written))
 
     first_bad = {n: min((price for price in places if price % 2 == n), default=10) for n in (0, 1)}
     assert sorted(effect.price for effect in effects_in(bench.engine)) == [n for n in range(10) if n < first_bad[n % 2]]
@@ -112,7 +113,7 @@ def test_in_order_every_later_event_of_the_aggregate_waits(bench: Bench, bulk: b
 
 @pytest.mark.parametrize("bulk", [False, True], ids=["single", "bulk"])
 def test_a_retry_with_bad_events_resolves_the_others(bench: Bench, bulk: bool) -> None:
-    bench.consumer.consume(Bad(range(20)).route(), bench.write(*range(20)))
+    bench.consumer.consume(Bundle(Bad(range(20)).route(), bench.write(*range(20))))
     bad = Bad([3, 17], bulk)
 
     bench.retry(bad.route())
@@ -124,10 +125,10 @@ def test_a_retry_with_bad_events_resolves_the_others(bench: Bench, bulk: bool) -
 @pytest.mark.parametrize("bulk", [False, True], ids=["single", "bulk"])
 def test_a_replay_with_bad_events_acts_again_on_the_others(bench: Bench, bulk: bool) -> None:
     written = bench.write(*range(20))
-    bench.consumer.consume(a_route(), written)
+    bench.consumer.consume(Bundle(a_route(), written))
     bad = Bad([0, 7, 19], bulk)
 
-    bench.consumer.consume(bad.route(), written, replay=bench.replay_again())
+    bench.consumer.consume(Bundle(bad.route(), written, replay=bench.replay_again()))
 
     assert Counter(effect.price for effect in effects_in(bench.engine)) == {
         price: 1 if price in bad.bad else 2 for price in range(20)
@@ -153,7 +154,7 @@ def test_wrong_blame_costs_no_good_event(bench: Bench) -> None:
         note_as("test.note", event, uow)  # flushes what the call before has added
         uow.session.add(Number(n=int(event.price)))
 
-    bench.consumer.consume(a_route(function=act), bench.write(1, 2, 3, 4, 5, 6))
+    bench.consumer.consume(Bundle(a_route(function=act), bench.write(1, 2, 3, 4, 5, 6)))
 
     assert [effect.price for effect in effects_in(bench.engine)] == [1, 2, 4, 5, 6]
     assert [delivery.error_type for delivery in bench.deliveries()] == ["IntegrityError"]
@@ -168,7 +169,7 @@ def test_what_fails_at_the_commit_is_found_too(bench: Bench) -> None:
         note_as("test.note", event, uow)
         uow.session.execute(text("insert into unique_later values (:n)"), {"n": int(event.price)})
 
-    bench.consumer.consume(a_route(function=act), bench.write(*range(20)))
+    bench.consumer.consume(Bundle(a_route(function=act), bench.write(*range(20))))
 
     assert [effect.price for effect in effects_in(bench.engine)] == [price for price in range(20) if price != 7]
     assert [delivery.state for delivery in bench.deliveries()] == ["retrying"]
@@ -185,7 +186,7 @@ def test_one_event_that_hangs_in_bulk_is_found_in_few_cuts(bench: Bench) -> None
                 cut_off.append(len(envelopes))
                 uow.session.execute(text("select pg_sleep(30)"))
 
-    bench.consumer.consume(a_route(function=act, bulk=True, time_limit_seconds=0.5), bench.write(*range(100)))
+    bench.consumer.consume(Bundle(a_route(function=act, bulk=True, time_limit_seconds=0.5), bench.write(*range(100))))
 
     assert len(effects_in(bench.engine)) == 99
     assert [delivery.error_type for delivery in bench.deliveries()] == ["TimeLimitExceeded"]
@@ -264,22 +265,22 @@ def test_what_cannot_be_read_enters_no_transaction_of_the_handler(
     bench.rename([envelope for n, envelope in enumerate(bundle) if n % 4 == 1])
 
     with transactions() as begun:
-        bench.consumer.consume(good.route(ordered=ordered), bundle)
+        bench.consumer.consume(Bundle(good.route(ordered=ordered), bundle))
 
     assert len(begun) == 2, "one for their record, one for the others"
     assert [effect.price for effect in effects_in(bench.engine)] == [n for n in range(20) if n % 4 != 1]
     assert [(d.state, d.attempts, d.error_type) for d in bench.deliveries()] == [expected] * 5
-    bench.consumer.consume(good.route(ordered=ordered), bundle)
+    bench.consumer.consume(Bundle(good.route(ordered=ordered), bundle))
     assert [(d.state, d.attempts, d.error_type) for d in bench.deliveries()] == [expected] * 5, "recorded once"
 
 
 def test_a_retry_that_cannot_be_read_spends_an_attempt_each_time(bench: Bench) -> None:
     written = bench.write(1, 2, 3)
-    bench.consumer.consume(Bad([1, 2, 3]).route(), written)
+    bench.consumer.consume(Bundle(Bad([1, 2, 3]).route(), written))
     bundle = [spoilt(written[0]), spoilt(written[1]), written[2]]
 
-    bench.consumer.consume(a_route(), bundle, retry=True)
-    bench.consumer.consume(a_route(), bundle, retry=True)
+    bench.consumer.consume(Bundle(a_route(), bundle, retry=True))
+    bench.consumer.consume(Bundle(a_route(), bundle, retry=True))
 
     assert [(d.state, d.attempts, d.error_type) for d in bench.deliveries()] == [("dead", 2, "InvalidEvent")] * 2
     assert [effect.price for effect in effects_in(bench.engine)] == [3]
@@ -287,19 +288,19 @@ def test_a_retry_that_cannot_be_read_spends_an_attempt_each_time(bench: Bench) -
 
 def test_what_is_done_is_not_recorded_when_it_comes_again_and_cannot_be_read(bench: Bench) -> None:
     written = bench.write(1, 2, 3)
-    bench.consumer.consume(a_route(), written)
+    bench.consumer.consume(Bundle(a_route(), written))
 
-    bench.consumer.consume(a_route(), [spoilt(envelope) for envelope in written])
+    bench.consumer.consume(Bundle(a_route(), [spoilt(envelope) for envelope in written]))
 
     assert bench.deliveries() == []
 
 
 def test_in_a_replay_what_cannot_be_read_fails_for_that_replay_and_is_not_marked(bench: Bench) -> None:
     written = bench.write(1, 2, 3)
-    bench.consumer.consume(a_route(), written)
+    bench.consumer.consume(Bundle(a_route(), written))
     replay = bench.replay_again()
 
-    bench.consumer.consume(a_route(), [written[0], spoilt(written[1]), written[2]], replay=replay)
+    bench.consumer.consume(Bundle(a_route(), [written[0], spoilt(written[1]), written[2]], replay=replay))
 
     assert sorted(effect.price for effect in effects_in(bench.engine)) == [1, 1, 2, 3, 3]
     assert [(d.state, d.error_type) for d in bench.deliveries()] == [("dead", "InvalidEvent")]
@@ -318,7 +319,7 @@ def test_a_paused_handler_s_unreadable_events_are_put_aside_with_the_others(benc
         )
 
     with pytest.raises(HandlerPaused):
-        bench.consumer.consume(a_route(), [spoilt(written[0]), written[1]])
+        bench.consumer.consume(Bundle(a_route(), [spoilt(written[0]), written[1]]))
 
     assert bench.deliveries() == []
 
@@ -329,7 +330,7 @@ def test_a_burst_of_unreadable_events_takes_seconds(bench: Bench) -> None:
 
     with transactions() as begun:
         for bundle in bundles:
-            bench.consumer.consume(a_route(), bundle)
+            bench.consumer.consume(Bundle(a_route(), bundle))
 
     assert len(begun) == len(bundles)
     assert len(bench.deliveries()) == 5_000

@@ -19,6 +19,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.transaction_guard import EndedTransaction
 from dovecote.envelope import Envelope
+from dovecote.store.bundle import Bundle
 from dovecote.store.connections import driver_connection
 from dovecote.unit_of_work import UnitOfWork
 from tests.dovecote.consumer.test_consumer import Bench, bench
@@ -322,7 +323,7 @@ def test_what_a_handler_does_to_its_transaction_is_its_failure_and_its_mates_go_
     for place, prices in PLACES.items():
         name = f"test.{place}"
 
-        bench.consumer.consume(a_route(name, handler(name, careless, bulk), bulk=bulk), bench.write(*prices))
+        bench.consumer.consume(Bundle(a_route(name, handler(name, careless, bulk), bulk=bulk), bench.write(*prices)))
 
         good = sorted(set(prices) - {BAD})
         assert prices_by(bench, name) == good, place
@@ -341,7 +342,7 @@ def test_it_is_tried_again_on_its_schedule_and_then_dead(bench: Bench, what: str
     careless, _ = CARELESS[what]
     route = a_route(function=handler("test.note", careless, False), max_attempts=3, ordered=ordered)
 
-    bench.consumer.consume(route, [*bench.write(1, 2), *bench.write(3, symbol="USD")])
+    bench.consumer.consume(Bundle(route, [*bench.write(1, 2), *bench.write(3, symbol="USD")]))
     while bench.retry(route):
         pass
 
@@ -356,16 +357,16 @@ def test_it_is_tried_again_on_its_schedule_and_then_dead(bench: Bench, what: str
 def test_in_a_replay_it_fails_for_that_replay(bench: Bench, what: str, bulk: bool) -> None:
     careless, _ = CARELESS[what]
     written = bench.write(1, 2, 3)
-    bench.consumer.consume(a_route(), written)
+    bench.consumer.consume(Bundle(a_route(), written))
     replay = bench.replay_again()
 
     route = a_route(function=handler("test.note", careless, bulk), bulk=bulk)
-    bench.consumer.consume(route, written, replay=replay)
+    bench.consumer.consume(Bundle(route, written, replay=replay))
 
     assert prices_by(bench, "test.note") == [1, 1, 2, 3, 3]
     ((state, attempts, error_type, _),) = failures_of(bench, "test.note")
     assert (state, attempts, error_type) == ("retrying", 1, "EndedTransaction")
-    bench.consumer.consume(a_route(), written[1:2], retry=True, replay=replay)
+    bench.consumer.consume(Bundle(a_route(), written[1:2], retry=True, replay=replay))
     assert prices_by(bench, "test.note") == [1, 1, 2, 2, 3, 3]
     assert failures_of(bench, "test.note") == []
 
@@ -378,7 +379,7 @@ def test_what_the_driver_or_sqlalchemy_refuses_is_a_failure_and_leaves_nothing(
 ) -> None:
     route = a_route(function=handler("test.note", REFUSED_BY_OTHERS[what], bulk), bulk=bulk)
 
-    bench.consumer.consume(route, bench.write(1, 2, 3))
+    bench.consumer.consume(Bundle(route, bench.write(1, 2, 3)))
 
     assert prices_by(bench, "test.note") == [1, 3]
     assert [state for state, *_ in failures_of(bench, "test.note")] == ["retrying"]
@@ -390,7 +391,9 @@ def test_what_leaves_the_transaction_whole_is_allowed(bench: Bench, what: str, b
     for place, prices in PLACES.items():
         name = f"test.{place}"
 
-        bench.consumer.consume(a_route(name, handler(name, ALLOWED[what], bulk), bulk=bulk), bench.write(*prices))
+        bench.consumer.consume(
+            Bundle(a_route(name, handler(name, ALLOWED[what], bulk), bulk=bulk), bench.write(*prices))
+        )
 
         assert failures_of(bench, name) == []
         assert prices_by(bench, name) == sorted(prices)
@@ -398,7 +401,7 @@ def test_what_leaves_the_transaction_whole_is_allowed(bench: Bench, what: str, b
 
 def test_a_connection_that_a_careless_handler_had_is_as_good_as_new(bench: Bench) -> None:
     for careless, _ in CARELESS.values():
-        bench.consumer.consume(a_route(function=handler("test.note", careless, False)), bench.write(BAD))
+        bench.consumer.consume(Bundle(a_route(function=handler("test.note", careless, False)), bench.write(BAD)))
 
     # As many as the pool may hold: each is taken.
     connections = [bench.engine.connect() for _ in range(25)]
@@ -425,7 +428,7 @@ def test_a_conflict_that_is_passed_over_is_still_a_conflict(bench: Bench) -> Non
             with contextlib.suppress(DBAPIError):
                 uow.session.execute(text("do $$ begin raise exception 'again' using errcode = '40001'; end $$"))
 
-    bench.consumer.consume(a_route(function=passes_it_over), bench.write(1))
+    bench.consumer.consume(Bundle(a_route(function=passes_it_over), bench.write(1)))
 
     assert bench.effects() == [("EUR", 1)]
     assert bench.deliveries() == []
@@ -441,7 +444,7 @@ def test_a_connection_lost_and_passed_over_spends_no_attempt(bench: Bench) -> No
             with contextlib.suppress(DBAPIError):
                 uow.session.execute(text("select pg_terminate_backend(pg_backend_pid())"))
 
-    bench.consumer.consume(a_route(function=passes_it_over), bench.write(1))
+    bench.consumer.consume(Bundle(a_route(function=passes_it_over), bench.write(1)))
 
     assert bench.effects() == [("EUR", 1)]
     assert bench.deliveries() == []
@@ -454,7 +457,7 @@ def test_a_setting_of_another_event_is_blamed_on_the_one_that_set_it(bench: Benc
             uow.session.execute(text("set local work_mem = '7MB'"))
         note_as("test.note", event, uow)
 
-    bench.consumer.consume(a_route(function=second_sets), bench.write(1, 2, 3))
+    bench.consumer.consume(Bundle(a_route(function=second_sets), bench.write(1, 2, 3)))
 
     assert bench.effects() == [("EUR", 1), ("EUR", 3)]
 
@@ -478,7 +481,7 @@ def test_on_an_engine_of_somebody_else_s_it_is_noticed_after_the_call(bench: Ben
     engine = create_engine(make_url(bench.url).set(drivername="postgresql+psycopg"))
     consumer = Consumer(sessionmaker(engine, expire_on_commit=False), bench.gateways, keyring=bench.gateways.keyring)
 
-    consumer.consume(a_route(function=handler("test.note", CARELESS[what][0], False)), bench.write(1, 2, 3))
+    consumer.consume(Bundle(a_route(function=handler("test.note", CARELESS[what][0], False)), bench.write(1, 2, 3)))
 
     engine.dispose()
     assert prices_by(bench, "test.note") == [1, 3]
@@ -519,7 +522,7 @@ def test_a_handler_that_returns_something_has_failed(
         answers = [one(envelope.event, uow, None) for envelope in envelopes]
         return next((answer for answer in answers if answer is not None), None)
 
-    bench.consumer.consume(a_route(function=all_of_them if bulk else one, bulk=bulk), bench.write(1, 2, 3))
+    bench.consumer.consume(Bundle(a_route(function=all_of_them if bulk else one, bulk=bulk), bench.write(1, 2, 3)))
 
     assert bench.effects() == [("EUR", 1), ("EUR", 3)]
     ((_, _, error_type, error),) = failures_of(bench, "test.note")

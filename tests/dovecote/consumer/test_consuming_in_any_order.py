@@ -24,6 +24,7 @@ from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import GatewayUnavailable, Refused
 from dovecote.settings import Settings
 from dovecote.store import leases
+from dovecote.store.bundle import Bundle
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route, make_room_for_effects, note_as
 from tests.support.profiles import examples
@@ -194,7 +195,7 @@ class Consuming(RuleBasedStateMachine):
     def at_once(self, work: Sequence[tuple[list[Envelope], bool]]) -> None:
         def consume(envelopes: list[Envelope], retry: bool) -> None:
             try:
-                self.consumer.consume(self.route, envelopes, retry=retry)
+                self.consumer.consume(Bundle(self.route, envelopes, retry=retry))
             except BaseException as error:
                 self.troubles.append(error)
 

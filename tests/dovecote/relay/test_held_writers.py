@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from dovecote.relay import leader as leading
+from dovecote.store import published_batches
 from dovecote.telemetry.instrumentation import RelayInstrumentation
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, make_room_for_effects, write_quotes
@@ -154,7 +154,7 @@ def test_a_record_that_waits_for_a_take_over_is_refused(opened: Opened, relays: 
     next_leader.execute("update dovecote.relay_state set epoch = epoch + 1")
     with ThreadPoolExecutor() as elsewhere:
         given = {"epoch": 0, "positions": "{[1,2)}", "events": 1}
-        record = elsewhere.submit(lambda: relays.execute(leading._RECORD, given).rowcount)
+        record = elsewhere.submit(lambda: relays.execute(published_batches.RECORD, given).rowcount)
         try:
             waits = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
             with psycopg.connect(relays.info.dsn, password=relays.info.password, autocommit=True) as other:

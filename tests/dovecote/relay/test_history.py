@@ -16,8 +16,9 @@ from sqlalchemy import make_url, text
 from dovecote.operations.doctor import postgres as doctor
 from dovecote.operations.doctor.finding import Subject
 from dovecote.relay import history as history_module
-from dovecote.relay.fence import Claim, Marker, RedisFence
-from dovecote.relay.history import History, OtherRun, TakenOver, take_over
+from dovecote.relay.fence import Claim, Fence, RedisFence
+from dovecote.relay.history import History, OtherRun
+from dovecote.store.relay_state import TakenOver, take_over
 from dovecote.store.runs import Run, server_run
 from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.conftest import Servers, settings_for
@@ -64,7 +65,7 @@ def history(system: System) -> str | None:
     return found
 
 
-def beat(system: System) -> int:
+def heartbeat(system: System) -> int:
     found: int = value(system, "select last_value from dovecote.relay_beat")
     return found
 
@@ -74,7 +75,7 @@ def queued(system: System) -> list[str]:
     return [id.decode() for id in client.lrange(f"{system.settings.redis.namespace}:test", 0, -1)]
 
 
-def in_redis(system: System) -> Marker:
+def in_redis(system: System) -> Fence:
     return RedisFence(system.broker).read()
 
 
@@ -84,9 +85,9 @@ def change(system: System, **fields: object) -> None:
     client.hset(system.broker.fence_keys[1], mapping=fields)
 
 
-def change_beat(system: System, by: int) -> None:
+def change_heartbeat(system: System, by: int) -> None:
     client: Any = system.broker.client
-    client.hincrby(system.broker.fence_keys[1], "beat", by)
+    client.hincrby(system.broker.fence_keys[1], "heartbeat", by)
 
 
 def a_run(system: System, **changes: int) -> str:
@@ -121,7 +122,7 @@ def published_and_not_consumed(system: System) -> None:
     write_quotes(system, range(EVENTS))
     with one_leadership(system):
         eventually(lambda: len(queued(system)) == EVENTS // 5, 5, "everything on the queue")
-        eventually(lambda: beat(system) > 0, 5, "a beat")
+        eventually(lambda: heartbeat(system) > 0, 5, "a heartbeat")
 
 
 # What is as it was left, and what is not ----------------------------------------------------------
@@ -130,7 +131,7 @@ WIPE = "for _, key in ipairs(redis.call('keys', ARGV[1])) do redis.call('del', k
 
 AS_IT_WAS: dict[str, Callable[[System], object]] = {
     "nothing has happened": lambda system: None,
-    "the relay died between telling Postgres and telling Redis": lambda system: change_beat(system, -1),
+    "the relay died between telling Postgres and telling Redis": lambda system: change_heartbeat(system, -1),
 }
 NOT_AS_IT_WAS: dict[str, Callable[[System], object]] = {
     "Redis has forgotten all": lambda system: system.broker.client.eval(
@@ -139,9 +140,9 @@ NOT_AS_IT_WAS: dict[str, Callable[[System], object]] = {
     "Redis is another process": lambda system: value(
         system, "update dovecote.relay_state set redis_run_id = 'another@' || epoch returning epoch"
     ),
-    "Redis has an older marker": lambda system: system.broker.client.decr(system.broker.fence_keys[0]),
-    "Redis went back with its memory": lambda system: change_beat(system, -2),
-    "Postgres went back with its memory": lambda system: change_beat(system, 1),
+    "Redis has an older fence": lambda system: system.broker.client.decr(system.broker.fence_keys[0]),
+    "Redis went back with its memory": lambda system: change_heartbeat(system, -2),
+    "Postgres went back with its memory": lambda system: change_heartbeat(system, 1),
     "Redis is in a history that Postgres does not know": lambda system: change(system, history="another"),
     "Redis was told by another run of Postgres": lambda system: change(system, instance="1 1 1"),
     "Postgres has begun anew": lambda system: value(
@@ -175,9 +176,9 @@ def test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left(
 
 
 UNDER_A_LEADER: dict[str, Callable[[System], object]] = {
-    "Redis went back by one beat": lambda system: change_beat(system, -1),
+    "Redis went back by one heartbeat": lambda system: change_heartbeat(system, -1),
     "Redis is in another history": lambda system: change(system, history="another"),
-    "Redis has forgotten the marker": lambda system: system.broker.client.delete(*system.broker.fence_keys),
+    "Redis has lost the fence": lambda system: system.broker.client.delete(*system.broker.fence_keys),
 }
 
 
@@ -186,7 +187,7 @@ def test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it(system_o
     published_and_not_consumed(system)
 
     def moves_from(before: int) -> bool:
-        return beat(system) > before
+        return heartbeat(system) > before
 
     def is_not(known: str | None) -> bool:
         return history(system) not in (None, known)
@@ -194,7 +195,7 @@ def test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it(system_o
     with one_leadership(system):
         for what, happens in UNDER_A_LEADER.items():
             known, ids = history(system), queued(system)
-            eventually(partial(moves_from, beat(system)), 5, "a beat")
+            eventually(partial(moves_from, heartbeat(system)), 5, "a heartbeat")
 
             happens(system)
 
@@ -215,14 +216,14 @@ def test_the_beat_stands_still_while_nothing_is_under_way(system_on: SystemOn) -
     system = system_on()
     published_and_not_consumed(system)
     with one_leadership(system):
-        before = beat(system)
-        eventually(lambda: beat(system) > before + 1, 5, "beats while messages are queued")
+        before = heartbeat(system)
+        eventually(lambda: heartbeat(system) > before + 1, 5, "heartbeats while messages are queued")
         with system.workers():
             system.until_quiet()
         time.sleep(1.5)  # the tick that finds the queue empty, and whatever came before it
-        before, seen = beat(system), in_redis(system)
+        before, seen = heartbeat(system), in_redis(system)
         time.sleep(2.2)  # two ticks
-        assert beat(system) == before
+        assert heartbeat(system) == before
         assert in_redis(system).silent_ms < 2_000 < seen.silent_ms + 2_200, "Redis is told that the leader lives"
 
 
@@ -232,7 +233,7 @@ def test_both_sessions_of_a_leader_are_of_one_run(system_on: SystemOn) -> None:
         ours = TakenOver(1, run=server_run(connection))
         History(ours, connection=connection, broker=system.broker).require_one_run()
 
-        with pytest.raises(OtherRun, match="leads to run 1 2 3"):
+        with pytest.raises(OtherRun, match="is of run 1 2 3"):
             History(TakenOver(1, run="1 2 3"), connection=connection, broker=system.broker).require_one_run()
 
 
@@ -253,8 +254,8 @@ def test_a_relay_stands_back_while_one_of_a_newer_postgres_lives(system_on: Syst
     system = system_on()
     write_quotes(system, range(EVENTS))
     newer, states = a_run(system, timeline=1, started_us=-1), States()
-    marker = RedisFence(system.broker)
-    marker.claim(Claim(3, "theirs", newer, 0), over="")
+    fence = RedisFence(system.broker)
+    fence.claim(Claim(3, "theirs", newer, 0), over="")
 
     with system.relay(states):
         eventually(lambda: system.status().relay.stands_back_for, 5, "it stands back")
@@ -293,7 +294,7 @@ def test_a_leader_whose_redis_a_newer_postgres_has_taken_drops_nothing_there(sys
 def test_a_leader_that_sends_again_for_long_is_not_taken_for_dead(
     system_on: SystemOn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history_module, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(history_module, "_HEARTBEAT_SECONDS", 0.05)
     system = system_on()
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
         leader = History(take_over(connection, 0, "a test"), connection=connection, broker=system.broker)
@@ -392,12 +393,12 @@ def test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event(
         write_quotes(system, range(10))
         eventually(lambda: len(queued(system)) == 2, 5, "everything on the queue")
         postgres.forget_from_now_on()
-        before = beat(system)
-        eventually(lambda: beat(system) > before + 1, 10, "beats")
+        before = heartbeat(system)
+        eventually(lambda: heartbeat(system) > before + 1, 10, "heartbeats")
         client: Any = system.broker.client
-        told = int(client.hget(system.broker.fence_keys[1], "beat"))
+        told = int(client.hget(system.broker.fence_keys[1], "heartbeat"))
         crash(system, postgres)
-        assert beat(system) >= told, "Redis was told of a beat that was not on disk"
+        assert heartbeat(system) >= told, "Redis was told of a heartbeat that was not on disk"
         eventually(lambda: history(system), 20, "a Redis that is known")
     postgres.forget_from_now_on()
     with system.workers():

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import pytest
 
 from dovecote.broker.broker import QueuedBundle
-from dovecote.relay import recovery as missing
+from dovecote.relay import recovery
 from dovecote.relay.bundler import Bundler
+from dovecote.store import progress, published_batches
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader
 from tests.support.effects import a_route
@@ -63,7 +64,7 @@ def reader_of(connection: Connection) -> Reader:
 
 def found(connection: Connection, upto: dict[str, int] | None = None) -> list[str]:
     reader = reader_of(connection)
-    return [bundle.id for bundle in missing.bundles(connection, reader, Bundler(ROUTES), ROUTES, upto=upto)]
+    return [bundle.id for bundle in recovery.bundles(connection, reader, Bundler(ROUTES), ROUTES, upto=upto)]
 
 
 def ids(bundles: Sequence[QueuedBundle]) -> list[str]:
@@ -74,8 +75,9 @@ def ids(bundles: Sequence[QueuedBundle]) -> list[str]:
 def test_batches_are_sent_once_in_the_order_they_were_published_cut_as_they_were(
     relays: Connection, monkeypatch: pytest.MonkeyPatch, events_of_a_step: int
 ) -> None:
-    for name in ("_SCANNED_EVENTS", "_LOOKED_AT_EVENTS", "_BATCHES"):
-        monkeypatch.setattr(missing, name, events_of_a_step)
+    monkeypatch.setattr(recovery, "_EXAMINED_EVENTS", events_of_a_step)
+    for name in ("_SCANNED_EVENTS", "_BATCHES"):
+        monkeypatch.setattr(published_batches, name, events_of_a_step)
     subscribe(relays)
     write(relays, 150)
     # 20 was late, the third batch came with what had turned up in gaps, and the last is of single events.
@@ -119,7 +121,7 @@ def test_what_is_left_for_later_is_not_sent(relays: Connection) -> None:
 def test_what_is_in_no_batch_though_the_checkpoint_has_passed_it_is_sent_and_a_second_try_is_the_same(
     relays: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(missing, "_SCANNED_EVENTS", 40)  # several steps in a block
+    monkeypatch.setattr(published_batches, "_SCANNED_EVENTS", 40)  # several steps in a block
     subscribe(relays)
     write(relays, 2_020)
     batch = publish(relays, range(101, 1_991))
@@ -154,7 +156,7 @@ def test_what_a_handler_does_not_want_is_not_missing_among_what_it_wants(relays:
     write(relays, 30, "test.other.v1")
     write(relays, 20, "pricing.price_quoted.v9")  # of a version that nobody knows yet
 
-    unsettled = missing.unsettled(relays, [NOTE.handler, MAIL.handler], "{[1,1000)}")
+    unsettled = progress.unfinished(relays, [NOTE.handler, MAIL.handler], "{[1,1000)}")
 
     wanted = [*range(6, 50), *range(60, 101)]
     assert unsettled == {NOTE.handler: [*wanted, *range(121, 131)], MAIL.handler: wanted}
@@ -175,7 +177,7 @@ def test_three_times_as_much_that_is_lost_takes_no_more_memory(relays: Connectio
         )
         reader = reader_of(relays)
         tracemalloc.start()
-        sent = sum(1 for _ in missing.bundles(relays, reader, Bundler([NOTE]), [NOTE]))
+        sent = sum(1 for _ in recovery.bundles(relays, reader, Bundler([NOTE]), [NOTE]))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert sent == events // 10

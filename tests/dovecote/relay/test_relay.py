@@ -20,11 +20,12 @@ from dovecote.bootstrap import relay_for
 from dovecote.errors import NewerRelay
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.fence import Claim, RedisFence
-from dovecote.relay.history import History, TakenOver
+from dovecote.relay.history import History
 from dovecote.relay.leader import Leader
 from dovecote.route import Route
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader
+from dovecote.store.relay_state import TakenOver
 from dovecote.store.runs import server_run
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.conftest import Servers, settings_for

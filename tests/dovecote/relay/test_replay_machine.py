@@ -26,11 +26,13 @@ from domain.pricing import PriceQuoted
 from dovecote.envelope import read_envelope
 from dovecote.operations import replays
 from dovecote.processes.stop_flag import StopFlag
-from dovecote.relay.history import History, take_over
+from dovecote.relay.history import History
 from dovecote.relay.leader import Leader
 from dovecote.settings import Settings
 from dovecote.store import leases
+from dovecote.store.bundle import Bundle
 from dovecote.store.reader import Reader
+from dovecote.store.relay_state import take_over
 from dovecote.store.replays import Filter
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, write_quotes
@@ -210,7 +212,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         def act(self, message: Message, acknowledged: bool) -> None:
             envelopes = [read_envelope(fields) for fields in message.envelopes]
-            system.consumer.consume(route, envelopes, retry=message.retry, replay=message.replay)
+            system.consumer.consume(Bundle(route, envelopes, retry=message.retry, replay=message.replay))
             self.seen.append(message)
             if acknowledged:
                 key = f"{system.settings.redis.namespace}:{route.queue}"

@@ -12,13 +12,16 @@ from sqlalchemy import make_url, text
 from structlog.testing import capture_logs
 
 from domain.pricing import PriceQuoted
-from dovecote.consumer.consumer import Consumer, Stopping
+from dovecote.consumer.consumer import Consumer
+from dovecote.consumer.retrying import Stopping
 from dovecote.consumer.stuck import _record as record_of_stuck
 from dovecote.consumer.time_limits import Watch
 from dovecote.envelope import Envelope
-from dovecote.envelope.signatures import TAIL_BYTES, newest_key
+from dovecote.envelope.signatures import newest_key
+from dovecote.envelope.wire import TAIL_BYTES
 from dovecote.relay.bundler import Bundler
 from dovecote.settings import Settings
+from dovecote.store.bundle import Bundle
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import Servers, settings_for
@@ -113,7 +116,7 @@ def test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not(
     phantom = ABSENT[absent](looking, second)
 
     with capture_logs() as logs:
-        looking.consumer.consume(a_route(ordered=ordered), [first, phantom, third], sent_in=ANOTHER_RUN)
+        looking.consumer.consume(Bundle(a_route(ordered=ordered), [first, phantom, third], sent_in=ANOTHER_RUN))
 
     assert sorted(looking.prices()) == [1, 3]
     assert looking.marks_and_deliveries_of(phantom) == 0
@@ -127,10 +130,10 @@ def test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not(
 @pytest.mark.parametrize("ordered", [False, True], ids=["in any order", "in order"])
 def test_a_retry_of_what_is_not_in_the_outbox_is_passed_over(looking: Looking, ordered: bool) -> None:
     written = [*looking.bench.write(1, symbol="A"), *looking.bench.write(2, symbol="B")]
-    looking.consumer.consume(a_route(function=Failing({1: FOR_EVER, 2: FOR_EVER}), ordered=ordered), written)
+    looking.consumer.consume(Bundle(a_route(function=Failing({1: FOR_EVER, 2: FOR_EVER}), ordered=ordered), written))
     looking.forget(written[0])
 
-    looking.consumer.consume(a_route(ordered=ordered), written, retry=True)
+    looking.consumer.consume(Bundle(a_route(ordered=ordered), written, retry=True))
 
     assert looking.prices() == [2]
     assert looking.instrumentation.passed_over == 1
@@ -139,11 +142,11 @@ def test_a_retry_of_what_is_not_in_the_outbox_is_passed_over(looking: Looking, o
 
 def test_a_replay_of_what_is_not_in_the_outbox_is_passed_over(looking: Looking) -> None:
     written = looking.bench.write(1, 2)
-    looking.consumer.consume(a_route(), written)
+    looking.consumer.consume(Bundle(a_route(), written))
     replay = looking.bench.replay_again()
     looking.forget(written[0])
 
-    looking.consumer.consume(a_route(ordered=True), written, replay=replay)
+    looking.consumer.consume(Bundle(a_route(ordered=True), written, replay=replay))
 
     assert looking.prices() == [1, 2, 2]
     assert looking.bench.deliveries() == []
@@ -154,7 +157,7 @@ def test_code_that_has_no_route_for_what_is_not_in_the_outbox_keeps_nothing_of_i
     looking.forget(phantom)
     bundle = [phantom, replace(made_by_hand, type="no\0type"), there]
 
-    looking.consumer.keep_for_other_code(a_route(), bundle, sent_in=ANOTHER_RUN)
+    looking.consumer.keep_for_other_code(Bundle(a_route(), bundle, sent_in=ANOTHER_RUN))
 
     assert [delivery.position for delivery in looking.bench.deliveries()] == [there.position]
     assert looking.instrumentation.passed_over == 2
@@ -167,7 +170,7 @@ def test_an_event_that_is_forgotten_while_its_handler_fails_gets_no_delivery(loo
         looking.forget(envelope)
         raise RuntimeError
 
-    looking.consumer.consume(a_route(function=fails), [envelope])
+    looking.consumer.consume(Bundle(a_route(function=fails), [envelope]))
 
     assert looking.bench.deliveries() == []
     assert looking.instrumentation.passed_over == 1
@@ -198,7 +201,7 @@ def test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres(loo
         this_run = connection.scalar(text("select dovecote.outbox_run()"))
 
     for route in (a_route(), a_route("test.ordered", ordered=True)):
-        looking.consumer.consume(route, looking.bench.write(1, symbol=route.handler), sent_in=this_run)
+        looking.consumer.consume(Bundle(route, looking.bench.write(1, symbol=route.handler), sent_in=this_run))
 
     assert looking.prices() == [1, 1]
 
@@ -315,7 +318,7 @@ def test_a_failure_is_not_recorded_in_another_history(looking: Looking) -> None:
     looking.consumer.history_in_redis = look
 
     with pytest.raises(Stopping):
-        looking.consumer.keep_for_other_code(a_route(), [there, phantom])
+        looking.consumer.keep_for_other_code(Bundle(a_route(), [there, phantom]))
 
     assert looking.bench.deliveries() == []
 
@@ -355,11 +358,11 @@ def test_what_a_message_is_acknowledged_for_is_committed_durably(looking: Lookin
     looking.bench.engine.dispose()
     route, written = a_route(function=_asks(seen)), looking.bench.write(1, FAILS)
 
-    looking.consumer.consume(route, written[:1])
-    looking.consumer.consume(a_route("test.ordered", function=_asks(seen), ordered=True), written[:1])
-    looking.consumer.consume(route, written[:1], replay=looking.bench.replay_again())
-    looking.consumer.consume(route, written[1:])
-    looking.consumer.consume(route, written[1:], retry=True)
+    looking.consumer.consume(Bundle(route, written[:1]))
+    looking.consumer.consume(Bundle(a_route("test.ordered", function=_asks(seen), ordered=True), written[:1]))
+    looking.consumer.consume(Bundle(route, written[:1], replay=looking.bench.replay_again()))
+    looking.consumer.consume(Bundle(route, written[1:]))
+    looking.consumer.consume(Bundle(route, written[1:], retry=True))
 
     assert seen == [expected] * 5
     with looking.bench.engine.begin() as begun:
@@ -384,6 +387,6 @@ def test_it_is_committed_durably_through_a_pool_of_transactions(
             pooled = Looking(Bench(url, system.engine, system.sessions, system.gateways))
 
             for n in range(4):
-                pooled.consumer.consume(system.routes[0], pooled.bench.write(n))
+                pooled.consumer.consume(Bundle(system.routes[0], pooled.bench.write(n)))
 
     assert seen == ["on"] * 4

@@ -22,6 +22,7 @@ from dovecote.relay.bundler import Bundler
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store import leases
+from dovecote.store.bundle import Bundle
 from dovecote.store.leases import MAX_BUNDLE_BYTES, Cursor, DueDelivery
 from dovecote.telemetry.instrumentation import RelayInstrumentation
 from dovecote.unit_of_work import UnitOfWork
@@ -307,10 +308,10 @@ def test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once(
     route: Route = a_route(HANDLER, function=commit_slowly, ordered=True)
     write_quotes(system, [0, 1])
     first, second = envelopes(system)
-    worker = threading.Thread(target=system.consumer.consume, args=(route, [first]))
+    worker = threading.Thread(target=system.consumer.consume, args=(Bundle(route, [first]),))
     worker.start()
     assert committing.wait(10)
-    parker = threading.Thread(target=system.consumer.consume, args=(route, [second]))
+    parker = threading.Thread(target=system.consumer.consume, args=(Bundle(route, [second]),))
     parker.start()
     looks_again = "select 1 from pg_stat_activity where pid <> pg_backend_pid() and query like '%release_parked%'"
     eventually(lambda: found(system, looks_again) or not parker.is_alive(), 10, "the second parked and looked at again")
@@ -354,7 +355,7 @@ def test_an_event_whose_predecessor_is_under_way_is_not_released(ordered: Make, 
             },
         )
 
-    system.consumer.consume(system.routes[0], [first])
+    system.consumer.consume(Bundle(system.routes[0], [first]))
 
     assert states(system) == {"waiting": 1}
 

@@ -13,6 +13,7 @@ from domain.pricing import PriceQuoted
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.route import Route
 from dovecote.settings import Settings, Telemetry
+from dovecote.store.bundle import Bundle
 from dovecote.telemetry.configure import configure
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.support.effects import a_route
@@ -111,9 +112,9 @@ def test_a_bundle_of_which_one_event_is_new_names_that_one(settings: Settings, l
     lines.configure()
     with system_for(settings, (route,)) as system:
         bundle = write(system, a_quote("EUR", 1), a_quote("USD", 2))
-        system.consumer.consume(route, bundle[:1])
+        system.consumer.consume(Bundle(route, bundle[:1]))
 
-        system.consumer.consume(route, bundle)
+        system.consumer.consume(Bundle(route, bundle))
 
     assert [line["aggregate"] for line in lines.read("acting")] == ["price EUR", "price USD"]
 
@@ -122,7 +123,7 @@ def test_what_is_logged_after_an_event_does_not_name_it(settings: Settings, line
     route = a_route(function=lambda *_: log.info("acting"))
     lines.configure()
     with system_for(settings, (route,)) as system:
-        system.consumer.consume(route, write(system, a_quote("EUR", 1)))
+        system.consumer.consume(Bundle(route, write(system, a_quote("EUR", 1))))
 
     log.info("idle")
 

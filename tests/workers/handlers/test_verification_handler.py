@@ -20,7 +20,7 @@ from domain.verification import (
 from dovecote.database import Sessions
 from dovecote.events.ids import uuid7
 from dovecote.outbox import outbox
-from dovecote.privacy import CannotOpen, Keyring
+from dovecote.privacy import CannotDecrypt, Keyring
 from dovecote.unit_of_work import unit_of_work
 from workers.gateways import ChallengeCache, Gateways, GatewayUnavailable
 from workers.handlers.verification import send_code, update_cache
@@ -183,13 +183,13 @@ def test_an_answer_does_not_wait_for_a_slow_provider(sessions: Sessions, phone: 
     assert isinstance(verdict, PhoneVerified)
 
 
-def test_a_number_sealed_with_a_key_that_is_gone_is_trouble_and_not_shown(
+def test_a_number_encrypted_with_a_key_that_is_gone_is_trouble_and_not_shown(
     sessions: Sessions, phone: Phone, gateways: Gateways
 ) -> None:
     _, requested = a_request(sessions)
     other_keys = replace(KEYS, encryption_keys={"k2": b"x" * 32}, current="k2")
 
-    with pytest.raises(CannotOpen, match="'k1'") as trouble:
+    with pytest.raises(CannotDecrypt, match="'k1'") as trouble:
         send(sessions, requested, Gateways(sms=gateways.sms, challenges=gateways.challenges, keys=other_keys))
 
     assert PHONE not in str(trouble.value)

@@ -21,7 +21,7 @@ from dovecote.operations.handlers import pause, resume
 from dovecote.operations.replay_plans import Request
 from dovecote.operations.replays import start
 from dovecote.relay.bundler import Bundler
-from dovecote.relay.postponed import Postponer
+from dovecote.relay.postponer import Postponer
 from dovecote.route import Route, queues
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
 from tests.conftest import Servers, settings_for

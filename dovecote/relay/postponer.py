@@ -1,4 +1,4 @@
-"""Handlers whose queue is full: their events stay in the outbox until there is room, and nobody else's do.
+"""Handlers whose queue is full: their events stay in the outbox until there is room; other handlers are not affected.
 
 A queue without consumers would grow until Redis is full, and a full Redis takes nothing for any queue. So each queue
 has a bound in bytes. Beyond it the handler is postponed: a row in `postponed` says up to which published position it
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import structlog
 
 from dovecote.broker.broker import QueuedBundle, RedisUsage
-from dovecote.errors import NewerRelay
 from dovecote.relay.bundler import Bundler
 from dovecote.route import Route, queues
-from dovecote.store.envelopes import Envelopes, Read, bounded
+from dovecote.store.envelopes import Envelopes, Read
+from dovecote.store.postponed import UNSENT, PostponedHandlers
 from dovecote.store.reader import Connection, Row
 from dovecote.store.unsendable import Unreadable
 
@@ -32,38 +32,6 @@ _SPAN = 20_000
 _STEP_BYTES = 1_000_000
 # While a full queue is being emptied, its consumers are not to wait for the next tick.
 _SHORTEST_POLL_INTERVAL_SECONDS, _LONGEST_POLL_INTERVAL_SECONDS = 0.05, 1.0
-
-_KNOWN = "select handler_name, after_position from dovecote.postponed"
-
-# Nothing is written by a relay that has been replaced. On the session that records batches: a crash of Postgres that
-# forgets this forgets the batch after it as well.
-_OWNER = "owner as (select epoch from dovecote.relay_state where epoch = %(epoch)s for no key update)"
-_POSTPONE = f"""
-    with {_OWNER}
-    insert into dovecote.postponed (handler_name, after_position) select %(handler)s, %(position)s from owner
-    on conflict (handler_name) do update set after_position = excluded.after_position
-"""  # noqa: S608 - put together from constants
-_MOVE = f"""
-    with {_OWNER}
-    update dovecote.postponed set after_position = %(position)s from owner where handler_name = %(handler)s
-"""  # noqa: S608 - as above
-_END = f"with {_OWNER} delete from dovecote.postponed using owner where handler_name = %(handler)s"  # noqa: S608 - as above
-
-# Row by row through the keys, whatever the planner thinks of tables that it knows as empty.
-_UNSENT = bounded("""
-    select o.position, o.event_type, o.id, dovecote.small_envelope(o) as envelope
-    from dovecote.outbox o
-    cross join lateral (select since_position, published_above from dovecote.subscriptions
-                        where handler_name = %s and event_type = o.event_type limit 1) s
-    left join lateral (select true as there from dovecote.processed_events
-                       where event_id = o.id and handler_name = %s limit 1) p on true
-    left join lateral (select true as there from dovecote.deliveries
-                       where event_id = o.id and handler_name = %s limit 1) d on true
-    where o.position > %s and o.position <= %s and o.event_type = any(%s)
-      and o.position > s.since_position and not s.published_above @> o.position
-      and p.there is null and d.there is null
-    order by o.position limit %s
-""")
 
 
 class Postponer:
@@ -86,11 +54,10 @@ class Postponer:
         send: Callable[[Callable[[], Iterable[QueuedBundle]]], None],
         set_aside: Callable[[Sequence[Unreadable]], None],
     ) -> None:
-        self._records = records
+        self._rows = PostponedHandlers(records, epoch)
         self._bundler = bundler
         self._routes = {route.handler: route for route in routes}
         self._queues = queues(routes)
-        self._epoch = epoch
         self._queue_bytes = self._bound = queue_bytes
         self._envelopes = Envelopes(records, batch_size, _STEP_BYTES)
         self._send = send
@@ -109,7 +76,7 @@ class Postponer:
 
     def load(self) -> None:
         """Go on from what the relay before us has left."""
-        self.after.update((name, after) for name, after in self._records.execute(_KNOWN) if name in self._routes)
+        self.after.update((name, after) for name, after in self._rows.after().items() if name in self._routes)
 
     # How full the queues are -----------------------------------------------------------------
 
@@ -186,7 +153,7 @@ class Postponer:
             self._catch_up(self._routes[handler])
 
     def _postpone(self, handler: str) -> None:
-        self._write(_POSTPONE, handler, self.published_upto)
+        self._rows.postpone(handler, self.published_upto)
         self.after[handler] = self.published_upto
         log.warning(
             "queue is full; its handler is left for later",
@@ -207,10 +174,10 @@ class Postponer:
             self._send(lambda: self._bundler.bundles_of(route, unsent.rows))
         upto = unsent.rows[-1][0] if unsent.is_cut else before
         if upto < self.published_upto:
-            self._write(_MOVE, route.handler, upto)
+            self._rows.advance(route.handler, upto)
             self.after[route.handler] = upto
         else:
-            self._write(_END, route.handler, upto)
+            self._rows.end(route.handler)
             del self.after[route.handler]
             log.warning("handler has caught up; it is live again", handler=route.handler, queue=route.queue)
 
@@ -218,9 +185,4 @@ class Postponer:
         """Return the next rows up to `before` that the handler was not sent."""
         handler = route.handler
         limit = self._envelopes.max_rows
-        return self._envelopes.read(_UNSENT, handler, handler, handler, after, before, route.event_types, limit)
-
-    def _write(self, statement: str, handler: str, position: int) -> None:
-        fields = {"epoch": self._epoch, "handler": handler, "position": position}
-        if self._records.execute(statement, fields).rowcount != 1:
-            raise NewerRelay(f"epoch {self._epoch} is over")
+        return self._envelopes.read(UNSENT, handler, handler, handler, after, before, route.event_types, limit)
