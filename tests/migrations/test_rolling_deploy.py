@@ -47,6 +47,10 @@ for n in range(int(sys.argv[1])):
 """
 
 
+# The same in the old code, where all of it lay in one package.
+OLD_WRITE = WRITE.replace("dovecote.store.connections", "domain.database").replace("dovecote.unit", "domain.unit")
+
+
 # What a migration may do --------------------------------------------------------------------------
 
 _BODY = re.compile(r"\$(\w*)\$.*?\$\1\$|^begin atomic$.*?^end;", re.DOTALL | re.MULTILINE)
@@ -146,7 +150,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def _running(code: Path, variables: Mapping[str, str], command: tuple[str, ...], log: Path) -> Iterator[Started]:
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", *command], cwd=code, env={**os.environ, **variables, "PYTHONPATH": str(code)},
+            [sys.executable, "-P", "-m", *command], cwd=code, env=variables_for(code, variables),
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
@@ -164,23 +168,32 @@ def environment(database_url: str, redis_url: str, home: Path) -> dict[str, str]
     return {
         "DATABASE_URL": database_url,
         "REDIS_URL": redis_url,
-        "DOVECOTE_APP": "workers.app:app",
         "DOVECOTE_HOME": str(home),
         "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
         **KEYS,
-        "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
     }
 
 
-RELAY = ("workers", "relay")
-CONSUMERS = ("dramatiq", "dovecote.bootstrap:consumers", "--queues", "billing", "--processes", "1", "--threads", "2",
-             "--skip-logging")  # fmt: skip
+# Modules of the old code, and those of today.
+OLD_RELAY, RELAY = ("workers", "relay"), ("dovecote", "relay")
+_OPTIONS = ("--queues", "billing", "--processes", "1", "--threads", "2", "--skip-logging")
+OLD_CONSUMERS = ("dramatiq", "workers.bootstrap:consumers", *_OPTIONS)
+CONSUMERS = ("dramatiq", "dovecote.bootstrap:consumers", *_OPTIONS)
+
+
+def variables_for(code: Path, variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process with that code; the old one knows neither applications nor today's settings."""
+    more = {**os.environ, **variables, "PYTHONPATH": str(code)}
+    if code == ROOT:
+        return {**more, "DOVECOTE_APP": "workers.app:app", "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100"}
+    more.pop("DOVECOTE_APP", None)
+    return {**more, "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100"}
 
 
 def write(code: Path, variables: Mapping[str, str], memberships: int = MEMBERSHIPS) -> None:
     subprocess.run(
-        [sys.executable, "-P", "-c", WRITE, str(memberships)], cwd=code, check=True, timeout=60,
-        env={**os.environ, **variables, "PYTHONPATH": str(code)},
+        [sys.executable, "-P", "-c", WRITE if code == ROOT else OLD_WRITE, str(memberships)],
+        cwd=code, env=variables_for(code, variables), check=True, timeout=60,
     )  # fmt: skip
 
 
@@ -207,8 +220,8 @@ def test_old_code_works_on_the_new_schema_and_hands_over_to_new_code(
 ) -> None:
     variables = environment(fresh_database_url, servers.redis_url, tmp_path)
     count = Counted(fresh_database_url)
-    old_relay = start(old_code, variables, *RELAY)
-    old_consumers = start(old_code, variables, *CONSUMERS)
+    old_relay = start(old_code, variables, *OLD_RELAY)
+    old_consumers = start(old_code, variables, *OLD_CONSUMERS)
     write(old_code, variables)
     eventually(lambda: count.done() == 3 * MEMBERSHIPS, 60, "old code done on the new schema")
 
@@ -234,7 +247,7 @@ def test_new_code_on_the_old_schema_writes_at_once_and_works_once_it_is_migrated
     schema.upgrade(empty_database_url, OLD_SCHEMA)
     variables = environment(empty_database_url, servers.redis_url, tmp_path)
     count = Counted(empty_database_url)
-    old_relay = start(old_code, variables, *RELAY)
+    old_relay = start(old_code, variables, *OLD_RELAY)
     new_relay, new_consumers = start(ROOT, variables, *RELAY), start(ROOT, variables, *CONSUMERS)
 
     write(ROOT, variables)
