@@ -81,7 +81,7 @@ class Scene:
         self.processes.append(process)
         return process
 
-    def start_relay(self, words: Sequence[str] = ("workers", "relay"), **more: str) -> Process:
+    def start_relay(self, words: Sequence[str] = ("workers.relay",), **more: str) -> Process:
         """Start `dovecote relay`, or what stands for it, and return once it sleeps."""
         process = self.start("relay", words, **more)
         held = "select exists (select from pg_locks where locktype = 'advisory' and granted and mode = 'ExclusiveLock'"
@@ -91,7 +91,7 @@ class Scene:
         return process
 
     @contextmanager
-    def relay_on_standby(self, words: Sequence[str] = ("workers", "relay"), **more: str) -> Iterator[None]:
+    def relay_on_standby(self, words: Sequence[str] = ("workers.relay",), **more: str) -> Iterator[None]:
         """Start `dovecote relay`, or what stands for it, and keep it from leading until the end of the block."""
         # In a session of its own: the lock lives in a transaction, and ends with it.
         with psycopg.connect(self.database_url) as leader:

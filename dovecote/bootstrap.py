@@ -19,9 +19,9 @@ from dramatiq.middleware import CurrentMessage, Middleware
 from sqlalchemy import Engine
 
 from dovecote.broker.broker import OrjsonEncoder, OutboxBroker
-from dovecote.broker.fetcher import refuse as refuse_message
+from dovecote.broker.fetcher import set_to_refuse
 from dovecote.consumer.consumer import Consumer
-from dovecote.consumer.middleware import HandBackWhatFails
+from dovecote.consumer.middleware import RequeueWhatFails
 from dovecote.consumer.retrying import Stopping
 from dovecote.consumer.time_limits import GRACE_SECONDS
 from dovecote.consumer.transaction import MAX_SILENCE_SECONDS
@@ -65,7 +65,7 @@ def start_consumers(app: Dovecote) -> None:
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
     instrumentation = _consumer_instrumentation(settings, routes)
-    middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), HandBackWhatFails(), _SendsLastSpans()]
+    middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), RequeueWhatFails(), _SendsLastSpans()]
     broker = broker_for(settings, middleware, instrumentation)
     engine = consumer_engine(settings, routes)
     consumer = Consumer(
@@ -102,9 +102,9 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
     if isinstance(broker, OutboxBroker):
         broker.signed_handlers.update(route.handler for route in routes)
         for queue in queues(routes):
-            if queue not in broker.stand_ins:
+            if queue not in broker.fallback_actors:
                 # One for all handlers that this process does not have: anybody can make up a name.
-                name = broker.stand_ins[queue] = f"(not here) {queue}"
+                name = broker.fallback_actors[queue] = f"(not here) {queue}"
                 declare(name, queue, _actor_function(consumer, broker))
         consumer.history_in_redis = partial(history_in, broker.client, broker.namespace)
 
@@ -218,7 +218,7 @@ def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = No
             its_route = route or Route(handler=contents.handler, events=(), function=_not_here, queue=contents.queue)
         except (RefusedMessage, InvalidRoute) as error:
             refused = error if isinstance(error, RefusedMessage) else RefusedMessage("unreadable", str(error))
-            refuse_message(_message_at_hand(), refused)
+            set_to_refuse(_message_at_hand(), refused)
             return
         poison = None
         if received.crashes and isinstance(broker, OutboxBroker):

@@ -45,9 +45,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 # Dramatiq's rule for a queue.
 _QUEUE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 # Dramatiq's and our own, for what belongs to a queue: messages that wait, are dead, are at work, were in a
-# crash, are put aside.
+# crash, are held.
 _SUFFIXES = (".DQ", ".XQ", ".msgs", ".in_flight", ".crashes")
-_ASIDE = ".aside."
+_HELD = ".held."
 # The broker's own keys: __relay__, __heartbeats__, __acks__.
 _OWN = "__"
 
@@ -209,10 +209,10 @@ def require_queue(name: object) -> None:
             f"queue {_shown(name)} is no name for a queue of Dramatiq's: a letter or _ first, "
             "then letters, digits and _ - . only"
         )
-    if name.startswith(_OWN) or name.endswith(_SUFFIXES) or _ASIDE in name:
+    if name.startswith(_OWN) or name.endswith(_SUFFIXES) or _HELD in name:
         raise InvalidRoute(
             f"queue {name!r} would share keys in Redis with something else: "
-            f"no name may begin with {_OWN}, end in {', '.join(_SUFFIXES)} or contain {_ASIDE}"
+            f"no name may begin with {_OWN}, end in {', '.join(_SUFFIXES)} or contain {_HELD}"
         )
 
 

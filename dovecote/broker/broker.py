@@ -2,11 +2,11 @@
 
 - An idle consumer blocks on its queue instead of polling it, so a message is taken at once.
 - A batch of bundles is published by one script, each message once, only by the newest relay.
-- Messages that a worker cannot finish go back to the head of their queue, in order.
-- Messages of a paused handler are put aside, and come back to the head of their queue, in order.
+- Messages that a worker cannot finish are requeued at the head of their queue, in order.
+- Messages of a paused handler are held, and return to the head of their queue, in order.
 - Messages whose fetch reply was lost are found again when the consumer reconnects.
-- A message for a handler that is not here has a stand-in; Dramatiq would put it among its dead letters.
-- What no relay of ours made for a handler of ours is refused, and does not come back.
+- Messages for a handler that this process does not have go to a fallback actor; Dramatiq would dead-letter them.
+- Messages for our handlers that no relay of ours made are refused for good.
 
 Dramatiq's key layout (its docs, "Enqueueing messages from other languages") is kept to the letter.
 """
@@ -28,7 +28,7 @@ from dramatiq.errors import DecodeError
 from dramatiq.middleware import Middleware
 from redis.exceptions import NoScriptError, OutOfMemoryError
 
-from dovecote.broker.fetcher import BlockingConsumer
+from dovecote.broker.fetcher import Fetcher
 from dovecote.broker.redis_client import connect_redis
 from dovecote.broker.refusals import Refusals
 from dovecote.envelope import read_message
@@ -41,18 +41,18 @@ log = structlog.get_logger()
 
 _LUA = Path(__file__).parent / "lua"
 
-# Messages whose size tells that of a queue.
+# Messages from whose size that of a queue is estimated.
 _SAMPLES = 100
-# Of one call: Redis serves nobody else for some milliseconds.
-_MAX_TAKEN_BACK = 1_000
+# Of one call, in which Redis serves no other client for some milliseconds.
+_MAX_RESUMED = 1_000
 # A bundle has a megabyte of envelopes (dovecote/store/leases.py), and other programs may send larger messages.
 _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES = 16_000_000, 64_000_000
-# Refused messages that are kept for whoever wants to see what they were.
+# Refused messages that are kept, so that an operator can see what they were.
 _MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES = 1_000, 1_100_000
 _MAX_CRASHES_DIGITS = 7
 # Ids of ours have 33 bytes, and those of Dramatiq 36.
 _MAX_ID_BYTES = 200
-_MAX_HELD = 100_000
+_MAX_ACKS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +77,15 @@ class Fetched:
 
 @dataclass(frozen=True)
 class RedisUsage:
-    """What Redis holds, in bytes: all in all, at most (0 is without end), by queue, and put aside by handler.
+    """What Redis holds, in bytes: in total, at most (0 is unlimited), by queue, and held for each paused handler.
 
-    under_way   whether anything is queued, or in a worker's hands
+    under_way   whether anything is queued or in flight
     """
 
     used: int
     maxmemory: int
     queued: Mapping[str, int]
-    aside: Mapping[str, int]
+    held: Mapping[str, int]
     under_way: bool = False
 
 
@@ -117,28 +117,28 @@ class OutboxBroker(RedisBroker):
         dispatch = (_LUA / "dispatch_head.lua").read_bytes() + _scripts["dispatch"]
         self.scripts["dispatch"] = self.client.register_script(dispatch)
         self._publish = self.client.register_script((_LUA / "publish.lua").read_bytes())
-        self._hand_back = self.client.register_script((_LUA / "hand_back.lua").read_bytes())
+        self._requeue = self.client.register_script((_LUA / "requeue.lua").read_bytes())
         self._reap = self.client.register_script((_LUA / "reap.lua").read_bytes())
-        self._put_aside = self.client.register_script((_LUA / "put_aside.lua").read_bytes())
-        self._take_back = self.client.register_script((_LUA / "take_back.lua").read_bytes())
+        self._hold = self.client.register_script((_LUA / "hold.lua").read_bytes())
+        self._resume_held = self.client.register_script((_LUA / "resume_held.lua").read_bytes())
         self._fetch = self.client.register_script((_LUA / "fetch.lua").read_bytes())
         self._mend = self.client.register_script((_LUA / "mend.lua").read_bytes())
         self._refuse = self.client.register_script((_LUA / "refuse.lua").read_bytes())
         #: In which history this process publishes, and how often it has put something on a queue.
         self.history = ""
         self.sent = 0
-        #: What this process holds of each queue, in the order it was fetched.
+        #: What this process has fetched from each queue and not finished, in that order.
         self._in_hand: dict[str, dict[str, None]] = {}
         self._in_hand_lock = threading.Lock()
         self.stopping = False
-        #: Handlers whose messages a relay signs, and by queue the actor that has those of all other handlers.
+        #: Handlers whose messages a relay signs, and by queue the actor for the messages of all other handlers.
         self.signed_handlers: set[str] = set()
-        self.stand_ins: dict[str, str] = {}
+        self.fallback_actors: dict[str, str] = {}
         self._refusals = Refusals()
 
     @property
-    def consumer_class(self) -> type[BlockingConsumer]:
-        return BlockingConsumer
+    def consumer_class(self) -> type[Fetcher]:
+        return Fetcher
 
     # For the relay ---------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class OutboxBroker(RedisBroker):
 
         Only in the history that was claimed last, see `history`.
 
-        One call takes at most `publish_bytes` of them, or a single one that is larger: Redis serves nobody meanwhile.
+        One call takes at most `publish_bytes` of them, or a single larger one: Redis serves no other client meanwhile.
         After an error some may be queued; published once more, they are queued once.
         Errors: RedisLost, NewerRelay, RedisError.
         """
@@ -176,11 +176,11 @@ class OutboxBroker(RedisBroker):
         return added
 
     def holds_messages(self, queue: str) -> bool:
-        """Return whether anything is queued there or in a worker's hands."""
+        """Return whether anything is queued there or in flight."""
         return bool(self.client.exists(f"{self.namespace}:{queue}.msgs"))
 
     def which_are_queued(self, queue: str, ids: Iterable[str]) -> set[str]:
-        """Return those of the messages that are queued or in a worker's hands."""
+        """Return those of the messages that are queued or in flight."""
         ids = list(ids)
         pipeline = self.client.pipeline(transaction=False)
         for id in ids:
@@ -190,7 +190,7 @@ class OutboxBroker(RedisBroker):
     def look(self, handlers: Sequence[tuple[str, str]]) -> tuple[str, RedisUsage]:
         """Return the run id of the Redis process and how much there is for these (queue, handler), in one round trip.
 
-        The size of a queue is an estimate from some of its messages; what is put aside is a share of it by number.
+        The size of a queue is an estimate from some of its messages; what is held is a share of it by number.
         Where MEMORY USAGE is not allowed, it is 0.
         """
         names = sorted({queue for queue, _ in handlers})
@@ -201,7 +201,7 @@ class OutboxBroker(RedisBroker):
                 pipeline.memory_usage(f"{self.namespace}:{queue}.msgs", samples=_SAMPLES)
                 pipeline.hlen(f"{self.namespace}:{queue}.msgs")
             for queue, handler in handlers:
-                pipeline.llen(self._aside(queue, handler))
+                pipeline.llen(self._held(queue, handler))
             server, memory, *counts = pipeline.execute(raise_on_error=False)
         for reply in (server, memory):
             if isinstance(reply, Exception):
@@ -209,30 +209,30 @@ class OutboxBroker(RedisBroker):
         numbers = [0 if isinstance(reply, redis.ResponseError) else int(reply or 0) for reply in counts]
         sizes = dict(zip(names, numbers[: 2 * len(names) : 2], strict=True))
         messages = dict(zip(names, numbers[1 : 2 * len(names) : 2], strict=True))
-        aside_messages = numbers[2 * len(names) :]
-        aside = {
+        held_messages = numbers[2 * len(names) :]
+        held = {
             (queue, handler): sizes[queue] * min(number, messages[queue]) // max(1, messages[queue])
-            for (queue, handler), number in zip(handlers, aside_messages, strict=True)
+            for (queue, handler), number in zip(handlers, held_messages, strict=True)
         }
-        for (queue, _), size in aside.items():
+        for (queue, _), size in held.items():
             sizes[queue] -= size
         usage = RedisUsage(
             used=int(memory["used_memory"]),
             maxmemory=int(memory.get("maxmemory", 0)),
             queued=sizes,
-            aside={handler: size for (_, handler), size in aside.items()},
-            under_way=sum(messages.values()) > sum(aside_messages),
+            held={handler: size for (_, handler), size in held.items()},
+            under_way=sum(messages.values()) > sum(held_messages),
         )
         return str(server["run_id"]), usage
 
     def reap(self, names: Iterable[str] | None = None) -> int:
-        """Take back the messages of workers that have been silent too long; return how many.
+        """Requeue the messages of workers that have been silent too long; return how many.
 
-        On these queues and delay queues; without any, on all that are declared.
+        On these queues and delay queues, by default on all that are declared.
 
-        Dramatiq leaves this to a one-in-a-thousand chance per fetch of that very queue.
+        Dramatiq does it with a chance of one in a thousand per fetch of that very queue.
         """
-        # One round trip: a slow Redis is not to keep the relay from its other work.
+        # One round trip: a slow Redis must not keep the relay from its other work.
         with self.client.pipeline(transaction=False) as pipeline:
             for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:
                 self._reap(
@@ -244,39 +244,39 @@ class OutboxBroker(RedisBroker):
             return sum(pipeline.execute()[::2])
 
     def mend(self, handlers: Iterable[tuple[str, str]] = ()) -> bool:
-        """Delete what has one of our names and is of another type than ours; say so, and return whether there was any.
+        """Delete and log keys with a name of ours and another type than ours; return whether there was any.
 
-        For the declared queues, and for what is put aside for these (queue, handler).
+        For the declared queues, and for what is held for these (queue, handler).
         """
         types = dict.fromkeys(self.fence_keys[:1], "string") | dict.fromkeys(self.fence_keys[1:], "hash")
         types[f"{self.namespace}:__heartbeats__"] = "zset"
         for name in (name for queue in self.queues for name in (queue, dq_name(queue))):
             key = f"{self.namespace}:{name}"
-            types |= {key: "list", self._held(name): "set", f"{key}.XQ": "zset"}
+            types |= {key: "list", self._acks(name): "set", f"{key}.XQ": "zset"}
             types |= dict.fromkeys((f"{key}{end}" for end in (".msgs", ".XQ.msgs", ".in_flight", ".crashes")), "hash")
-        types |= {self._aside(queue, handler): "list" for queue, handler in handlers}
+        types |= {self._held(queue, handler): "list" for queue, handler in handlers}
         deleted = self._mend(keys=list(types), args=list(types.values()))
         for key in deleted:
             log.error("a key in Redis was of another type than ours, and is deleted", key=ascii(key)[2:-1])
         return bool(deleted)
 
-    def holds_aside(self, handlers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return those (queue, handler) for which messages are put aside."""
+    def with_held(self, handlers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return those (queue, handler) for which messages are held."""
         asked = list(handlers)
         with self.client.pipeline(transaction=False) as pipeline:
             for queue, handler in asked:
-                pipeline.exists(self._aside(queue, handler))
+                pipeline.exists(self._held(queue, handler))
             return [one for one, found in zip(asked, pipeline.execute(), strict=True) if found]
 
-    def take_back(self, queue: str, handler: str) -> None:
-        """Bring what was put aside for a handler back to the head of its queue, in order."""
+    def resume_held(self, queue: str, handler: str) -> None:
+        """Return what is held for a handler to the head of its queue, in order."""
         self.sent += 1
-        keys = [self._aside(queue, handler), f"{self.namespace}:{queue}"]
-        while self._take_back(keys=keys, args=[_MAX_TAKEN_BACK]):
+        keys = [self._held(queue, handler), f"{self.namespace}:{queue}"]
+        while self._resume_held(keys=keys, args=[_MAX_RESUMED]):
             pass
 
-    def beat(self, queue: str) -> None:
-        """Say that this process is alive."""
+    def heartbeat(self, queue: str) -> None:
+        """Record that this process is alive."""
         self._look_at(queue, self.client)
 
     def _look_at(self, queue: str, client: redis.Redis, *, maintain: bool = False) -> None:
@@ -306,7 +306,7 @@ class OutboxBroker(RedisBroker):
         BLMOVE from a list to itself moves nothing: it waits, and Redis runs the fetch behind it when it has ended.
         """
         source = f"{self.namespace}:{queue}"
-        keys = [source, f"{source}.msgs", self._held(queue), f"{self.namespace}:__heartbeats__", f"{source}.crashes"]
+        keys = [source, f"{source}.msgs", self._acks(queue), f"{self.namespace}:__heartbeats__", f"{source}.crashes"]
         arguments: list[str | int] = [self.broker_id, most, _MAX_MESSAGE_BYTES, _MAX_FETCHED_BYTES, _MAX_ID_BYTES]
         with self.client.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("BLMOVE", source, source, "LEFT", "LEFT", wait_seconds)
@@ -324,55 +324,55 @@ class OutboxBroker(RedisBroker):
             time.sleep(wait_seconds)
         fields = iter(fetched)
         return [
-            Fetched(id, size, data, _crashes(told))
-            for id, size, data, told in zip(fields, fields, fields, fields, strict=True)
+            Fetched(id, size, data, _crashes(crashes))
+            for id, size, data, crashes in zip(fields, fields, fields, fields, strict=True)
         ]
 
     def actor_for(self, queue: str, handler: str) -> str | None:
         """Return the actor that opens the bundles for this handler on this queue; None where no relay sends to it."""
-        return handler if handler in self.signed_handlers else self.stand_ins.get(queue)
+        return handler if handler in self.signed_handlers else self.fallback_actors.get(queue)
 
     def is_signed_for(self, queue: str, actor: str) -> bool:
         """Return whether what is on this queue for this actor is of a relay, or is to be refused."""
-        if queue not in self.stand_ins:
+        if queue not in self.fallback_actors:
             return actor in self.signed_handlers
-        others = self.actors.keys() - self.signed_handlers - set(self.stand_ins.values())
+        others = self.actors.keys() - self.signed_handlers - set(self.fallback_actors.values())
         return actor not in others
 
     def refuse(self, queue: str, id: bytes, refused: RefusedMessage) -> None:
-        """Take a message off its queue for good; it is among the dead letters there while these are few."""
-        self._refusals.tell(queue, id, refused)
+        """Take a message off its queue for good; it is kept among the dead letters there while these are few."""
+        self._refusals.log(queue, id, refused)
         self.instrumentation.refused(q_name(queue), refused.reason)
-        keys = [self._held(queue), f"{self.namespace}:{queue}", f"{self.namespace}:{q_name(queue)}.XQ"]
+        keys = [self._acks(queue), f"{self.namespace}:{queue}", f"{self.namespace}:{q_name(queue)}.XQ"]
         self._refuse(keys=keys, args=[_MAX_DEAD_LETTERS, _MAX_DEAD_LETTER_BYTES, id])
 
-    def hand_back(self, queue: str, ids: Iterable[str]) -> None:
-        """Give messages back to the head of their queue, in the order they were fetched."""
+    def requeue(self, queue: str, ids: Iterable[str]) -> None:
+        """Return messages to the head of their queue, in the order they were fetched."""
         if ids := self._as_fetched(queue, ids):
-            self._hand_back(keys=[self._held(queue), f"{self.namespace}:{queue}"], args=ids)
-            self.let_go(queue, ids)
+            self._requeue(keys=[self._acks(queue), f"{self.namespace}:{queue}"], args=ids)
+            self.release(queue, ids)
 
-    def put_aside(self, queue: str, handler: str, ids: Iterable[str]) -> None:
-        """Put messages aside until the handler is resumed."""
-        self._put_aside(keys=[self._held(queue), self._aside(queue, handler)], args=self._as_fetched(queue, ids))
+    def hold(self, queue: str, handler: str, ids: Iterable[str]) -> None:
+        """Hold messages until the handler is resumed."""
+        self._hold(keys=[self._acks(queue), self._held(queue, handler)], args=self._as_fetched(queue, ids))
 
     def reclaim(self, queue: str) -> None:
-        """Give back what Redis says we hold and we do not: the reply to a fetch was lost."""
-        # UUIDs or digests: any order is as good, Redis keeps none in a set.
-        self.hand_back(queue, sorted(self._held_but_not_in_hand(queue)))
+        """Requeue what Redis has as ours and we do not have: the reply to a fetch was lost."""
+        # A set has no order, and ids are UUIDs or digests: any order will do.
+        self.requeue(queue, sorted(self._in_redis_but_not_in_hand(queue)))
 
-    def _held_but_not_in_hand(self, queue: str) -> set[str]:
-        # Some of a large set: a worker holds no thousand messages.
-        some: Any = self.client.srandmember(self._held(queue), _MAX_HELD)
-        held = {str(id, "ascii", "replace") for id in some}
+    def _in_redis_but_not_in_hand(self, queue: str) -> set[str]:
+        # Some of a large set: a worker has no thousand messages.
+        some: Any = self.client.srandmember(self._acks(queue), _MAX_ACKS)
+        in_redis = {str(id, "ascii", "replace") for id in some}
         with self._in_hand_lock:
-            return held - self._in_hand.get(queue, {}).keys()
+            return in_redis - self._in_hand.get(queue, {}).keys()
 
     def take(self, queue: str, ids: Iterable[str]) -> None:
         with self._in_hand_lock:
             self._in_hand.setdefault(queue, {}).update(dict.fromkeys(ids))
 
-    def let_go(self, queue: str, ids: Iterable[str]) -> None:
+    def release(self, queue: str, ids: Iterable[str]) -> None:
         with self._in_hand_lock:
             in_hand = self._in_hand.get(queue, {})
             for id in ids:
@@ -388,18 +388,18 @@ class OutboxBroker(RedisBroker):
             ours = [id for id in self._in_hand.get(queue, {}) if id in wanted]
         return [*ours, *(id for id in wanted if id not in set(ours))]
 
-    def _aside(self, queue: str, handler: str) -> str:
-        return f"{self.namespace}:{queue}.aside.{handler}"
+    def _held(self, queue: str, handler: str) -> str:
+        return f"{self.namespace}:{queue}.held.{handler}"
 
-    def _held(self, queue: str) -> str:
+    def _acks(self, queue: str) -> str:
         return f"{self.namespace}:__acks__.{self.broker_id}.{queue}"
 
 
-def _crashes(told: bytes | None) -> int:
-    """Return how many crashes Redis tells of. What is no number, or none that this can have, is a reason for care."""
-    if told is None:
+def _crashes(found: bytes | None) -> int:
+    """Return the number of crashes in Redis. What cannot be such a number counts as one crash, to be careful."""
+    if found is None:
         return 0
-    return int(told) if len(told) <= _MAX_CRASHES_DIGITS and told.isdigit() else 1
+    return int(found) if len(found) <= _MAX_CRASHES_DIGITS and found.isdigit() else 1
 
 
 class OrjsonEncoder(Encoder):

@@ -1,8 +1,8 @@
-"""The thread that fetches from one queue, and what becomes of a message when a worker has done with it.
+"""The fetcher of one queue, and what becomes of a message when a worker is done with it.
 
-It waits on the queue itself and takes what comes at once. A message is acknowledged, handed back, put aside or refused:
-its mark says which, and it is this thread's consumer that Dramatiq tells. What is for a handler of ours goes to it as
-it is: nothing here parses what anybody may have written.
+It blocks on the queue itself and fetches what comes at once. A message is acknowledged, requeued, held or refused:
+a flag on it says which, and Dramatiq calls this consumer. A message for a handler of ours goes to it as it is: nothing
+here parses what an intruder may have written.
 """
 
 import threading
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dovecote.broker.broker import Fetched, OutboxBroker
 
 
-class BlockingConsumer(_RedisConsumer):
+class Fetcher(_RedisConsumer):
     """Fetches for Dramatiq's consumer thread; other threads acknowledge."""
 
     broker: "OutboxBroker"
@@ -56,7 +56,7 @@ class BlockingConsumer(_RedisConsumer):
         room = self.prefetch - self.outstanding_message_count
         if room <= 0:
             self._room.wait(self.timeout / 1_000)
-            self.broker.beat(self.queue_name)
+            self.broker.heartbeat(self.queue_name)
             return
         self._fetch(room)
 
@@ -98,15 +98,15 @@ class BlockingConsumer(_RedisConsumer):
     def ack(self, message: MessageProxy) -> None:
         if (refused := refusal_of(message)) is not None:
             self._finish(message, lambda queue, ids: self.broker.refuse(queue, ids[0].encode(), refused))
-        elif is_put_aside(message):
-            self._finish(message, lambda queue, ids: self.broker.put_aside(queue, message.actor_name, ids))
-        elif not is_handed_back(message):
+        elif is_to_hold(message):
+            self._finish(message, lambda queue, ids: self.broker.hold(queue, message.actor_name, ids))
+        elif not is_to_requeue(message):
             self._finish(message, self._ack)
         elif self.broker.stopping:
-            # Others that were fetched later go back too; all of them together, or their order is lost.
+            # Those fetched later are requeued too: all together, or their order is lost.
             self._unfinished.append(message.options["redis_message_id"])
         else:
-            self._finish(message, self.broker.hand_back)
+            self._finish(message, self.broker.requeue)
 
     def nack(self, message: MessageProxy) -> None:
         self._finish(message, lambda queue, ids: self.broker.do_nack(queue, *ids))
@@ -118,7 +118,7 @@ class BlockingConsumer(_RedisConsumer):
         id = message.options["redis_message_id"]
         try:
             how(self.queue_name, [id])
-            self.broker.let_go(self.queue_name, [id])
+            self.broker.release(self.queue_name, [id])
         except RedisError as error:
             raise ConnectionClosed(error) from None
         finally:
@@ -128,47 +128,47 @@ class BlockingConsumer(_RedisConsumer):
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         self._unfinished += [message.options["redis_message_id"] for message in messages]
         if not self.broker.stopping:
-            self._give_back()
+            self._requeue_unfinished()
 
     def close(self) -> None:
-        # What was fetched but not yet handed to a thread would otherwise wait for our heartbeat to end.
+        # What was fetched but not yet given to a thread would otherwise wait until our heartbeat times out.
         self._unfinished += [message.options["redis_message_id"] for message in self.message_cache]
         if self.broker.stopping:
-            # So would what a thread did not finish in time. It dies with the process, and its transaction with it.
+            # So would what a thread did not finish in time. The thread ends with the process, and its transaction too.
             self._unfinished += self.broker.in_hand(self.queue_name)
         self.message_cache = []
-        self._give_back()
+        self._requeue_unfinished()
 
-    def _give_back(self) -> None:
+    def _requeue_unfinished(self) -> None:
         ids, self._unfinished = self._unfinished, []
         try:
-            self.broker.hand_back(self.queue_name, ids)
+            self.broker.requeue(self.queue_name, ids)
         except RedisError as error:
-            # Not ours any more: the next consumer reclaims them.
-            self.broker.let_go(self.queue_name, ids)
+            # They are not ours any more: the next consumer reclaims them.
+            self.broker.release(self.queue_name, ids)
             raise ConnectionClosed(error) from None
 
 
-def hand_back(message: MessageProxy) -> None:
-    """Mark a message that could not be handled: it goes back to its queue instead of being acknowledged."""
-    message.__dict__["hand_back"] = True
+def set_to_requeue(message: MessageProxy) -> None:
+    """Have a message that could not be handled requeued instead of acknowledged."""
+    message.__dict__["requeue"] = True
 
 
-def is_handed_back(message: MessageProxy) -> bool:
-    return message.__dict__.get("hand_back", False) is True
+def is_to_requeue(message: MessageProxy) -> bool:
+    return message.__dict__.get("requeue", False) is True
 
 
-def put_aside(message: MessageProxy) -> None:
-    """Mark a message whose handler is paused: it is put aside instead of being acknowledged."""
-    message.__dict__["put_aside"] = True
+def set_to_hold(message: MessageProxy) -> None:
+    """Have a message whose handler is paused held instead of acknowledged."""
+    message.__dict__["hold"] = True
 
 
-def is_put_aside(message: MessageProxy) -> bool:
-    return message.__dict__.get("put_aside", False) is True
+def is_to_hold(message: MessageProxy) -> bool:
+    return message.__dict__.get("hold", False) is True
 
 
-def refuse(message: MessageProxy, refused: RefusedMessage) -> None:
-    """Mark a message that nobody may act on: it goes to the dead letters, and does not come back."""
+def set_to_refuse(message: MessageProxy, refused: RefusedMessage) -> None:
+    """Have a message dead-lettered that no handler may act on."""
     message.__dict__["refused"] = refused
 
 

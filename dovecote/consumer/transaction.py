@@ -156,7 +156,7 @@ class BundleTransaction:
         """Park the events that must wait; return the others, and what was parked."""
         give_up_at = time.monotonic() + _ORDERED_WAIT_SECONDS
         blocked = self._deliveries.blocked(envelopes)
-        while blocked.in_flight is not None and self._is_settled_soon(blocked.in_flight, give_up_at):
+        while blocked.in_flight is not None and self._is_finished_soon(blocked.in_flight, give_up_at):
             blocked = self._deliveries.blocked(envelopes)
         if blocked.envelopes:
             self._deliveries.park(blocked.envelopes)
@@ -164,13 +164,13 @@ class BundleTransaction:
         parked = {envelope.event_id for envelope in blocked.envelopes}
         return [envelope for envelope in envelopes if envelope.event_id not in parked], blocked.envelopes
 
-    def _is_settled_soon(self, event_id: UUID, give_up_at: float) -> bool:
+    def _is_finished_soon(self, event_id: UUID, give_up_at: float) -> bool:
         """Wait for the worker that has just begun with the bundle before this one, as there is one with a backlog.
 
         Parking this bundle instead would have the relay send each of its events again, and the next bundle wait for
         those.
         """
-        while not self._deliveries.is_settled(event_id):
+        while not self._deliveries.is_finished(event_id):
             if time.monotonic() > give_up_at or self._stopping.wait(_POLL_INTERVAL_SECONDS):
                 return False
         return True

@@ -1,8 +1,8 @@
-"""What a consumer does with a message first: find out that a relay made it, and what is in it.
+"""Reads messages in a consumer: verifies that a relay made them, and parses them.
 
-Nothing of a message is believed before: neither its handler nor its queue, id, arguments or options. What no relay made
-is refused: it goes to the dead letters of its queue, in a bounded number, and never comes back. Its events, if it has
-any, are in the outbox, and the relay sends what was not acted on again.
+Nothing in a message is trusted before: neither its handler nor its queue, id, arguments or options. A message that no
+relay made is refused: it goes to the dead letters of its queue, which are bounded, and never comes back. Its events, if
+it has any, are in the outbox, and the relay sends those that were not handled again.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 Result = TypeVar("Result")
 
-# Of a line that cannot be read, what the outbox has. An id of another day is in no message.
+# Of lines that cannot be read, the events in the outbox.
 _AS_WRITTEN = text("""
     select id, position, event_type, aggregate_type, aggregate_id, created_at
     from dovecote.outbox where id = any(:ids) order by position
@@ -33,10 +33,10 @@ _AS_WRITTEN = text("""
 
 @dataclass(frozen=True)
 class Received:
-    """A message as it was in Redis, where anybody may have put it.
+    """A message as it was in Redis, where any client may have put it.
 
-    queue, id  where it was found, and under which id: not what it says
-    crashes    how many processes died with it in their hands, as Redis says
+    queue, id  where it was found, and under which id: not what it claims
+    crashes    how many processes died while they handled it, according to Redis
     """
 
     queue: str
@@ -60,7 +60,7 @@ class Hold(Protocol):
 
 
 class MessageReader:
-    """Opens messages for one process; safe to use from many threads."""
+    """Reads messages for one process; safe to use from many threads."""
 
     def __init__(self, sessions: Sessions, keys: MessageKeys, keyring: Keyring | None, hold: Hold) -> None:
         self._sessions = sessions
@@ -122,9 +122,9 @@ class MessageReader:
     @staticmethod
     def _report(contents: Contents, line: Broken, known: set[UUID]) -> None:
         if line.event_id in known:
-            return  # the failure of its event is told
+            return  # the failure of its event is recorded
         log.error(
-            "a line of a message is no envelope, and tells of no event that the outbox has; the others are acted on",
+            "a line of a message is no envelope, and names no event of the outbox; the other lines are handled",
             handler=contents.handler,
             message_id=contents.id,
             event_id=str(line.event_id) if line.event_id else None,

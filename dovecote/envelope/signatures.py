@@ -1,6 +1,6 @@
-"""Who made a message: a relay signs what it sends, and consumers act on nothing else.
+"""Signatures: a relay signs the messages that it sends, and consumers act on no others.
 
-Redis keeps messages for us and is believed in nothing. A signature is a keyed digest (HMAC-SHA-256) over all bytes of
+Redis stores messages and is not trusted. A signature is a keyed digest (HMAC-SHA-256) over all bytes of
 the message before it: handler, queue, id, options and every envelope. It stands at a fixed place, the end, so it is
 compared before anything is parsed. The keys are in Postgres (dovecote.message_keys), readable by relays and consumers
 alone, and each purpose has a key of its own that is derived from them.
@@ -35,7 +35,7 @@ _SIGNING_FIRST = f"""
 
 
 class NoMessageKey(DovecoteError):
-    """A relay has no key to sign with, so nobody would act on what it sends."""
+    """A relay has no key to sign with, so no consumer would accept its messages."""
 
     def __init__(self) -> None:
         super().__init__("dovecote.message_keys has no key to sign messages with: run `dovecote keys rotate`")
@@ -84,7 +84,7 @@ def _digest(key: bytes, data: bytes | memoryview) -> bytes:
 
 
 def key_id_of(message: bytes) -> bytes | None:
-    """Return the id of the key that a message says it was signed with; None where it is not signed."""
+    """Return the id of the key that a message names; None where it is not signed."""
     tail = message[-TAIL_BYTES:]
     if len(tail) < TAIL_BYTES or not (tail.startswith(BEFORE_SIGNATURE) and tail.endswith(AFTER_SIGNATURE)):
         return None

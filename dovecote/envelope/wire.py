@@ -20,7 +20,7 @@ EVENT_ID = slice(len(_BEFORE_ID), len(_BEFORE_ID) + 36)
 EVENT_ID_PATTERN = re.compile(
     re.escape(_BEFORE_ID) + rb'([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"'
 )
-#: The ids of all events in a message, whoever wrote it.
+#: The ids of all events in a message, also one that no relay made.
 EVENT_IDS_PATTERN = re.compile(re.escape(_BEFORE_ID[1:]) + rb'([0-9a-f-]{36})"')
 
 #: Of the attributes: everything behind the first group comes from headers, which a writer chooses.

@@ -28,8 +28,8 @@ from dovecote.operations.retention import Archived, Maintenance, Partitions, mai
 from dovecote.operations.retry import CannotChange, Change, discard, retry
 from dovecote.operations.status import HandlerStatus, RelayStatus, Status, status
 from dovecote.operations.tail import Followed, follow
-from dovecote.operations.unrouted import UnroutedType, unrouted
 from dovecote.operations.validation import BadCursor, NoActor, NoReason, NotPermitted, WrongRequest
+from dovecote.store.unrouted import UnroutedType, unrouted
 
 __all__ = [
     "Archived",

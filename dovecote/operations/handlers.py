@@ -1,4 +1,4 @@
-"""Pause a handler and let it go on. Its events are kept: put aside as they come, taken back in order."""
+"""Pause a handler and let it go on. Its events are kept: held as they come, resumed in order."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -13,10 +13,10 @@ from sqlalchemy import Connection, Engine, text
 from dovecote.operations.handlers import Pause, paused
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.unprocessed import unprocessed
-from dovecote.operations.unrouted import UnroutedType, unrouted
 from dovecote.route import Route
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import QUERY, ForeignLock, foreign_locks
+from dovecote.store.unrouted import UnroutedType, unrouted
 
 # Rows looked at. They set what `status` costs: some 100 ms all together with ten million events on a busy machine.
 _MAX_UNPUBLISHED = 20_000

@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 
 class Bundler:
-    """Knows the routes, what goes into the ids of this history's messages, and what these say of themselves."""
+    """Cuts rows into bundles, one message each, by the routes."""
 
     def __init__(
         self,
@@ -48,15 +48,15 @@ class Bundler:
 
     @property
     def types(self) -> Set[str]:
-        """The wire types that somebody wants."""
+        """The event types with at least one route."""
         return self._by_type.keys()
 
     def routes_for(self, event_type: str) -> Sequence[Route]:
-        """Return those who want the type."""
+        """Return the routes subscribed to this event type."""
         return self._by_type.get(event_type, ())
 
     def bundles(self, rows: Iterable[Row], upto: Mapping[str, int] | None = None) -> Iterator[QueuedBundle]:
-        """Yield the messages for these rows, each made when it is asked for; a row nobody wants is in none.
+        """Yield the messages for these rows, made one by one; a row without a route is in none.
 
         The handlers of `upto` are sent what lies at or below their position there, and no more.
         """
@@ -88,7 +88,7 @@ class Bundler:
             yield part.message(self)
 
     def bundles_of(self, route: Route, rows: Sequence[Row]) -> Iterator[QueuedBundle]:
-        """Yield the messages for one handler, which wants all of these rows."""
+        """Yield the messages for one handler, which is subscribed to all of these rows."""
         for part in _parts([row for row in rows if row[2]], route.bundle_size, lambda row: len(row[2])):
             yield bundle(
                 route,

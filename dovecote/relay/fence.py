@@ -21,7 +21,7 @@ _DETAILS = ("history", "instance", "seen")
 _MAX_DETAIL_BYTES = 1_000
 # Of one call, which blocks Redis for a millisecond or two.
 _MAX_DROPPED = 1_000
-_MSGS, _ASIDE, _DEAD = ".msgs", ".aside.", ".XQ"
+_MSGS, _HELD, _DEAD = ".msgs", ".held.", ".XQ"
 
 
 def _number(text: bytes | None) -> int:
@@ -141,11 +141,11 @@ class RedisFence:
         prefix = f"{self._broker.namespace}:"
         hashes = self._names(f"{prefix}*{_MSGS}")
         queues = [name.removesuffix(_MSGS) for name in hashes if not name.endswith(_DEAD + _MSGS)]
-        aside = [(name, name.partition(_ASIDE)[0]) for name in self._names(f"{prefix}*{_ASIDE}*")]
+        held = [(name, name.partition(_HELD)[0]) for name in self._names(f"{prefix}*{_HELD}*")]
         # A queue has no colon in its name: what has one is of a namespace that begins as ours does.
         return [
             (prefix + name, prefix + queue)
-            for name, queue in [*((queue, queue) for queue in queues), *aside]
+            for name, queue in [*((queue, queue) for queue in queues), *held]
             if ":" not in queue
         ]
 

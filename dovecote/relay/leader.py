@@ -1,4 +1,4 @@
-"""What the leading relay does: read, publish, record, and sleep until called.
+"""The loop of the leading relay: read, publish, record, and sleep until woken.
 
 It sends first and records then, so a crash between the two sends events twice, never zero times;
 consumers are written for that. Nothing else in the system declares an event published.
@@ -25,7 +25,7 @@ from dovecote.relay.leader_lock import LeaderLock
 from dovecote.relay.postponer import Postponer
 from dovecote.relay.renamed_queues import RenamedQueues
 from dovecote.relay.replayer import Replayer
-from dovecote.relay.standby_flush import Standby
+from dovecote.relay.standby_flush import StandbyFlush
 from dovecote.relay.wakeup import Wakeup
 from dovecote.route import Route
 from dovecote.settings import Relay as RelaySettings
@@ -37,7 +37,7 @@ from dovecote.store.reader import Batch, Connection, ReadAhead, Reader, position
 from dovecote.store.runs import outbox_run
 from dovecote.store.sequence import SequenceWatch
 from dovecote.store.unrouted import Unrouted
-from dovecote.store.unsendable import Unreadable, report, set_aside
+from dovecote.store.unsendable import Unreadable, record_unreadable, report
 from dovecote.telemetry.instrumentation import RelayInstrumentation
 from dovecote.telemetry.traces import publishing
 from dovecote.unit_of_work.backoff import Backoff
@@ -45,26 +45,26 @@ from dovecote.unit_of_work.backoff import Backoff
 log = structlog.get_logger()
 
 _TICK_SECONDS = 1.0
-# A dead worker is found this long after its heartbeat's time-out.
+# A dead worker is found so long after the time-out of its heartbeat.
 _REAP_SECONDS = 2.0
 _PARTITIONS_SECONDS = 3_600.0
-# How often what everybody has read is freed from Postgres's queue of notifications. Postgres does that when a NOTIFY
-# commits; once the queue was full, there is none.
+# How often read notifications are removed from Postgres's queue. Postgres does that when a NOTIFY commits; while the
+# queue is full, none does.
 _FREE_NOTIFICATIONS_SECONDS = 60.0
-# How often the log may name somebody new who holds locks of ours.
-_NAME_STRANGERS_SECONDS = 5.0
+# How often new foreign holders of our locks are logged.
+_LOG_FOREIGN_LOCKS_SECONDS = 5.0
 _BACKOFF = Backoff(first_seconds=0.04, max_seconds=1.0, log_first=3)
-# An event alone, or a few at once, are no traffic; more batches than that without a pause are.
+# More batches than this without a pause are traffic.
 _FEW_IN_A_ROW = 3
-# So long may those who act on an event that came alone have the processor first.
+# So long the consumers of an event that came alone have the processor first.
 _RECORD_LATER_SECONDS = 0.002
 
 
 class Leader:
-    """One leadership: one session that reads, one epoch. It ends with the lock that `leadership` holds.
+    """One leadership: one session that reads, one epoch. It ends with the lock of the leader.
 
     `records` is a second session, where batches are recorded while the next one is being read: on the first they would
-    take turns, and Postgres would do nothing half of the time (docs/adr/0019-two-sessions.md).
+    take turns, and Postgres would be idle half of the time (docs/adr/0019-two-sessions.md).
     """
 
     def __init__(
@@ -99,7 +99,9 @@ class Leader:
         self._instrumentation = instrumentation or RelayInstrumentation()
         self._ahead = ReadAhead(reader)
         self._sequence = SequenceWatch(connection, epoch, run)
-        self._standby = Standby(settings, connection, self._records, stop, self._instrumentation, self._send_heartbeat)
+        self._standby = StandbyFlush(
+            settings, connection, self._records, stop, self._instrumentation, self._send_heartbeat
+        )
         self._postponed = Postponer(
             records=self._records,
             bundler=self._bundler,
@@ -109,7 +111,7 @@ class Leader:
             batch_size=settings.batch_size,
             published_upto=reader.high_water_mark,
             send=self._send,
-            set_aside=self._give_up,
+            record_unreadable=self._give_up,
         )
         self._replayer = Replayer(
             connection=connection,
@@ -118,33 +120,33 @@ class Leader:
             broker=broker,
             routes=routes,
             epoch=epoch,
-            through_outages=self._through_outages,
+            retry_while_unavailable=self._retry_while_unavailable,
             postponed=self._postponed.after,
         )
         self._renamed_queues = RenamedQueues(broker, routes, epoch)
-        #: What is published up to; the reader itself may be a batch ahead.
+        #: Up to here everything is published; the reader may be a batch ahead.
         self.checkpoint = self._recorded_checkpoint = reader.checkpoint
-        self._waking = Wakeup(connection, stop, settings, self._instrumentation)
+        self._wakeup = Wakeup(connection, stop, settings, self._instrumentation)
         self._unrouted = Unrouted(self._bundler.types)
         self._cursors = {route.handler: leases.Cursor() for route in routes}
         self._batches_in_a_row = 0
-        self._next_naming = time.monotonic()
+        self._next_foreign_locks = time.monotonic()
         self._next_tick = self._next_reaping = self._next_partitions = self._next_freeing = time.monotonic()
 
     def lead(self) -> None:
-        """Work until told to stop.
+        """Work until stopped.
 
         Errors: psycopg.OperationalError when the connection is lost, NewerRelay when another has taken over or may.
         """
         with self._ahead:
-            self._waking.listen()
-            # The relay before us may have ended between leasing a retry and sending it.
+            self._wakeup.listen()
+            # The former leader may have ended between leasing a retry and sending it.
             leases.end_leases(self._connection)
             self._postponed.load()
-            self._through_outages(self._verify_redis)
-            self._through_outages(self._check_redis)
-            # What is moved is older than the first batch; what takes longer than a step follows.
-            self._through_outages(self._renamed_queues.step)
+            self._retry_while_unavailable(self._verify_redis)
+            self._retry_while_unavailable(self._check_redis)
+            # First, because what it moves is older than the first batch. What takes longer than a step follows later.
+            self._retry_while_unavailable(self._renamed_queues.step)
             while not self._stop.is_set():
                 self._turn()
         self._record_checkpoint()
@@ -158,8 +160,8 @@ class Leader:
     def _turn(self) -> None:
         self._require_leadership()
         self._instrumentation.alive("leading")
-        heard, called = self._waking.turn()
-        batch = self._ahead.take(at_once=called)
+        heard, was_woken = self._wakeup.turn()
+        batch = self._ahead.take(at_once=was_woken)
         if batch.rows:
             self._publish(batch)
         self.checkpoint = batch.checkpoint
@@ -167,36 +169,36 @@ class Leader:
             self._send_retries()
         if pauses.CHANNEL in heard:
             self._renamed_queues.next_look = 0.0
-            self._through_outages(self._take_back)
+            self._retry_while_unavailable(self._resume_held)
         if heard & {replays.CHANNEL, pauses.CHANNEL}:
             self._replayer.look()
         if time.monotonic() >= self._next_tick:
             self._tick()
         elif time.monotonic() >= self._postponed.next_look:
-            self._through_outages(self._check_redis)
+            self._retry_while_unavailable(self._check_redis)
         self._postponed.step()
         self._replayer.step()
         if batch.rows:
-            self._waking.busy()
+            self._wakeup.busy()
             self._batches_in_a_row += 1
             if self._batches_in_a_row > _FEW_IN_A_ROW:
-                self._waking.stay_awake()
+                self._wakeup.stay_awake()
                 self._gather(batch)
         else:
             self._batches_in_a_row = 0
-            self._waking.rest(was_woken=called or bool(heard))
-            if not self._waking.heard and self._waking.may_sleep():
+            self._wakeup.rest(was_woken=was_woken or bool(heard))
+            if not self._wakeup.heard and self._wakeup.may_sleep():
                 self._sleep()
 
     # Publishing ------------------------------------------------------------------------------
 
     def _publish(self, batch: Batch) -> None:
         with publishing(batch.rows, self._bundler.routes_for):
-            self._set_aside(batch)
+            self._record_unreadable(batch)
             upto = self._postponed.admit(batch.rows)
             self._send(lambda: self._bundler.bundles(batch.rows, upto))
             if not self._batches_in_a_row and not batch.is_full:
-                self._waking.sleep(_RECORD_LATER_SECONDS)
+                self._wakeup.sleep(_RECORD_LATER_SECONDS)
             where = multirange(positions(batch.rows))
             recorded = published_batches.record(self._records, self._epoch, where, len(batch.rows))
         relay_state.require_leader(self._epoch, recorded)
@@ -206,12 +208,12 @@ class Leader:
         if self._unrouted.has_news:
             self._unrouted.write(self._records)
 
-    def _set_aside(self, batch: Batch) -> None:
-        # Before the checkpoint passes them, and on the session that records it: what is lost in a crash of Postgres is
-        # lost from the end. And before what comes after them is sent, which then waits behind what is known.
+    def _record_unreadable(self, batch: Batch) -> None:
+        # Before the checkpoint passes them, and on the session that records it: a crash of Postgres loses the latest
+        # commits first. And before their successors are sent, which then wait behind them.
         types = {position: event_type for position, event_type, _ in batch.rows} if batch.problems else {}
         report(batch.problems)
-        set_aside(
+        record_unreadable(
             self._records,
             self._epoch,
             [
@@ -222,9 +224,9 @@ class Leader:
         )
 
     def _send(self, bundles: Callable[[], Iterable[QueuedBundle]]) -> None:
-        """Put messages on their queues. They are made one by one, and from the first again after an outage.
+        """Put messages on their queues, each made when it is sent.
 
-        From the first: what was sent of them before it may be lost, and is not recorded yet.
+        After an outage they are sent again from the first on: those sent before it may be lost, and are not recorded.
         """
         self._standby.await_flush()
         sent = 0
@@ -244,7 +246,7 @@ class Leader:
                 queued[bundle.queue] = queued.get(bundle.queue, 0) + len(bundle.message)
                 yield bundle
 
-        self._through_outages(publish)
+        self._retry_while_unavailable(publish)
         self._postponed.sent(queued)
         self._instrumentation.sent(sent)
 
@@ -263,8 +265,8 @@ class Leader:
 
     # Redis comes and goes --------------------------------------------------------------------
 
-    def _through_outages(self, work: Callable[[], object]) -> None:
-        """Do the work; while Redis is away, wait for it. What it forgot meanwhile is sent again first."""
+    def _retry_while_unavailable(self, work: Callable[[], object]) -> None:
+        """Do the work; while Redis is away, wait for it. What Redis has lost meanwhile is sent again first."""
         tries = 0
         began = time.monotonic()
         while True:
@@ -285,19 +287,19 @@ class Leader:
                 if self._stop.is_set():
                     raise
                 self._stop.sleep(_BACKOFF.pause_seconds(tries))
-                # The leadership lives as long as this session: its end must not go unnoticed here.
+                # The leadership ends with this session: its loss must be noticed here.
                 self._require_leadership()
                 self._connection.execute("select")
 
     def _spare_workers(self, outage_seconds: float) -> None:
-        """Give live workers time for a heartbeat before the reaper looks: they were cut off just as we were."""
+        """Give live workers time for a heartbeat before they are checked: they were cut off just as we were."""
         timeout_seconds = self._broker.heartbeat_timeout / 1_000
         if outage_seconds > timeout_seconds / 2:
             log.info("redis is back", after_seconds=round(outage_seconds, 1))
             self._next_reaping = max(self._next_reaping, time.monotonic() + timeout_seconds / 2)
 
     def _verify_redis(self) -> None:
-        """Put our epoch into Redis; if it or Postgres is not as it was left, send again what may be lost."""
+        """Claim Redis for our epoch; if it or Postgres has lost anything, send it again."""
         self._ahead.wait()
         self._history.verify_redis(self._send_again)
 
@@ -327,21 +329,21 @@ class Leader:
         self._look_at_keys()
         self._record_checkpoint()
         self._unrouted.write(self._records)
-        self._through_outages(self._check_redis)
+        self._retry_while_unavailable(self._check_redis)
         for route in leases.with_waiting(self._connection, self._routes):
-            leases.release_strays(self._connection, route, self._cursors[route.handler])
+            leases.release_unblocked(self._connection, route, self._cursors[route.handler])
         self._send_retries()
         if now >= self._next_reaping:
             self._next_reaping = now + _REAP_SECONDS
-            self._through_outages(self._reap)
-            self._through_outages(self._take_back)
-        self._through_outages(self._renamed_queues.step)
+            self._retry_while_unavailable(self._reap)
+            self._retry_while_unavailable(self._resume_held)
+        self._retry_while_unavailable(self._renamed_queues.step)
         if now >= self._next_freeing:
             self._next_freeing = now + _FREE_NOTIFICATIONS_SECONDS
             self._connection.execute("select pg_notification_queue_usage()")
-        if self._leadership is not None and now >= self._next_naming:
-            self._next_naming = now + _NAME_STRANGERS_SECONDS
-            self._leadership.name_strangers()
+        if self._leadership is not None and now >= self._next_foreign_locks:
+            self._next_foreign_locks = now + _LOG_FOREIGN_LOCKS_SECONDS
+            self._leadership.log_foreign_locks()
         if now >= self._next_partitions:
             self._next_partitions = now + _PARTITIONS_SECONDS
             if self._maintain is not None:
@@ -353,23 +355,23 @@ class Leader:
 
     def _mend(self) -> None:
         if self._broker.mend((route.queue, route.handler) for route in self._routes):
-            self._history.distrust("somebody else has written over keys of ours")
+            self._history.distrust("keys of ours were overwritten by another program")
 
     def _look_at_keys(self) -> None:
         if self._keys.refresh():
             self._history.distrust("a key that messages were signed with was revoked")
         if self._bundler.key != self._keys.newest:
             self._bundler.key = self._keys.newest
-            self._replayer.forget_waves()  # they are signed already
+            self._replayer.forget_waves()  # they are signed with the old key
 
-    def _take_back(self) -> None:
-        """Give handlers that were resumed what was put aside for them, also what was just being put aside."""
-        aside = self._broker.holds_aside((route.queue, route.handler) for route in self._routes)
-        if aside:
+    def _resume_held(self) -> None:
+        """Give handlers that were resumed what was held for them, also what was just being held."""
+        held = self._broker.with_held((route.queue, route.handler) for route in self._routes)
+        if held:
             paused = pauses.paused_handlers(self._connection)
-            for queue, handler in aside:
+            for queue, handler in held:
                 if handler not in paused:
-                    self._broker.take_back(queue, handler)
+                    self._broker.resume_held(queue, handler)
 
     def _send_retries(self) -> None:
         envelopes = self._reader.envelopes
@@ -383,9 +385,9 @@ class Leader:
             self._send(partial(self._retries, part))
         self._instrumentation.retried(len(due))
         if due:
-            self._waking.busy()
-            # There may be more: after the next batch of live events, and without a rest.
-            self._waking.heard.add("dovecote_deliveries")
+            self._wakeup.busy()
+            # There may be more: after the next batch of live events, and without a pause.
+            self._wakeup.heard.add("dovecote_deliveries")
 
     def _retries(self, part: Sequence[Made[DueDelivery]]) -> Iterator[QueuedBundle]:
         return self._bundler.retries(
@@ -394,22 +396,22 @@ class Leader:
 
     def _give_up(self, rows: Sequence[Unreadable]) -> None:
         report({row.position: row.problem for row in rows})
-        set_aside(self._connection, self._epoch, rows)
+        record_unreadable(self._connection, self._epoch, rows)
 
     # Sleeping --------------------------------------------------------------------------------
 
     def _gather(self, batch: Batch) -> None:
-        # In traffic events travel together, or each would be a message and a transaction of its own.
+        # In traffic, wait for more events: each alone would be a message and a transaction of its own.
         if not batch.is_full:
             self._stop.sleep(self._settings.gather_ms / 1_000)
 
     def _sleep(self) -> None:
-        """Until something calls or it is time to look anyway; retries and the reaper wait for neither."""
+        """Sleep until woken or until the next poll; retries and the check for dead workers are not delayed."""
         pause = min(
-            self._waking.look_again_seconds(), self._replayer.seconds_until_due(), self._postponed.seconds_until_due()
+            self._wakeup.next_poll_seconds(), self._replayer.seconds_until_due(), self._postponed.seconds_until_due()
         )
         look_again = time.monotonic() + pause
-        while not self._waking.is_called and time.monotonic() < look_again:
-            self._waking.sleep(min(look_again, self._next_tick) - time.monotonic())
+        while not self._wakeup.is_woken and time.monotonic() < look_again:
+            self._wakeup.sleep(min(look_again, self._next_tick) - time.monotonic())
             if time.monotonic() >= self._next_tick:
                 self._tick()

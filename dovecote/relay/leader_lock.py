@@ -1,10 +1,10 @@
-"""Who leads: the relay that holds the lock on dovecote.relay_leader, in a session of its own.
+"""The lock of the leading relay: on the table dovecote.relay_leader, in a session of its own.
 
-A table lock, because it takes a right on the table: an advisory lock is anybody's. It lives in a transaction that does
-nothing else and so holds back no vacuum, while the leader works in other sessions.
+A table lock, because it requires a privilege on the table: any login can take an advisory lock. It is held by a
+transaction that does nothing else and so does not hold back vacuum, while the leader works in other sessions.
 
-The leadership ends with either session. A thread asks once in a while, in the session with the lock, whether the
-working session is still there. Postgres itself ends both once they have been silent for `leader_timeout_seconds`, so
+The leadership ends with either session. A thread checks now and then, in the session with the lock, whether the
+working session is still there. Postgres itself ends both once they have been idle for `leader_timeout_seconds`, so
 that a leader which is frozen or cut off does not keep the lock, whatever login the standbys have.
 """
 
@@ -25,15 +25,15 @@ from dovecote.store.foreign_locks import QUERY, foreign_locks
 log = structlog.get_logger()
 
 _CHECK_SECONDS = 0.5
-# Of one try: somebody may hold the lock for a moment without a right to, with a statement that is refused a moment
-# later (COMMENT ON VIEW). Who waits comes next.
+# Of one try: a login without the privilege may hold the lock briefly, with a statement that is refused a little later
+# (COMMENT ON VIEW). A waiting relay is next in the queue.
 _TRY_MS = 100
 
 _TAKE = "lock table dovecote.relay_leader in share update exclusive mode"
 _TAKE_OLDER = "select pg_try_advisory_lock(dovecote.leader_key())"
 _GIVE_BACK_OLDER = "select pg_advisory_unlock(dovecote.leader_key())"
 _OLDER_LEADER = "select pid, login, application from dovecote.leader() where is_older"
-# In a transaction the list of sessions is a copy from its beginning, unless it is thrown away.
+# Within a transaction the list of sessions is a snapshot, unless it is cleared.
 _IS_WORKING = """
     select exists (select from pg_stat_get_activity(%s)) from (select pg_stat_clear_snapshot() offset 0) as anew
 """
@@ -47,11 +47,11 @@ _FROZEN_OLDER = """
 
 
 class LeadershipLost(NewerRelay):
-    """The session that holds the leader's lock is over, or no longer sees the one the leader works in."""
+    """The session with the leader's lock has ended, or the one that the leader works in has."""
 
 
 class LeaderLock:
-    """The lock of one relay, which works on `working`. A context manager: the lock is given back at its end.
+    """The lock of one relay, which works on `working`. A context manager: the lock is released at its end.
 
     connect  opens a session with autocommit, like `working`
     """
@@ -69,7 +69,7 @@ class LeaderLock:
         self._frozen_after = leader_timeout_seconds
         self._open = ExitStack()
         self._lost: str | None = None
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -108,12 +108,12 @@ class LeaderLock:
         return False
 
     def give_back(self) -> None:
-        """Let another relay have what `try_take` has taken."""
+        """Release what `try_take` has taken."""
         self._session.execute("rollback")
         self._working.execute(_GIVE_BACK_OLDER)
 
     def begin(self) -> None:
-        """Watch over both sessions from now on: the leader says something in `working` every second."""
+        """Watch both sessions from now on: the leader runs a statement in `working` every second."""
         self._working.execute(f"set idle_session_timeout = {round(self._frozen_after * 1_000)}")
         self._thread = threading.Thread(target=self._watch, name="leadership", daemon=True)
         self._thread.start()
@@ -123,23 +123,23 @@ class LeaderLock:
         if self._lost is not None:
             raise LeadershipLost(self._lost)
 
-    def end_frozen_older(self) -> None:
-        """End the session of an older relay that is stopped or cut off, whose lock would live as long as it."""
+    def end_frozen_leader(self) -> None:
+        """End the session of an older relay that is stopped or cut off: its lock would live as long as the session."""
         for (pid,) in self._working.execute(_FROZEN_OLDER, (self._frozen_after,)).fetchall():
             try:
                 self._working.execute("select pg_terminate_backend(%s)", (pid,))
             except psycopg.errors.InsufficientPrivilege as error:
                 cure = f"grant pg_signal_backend to this login, or end it: select pg_terminate_backend({pid})"
-                log.error("a frozen leader is not ours to end", pid=pid, error=str(error), cure=cure)
+                log.error("this login may not end the session of a frozen leader", pid=pid, error=str(error), cure=cure)
             else:
                 log.warning("ended the session of a frozen leader", pid=pid, silent_for_seconds=self._frozen_after)
 
-    def name_strangers(self) -> None:
-        """Log, once each, who holds advisory locks of ours and has no use for them."""
+    def log_foreign_locks(self) -> None:
+        """Log, once each, the foreign holders of our advisory locks."""
         found = {str(lock): lock for lock in foreign_locks(self._working.execute(QUERY))}
-        for told in found.keys() - self._told:
-            log.error("a session holds locks of ours that it has no use for", holder=told, cure=found[told].cure)
-        self._told = set(found)
+        for name in found.keys() - self._logged:
+            log.error("a foreign session holds locks of ours", holder=name, cure=found[name].cure)
+        self._logged = set(found)
 
     def _may_pass_older(self) -> bool:
         # Relays from before revision 0032 know the advisory key only: it is taken for them, and waited for.
@@ -148,7 +148,7 @@ class LeaderLock:
             return True
         if self._working.execute(_OLDER_LEADER).fetchone() is not None:
             return False
-        self.name_strangers()  # who may not lead does not keep us from it
+        self.log_foreign_locks()  # a login that may not lead does not block us
         return True
 
     def _watch(self) -> None:

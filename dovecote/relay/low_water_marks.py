@@ -1,6 +1,6 @@
 """The leading relay moves the handlers' low-water marks, beside its own work and on a session of its own.
 
-What the marks say and why it is true is written in migrations/sql/0022_progress.up.sql. Nothing here can make them
+What the marks mean, and why they hold, is written beside the SQL function that moves them. Nothing here can make them
 wrong: a step that is lost is only late.
 """
 
@@ -24,11 +24,11 @@ _BACKOFF = Backoff(first_seconds=1.0, max_seconds=_MAX_PAUSE_SECONDS)
 # Of each second, for what has fallen far behind: at most a tenth of a core for a history of millions.
 _CATCHING_UP_SECONDS = 0.1
 
-# What somebody has read of a mark must not move back when Postgres crashes. A step never waits long, nor for a standby.
+# A mark that was read must not move back when Postgres crashes. A step never waits long, nor for a standby.
 _SETTINGS = "set synchronous_commit = local; set lock_timeout = '2s'; set statement_timeout = '60s'"
 
 
-class Marks:
+class LowWaterMarks:
     """Moves the marks until the end of the block. An error ends neither the block nor this: it is tried again.
 
     connect         opens a session for the block it is entered for
@@ -51,7 +51,7 @@ class Marks:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="marks", daemon=True)
 
-    def __enter__(self) -> "Marks":
+    def __enter__(self) -> "LowWaterMarks":
         self._thread.start()
         return self
 
@@ -81,7 +81,7 @@ class Marks:
                 self._stopping.wait(_BACKOFF.pause_seconds(tries))
 
     def look(self, session: Connection) -> None:
-        """Move the marks if anything may have changed since the last time; says nothing to Postgres if not.
+        """Move the marks if anything may have changed since the last time; otherwise runs no statement.
 
         Errors: psycopg.Error.
         """

@@ -25,20 +25,20 @@ from dovecote.store.unsendable import Unreadable
 
 log = structlog.get_logger()
 
-# A queue that holds less is never full: with a Redis that others have filled, the relay waits as it always did.
+# A queue that holds less is never full: if other programs fill Redis, the relay waits as for an outage.
 _LEAST_BOUND_BYTES = 1_000_000
-# Positions looked through at once, and bytes sent at once: the batches of all others come between.
+# Positions read at once, and bytes sent at once: the batches of all others come between.
 _SPAN = 20_000
 _STEP_BYTES = 1_000_000
-# While a full queue is being emptied, its consumers are not to wait for the next tick.
-_SHORTEST_POLL_INTERVAL_SECONDS, _LONGEST_POLL_INTERVAL_SECONDS = 0.05, 1.0
+# While a full queue is being emptied, its consumers should not wait for the next tick.
+_MIN_POLL_INTERVAL_SECONDS, _MAX_POLL_INTERVAL_SECONDS = 0.05, 1.0
 
 
 class Postponer:
-    """Knows how full each queue is, and what is to be done about it. One for each leadership.
+    """Knows how full each queue is, and postpones handlers. One for each leadership.
 
     `records` is the session that records batches. `send` publishes the bundles that it is given the means to make, and
-    waits while Redis is away; `set_aside` writes down rows that cannot be read.
+    waits while Redis is away; `record_unreadable` dead-letters rows that cannot be read.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Postponer:
         batch_size: int,
         published_upto: int,
         send: Callable[[Callable[[], Iterable[QueuedBundle]]], None],
-        set_aside: Callable[[Sequence[Unreadable]], None],
+        record_unreadable: Callable[[Sequence[Unreadable]], None],
     ) -> None:
         self._rows = PostponedHandlers(records, epoch)
         self._bundler = bundler
@@ -61,7 +61,7 @@ class Postponer:
         self._queue_bytes = self._bound = queue_bytes
         self._envelopes = Envelopes(records, batch_size, _STEP_BYTES)
         self._send = send
-        self._set_aside = set_aside
+        self._record_unreadable = record_unreadable
         #: The highest position in a batch that was published.
         self.published_upto = published_upto
         #: The postponed handlers, and up to which published position each was sent everything.
@@ -69,35 +69,33 @@ class Postponer:
         #: Handlers whose queue takes nothing for now, postponed or not.
         self.full: set[str] = set()
         self._queued: dict[str, int] = {}
-        self._aside: dict[str, int] = {}
+        self._held: dict[str, int] = {}
         #: When to look again sooner than at the next tick.
         self.next_look = float("inf")
-        self._pause = _SHORTEST_POLL_INTERVAL_SECONDS
+        self._pause = _MIN_POLL_INTERVAL_SECONDS
 
     def load(self) -> None:
-        """Go on from what the relay before us has left."""
+        """Read the rows that the former leader has left."""
         self.after.update((name, after) for name, after in self._rows.after().items() if name in self._routes)
 
     # How full the queues are -----------------------------------------------------------------
 
     def measured(self, usage: RedisUsage) -> None:
-        """Note what Redis holds, and who has room."""
+        """Note what Redis holds, and which handlers have room."""
         before = self._sizes()
-        self._queued, self._aside = dict(usage.queued), dict(usage.aside)
+        self._queued, self._held = dict(usage.queued), dict(usage.held)
         self._bound = self._queue_bytes
         if usage.maxmemory:
-            ours = sum(self._queued.values()) + sum(self._aside.values())
-            # Half of what Redis has room for stays free, whatever the queues do.
-            shares = 2 * (len(self._queues) + sum(size > 0 for size in self._aside.values()))
+            ours = sum(self._queued.values()) + sum(self._held.values())
+            # Half of the memory of Redis stays free.
+            shares = 2 * (len(self._queues) + sum(size > 0 for size in self._held.values()))
             self._bound = min(self._bound, (usage.maxmemory - usage.used + ours) // shares)
         self._bound = max(self._bound, _LEAST_BOUND_BYTES)
         self._judge()
         after = self._sizes()
         waiting = self.full & self.after.keys()
         is_emptied = any(after[handler] < before[handler] for handler in waiting)
-        self._pause = (
-            _SHORTEST_POLL_INTERVAL_SECONDS if is_emptied else min(_LONGEST_POLL_INTERVAL_SECONDS, 2 * self._pause)
-        )
+        self._pause = _MIN_POLL_INTERVAL_SECONDS if is_emptied else min(_MAX_POLL_INTERVAL_SECONDS, 2 * self._pause)
         self.next_look = time.monotonic() + self._pause if waiting else float("inf")
 
     def sent(self, queued: Mapping[str, int]) -> None:
@@ -107,9 +105,9 @@ class Postponer:
         self._judge()
 
     def _sizes(self) -> dict[str, int]:
-        # What is put aside for a paused handler is no burden to the others on its queue.
+        # Held messages of a paused handler do not count for the others on its queue.
         return {
-            handler: self._queued.get(route.queue, 0) + self._aside.get(handler, 0)
+            handler: self._queued.get(route.queue, 0) + self._held.get(handler, 0)
             for handler, route in self._routes.items()
         }
 
@@ -123,7 +121,7 @@ class Postponer:
     # Leaving out and catching up -------------------------------------------------------------
 
     def admit(self, rows: Sequence[Row]) -> Mapping[str, int]:
-        """Postpone the handlers for whom these rows, about to be published, are too much.
+        """Postpone the handlers that have no room for these rows, which are about to be published.
 
         Return up to which position each postponed handler is sent its rows; all others are sent all.
         Errors: NewerRelay.
@@ -134,7 +132,7 @@ class Postponer:
             for handler in sorted(too_much):
                 if not types.isdisjoint(self._routes[handler].event_types):
                     self._postpone(handler)
-                    self._pause, self.next_look = _SHORTEST_POLL_INTERVAL_SECONDS, 0.0
+                    self._pause, self.next_look = _MIN_POLL_INTERVAL_SECONDS, 0.0
         return self.after
 
     def published(self, rows: Sequence[Row]) -> None:
@@ -142,13 +140,13 @@ class Postponer:
         self.published_upto = max(self.published_upto, *(position for position, _, _ in rows))
 
     def seconds_until_due(self) -> float:
-        """Return how long the relay may sleep without keeping a handler waiting that has room."""
+        """Return how long the relay may sleep without delaying a handler that has room."""
         if self.after.keys() - self.full:
             return 0.0
         return max(0.0, self.next_look - time.monotonic())
 
     def step(self) -> None:
-        """Send some of what was left out to each handler that has room. Errors: NewerRelay."""
+        """Send some of what was left out to each postponed handler that has room. Errors: NewerRelay."""
         for handler in sorted(self.after.keys() - self.full):
             self._catch_up(self._routes[handler])
 
@@ -156,7 +154,7 @@ class Postponer:
         self._rows.postpone(handler, self.published_upto)
         self.after[handler] = self.published_upto
         log.warning(
-            "queue is full; its handler is left for later",
+            "queue is full; its handler is postponed",
             handler=handler,
             queue=self._routes[handler].queue,
             bytes=self._sizes()[handler],
@@ -169,7 +167,7 @@ class Postponer:
         before = min(after + _SPAN, self.published_upto)
         unsent = self._unsent(route, after, before)
         if unsent.problems:
-            self._set_aside([Unreadable(route.handler, *problem) for problem in unsent.problems.items()])
+            self._record_unreadable([Unreadable(route.handler, *problem) for problem in unsent.problems.items()])
         if unsent.rows:
             self._send(lambda: self._bundler.bundles_of(route, unsent.rows))
         upto = unsent.rows[-1][0] if unsent.is_cut else before

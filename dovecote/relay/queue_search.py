@@ -1,9 +1,9 @@
-"""Which events are on their way through Redis, by what is in the messages themselves.
+"""Finds out which events are queued or in flight in Redis, from the messages themselves.
 
-An event is on its way when a message that somebody will get has it: one on the queue's list, or in the hands of a
-worker that is alive or will be found dead. Ids would not do: an event may be in a message with another id, because it
-was sent again, or cut when bundles had another size. Nor would the hash of messages: what is in no list is fetched by
-nobody.
+An event is queued when a message that a worker will get contains it: one on the queue's list, or one held by a worker
+that is alive or will be found dead. Message ids are not enough: an event may be in a message with another id, because
+it was sent again, or cut when bundles had another size. Nor is the hash of messages: a message in no list is never
+fetched.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -16,49 +16,49 @@ from dovecote.envelope import handler_named_in
 from dovecote.envelope.signatures import MessageKey, key_id_of
 from dovecote.envelope.wire import event_ids_of_first_delivery
 
-# Ids of one call, sizes of one call, and bytes of messages of one call, or a single one that is larger.
+# Of one call: ids, sizes, and bytes of messages, unless a single one is larger.
 _IDS, _SIZES, _BYTES = 5_000, 500, 4_000_000
-# Bytes of one question. In a longer queue an event that was not found may be further on.
+# Bytes of one search. In a longer queue an event that was not found may be further on.
 _MAX_READ_BYTES = 64_000_000
-_REQUEUE = (Path(__file__).parents[1] / "broker" / "lua" / "requeue.lua").read_bytes()
+_REQUEUE = (Path(__file__).parents[1] / "broker" / "lua" / "restore.lua").read_bytes()
 
 
 class _TooMuch(Exception):
-    """The queue is longer than one question reads."""
+    """The queue is longer than one search reads."""
 
 
 class QueueSearch:
-    """Looks into the queues of one broker.
+    """Searches the queues of one broker.
 
     Errors: redis.exceptions.RedisError, in all methods.
     """
 
     def __init__(self, broker: OutboxBroker) -> None:
-        #: With what a message is signed that a consumer acts on. No other brings anything.
+        #: The keys of messages that a consumer accepts; others are ignored.
         self.keys: Mapping[bytes, MessageKey] = {}
         self._client: Any = broker.client
         self._namespace = broker.namespace
         self._requeue = broker.client.register_script(_REQUEUE)
         self._room = 0
-        #: Whether the last question gave up, because the queue is longer than one question reads.
+        #: Whether the last search gave up, because the queue is too long.
         self.gave_up = False
 
     def not_queued(self, queue: str, handler: str, events: Collection[UUID]) -> set[UUID]:
-        """Return those of the events that are in no message for this handler that anybody will get.
+        """Return those of the events that are in no message for this handler that a worker will get.
 
-        None are while messages are put aside for the handler, which are about to come back, nor in a queue that is
-        longer than one question reads: what is lost there is found when it has become shorter.
+        None while messages are held for the handler, which are about to come back, nor in a queue that is too long for
+        one search: what is lost there is found when it has become shorter.
         """
         left = {str(event).encode() for event in events}
         self._room, self.gave_up = _MAX_READ_BYTES, False
         try:
             if self._is_near(queue, handler, left):
-                # Towards the head, where workers take: what is taken meanwhile moves nothing that is still to be read.
+                # Towards the head, where workers fetch: that does not move what is still to be read.
                 stop = -1
                 while left and (ids := self._client.lrange(self._key(queue), stop - _IDS + 1, stop)):
                     left -= self._events_in(queue, handler, reversed(ids), left)
                     stop -= _IDS
-                # Taken, or taken and given back, since the first look.
+                # Fetched, or fetched and requeued, since the first look.
                 self._is_near(queue, handler, left)
         except _TooMuch:
             self.gave_up = True
@@ -66,29 +66,29 @@ class QueueSearch:
         return {UUID(event.decode()) for event in left}
 
     def requeue(self, epoch: int, queue: str, handler: str, id: str) -> bool:
-        """Put a message back on its queue that is in no list and in nobody's hands; return whether it was."""
-        keys = [f"{self._namespace}:__relay__", self._key(queue), self._heartbeats, self._aside(queue, handler)]
+        """Put a message back on its queue if it is in no list and not in flight; return whether it was."""
+        keys = [f"{self._namespace}:__relay__", self._key(queue), self._heartbeats, self._held(queue, handler)]
         return bool(self._requeue(keys=keys, args=[epoch, id, f"{self._namespace}:__acks__.", queue, _IDS]))
 
     def _is_near(self, queue: str, handler: str, left: set[bytes]) -> bool:
-        """Take out of `left` what is in workers' hands or at the head of the queue; return whether more is behind."""
+        """Remove from `left` what is in flight or at the head of the queue; return whether more is behind."""
         workers = [worker.decode(errors="replace") for worker in self._client.zrange(self._heartbeats, 0, -1)]
-        # At once: a message that goes from one place to another is seen in one of them.
+        # In one transaction: a message that moves from one place to another is seen in one of them.
         with self._client.pipeline(transaction=True) as pipeline:
             for worker in workers:
                 pipeline.srandmember(f"{self._namespace}:__acks__.{worker}.{queue}", _IDS)
             pipeline.lrange(self._key(queue), 0, _IDS - 1)
             pipeline.llen(self._key(queue))
-            pipeline.exists(self._aside(queue, handler))
-            *held, head, length, is_aside = pipeline.execute(raise_on_error=False)
-        for reply in (head, length, is_aside):
+            pipeline.exists(self._held(queue, handler))
+            *acks, head, length, is_held = pipeline.execute(raise_on_error=False)
+        for reply in (head, length, is_held):
             if isinstance(reply, Exception):
                 raise reply
-        # What is no set, no worker of ours holds.
-        held = [ids for ids in held if not isinstance(ids, Exception)]
-        if is_aside:
+        # Workers of ours hold sets only.
+        acks = [ids for ids in acks if not isinstance(ids, Exception)]
+        if is_held:
             left.clear()
-        for ids in (*held, head):
+        for ids in (*acks, head):
             left -= self._events_in(queue, handler, ids, left)
         return bool(left) and length > len(head)
 
@@ -136,5 +136,5 @@ class QueueSearch:
     def _key(self, queue: str) -> str:
         return f"{self._namespace}:{queue}"
 
-    def _aside(self, queue: str, handler: str) -> str:
-        return f"{self._namespace}:{queue}.aside.{handler}"
+    def _held(self, queue: str, handler: str) -> str:
+        return f"{self._namespace}:{queue}.held.{handler}"

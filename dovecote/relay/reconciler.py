@@ -1,10 +1,10 @@
-"""What a queue has lost while Redis stayed the same: the leading relay finds it and sends it again.
+"""Finds what a queue has lost while Redis stayed the same, and sends it again.
 
-An event was published long ago, is above its handler's low-water mark, is not settled, and is in no message that
-anybody will get: then no worker will ever act on it. This is the net below everything else, and what it catches is a
-fault that nobody knows of: it is counted, and there is an alert.
+An event was published long ago, is above its handler's low-water mark, is not finished, and is in no message that a
+worker will get: then it would never be handled. This is the last line of defence, and what it finds is an unknown
+fault: it is counted, and there is an alert.
 
-The questions come in this order: Postgres (not settled), Redis (in no message), Postgres again (still not settled).
+The reads come in this order: Postgres (not finished), Redis (in no message), Postgres again (still not finished).
 A worker commits before it acknowledges: with the first two alone, what is acknowledged in between would be sent again.
 """
 
@@ -31,23 +31,23 @@ from dovecote.settings import Relay as RelaySettings
 from dovecote.store import progress, published_batches
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Connection, Reader
-from dovecote.store.unsendable import Unreadable, report, set_aside
+from dovecote.store.unsendable import Unreadable, record_unreadable, report
 from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
-# Of one look at a handler: events that are read, of these events that are asked for in Redis, and events of the batches
-# that are cut again.
+# Of one search for a handler: events that are read, of these the events that are looked up in Redis, and events of the
+# batches that are cut again.
 _READ_EVENTS, _ASKED_EVENTS, _CUT_EVENTS = 5_000, 2_000, 20_000
-_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
-# Of a queue that is too long to be read: how often that is said, and how long it is left alone.
+_MIN_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 1.0, 60.0
+# Of a queue that is too long to be read: how often that is logged, and how long it is not read.
 _TOO_LONG_SECONDS = 600.0
 # Events that were sent again and may still be on their way; beyond, the next are looked for when these are done.
 _MAX_SENT_AGAIN = 100_000
 
 
 class Reconciler:
-    """Looks from time to time until the end of the block, in a thread of its own. An error ends neither.
+    """Searches from time to time until the end of the block, in a thread of its own. An error ends neither.
 
     connect         opens a session for the block it is entered for
     bundler         the leader's: what is sent again is cut as it was
@@ -76,7 +76,7 @@ class Reconciler:
         self._published_upto = published_upto
         self._instrumentation = instrumentation or RelayInstrumentation()
         after = settings.reconcile_after_seconds
-        self._pause = min(_LONGEST_PAUSE_SECONDS, max(_SHORTEST_PAUSE_SECONDS, after / 10))
+        self._pause = min(_MAX_PAUSE_SECONDS, max(_MIN_PAUSE_SECONDS, after / 10))
         self._looked_upto: int | None = None
         self._goes_on = False
         # When which events were sent again: they are given the same time as all others.
@@ -88,7 +88,7 @@ class Reconciler:
 
     def __enter__(self) -> "Reconciler":
         for handler in self._routes:
-            self._instrumentation.reconciled(handler, 0)  # an alert sees a counter grow, not appear
+            self._instrumentation.reconciled(handler, 0)  # an alert needs a counter that grows, not one that appears
         self._thread.start()
         return self
 
@@ -98,7 +98,7 @@ class Reconciler:
         self._thread.join(2.0)
 
     def _run(self) -> None:
-        while not self._stopping.wait(_SHORTEST_PAUSE_SECONDS if self._goes_on else self._pause):
+        while not self._stopping.wait(_MIN_PAUSE_SECONDS if self._goes_on else self._pause):
             upto = self._published_upto()
             if upto == self._looked_upto:  # nothing was open, and nothing has been published since
                 continue
@@ -106,7 +106,7 @@ class Reconciler:
                 with self._connect() as connection:
                     self._looked_upto = None if self.look(connection, upto) else upto
             except (RedisError, RedisLost, NewerRelay, NoMessageKey):
-                self._looked_upto, self._goes_on = None, False  # the leader sees to it
+                self._looked_upto, self._goes_on = None, False  # the leader handles it
             except Exception as error:
                 self._looked_upto, self._goes_on = None, False
                 what = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -155,10 +155,10 @@ class Reconciler:
         if asked and self._queued.gave_up:
             self._too_long[route.handler] = time.monotonic() + _TOO_LONG_SECONDS
             log.warning("queue is too long to look for lost events", handler=route.handler, queue=route.queue)
-        suspects = [position for position, event in asked.items() if event in left]
-        if not suspects:
+        missing = [position for position, event in asked.items() if event in left]
+        if not missing:
             return {}
-        return {position: asked[position] for position in self._unfinished(connection, route, multirange(suspects))}
+        return {position: asked[position] for position in self._unfinished(connection, route, multirange(missing))}
 
     def _unfinished(self, connection: Connection, route: Route, ranges: str, begin: int = 0) -> Sequence[int]:
         return progress.unfinished(connection, [route.handler], ranges, begin, _READ_EVENTS).get(route.handler, [])
@@ -191,7 +191,7 @@ class Reconciler:
 
     def _give_up(self, connection: Connection, rows: Sequence[Unreadable]) -> None:
         report({row.position: row.problem for row in rows})
-        set_aside(connection, self._epoch, rows)
+        record_unreadable(connection, self._epoch, rows)
 
     def _min_age_seconds(self, route: Route) -> float:
         """Return how many seconds ago an event must have been published to be looked for."""

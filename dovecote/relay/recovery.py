@@ -1,10 +1,10 @@
-"""What Redis may have lost: published, but neither processed nor in `deliveries`.
+"""The search for what Redis may have lost: published, but neither processed nor in `deliveries`.
 
 Whole batches are cut into bundles exactly as they were when they were published first, so a bundle that is still queued
-is not queued twice. They are sent in the order they were published, which is that of each aggregate.
+is not queued twice. They are sent in the order in which they were published, which is that of each aggregate.
 
 The search begins at each handler's low-water mark and goes forward in steps: each statement reads a bounded number of
-rows, and what is held is one step. A standby that looks at the leader's session sees it at work.
+rows, and one step is in memory. Between statements the leader's session is seen to be alive.
 """
 
 from bisect import bisect_right
@@ -34,14 +34,14 @@ def bundles(
     reader: Reader,
     bundler: Bundler,
     routes: Sequence[Route],
-    set_aside: Callable[[Sequence[Unreadable]], None] = _report,
+    record_unreadable: Callable[[Sequence[Unreadable]], None] = _report,
     upto: Mapping[str, int] | None = None,
 ) -> Iterator[QueuedBundle]:
     """Yield the messages to send again, batch by batch; to the handlers of `upto` only what lies up to there.
 
-    Rows that cannot be read any more are given to `set_aside`. What turns out to be done meanwhile is left out.
+    Rows that cannot be read any more are given to `record_unreadable`. What is finished meanwhile is left out.
     """
-    return _Search(connection, reader, bundler, routes, set_aside, upto or {}).bundles()
+    return _Search(connection, reader, bundler, routes, record_unreadable, upto or {}).bundles()
 
 
 class _Search:
@@ -51,13 +51,13 @@ class _Search:
         reader: Reader,
         bundler: Bundler,
         routes: Sequence[Route],
-        set_aside: Callable[[Sequence[Unreadable]], None],
+        record_unreadable: Callable[[Sequence[Unreadable]], None],
         upto: Mapping[str, int],
     ) -> None:
         self._connection = connection
         self._reader = reader
         self._bundler = bundler
-        self._set_aside = set_aside
+        self._record_unreadable = record_unreadable
         self._upto = upto
         self._handlers = sorted({route.handler for route in routes})
         mark = reader.high_water_mark
@@ -84,7 +84,7 @@ class _Search:
             return
         missing = {handler: frozenset(positions) for handler, positions in found.items()}
         for run in _runs(batches):
-            for bundle, _ in cut(self._reader, self._bundler, run, missing, self._set_aside, self._upto):
+            for bundle, _ in cut(self._reader, self._bundler, run, missing, self._record_unreadable, self._upto):
                 yield bundle
 
 
@@ -93,15 +93,15 @@ def cut(
     bundler: Bundler,
     batches: Sequence[PublishedBatch],
     missing: Mapping[str, Set[int]],
-    set_aside: Callable[[Sequence[Unreadable]], None],
+    record_unreadable: Callable[[Sequence[Unreadable]], None],
     upto: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[QueuedBundle, list[int]]]:
     """Yield the bundles with anything in them that is missing, and the positions in each, cut as they were first.
 
-    Each of the batches lies above the one before. Rows that are missing and cannot be read are given to `set_aside`.
+    Each batch lies above the one before. Missing rows that cannot be read are given to `record_unreadable`.
     """
     stops = [batch.stop for batch in batches]
-    rows = _readable(reader.slices_in(published_batches.ranges_of(batches)), bundler, missing, set_aside)
+    rows = _readable(reader.slices_in(published_batches.ranges_of(batches)), bundler, missing, record_unreadable)
     for _, its_rows in groupby(rows, lambda row: bisect_right(stops, row[0])):
         for bundle, inside in bundler.bundles_with_positions(its_rows, upto):
             if not missing.get(bundle.handler, frozenset()).isdisjoint(inside):
@@ -112,10 +112,10 @@ def _readable(
     slices: Iterable[Read],
     bundler: Bundler,
     missing: Mapping[str, Set[int]],
-    set_aside: Callable[[Sequence[Unreadable]], None],
+    record_unreadable: Callable[[Sequence[Unreadable]], None],
 ) -> Iterator[Row]:
     for found in slices:
-        set_aside(
+        record_unreadable(
             [
                 Unreadable(route.handler, position, found.problems[position])
                 for position, event_type, _ in (found.rows if found.problems else ())

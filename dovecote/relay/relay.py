@@ -22,7 +22,7 @@ from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.history import History, StandsBack, await_right_of_way
 from dovecote.relay.leader import Leader
 from dovecote.relay.leader_lock import LeaderLock
-from dovecote.relay.low_water_marks import Marks
+from dovecote.relay.low_water_marks import LowWaterMarks
 from dovecote.relay.reconciler import Reconciler
 from dovecote.relay.standby_flush import NotOnStandby
 from dovecote.route import Route
@@ -84,7 +84,7 @@ def _state_after(error: Exception) -> RelayState:
 
 
 class NoSession(DovecoteError):
-    """Something between the relay and Postgres gives each statement to whichever session is free."""
+    """A pool between the relay and Postgres runs each statement in any free session."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -121,16 +121,16 @@ class Relay:
         self._maintain = maintain
         self._schema_is_current = False
         self._refused: str | None = None
-        schema.revisions()  # read before a leadership hangs on it
+        schema.revisions()  # imports take time: not during a leadership
 
     def stop(self) -> None:
-        """End after the batch at hand."""
+        """End after the current batch."""
         self._stop.set()
 
     def run(self) -> None:
         """Return after `stop`; survive the loss of either server until then.
 
-        Errors: psycopg.Error for trouble that does not pass, such as a schema that was never migrated;
+        Errors: psycopg.Error that is not transient, such as for a schema that was never migrated;
                 NoSession.
         """
         tries = 0
@@ -159,10 +159,10 @@ class Relay:
                     log.warning(what, tries=tries, error=f"{type(error).__name__}: {error}")
                 self._stop.sleep(_BACKOFF.pause_seconds(tries))
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-                # Something that was read is not as we write it. It may be mended meanwhile, and ends no process.
+                # Data that no relay writes. It may be repaired meanwhile; the process goes on.
                 tries += 1
                 self._instrumentation.alive("starting")
-                log.exception("relay cannot go on with what it has read", tries=tries, error=type(error).__name__)
+                log.exception("relay cannot process what it has read", tries=tries, error=type(error).__name__)
                 self._stop.sleep(_SLOW_BACKOFF.pause_seconds(tries))
 
     @contextmanager
@@ -193,7 +193,7 @@ class Relay:
             raise NoSession
 
     def _await_schema(self, connection: Connection) -> None:
-        """Stand back while the schema is older than this code: relays from before the deploy go on meanwhile."""
+        """Wait while the schema is older than this code: relays from before the deploy go on meanwhile."""
         if self._schema_is_current:
             return
         tries = 0
@@ -211,7 +211,7 @@ class Relay:
         next_look = time.monotonic() + frozen_after
         while not self._stop.is_set():
             if self._refused and (fault := sequence.fault(connection)):
-                self._refuse(fault)  # without the lock, or it would look now and then as if somebody led
+                self._refuse(fault)  # without the lock, or `status` would now and then show a leader
                 continue
             if leadership.try_take():
                 if self._may_lead(connection, leadership):
@@ -223,15 +223,15 @@ class Relay:
                 log.info("relay stands by")
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + frozen_after / 5
-                leadership.end_frozen_older()
-            # Asked anew each time: a statement that waits would hold back vacuum for as long as it waits.
+                leadership.end_frozen_leader()
+            # Polled: a statement that waits for the lock would hold back vacuum.
             self._stop.sleep(self._settings.relay.standby_interval_seconds)
         return False
 
     def _may_lead(self, connection: Connection, leadership: LeaderLock) -> bool:
-        """Let the lock go again where the sequence would hide events, and be silent for a while.
+        """Release the lock if the sequence would hide events, and wait.
 
-        The process stays: it would be started again and again, and leads by itself once the sequence is repaired.
+        The process stays: it would only be restarted again and again, and it leads once the sequence is repaired.
         """
         if (fault := sequence.refusal(connection)) is None:
             self._refused = None
@@ -289,6 +289,6 @@ class Relay:
                 published_upto=lambda: leader.published_upto,
                 instrumentation=self._instrumentation,
             )
-            with Marks(self._session, epoch, lambda: leader.published_upto), reconciler:
+            with LowWaterMarks(self._session, epoch, lambda: leader.published_upto), reconciler:
                 leader.lead()
         log.info("relay stopped", epoch=epoch, checkpoint=leader.checkpoint)

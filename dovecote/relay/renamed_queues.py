@@ -1,8 +1,8 @@
-"""Messages on queues that their handlers have left: a route names another queue since a deploy.
+"""Messages on queues that were renamed: since a deploy the route of their handler names another queue.
 
-The relay moves them to today's queue, so that a rename strands nothing. Code from before the deploy may serve the old
-queue meanwhile: ids stay the same, and a message in its hands stays there. Messages of handlers that no route has, and
-those of other programs, are left alone; `dovecote doctor` shows them.
+The relay moves them to the new queue, so that a rename loses nothing. Code from before the deploy may serve the old
+queue meanwhile: ids stay the same, and a message in flight stays there. Messages of handlers that no route has, and
+those of other programs, are not touched; `dovecote doctor` shows them.
 """
 
 import random
@@ -26,21 +26,21 @@ log = structlog.get_logger()
 _MOVE = (Path(__file__).parents[1] / "broker" / "lua" / "move.lua").read_bytes()
 
 _POLL_INTERVAL_SECONDS = 60.0
-# While workers of older code have messages of an old queue in their hands, and after something was moved.
-_LOOK_SOON_SECONDS = 5.0
-# What one step may take from the relay's other work, but for its last call.
+# While workers of older code have messages of an old queue in flight, and after something was moved.
+_BUSY_POLL_INTERVAL_SECONDS = 5.0
+# Duration of one step, except for its last call: the other work of the relay waits.
 _STEP_SECONDS = 0.02
-# Of one call: Redis serves nobody else for some milliseconds.
+# Of one call, which blocks Redis for some milliseconds.
 _MAX_MESSAGES = 1_000
 _MAX_BYTES = 8_000_000
 _KEYS_OF_A_PAGE = 1_000
-# Of one look. Anybody may have made up names: a look takes some, others each time, and has an end.
+# Of one search. Any client may have made up names: each search takes other ones, and ends.
 _MAX_NAMES, _MAX_NAME_LENGTH = 1_000, 500
 # Of one call, each of which asks about several keys.
 _REAPED_QUEUES = 20
 
 _ACKS = "__acks__."
-_ASIDE = ".aside."
+_HELD = ".held."
 _MESSAGES = ".msgs"
 
 Name = TypeVar("Name", bound=Hashable)
@@ -48,27 +48,27 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass
 class _There:
-    """What Redis has: queues, those of which a worker holds messages, and lists of what is put aside."""
+    """What Redis has: queues, those with messages in flight, and lists of held messages."""
 
     known: Set[str]
     queues: set[str] = field(default_factory=set)
-    held: set[str] = field(default_factory=set)
-    aside: set[tuple[str, str]] = field(default_factory=set)
+    acks: set[str] = field(default_factory=set)
+    held: set[tuple[str, str]] = field(default_factory=set)
     seen: int = 0
 
     def add(self, name: str) -> None:
         if len(name) > _MAX_NAME_LENGTH:
             return
         if name.startswith(_ACKS):
-            self._add(self.held, name.removeprefix(_ACKS).partition(".")[2])
-        elif _ASIDE in name:
-            queue, _, handler = name.partition(_ASIDE)
-            self._add(self.aside, (queue, handler))
+            self._add(self.acks, name.removeprefix(_ACKS).partition(".")[2])
+        elif _HELD in name:
+            queue, _, handler = name.partition(_HELD)
+            self._add(self.held, (queue, handler))
         elif name.endswith(_MESSAGES) and not name.endswith(f".XQ{_MESSAGES}"):
             self._add(self.queues, name.removesuffix(_MESSAGES))
 
     def _add(self, names: set[Name], name: Name) -> None:
-        """Keep a name of those seen, each with the same chance if they are too many; always those that are known."""
+        """Keep a name: always a known one, the others with equal probability if they are too many."""
         if name in self.known:
             names.add(name)
             return
@@ -81,7 +81,7 @@ class _There:
 
 
 class RenamedQueues:
-    """Looks for such messages at the start of a leadership and once in a while, some milliseconds at a time."""
+    """Searches for such messages at the start of a leadership and now and then, some milliseconds at a time."""
 
     def __init__(self, broker: OutboxBroker, routes: Sequence[Route], epoch: int) -> None:
         self._broker = broker
@@ -94,13 +94,13 @@ class RenamedQueues:
         self.next_look = 0.0
         self._work: Iterator[None] | None = None
         self._is_first = True
-        # Lists of which nothing could be moved: their length and both ends.
+        # Lists from which nothing could be moved: their length and both ends.
         self._left_alone: dict[str, tuple[object, ...]] = {}
 
     def step(self) -> None:
-        """Go on with the look that is under way, or begin one when it is time.
+        """Continue the current search, or begin one when it is time.
 
-        Errors: RedisLost, NewerRelay, RedisError; the next step begins a new look.
+        Errors: RedisLost, NewerRelay, RedisError; the next step begins a new search.
         """
         work, self._work = self._work, None
         if work is None:
@@ -121,8 +121,8 @@ class RenamedQueues:
             for key in keys:
                 there.add(key.decode("utf-8", "replace").partition(":")[2])
             yield
-        unknown_held = there.held - self._known
-        names = sorted(unknown_held)
+        unknown = there.acks - self._known
+        names = sorted(unknown)
         for start in range(0, len(names), _REAPED_QUEUES):
             try:
                 self._broker.reap(names[start : start + _REAPED_QUEUES])
@@ -131,19 +131,21 @@ class RenamedQueues:
                     raise
             yield
         moved = 0
-        # Today's queues once: only a deploy makes a message of a handler that has left be on one.
+        # Current queues once: only a deploy leaves messages of moved handlers on one.
         for queue in sorted(there.queues if self._is_first else there.queues - self._known):
             moved += yield from self._move_from(queue)
-        for queue, handler in sorted(there.aside):
+        for queue, handler in sorted(there.held):
             if self._queue_of.get(handler, queue) != queue:
                 moved += yield from self._move_from(queue, handler)
         self._is_first = False
-        self.next_look = time.monotonic() + (_LOOK_SOON_SECONDS if moved or unknown_held else _POLL_INTERVAL_SECONDS)
+        self.next_look = time.monotonic() + (
+            _BUSY_POLL_INTERVAL_SECONDS if moved or unknown else _POLL_INTERVAL_SECONDS
+        )
 
     def _move_from(self, queue: str, handler: str | None = None) -> Generator[None, None, int]:
         """Move what lies there, one call a step; return how many messages."""
         prefix = f"{self._broker.namespace}:"
-        suffix = f"{_ASIDE}{handler}" if handler else ""
+        suffix = f"{_HELD}{handler}" if handler else ""
         source = f"{prefix}{queue}{suffix}"
         try:
             looked_at = self._ends_of(source)

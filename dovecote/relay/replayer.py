@@ -1,4 +1,4 @@
-"""Run replays from the relay, beside the live events and never in their way.
+"""Run replays from the relay, beside the live events and without delaying them.
 
 A replay goes in waves. A wave is sent; when each of its events is acted on or in `deliveries`, that is recorded and
 the next one follows. So few events of a replay are ever queued before a live one, a pause or a cancel holds after
@@ -25,34 +25,34 @@ from dovecote.store.envelopes import past_unreadable
 from dovecote.store.leases import MAX_BUNDLE_BYTES
 from dovecote.store.published_batches import batches_of
 from dovecote.store.reader import Connection, Reader
-from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_matched, is_settled
-from dovecote.store.unsendable import Unreadable, set_aside
+from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_finished, is_matched
+from dovecote.store.unsendable import Unreadable, record_unreadable
 
 log = structlog.get_logger()
 
 _POLL_INTERVAL_SECONDS = 0.5
-# While none is active: whoever starts one rings.
+# While none is active: the start of one sends a notification.
 _IDLE_POLL_INTERVAL_SECONDS = 5.0
-# A wave should take no longer than this, for the live events behind it; it may when one event takes longer.
+# A wave should take no longer than this, for the live events behind it, unless one event takes longer.
 _WAVE_SECONDS = 0.25
 _MAX_EVENTS = 2_000
-# Of all envelopes of a wave: it is held until it is settled, beside the live events.
+# Of all envelopes of a wave: it is in memory until it is finished, beside the live events.
 _MAX_WAVE_BYTES = 2_000_000
-# Positions looked through at once; more while little matches. A statement of the relay must stay short.
+# Positions read at once; more while little matches. A statement of the relay must stay short.
 _FIRST_SPAN, _MAX_SPAN = 2_000, 512_000
 _SLOW_READ_SECONDS = 0.05
-# Sent but not heard of: published once more, which adds only what is no longer queued.
+# Sent and not finished for so long: published once more, which adds only what is no longer queued.
 _REPEAT_SECONDS = 30.0
-_SHORTEST_PAUSE_SECONDS = 0.005
+_MIN_PAUSE_SECONDS = 0.005
 
-# What is settled comes without an envelope, what is large with its id instead (dovecote/store/envelopes.py).
+# A finished event comes without an envelope, what is large with its id instead (dovecote/store/envelopes.py).
 _WAVE = """
     select position, id, aggregate_type, aggregate_id,
            case when octet_length(envelope) <= %(max_small_bytes)s then convert_to(envelope, 'UTF8')
-                when not settled then uuid_send(id) end
+                when not finished then uuid_send(id) end
     from (
-        select o.position, o.id, o.aggregate_type, o.aggregate_id, {settled} as settled,
-               case when not {settled} then dovecote.small_envelope(o) end as envelope
+        select o.position, o.id, o.aggregate_type, o.aggregate_id, {finished} as finished,
+               case when not {finished} then dovecote.small_envelope(o) end as envelope
         from dovecote.outbox o
         {known}
         where o.position > %(after)s and o.position <= %(before)s and {conditions} and {matched}
@@ -62,27 +62,8 @@ _WAVE = """
 
 _OF_SINGLE_EVENTS = " and o.position <@ (select positions from dovecote.replays where id = %(replay)s)"
 
-_UNSETTLED = """
-    select o.id from unnest(%(ids)s::uuid[]) as o (id) {known} where not {settled}
-"""
-
-# Nothing is recorded by a relay that has been replaced, nor of a replay that has been paused or cancelled.
-_RECORD = """
-    update dovecote.replays r
-    set cursor_position = %(cursor)s, done = done + %(settled)s, updated_at = clock_timestamp(), problem = null,
-        state = case when %(finished)s then 'done' else 'running' end,
-        finished_at = case when %(finished)s then clock_timestamp() end
-    from dovecote.relay_state s
-    where r.id = %(replay)s and r.state in ('pending', 'running') and s.epoch = %(epoch)s
-    returning r.handler_name, r.total, r.done
-"""
-
-_AUDIT_END = """
-    insert into dovecote.audit_log (actor, action, affected, details)
-    values ('relay', 'replay.done', %(done)s,
-            jsonb_build_object('replay', %(replay)s::text, 'handler', %(handler)s::text,
-            'total', %(total)s::bigint, 'done', %(done)s::bigint,
-            'failed', (select count(*) from dovecote.deliveries where replay_id = %(replay)s)))
+_UNFINISHED = """
+    select o.id from unnest(%(ids)s::uuid[]) as o (id) {known} where not {finished}
 """
 
 
@@ -97,12 +78,12 @@ class Event(NamedTuple):
 
 @dataclass
 class _Wave:
-    """What was sent and waits to be settled. Everything of the replay up to `cursor` is in it or before it."""
+    """What was sent and is not finished. Everything of the replay up to `cursor` is in it or before it."""
 
     cursor: int
     events: int
     bundles: Sequence[QueuedBundle]
-    unsettled: list[UUID]
+    unfinished: list[UUID]
     sent_at: float
     repeat_at: float
 
@@ -132,7 +113,7 @@ class Replayer:
         broker: OutboxBroker,
         routes: Sequence[Route],
         epoch: int,
-        through_outages: Callable[[Callable[[], object]], None],
+        retry_while_unavailable: Callable[[Callable[[], object]], None],
         postponed: Collection[str] = (),
     ) -> None:
         self._connection = connection
@@ -141,18 +122,18 @@ class Replayer:
         self._broker = broker
         self._routes = {route.handler: route for route in routes}
         self._epoch = epoch
-        self._through_outages = through_outages
+        self._retry_while_unavailable = retry_while_unavailable
         self._postponed = postponed
         self._runs: dict[UUID, _Run] = {}
         self._active = ActiveReplays(connection, epoch)
         self._next_look = 0.0
 
     def look(self) -> None:
-        """Ask at the next step which replays are active: one has begun or ended, or its handler was resumed."""
+        """Read the active replays at the next step: one has begun or ended, or its handler was resumed."""
         self._next_look = 0.0
 
     def forget_waves(self) -> None:
-        """Read again what was sent and is not settled: Redis may have lost it."""
+        """Read again what was sent and is not finished: Redis may have lost it."""
         for run in self._runs.values():
             run.wave, run.next_at = None, 0.0
 
@@ -164,15 +145,15 @@ class Replayer:
         for run in list(self._runs.values()):
             if time.monotonic() >= run.next_at:
                 if run.replay.handler_name in self._postponed:
-                    # What its full queue kept back comes first.
+                    # Its postponed events come first.
                     run.next_at = time.monotonic() + _POLL_INTERVAL_SECONDS
                 elif run.wave is None:
                     self._send_wave(run)
                 else:
-                    self._settle(run, run.wave)
+                    self._finish(run, run.wave)
 
     def seconds_until_due(self) -> float:
-        """Return how long the relay may sleep without keeping a replay waiting."""
+        """Return how long the relay may sleep without delaying a replay."""
         if not self._runs:
             return float("inf")
         due_at = min(self._next_look, *(run.next_at for run in self._runs.values()))
@@ -194,7 +175,7 @@ class Replayer:
 
     def _send_wave(self, run: _Run) -> None:
         began = time.monotonic()
-        # What lies above the high-water mark is about to be published anyway.
+        # What lies above the high-water mark will be published anyway.
         upto = min(run.replay.upto_position, self._reader.high_water_mark)
         before = min(run.cursor + run.span, upto)
         events, full = self._read(run, before) if before > run.cursor else ([], False)
@@ -212,23 +193,23 @@ class Replayer:
             events = kept
         bundles = self._bundles(run, [event for event in events if event.envelope is not None])
         if bundles:
-            self._through_outages(lambda: self._broker.publish(self._epoch, bundles))
+            self._retry_while_unavailable(lambda: self._broker.publish(self._epoch, bundles))
         now = time.monotonic()
         run.wave = _Wave(
             cursor=events[-1].position if full else before,
             events=len(events),
             bundles=bundles,
-            unsettled=[event.id for event in events if event.envelope is not None],
+            unfinished=[event.id for event in events if event.envelope is not None],
             sent_at=now,
             repeat_at=now + _REPEAT_SECONDS,
         )
-        run.next_at = now + _SHORTEST_PAUSE_SECONDS
+        run.next_at = now + _MIN_PAUSE_SECONDS
 
     def _read(self, run: _Run, before: int) -> tuple[list[Event], bool]:
         """Return the next events, and whether more may match. What cannot be read is dead, and nothing left to do."""
         asked = run.asked.conditions()
         query = _WAVE.format(
-            settled=is_settled(run.replay.strength),
+            finished=is_finished(run.replay.strength),
             known=KNOWN_BY_KEY,
             conditions=asked + (_OF_SINGLE_EVENTS if run.replay.of_single_events else ""),
             matched=is_matched(run.replay.strength),
@@ -253,7 +234,7 @@ class Replayer:
                 unreadable.append(Unreadable(run.route.handler, position, problem))
             events.append(Event(position, id, (aggregate_type, aggregate_id), envelope or None))
         again = run.replay.id if run.replay.strength == "again" else None
-        set_aside(self._connection, self._epoch, unreadable, again)
+        record_unreadable(self._connection, self._epoch, unreadable, again)
         return events, full
 
     def _max_events(self, run: _Run) -> int:
@@ -291,7 +272,7 @@ class Replayer:
         ]
 
     def _without_queued(self, route: Route, events: Sequence[Event]) -> Sequence[Event]:
-        """Leave out what is still queued as it was published first: it is on its way."""
+        """Leave out what is still queued as it was published first."""
         queued: set[int] = set()
 
         def ask() -> None:
@@ -305,22 +286,22 @@ class Replayer:
                 found = self._broker.which_are_queued(route.queue, [id for id, _ in cut])
                 queued.update(position for id, inside in cut if id in found for position in inside)
 
-        self._through_outages(ask)
+        self._retry_while_unavailable(ask)
         return [event for event in events if event.position not in queued]
 
-    # Settling --------------------------------------------------------------------------------
+    # Finishing -------------------------------------------------------------------------------
 
-    def _settle(self, run: _Run, wave: _Wave) -> None:
-        query = _UNSETTLED.format(known=KNOWN_BY_KEY, settled=is_settled(run.replay.strength))
-        found = self._connection.execute(query, {**run.fields, "ids": wave.unsettled})
-        wave.unsettled = [id for (id,) in found]
+    def _finish(self, run: _Run, wave: _Wave) -> None:
+        query = _UNFINISHED.format(known=KNOWN_BY_KEY, finished=is_finished(run.replay.strength))
+        found = self._connection.execute(query, {**run.fields, "ids": wave.unfinished})
+        wave.unfinished = [id for (id,) in found]
         now = time.monotonic()
         took = now - wave.sent_at
-        if wave.unsettled:
-            run.next_at = now + min(max(took / 4, _SHORTEST_PAUSE_SECONDS), _POLL_INTERVAL_SECONDS)
+        if wave.unfinished:
+            run.next_at = now + min(max(took / 4, _MIN_PAUSE_SECONDS), _POLL_INTERVAL_SECONDS)
             if now >= wave.repeat_at:
                 wave.repeat_at = now + _REPEAT_SECONDS
-                self._through_outages(lambda: self._broker.publish(self._epoch, wave.bundles))
+                self._retry_while_unavailable(lambda: self._broker.publish(self._epoch, wave.bundles))
             return
         if took > 2 * _WAVE_SECONDS:
             run.size = max(1, run.size // 2)
@@ -330,21 +311,16 @@ class Replayer:
         run.next_at = wave.sent_at + wave.events / run.replay.rate if run.replay.rate else 0.0
         self._record(run, wave.cursor, wave.events)
 
-    def _record(self, run: _Run, cursor: int, settled: int) -> None:
+    def _record(self, run: _Run, cursor: int, events: int) -> None:
         run.cursor = cursor
-        fields = {"replay": run.replay.id, "epoch": self._epoch, "cursor": cursor, "settled": settled}
         finished = cursor >= run.replay.upto_position
-        row = self._connection.execute(_RECORD, {**fields, "finished": finished}).fetchone()
-        if row is None:
+        progress = self._active.record(run.replay.id, cursor, events, finished=finished)
+        if progress is None:
             # Paused or cancelled, or we are no longer the leader, which the next record of a batch finds out.
             self._runs.pop(run.replay.id, None)
         elif finished:
-            handler, total, done = row
             del self._runs[run.replay.id]
-            self._connection.execute(
-                _AUDIT_END, {"replay": run.replay.id, "handler": handler, "total": total, "done": done}
-            )
-            log.info("replay done", replay=str(run.replay.id), handler=handler, events=done)
+            log.info("replay done", replay=str(run.replay.id), handler=run.replay.handler_name, events=progress.done)
 
 
 def in_order(events: Sequence[Event], most: int) -> list[list[Event]]:

@@ -1,7 +1,7 @@
 """Publish only what a standby has flushed: then no failover to it forgets an event that was acted on.
 
-Asked for by DOVECOTE_RELAY__PUBLISH_AFTER=standby. The position to wait for is taken after the rows were read, so it is
-beyond their commits. There is no time-out: publishing all the same would give back what was paid for.
+Enabled by DOVECOTE_RELAY__PUBLISH_AFTER=standby. The position to wait for is taken after the rows were read, so it is
+beyond their commits. There is no time-out: publishing without the standby would void the guarantee.
 """
 
 import time
@@ -18,11 +18,11 @@ from dovecote.telemetry.instrumentation import RelayInstrumentation
 
 log = structlog.get_logger()
 
-_LONGEST_PAUSE_SECONDS = 0.1
-# A standby that is merely slow is not worth a word.
-_TELL_AFTER_SECONDS = 1.0
-_TELL_AGAIN_SECONDS = 60.0
-# A transaction that is open has written something that nobody flushes before it ends. So we do.
+_MAX_PAUSE_SECONDS = 0.1
+# A standby that is merely slow is not logged.
+_LOG_AFTER_SECONDS = 1.0
+_LOG_INTERVAL_SECONDS = 60.0
+# An open transaction may have written WAL that is not flushed before it ends: then we flush it.
 _FLUSH_AFTER_SECONDS = 0.01
 
 # A record of WAL and a commit that is flushed here, and waits for no standby.
@@ -32,16 +32,16 @@ _FLUSH = """
 
 
 class NotOnStandby(DovecoteError):
-    """The relay was told to stop while no standby had what it wanted to publish; it is not published."""
+    """The relay was stopped while no standby had flushed what was to be published; it is not published."""
 
     def __init__(self) -> None:
         super().__init__("stopped before a standby had flushed what was read; the next relay publishes it")
 
 
-class Standby:
-    """Holds a relay up until a standby has what was read; not at all, unless the settings ask for it.
+class StandbyFlush:
+    """Blocks the relay until a standby has flushed what was read, if the settings require it.
 
-    tell_alive  called about once a second while it waits
+    send_heartbeat  called about once a second while it waits
     """
 
     def __init__(
@@ -51,47 +51,47 @@ class Standby:
         records: Connection,
         stop: StopFlag,
         instrumentation: RelayInstrumentation,
-        tell_alive: Callable[[], None] = lambda: None,
+        send_heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         self._is_wanted = settings.publish_after == "standby"
         self._leads = leads
         self._records = records
         self._stop = stop
         self._instrumentation = instrumentation
-        self._tell_alive = tell_alive
+        self._send_heartbeat = send_heartbeat
         if self._is_wanted and (blind := blindness(records)):
             log.warning("no standby can be seen", cure=blind)
 
     def await_flush(self) -> None:
         """Return when a standby has flushed all that is visible now.
 
-        Errors: NotOnStandby when told to stop; psycopg.Error.
+        Errors: NotOnStandby when stopped; psycopg.Error.
         """
         if not self._is_wanted:
             return
         began = time.monotonic()
         is_flushed, upto = self._ask(None)
-        pause, next_told, next_alive, flushes = 0.0005, began + _TELL_AFTER_SECONDS, began + _TELL_AFTER_SECONDS, True
+        pause, next_log, next_alive, flushes = 0.0005, began + _LOG_AFTER_SECONDS, began + _LOG_AFTER_SECONDS, True
         while not is_flushed:
             if self._stop.is_set():
                 raise NotOnStandby
             self._stop.sleep(pause)
-            pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)
+            pause = min(_MAX_PAUSE_SECONDS, pause * 1.5)
             now = time.monotonic()
             if flushes and now - began > _FLUSH_AFTER_SECONDS:
                 flushes = False
                 self._records.execute(_FLUSH)
-            if now >= next_told:
-                next_told = now + _TELL_AGAIN_SECONDS
+            if now >= next_log:
+                next_log = now + _LOG_INTERVAL_SECONDS
                 hint = {"cure": blind} if (blind := blindness(self._records)) else {}
                 log.warning(
                     "waiting for a standby to flush what was read", seconds=round(now - began), upto=upto, **hint
                 )
             if now >= next_alive:
-                next_alive = now + _TELL_AFTER_SECONDS
+                next_alive = now + _LOG_AFTER_SECONDS
                 self._instrumentation.alive("waiting_for_standby")
-                self._tell_alive()
-                # The leadership lives as long as this session: its end must not go unnoticed here.
+                self._send_heartbeat()
+                # The leadership ends with this session: its loss must be noticed here.
                 self._leads.execute("select")
             is_flushed, _ = self._ask(upto)
 

@@ -1,11 +1,12 @@
-"""Replays that are to be worked on, as their rows say, and what becomes of a row that says what is not understood.
+"""The active rows of `replays`, as the relay reads and writes them.
 
 A row may be written by a newer version, or by hand. The relay carries out what it understands and what the route
-allows, whatever checked the row before; the rest it leaves as it is and says why (`problem`).
+allows, even if the row was checked before; other rows it leaves as they are, and records why (`problem`).
 """
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 import structlog
@@ -25,7 +26,7 @@ _ACTIVE = """
     order by id
 """
 
-# The row is anybody's who may write replays: what is not understood is left as it is, for a relay that understands it.
+# Any login with the privilege may write a row: what is not understood is left, for a relay that understands it.
 _NOTE_PROBLEM = """
     update dovecote.replays r set problem = %(problem)s from dovecote.relay_state s
     where r.id = %(replay)s and r.problem is distinct from %(problem)s and s.epoch = %(epoch)s
@@ -45,9 +46,36 @@ _REFUSE = """
 """
 
 
+# Nothing is recorded by a relay that has been replaced, nor of a replay that has been paused or cancelled.
+_RECORD = """
+    update dovecote.replays r
+    set cursor_position = %(cursor)s, done = done + %(events)s, updated_at = clock_timestamp(), problem = null,
+        state = case when %(finished)s then 'done' else 'running' end,
+        finished_at = case when %(finished)s then clock_timestamp() end
+    from dovecote.relay_state s
+    where r.id = %(replay)s and r.state in ('pending', 'running') and s.epoch = %(epoch)s
+    returning r.total, r.done, r.handler_name
+"""
+
+_AUDIT_END = """
+    insert into dovecote.audit_log (actor, action, affected, details)
+    values ('relay', 'replay.done', %(done)s,
+            jsonb_build_object('replay', %(replay)s::text, 'handler', %(handler)s::text,
+            'total', %(total)s::bigint, 'done', %(done)s::bigint,
+            'failed', (select count(*) from dovecote.deliveries where replay_id = %(replay)s)))
+"""
+
+
+class Progress(NamedTuple):
+    """How many events of a replay are done, of how many."""
+
+    total: int
+    done: int
+
+
 @dataclass(frozen=True)
 class ActiveReplay:
-    """A row of `replays` that is to be worked on."""
+    """A row of `replays` that is pending or running."""
 
     id: UUID
     handler_name: str
@@ -62,7 +90,7 @@ class ActiveReplay:
     ends_in_future: bool = False
 
     def understood(self, route: Route) -> Filter:
-        """Return what is asked. Errors: NotUnderstood, in words that say which field."""
+        """Return which events the replay selects. Errors: NotUnderstood, which names the field."""
         if not is_strength(self.strength):
             raise NotUnderstood(f"unknown strength {self.strength[:40]!a}")
         if self.rate is not None and self.rate < 1:
@@ -87,12 +115,12 @@ class ActiveReplays:
         self._left: dict[UUID, str] = {}
 
     def rows(self) -> dict[UUID, ActiveReplay]:
-        """Return every active replay by its id, in the order in which they were asked for."""
+        """Return every active replay by its id, in the order of their requests."""
         with self._connection.cursor(row_factory=class_row(ActiveReplay)) as cursor:
             return {replay.id: replay for replay in cursor.execute(_ACTIVE)}
 
     def asked(self, replay: ActiveReplay, route: Route) -> Filter | None:
-        """Return what the relay is to do; None where it must not: it has noted why."""
+        """Return which events the replay selects; None where it must not run, for a reason that is recorded."""
         try:
             asked = replay.understood(route)
         except NotUnderstood as reason:
@@ -103,11 +131,26 @@ class ActiveReplays:
             return None
         return asked
 
+    def record(self, replay: UUID, cursor: int, events: int, *, finished: bool) -> Progress | None:
+        """Record that a replay has finished so many more events, all up to the cursor.
+
+        None if nothing was recorded: it was paused or cancelled, or another relay has taken over.
+        """
+        fields = {"replay": replay, "epoch": self._epoch, "cursor": cursor, "events": events, "finished": finished}
+        row = self._connection.execute(_RECORD, fields).fetchone()
+        if row is None:
+            return None
+        total, done, handler = row
+        if finished:
+            end = {"replay": replay, "handler": handler, "total": total, "done": done}
+            self._connection.execute(_AUDIT_END, end)
+        return Progress(total, done)
+
     def _leave(self, replay: ActiveReplay, problem: str) -> None:
         if self._left.get(replay.id) != problem:
             self._left[replay.id] = problem
             handler = replay.handler_name
-            log.error("replay is not understood, and left alone", replay=str(replay.id), handler=handler, why=problem)
+            log.error("replay is not understood", replay=str(replay.id), handler=handler, why=problem)
         if replay.problem != problem:
             fields = {"replay": replay.id, "epoch": self._epoch, "problem": problem}
             self._connection.execute(_NOTE_PROBLEM, fields)

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from dovecote.database import Sessions
 from dovecote.store.watched import Connection, WatchedSession, given_back
 
-#: What every session of ours begins with, whatever ALTER ROLE or ALTER DATABASE has set. psycopg reads moments and
-#: intervals in one style each; and a pool's idle session, or a relay's in a quiet hour, is not a forgotten one.
+#: What every session of ours begins with, whatever ALTER ROLE or ALTER DATABASE has set. psycopg reads timestamps and
+#: intervals in one style each; and a pool's idle session, or a relay's in a quiet hour, must not be ended.
 SESSION_SETTINGS: Mapping[str, object] = {
     "timezone": "UTC",
     "datestyle": "ISO",
@@ -63,7 +63,7 @@ KEEPALIVES: Mapping[str, object] = {
 }
 
 # A connection that has been idle in the pool for longer is tried before it is handed out: a proxy may have closed it,
-# or Postgres was restarted. In traffic nobody pays for that; SQLAlchemy's `pool_pre_ping` would make each unit of
+# or Postgres was restarted. In traffic that costs nothing; SQLAlchemy's `pool_pre_ping` would make each unit of
 # work a quarter longer (60 of 240 us).
 _PING_AFTER_SECONDS = 1.0
 

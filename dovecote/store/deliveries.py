@@ -222,7 +222,7 @@ class Deliveries:
         savepoint.rollback()
         return would_act
 
-    def is_settled(self, event_id: UUID) -> bool:
+    def is_finished(self, event_id: UUID) -> bool:
         """Return whether the handler has acted on the event, or there is a delivery of it."""
         return bool(self._session.scalar(_IS_SETTLED, {"event_id": event_id, "handler_name": self._route.handler}))
 

@@ -1,8 +1,8 @@
-"""Fetch envelopes from Postgres in bytes that are bounded, and past rows that have none.
+"""Fetch envelopes from Postgres with a bound in bytes, and skip rows that have none.
 
-A statement that reads brings the envelopes of small rows with it. For a row that is large or compressed it brings the
-event's id instead: how many bytes its text has is not known before it is made. Those come from `dovecote.envelopes`,
-some at a time, each made by itself. So a row whose envelope cannot be made is known, with the reason, and stops none.
+A statement that reads returns the envelopes of small rows. For a row that is large or compressed it returns the event's
+id instead: the size of its text is not known before it is made. Those come from `dovecote.envelopes`, some at a time,
+each made separately. So a row whose envelope cannot be made is known, with the reason, and does not stop the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +27,11 @@ log = structlog.get_logger()
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Bytes of one answer of `dovecote.envelopes`: Postgres keeps it in memory as a whole, below its work_mem.
+# Bytes of one result of `dovecote.envelopes`: Postgres keeps it in memory as a whole, below its work_mem.
 _ANSWER_BYTES = 2_000_000
-# Ids of one question.
+# Ids of one statement.
 _ASKED_IDS = 100
-# A batch has no more events without an envelope: to find out that a text is far too large may take a tenth of a second.
+# Most events of a batch without an envelope: to find out that a text is far too large may take a tenth of a second.
 _PROBLEMS = 20
 # What stands for an envelope that is still to be fetched: the event's id. No envelope is so short.
 _ID_BYTES = 16
@@ -59,14 +59,14 @@ def bounded(select: str) -> str:
 
 
 def without_envelopes(query: str) -> str:
-    """Return the statement with an id in place of every envelope: it fails at none."""
+    """Return the statement with an id in place of every envelope: no envelope makes it fail."""
     return query.replace("dovecote.small_envelope(o)", "null::text")
 
 
 def past_unreadable(connection: Connection, query: str, run: Callable[[str], Result]) -> Result:
     """Run a statement that reads envelopes; if it fails, once more without them: with an id in place of each.
 
-    Then it fails at none, and which of them cannot be made shows when they are fetched.
+    Then no envelope makes it fail; which of them cannot be made shows when they are fetched.
     Errors: psycopg.Error when the connection is lost, or when something else is wrong.
     """
     try:
@@ -89,7 +89,11 @@ class Made(Generic[Item]):
 
 @dataclass(frozen=True)
 class Read:
-    """Rows as far as there was room; `is_cut` says that more may match. `problems` tell why a row has no envelope."""
+    """Rows as far as there was room.
+
+    is_cut    more may match
+    problems  position -> why the row there has no envelope
+    """
 
     rows: list[Row]
     is_cut: bool = False
@@ -132,7 +136,7 @@ class Envelopes:
 
     def read(self, query: str, *parameters: object) -> Read:
         """Return the rows of a `bounded` statement: as many as there is room for, and at least one."""
-        # Where some could not be read there may be more, and a statement would try them all before the first is known.
+        # After one that could not be read there may be more, and a statement would try all of them.
         query = without_envelopes(query) if self._row_by_row else query
         rows = past_unreadable(self._connection, query, lambda query: self._select(query, parameters))
         self._row_by_row = False

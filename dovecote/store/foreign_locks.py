@@ -1,7 +1,7 @@
-"""Sessions that hold locks of ours and have no use for them: anybody who may connect can take any advisory one.
+"""Foreign sessions that hold our locks: any login that may connect can take any advisory lock.
 
-Nothing waits for an advisory lock for ever (docs/adr/0036-leadership-and-announcements-need-a-privilege.md). Who holds
-one, or keeps others from a table without a right to, is named by the log of the relay, `status`, `doctor` and a metric.
+Nothing waits for an advisory lock for ever (docs/adr/0036-leadership-and-announcements-need-a-privilege.md). Sessions
+that hold one, or block a table without a privilege, are shown by the log of the relay, `status`, `doctor` and a metric.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Which deliveries the relay sends, and when: the relay's side of the table `deliveries`, on its own connection.
 
-A delivery that is due is leased and then sent. A lease that nobody ends is over after some time: the message was lost
+A delivery that is due is leased and then sent. A lease that is not ended expires: the message was lost
 with Redis, or the relay that leased it ended before it was sent.
 """
 
@@ -18,8 +18,8 @@ from dovecote.store.unsendable import dead_letter_gone
 
 #: Most bytes of envelopes that one lease returns, unless it is a single event.
 MAX_LEASE_BYTES = 8_000_000
-# A message that was lost without anybody noticing is sent again after twice the time that it has been on its way, and
-# after this at the latest.
+# A message that was lost unnoticed is sent again after twice the time since it was sent first, and after this at the
+# latest.
 _MAX_LEASE_SECONDS = 3_600.0
 #: Redis and the worker hold a whole message in memory; large payloads make smaller bundles.
 MAX_BUNDLE_BYTES = 1_000_000
@@ -29,7 +29,7 @@ MAX_BUNDLE_BYTES = 1_000_000
 class DueDelivery:
     """A retry whose time has come, leased to the caller.
 
-    `changed_at` is Unix microseconds: when it failed last, or was let go on. A lease changes nothing of it.
+    `changed_at` is Unix microseconds: when it failed last, or was released. A lease does not change it.
     `first_leased_at`, the same, is when this attempt was leased first; what was leased together then goes in the
     messages it went in then, however often it is sent again.
     `envelope` of one that is large is the event's id in 16 bytes: it is to be fetched (dovecote/store/envelopes.py).
@@ -48,7 +48,7 @@ class DueDelivery:
 
 # An event that was released brings those along that wait behind it, as many as make a bundle: each of them is written
 # once on its way. One that has failed goes alone (migrations/sql/0026_leftovers.up.sql). Nothing was heard of one whose
-# lease is over, so its message may be lost; mostly it is still queued, because nobody serves its queue. It is leased
+# lease is over, so its message may be lost; mostly it is still queued, because its queue has no consumers. It is leased
 # for as long as nothing has been heard of it, or a queue without consumers would be written about for ever.
 _LEASE_DUE = """
     with due as materialized (
@@ -101,7 +101,7 @@ _WITH_WAITING = """
 
 # From one aggregate to the next by the index, however many events wait in each. The live ones are behind those of
 # replays, which have been done before: if the last is of a replay, no live one waits there.
-_RELEASE_STRAYS = """
+_RELEASE_UNBLOCKED = """
     with recursive slice as (
         (select d.aggregate_type, d.aggregate_id, d.event_id, d.replay_id, 1 as n from dovecote.deliveries d
          where d.state = 'waiting' and d.handler_name = %(handler)s
@@ -133,7 +133,7 @@ _RELEASE_STRAYS = """
 """
 
 # The same for those of replays: what waits with nothing of its replay before it.
-_RELEASE_STRAYS_OF_REPLAYS = """
+_RELEASE_UNBLOCKED_OF_REPLAYS = """
     with recursive slice as (
         (select d.replay_id, d.aggregate_type, d.aggregate_id, 1 as n from dovecote.deliveries d
          where d.replay_id is not null
@@ -205,7 +205,7 @@ def lease_due(
 
 
 def end_leases(connection: psycopg.Connection[TupleRow]) -> int:
-    """Make every retry that was sent due at once, because nobody knows if its message still is; return how many."""
+    """Make every retry that was sent due at once, because its message may be lost; return how many."""
     return connection.execute(_END_LEASES).rowcount
 
 
@@ -215,7 +215,7 @@ def with_waiting(connection: psycopg.Connection[TupleRow], routes: Sequence[Rout
     return [ordered[handler] for (handler,) in connection.execute(_WITH_WAITING, (list(ordered),))]
 
 
-def release_strays(connection: psycopg.Connection[TupleRow], route: Route, cursor: Cursor | None = None) -> int:
+def release_unblocked(connection: psycopg.Connection[TupleRow], route: Route, cursor: Cursor | None = None) -> int:
     """Send on events of an ordered route that wait for nothing any more; return how many.
 
     Looks at some aggregates behind the `cursor` and moves it, back to the beginning after the last. This is the net
@@ -224,10 +224,10 @@ def release_strays(connection: psycopg.Connection[TupleRow], route: Route, curso
     cursor = cursor or Cursor()
     names = {"handler": route.handler, "event_types": route.event_types, "aggregates": _AGGREGATES_A_LOOK}
     after = dict(zip(("after_type", "after_id"), cursor.aggregate, strict=True))
-    released, last = _look(connection, _RELEASE_STRAYS, {**names, **after})
+    released, last = _look(connection, _RELEASE_UNBLOCKED, {**names, **after})
     cursor.aggregate = last or Cursor.aggregate
     after = dict(zip(("after_replay", "after_type", "after_id"), cursor.of_replay, strict=True))
-    of_replays, last = _look(connection, _RELEASE_STRAYS_OF_REPLAYS, {**names, **after})
+    of_replays, last = _look(connection, _RELEASE_UNBLOCKED_OF_REPLAYS, {**names, **after})
     cursor.of_replay = last or Cursor.of_replay
     return released + of_replays
 

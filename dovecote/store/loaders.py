@@ -1,8 +1,8 @@
-"""How values of our tables become Python objects in the relay and in commands, whatever is in them.
+"""How values of our tables become Python objects in the relay and in commands, whatever they are.
 
-psycopg raises where a value has no Python object: a moment beyond the year 9999 or before 1, `infinity`, a JSON number
-of 5,000 digits, a JSON array 10,000 levels deep. Postgres takes all of these, and one row must not end a relay or hide
-every other row of a list.
+psycopg raises where a value has no Python object: a time beyond the year 9999 or before 1, `infinity`, a JSON number
+of 5,000 digits, a JSON array 10,000 levels deep. Postgres takes all of these, and one row must neither end a relay nor
+hide the other rows of a list.
 """
 
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ _LATEST = datetime.max.replace(tzinfo=UTC)
 _MAX_SHOWN = 200
 
 
-class _Moment(TimestamptzLoader):
+class _Timestamp(TimestamptzLoader):
     def load(self, data: Buffer) -> datetime:
         try:
             return super().load(data)
@@ -28,7 +28,7 @@ class _Moment(TimestamptzLoader):
             return _EARLIEST if text.startswith(b"-") or text.endswith(b"BC") else _LATEST
 
 
-class _BinaryMoment(TimestamptzBinaryLoader):
+class _BinaryTimestamp(TimestamptzBinaryLoader):
     def load(self, data: Buffer) -> datetime:
         try:
             return super().load(data)
@@ -73,10 +73,10 @@ class _BinaryJsonb(JsonbBinaryLoader):
 
 
 def load_anything(connection: psycopg.Connection[Any]) -> None:
-    """Have the connection return the nearest moment, or {"unreadable": <beginning>}, instead of raising."""
+    """Have the connection return the nearest time, or {"unreadable": <beginning>}, instead of raising."""
     for name, loader in (
-        ("timestamptz", _Moment),
-        ("timestamptz", _BinaryMoment),
+        ("timestamptz", _Timestamp),
+        ("timestamptz", _BinaryTimestamp),
         ("json", _Json),
         ("json", _BinaryJson),
         ("jsonb", _Jsonb),

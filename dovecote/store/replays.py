@@ -179,6 +179,6 @@ def is_matched(strength: str) -> str:
     return _MATCHED[strength]
 
 
-def is_settled(strength: str) -> str:
+def is_finished(strength: str) -> str:
     """Return SQL that says whether nothing is left to do: acted on, or in `deliveries`."""
     return _SETTLED[strength]

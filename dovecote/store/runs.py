@@ -1,17 +1,17 @@
-"""One run of one Postgres, as dovecote.server_run() tells it. Another run may have forgotten what this one told."""
+"""One run of one Postgres, as dovecote.server_run() returns it. Another run may have lost what this one committed."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from dovecote.store.envelopes import Connection
 
-# It is read from Redis as well, where anybody may have written it: four numbers of 64 bits, and no year beyond 9999.
+# It is read from Redis as well, where any client may have written it: four numbers of 64 bits, and no year beyond 9999.
 _MAX_LENGTH, _LATEST_US = 90, 253_402_000_000 * 1_000_000
 
 
 @dataclass(frozen=True)
 class Run:
-    """`started_us` is Unix time; `database` is its number within the server, 0 for a run told without one."""
+    """`started_us` is Unix time; `database` is its number within the server, 0 for a run without one."""
 
     system: int
     timeline: int
@@ -19,16 +19,16 @@ class Run:
     database: int = 0
 
     @classmethod
-    def read(cls, told: str | None) -> "Run | None":
+    def read(cls, text: str | None) -> "Run | None":
         """Return None for what is no run."""
-        words = (told or "").split() if len(told or "") <= _MAX_LENGTH else []
+        words = (text or "").split() if len(text or "") <= _MAX_LENGTH else []
         if len(words) < 3 or not all(word.isascii() and word.isdecimal() for word in words[:4]):
             return None
         found = cls(*(int(word) for word in words[:4]))
         return found if found.started_us <= _LATEST_US else None
 
     def is_newer_than(self, other: "Run") -> bool:
-        """Tell which of two databases that may have been one goes on; neither for one and the same.
+        """Return whether this is the newer of two databases that may have been one; False for the same one.
 
         A promoted standby may have been started before its primary was: its timeline is higher.
         """

@@ -1,7 +1,7 @@
 """Whether positions are handed out in order: each above all that are known. Otherwise new events are never read.
 
 A sequence is set back by a restore without it, by logical replication, by hand; with a cache each session has a block
-of its own. The relay then does not lead, and says so; `dovecote recover` is the cure (migration 0025).
+of its own. The relay then does not lead, and logs it; `dovecote recover` repairs it.
 """
 
 import time
@@ -14,7 +14,7 @@ from dovecote.store.envelopes import Connection
 
 log = structlog.get_logger()
 
-#: How often a relay that does not lead asks again.
+#: How often a relay that must not lead checks again.
 ASK_AGAIN_SECONDS = 2.0
 # A leader notices an altered cache or increment after this long, and with the next read a sequence that was set back.
 _POLL_INTERVAL_SECONDS = 10.0
@@ -30,7 +30,7 @@ _LOOK = "select dovecote.sequence_fault(), epoch, dovecote.outbox_run() from dov
 
 
 class SequenceFault(DovecoteError):
-    """Positions are not handed out in order; the message is what `dovecote.sequence_fault()` says."""
+    """Positions are not handed out in order; the message is that of `dovecote.sequence_fault()`."""
 
 
 def fault(connection: Connection) -> str | None:
@@ -42,7 +42,7 @@ def fault(connection: Connection) -> str | None:
 def refusal(connection: Connection) -> str | None:
     """Return why the holder of the leader's lock must not lead; None when it may.
 
-    A sequence that somebody has repaired by hand may hide events that were written before: they are made to be read.
+    A sequence that was repaired by hand may hide events that were written before: `recover` renumbers them.
     """
     found, was_refused = connection.execute(_MAY_LEAD).fetchone() or (None, False)
     if found is not None:
@@ -58,7 +58,7 @@ def refusal(connection: Connection) -> str | None:
 
 
 class SequenceWatch:
-    """Looks now and then whether what this leadership goes by is still as it was when it began.
+    """Checks now and then whether the sequence and the outbox are still those with which this leadership began.
 
     `run` is what the messages say they were sent in: `dovecote.outbox_run()`. Without a restart it is another one after
     VACUUM FULL of relay_state, and after a reset of the server's statistics: consumers would look up every event.

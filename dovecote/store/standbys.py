@@ -4,9 +4,9 @@ from typing import Any
 
 import psycopg
 
-# Standbys are seen as sessions of walsenders, with the right to see them, or by their slots, which everybody sees: the
-# restart_lsn of a physical slot is what its standby has confirmed as flushed. A subscriber to a publication is none,
-# nor is a backup that is being made, nor an archive: nobody can promote them. Their slots would be taken for standbys.
+# Standbys are seen as sessions of walsenders, with the right to see them, or by their slots, which every login sees:
+# the restart_lsn of a physical slot is what its standby has confirmed as flushed. A subscriber is no standby,
+# nor is a running backup, nor an archive: they cannot be promoted. Their slots would be taken for standbys.
 #: Whether a standby has flushed up to here, or up to now; null where none is seen. And what is now.
 FLUSHED = """
     select max(flushed) >= coalesce(%(upto)s::pg_lsn, pg_current_wal_insert_lsn()) as is_flushed,

@@ -1,11 +1,16 @@
-"""Events that no handler wants: they stay in the outbox, and what the relay met is noted by type.
+"""Events that no handler wants: they stay in the outbox, and the relay counts them by type.
 
 A newer writer's version is among them until code is deployed that knows it: then it is sent (see `Relay._subscribe`).
-A writer may invent types without end. The ones met last are kept, at most MAX_TYPES of them.
+A writer may invent any number of types. The latest are kept, at most MAX_TYPES of them.
 """
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy
+from sqlalchemy import text
 
 from dovecote.store.reader import Connection, Row
 
@@ -26,9 +31,42 @@ _FORGET_OLDEST = """
         select event_type from dovecote.unrouted_types order by last_seen_at desc, last_position desc offset %s)
 """
 
+_UNROUTED = text(
+    """
+    select u.event_type, u.events, u.first_position, u.last_position, u.first_seen_at, u.last_seen_at,
+           coalesce((select array_agg(distinct s.handler_name order by s.handler_name) from dovecote.subscriptions s
+                     where dovecote.fact_of(s.event_type) = dovecote.fact_of(u.event_type)), '{}') as wanted_by
+    from dovecote.unrouted_types u
+    where not exists (select from dovecote.subscriptions s where s.event_type = u.event_type)
+    order by u.last_seen_at desc, u.last_position desc limit :most
+    """
+)
+
+
+@dataclass(frozen=True)
+class UnroutedType:
+    """A type the relay met that no handler wants.
+
+    events     how many, about: an event published twice counts twice
+    wanted_by  handlers that want another version of the same fact: deploy code that knows this one, and they get it
+    """
+
+    event_type: str
+    events: int
+    first_position: int
+    last_position: int
+    first_seen_at: datetime
+    last_seen_at: datetime
+    wanted_by: list[str]
+
+
+def unrouted(connection: sqlalchemy.Connection) -> list[UnroutedType]:
+    """Return the types that nobody subscribes to, the one met last first: at most 1,000."""
+    return [UnroutedType(**row._mapping) for row in connection.execute(_UNROUTED, {"most": MAX_TYPES})]
+
 
 class Unrouted:
-    """Counts what a leadership meets, and writes it down now and then: a row a batch would be a version a batch."""
+    """Counts unrouted events in memory, and writes the counts now and then: a write per batch would bloat the table."""
 
     def __init__(self, routed: AbstractSet[str]) -> None:
         self._routed = routed
@@ -46,11 +84,11 @@ class Unrouted:
 
     @property
     def has_news(self) -> bool:
-        """Whether a type was met that this leadership has not written down yet. It should: a crash would hide it."""
+        """Whether a type was met that this leadership has not written down yet. It should: a crash would lose it."""
         return not self._met.keys() <= self._written
 
     def write(self, connection: Connection) -> None:
-        """Write down what was met since the last time."""
+        """Write what was counted since the last time."""
         if self._met:
             events, first, last = zip(*self._met.values(), strict=True)
             connection.execute(_NOTE, (list(self._met), list(events), list(first), list(last)))

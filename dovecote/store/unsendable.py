@@ -21,9 +21,9 @@ log = structlog.get_logger()
 
 # Rows without an envelope ------------------------------------------------------------------------
 
-# What the handler has acted on is done, whatever has become of the row since; what is given up stays given up. A row of
-# a retry keeps its replay. Nothing is written by a relay that has been replaced.
-_SET_ASIDE = """
+# An event that the handler has processed stays so, even if its row has changed since; a discarded one stays discarded.
+# A retry keeps its replay. Nothing is written by a relay that has been replaced.
+_RECORD_UNREADABLE = """
     insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
         event_type, state, error_type, error_fingerprint, error, replay_id)
     select unreadable.handler, o.id, o.position, o.aggregate_type, o.aggregate_id, o.event_type,
@@ -43,7 +43,7 @@ _SET_ASIDE = """
 
 
 class UnreadableRow(DovecoteError):
-    """The relay cannot make the envelope of an event; no consumer ever sees it."""
+    """The relay cannot make the envelope of an event; no consumer gets it."""
 
 
 class Unreadable(NamedTuple):
@@ -54,13 +54,15 @@ class Unreadable(NamedTuple):
     problem: str
 
 
-def set_aside(connection: Connection, epoch: int, rows: Sequence[Unreadable], replay: UUID | None = None) -> None:
-    """Write down that these are dead. One that was discarded, or acted on, stays as it is."""
+def record_unreadable(
+    connection: Connection, epoch: int, rows: Sequence[Unreadable], replay: UUID | None = None
+) -> None:
+    """Dead-letter these. An event that was discarded or processed stays as it is."""
     if not rows:
         return
     errors = [UnreadableRow(masked(problem)) for _, _, problem in rows]
     connection.execute(
-        _SET_ASIDE,
+        _RECORD_UNREADABLE,
         {
             "epoch": epoch,
             "replay": replay,
@@ -74,16 +76,16 @@ def set_aside(connection: Connection, epoch: int, rows: Sequence[Unreadable], re
 
 
 def report(problems: Mapping[int, str]) -> None:
-    """Log what is set aside; where no handler wants the event this is all that tells of it."""
+    """Log what is recorded as unreadable; if no handler wants the event, this is the only record."""
     for position, problem in problems.items():
-        log.error("an event cannot be read and is set aside", position=position, problem=masked(problem))
+        log.error("an event cannot be read", position=position, problem=masked(problem))
 
 
 def _text(row: Unreadable, error: UnreadableRow) -> str:
     return (
         f"{UnreadableRow.__qualname__}: {error}\n"
         f"The row at position {row.position} of dovecote.outbox is in no message, and {row.handler} has not seen it.\n"
-        "Discard it, or mend the row there (as its owner) and retry it."
+        "Discard it, or repair the row there (as its owner) and retry it."
     )
 
 
@@ -117,7 +119,7 @@ _ERROR = (
 
 
 class EventIsGone(DovecoteError):
-    """A delivery tells of an event that the outbox does not have."""
+    """The event of a delivery is not in the outbox."""
 
     def __init__(self) -> None:
         super().__init__(_ERROR)

@@ -1,7 +1,7 @@
-"""psycopg's connections, with a place for somebody who watches what is done to their transaction.
+"""psycopg's connections, with a hook for a watcher of their transaction.
 
-`connect` opens these. As long as nobody watches one it has psycopg's own cursors. What is said to libpq itself, such as
-`pgconn.exec_(b"commit")`, or with a cursor that is made of psycopg's classes by hand, is not seen.
+`connect` opens these. Without a watcher a connection has psycopg's own cursors. Calls of libpq itself, such as
+`pgconn.exec_(b"commit")`, or with a cursor that is made of psycopg's classes by hand, are not seen.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ AnyCursor = TypeVar("AnyCursor", bound=psycopg.Cursor[Any])
 
 
 class Watcher(Protocol):
-    """Is told of what happens on a connection; what it raises before something happens prevents it."""
+    """Is called before things happen on a connection; what it raises prevents them."""
 
     def before_statement(self, query: object, parameters: object) -> None: ...
     def before_commit(self) -> None: ...
@@ -29,20 +29,20 @@ class Watcher(Protocol):
 
 
 class Connection(psycopg.Connection[Row]):
-    """Commits nothing that has failed: Postgres would answer COMMIT with ROLLBACK, and nobody would say so."""
+    """Refuses to commit a failed transaction: Postgres would answer COMMIT with ROLLBACK, without an error."""
 
     watcher: Watcher | None = None
 
     @contextmanager
     def watched_by(self, watcher: Watcher) -> Iterator[None]:
-        """Tell the watcher of each statement and each end of a transaction, within the block."""
+        """Call the watcher for each statement and each end of a transaction, within the block."""
         self.watcher = watcher
         self.cursor_factory = _watched(self.cursor_factory)
         self.server_cursor_factory = _watched(self.server_cursor_factory)
         try:
             yield
         finally:
-            # Given back to the pool in between, it may be watched by another by now.
+            # It may have been returned to the pool meanwhile, and be watched by another.
             if self.watcher is watcher:
                 self.watcher = None
 
@@ -76,7 +76,7 @@ class Connection(psycopg.Connection[Row]):
 
 
 def given_back(connection: psycopg.Connection[Any] | None, _record: object) -> None:
-    """Leave nothing behind for the next one that takes the connection out of its pool."""
+    """Leave the connection clean for its next user."""
     if isinstance(connection, Connection):
         connection.watcher = None
         # SQLAlchemy resets no connection whose transaction it takes for ended, as after a commit that failed.
@@ -85,7 +85,7 @@ def given_back(connection: psycopg.Connection[Any] | None, _record: object) -> N
 
 
 class WatchedSession(Session):
-    """Says no where SQLAlchemy would only warn: a transaction that is watched has its isolation level."""
+    """Raises where SQLAlchemy would only warn: a transaction that is watched has its isolation level."""
 
     def connection(
         self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None
@@ -114,16 +114,16 @@ class _WatchedCursor(psycopg.Cursor[Row]):
 
     def executemany(self, query: Any, params_seq: Iterable[Any], **options: Any) -> None:
         every = list(params_seq)
-        with _told(self, query, every):
+        with _watching(self, query, every):
             super().executemany(query, every, **options)
 
     def stream(self, query: Any, params: Any = None, **options: Any) -> Iterator[Row]:
-        with _told(self, query, params):
+        with _watching(self, query, params):
             yield from super().stream(query, params, **options)
 
     @contextmanager
     def copy(self, statement: Any, params: Any = None, **options: Any) -> Iterator[psycopg.Copy]:
-        with _told(self, statement, params), super().copy(statement, params, **options) as copy:
+        with _watching(self, statement, params), super().copy(statement, params, **options) as copy:
             yield copy
 
 
@@ -140,7 +140,7 @@ def _watched(cursors: type[AnyCursor]) -> type[AnyCursor]:
 
 
 @contextmanager
-def _told(cursor: psycopg.Cursor[Any], query: object, parameters: object) -> Iterator[None]:
+def _watching(cursor: psycopg.Cursor[Any], query: object, parameters: object) -> Iterator[None]:
     watcher = _watcher_of(cursor)
     if watcher is not None:
         watcher.before_statement(query, parameters)

@@ -164,7 +164,7 @@ GOING_BACK = (
     Mutant(
         "messages held for a paused handler are not dropped",
         "dovecote/relay/fence.py",
-        "[*((queue, queue) for queue in queues), *aside]",
+        "[*((queue, queue) for queue in queues), *held]",
         "[(queue, queue) for queue in queues]",
         f"{BROKER}::test_what_is_dropped_is_ours_on_every_queue_there_is",
     ),

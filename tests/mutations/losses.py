@@ -5,7 +5,7 @@ from tests.mutations.mutant import Mutant
 MISSING, RECONCILING = "tests/dovecote/relay/test_recovery.py", "tests/dovecote/relay/test_reconciler.py"
 
 MISSING_PY, RECONCILING_PY = "dovecote/relay/recovery.py", "dovecote/relay/reconciler.py"
-QUEUED_PY, REQUEUE_LUA = "dovecote/relay/queue_search.py", "dovecote/broker/lua/requeue.lua"
+QUEUED_PY, REQUEUE_LUA = "dovecote/relay/queue_search.py", "dovecote/broker/lua/restore.lua"
 
 LOSSES = (
     # Redis ----------------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ LOSSES = (
     Mutant(
         "what is acknowledged during the look is sent again",
         RECONCILING_PY,
-        "for position in self._unfinished(connection, route, multirange(suspects))}",
-        "for position in suspects}",
+        "for position in self._unfinished(connection, route, multirange(missing))}",
+        "for position in missing}",
         f"{RECONCILING}::test_what_a_worker_finishes_during_the_look_is_not_lost",
     ),
     Mutant(
@@ -174,16 +174,16 @@ LOSSES = (
     Mutant(
         "what is in a worker's hands is lost",
         QUEUED_PY,
-        "        for ids in (*held, head):\n",
+        "        for ids in (*acks, head):\n",
         "        for ids in (head,):\n",
         f"{RECONCILING}::test_what_is_in_hand_or_in_another_message_is_not_lost",
     ),
     Mutant(
         "messages held for a paused handler are lost",
         QUEUED_PY,
-        "        if is_aside:\n",
+        "        if is_held:\n",
         "        if False:\n",
-        f"{RECONCILING}::test_what_is_put_aside_and_comes_back_soon_is_not_lost",
+        f"{RECONCILING}::test_what_is_held_and_comes_back_soon_is_not_lost",
     ),
     Mutant(
         "only the head of a queue is looked at",

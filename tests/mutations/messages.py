@@ -78,7 +78,7 @@ SIGNED = (
     Mutant(
         "what fails time after time goes on for ever",
         "dovecote/consumer/middleware.py",
-        "            if times > _MAX_HAND_BACKS:\n",
+        "            if times > _MAX_REQUEUES:\n",
         "            if False:\n",
         f"{MESSAGES}::test_a_message_that_fails_time_after_time_is_refused_in_the_end",
     ),

@@ -438,7 +438,7 @@ MUTANTS = (
     Mutant(
         "what cannot be read is passed and written nowhere",
         "dovecote/relay/leader.py",
-        "            self._set_aside(batch)\n",
+        "            self._record_unreadable(batch)\n",
         "",
         UNREADABLE,
     ),
@@ -545,7 +545,7 @@ MUTANTS = (
     Mutant(
         "nobody looks whether Redis is the one we knew",
         "dovecote/relay/leader.py",
-        "        self._unrouted.write(self._records)\n        self._through_outages(self._check_redis)\n",
+        "        self._unrouted.write(self._records)\n        self._retry_while_unavailable(self._check_redis)\n",
         "        self._unrouted.write(self._records)\n",
         f"{RELAY} {HISTORY}",
     ),
@@ -802,7 +802,7 @@ MUTANTS = (
     Mutant(
         "strays wait for ever",
         "dovecote/relay/leader.py",
-        "            leases.release_strays(self._connection, route, self._cursors[route.handler])\n",
+        "            leases.release_unblocked(self._connection, route, self._cursors[route.handler])\n",
         "                pass\n",
         RELAY,
     ),
@@ -908,7 +908,7 @@ MUTANTS = (
     ),
     Mutant(
         "a crash count outlives a clean requeue",
-        "dovecote/broker/lua/hand_back.lua",
+        "dovecote/broker/lua/requeue.lua",
         "        redis.call('hdel', KEYS[2] .. '.in_flight', ARGV[i])\n",
         "",
         BROKER,
@@ -1086,20 +1086,20 @@ MUTANTS = (
     Mutant(
         "the relay does not reap",
         "dovecote/relay/leader.py",
-        "            self._through_outages(self._reap)\n",
+        "            self._retry_while_unavailable(self._reap)\n",
         "            pass\n",
         TAKING_OVER,
     ),
     Mutant(
-        "messages are handed back in reverse",
-        "dovecote/broker/lua/hand_back.lua",
+        "messages are requeued in reverse",
+        "dovecote/broker/lua/requeue.lua",
         "for i = #ARGV, 1, -1 do",
         "for i = 1, #ARGV do",
         BROKER,
     ),
     Mutant(
-        "messages are handed back to the tail",
-        "dovecote/broker/lua/hand_back.lua",
+        "messages are requeued at the tail",
+        "dovecote/broker/lua/requeue.lua",
         "redis.call('lpush', KEYS[2], ARGV[i])",
         "redis.call('rpush', KEYS[2], ARGV[i])",
         BROKER,
@@ -1114,7 +1114,7 @@ MUTANTS = (
     Mutant(
         "a message that failed is acknowledged",
         "dovecote/consumer/middleware.py",
-        "may_come_again(message.message_id):\n                hand_back(message)\n",
+        "may_come_again(message.message_id):\n                set_to_requeue(message)\n",
         "may_come_again(message.message_id):\n                pass\n",
         BROKER,
     ),
@@ -1142,7 +1142,7 @@ MUTANTS = (
     Mutant(
         "what is for a handler of other code is a dead letter of Dramatiq's",
         "dovecote/bootstrap.py",
-        "            if queue not in broker.stand_ins:\n",
+        "            if queue not in broker.fallback_actors:\n",
         "            if False:\n",
         "tests/dovecote/relay/test_routing.py::test_a_consumer_keeps_what_is_for_a_handler_that_only_other_code_has",
     ),
@@ -1293,17 +1293,18 @@ MUTANTS = (
         PAUSING,
     ),
     Mutant(
-        "what was put aside comes back newest first",
-        "dovecote/broker/lua/take_back.lua",
+        "what was held comes back newest first",
+        "dovecote/broker/lua/resume_held.lua",
         "'RIGHT', 'LEFT'",
         "'LEFT', 'LEFT'",
         PAUSING,
     ),
     Mutant(
-        "what is put aside after the resume stays aside",
+        "what is held after the resume stays held",
         "dovecote/relay/leader.py",
-        "            self._through_outages(self._reap)\n            self._through_outages(self._take_back)\n",
-        "            self._through_outages(self._reap)\n",
+        "            self._retry_while_unavailable(self._reap)\n"
+        "            self._retry_while_unavailable(self._resume_held)\n",
+        "            self._retry_while_unavailable(self._reap)\n",
         PAUSING,
     ),
     # Watching -----------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ QUEUES = (
         "dovecote/broker/broker.py",
         "            sizes[queue] -= size\n",
         "            pass\n",
-        f"{POSTPONED}::test_what_is_put_aside_for_a_paused_handler_is_no_burden_to_others_on_its_queue",
+        f"{POSTPONED}::test_what_is_held_for_a_paused_handler_is_no_burden_to_others_on_its_queue",
     ),
     Mutant(
         "nobody catches up",

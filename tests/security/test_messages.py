@@ -230,9 +230,9 @@ def test_a_hand_made_crash_count_buries_nothing(attacked: Attacked, crashes: byt
             (NOTE.handler,),
         )
     write_quotes(system, [5])
-    aside = f"{attacked.prefix}test.aside.{NOTE.handler}"
-    eventually(lambda: attacked.redis.llen(aside), 10, "a message to attack")
-    (id,) = attacked.redis.lrange(aside, 0, -1)
+    held = f"{attacked.prefix}test.held.{NOTE.handler}"
+    eventually(lambda: attacked.redis.llen(held), 10, "a message to attack")
+    (id,) = attacked.redis.lrange(held, 0, -1)
     event_id = str(read_bundle(attacked.redis.hget(f"{attacked.prefix}test.msgs", id)).envelopes[0].event_id)
     attacked.redis.hset(f"{attacked.prefix}test.crashes", id, crashes)
     counts = orjson.dumps(CrashCounts({event_id: 3}))
@@ -373,8 +373,8 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
             (NOTE.handler,),
         )
     write_quotes(attacked.system, [77])
-    aside = f"{attacked.prefix}test.aside.{NOTE.handler}"
-    eventually(lambda: attacked.redis.llen(aside), 10, "a message that waits")
+    held = f"{attacked.prefix}test.held.{NOTE.handler}"
+    eventually(lambda: attacked.redis.llen(held), 10, "a message that waits")
 
     operations.revoke_message_key(engine, old.id.decode(), actor="ada", reason="stolen")
     with attacked.postgres() as connection:

@@ -21,7 +21,7 @@ __all__ = ["attacked"]
             "test.crashes",
             "test.DQ",
             "test.DQ.msgs",
-            "test.aside.test.note",
+            "test.held.test.note",
         ],
         ["__relay__", "__relay__.history", "__heartbeats__"],
     ],

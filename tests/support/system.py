@@ -16,7 +16,7 @@ from dovecote import operations
 from dovecote.bootstrap import broker_for, declare_handlers, relay_for
 from dovecote.broker.broker import OutboxBroker
 from dovecote.consumer.consumer import Consumer
-from dovecote.consumer.middleware import HandBackWhatFails
+from dovecote.consumer.middleware import RequeueWhatFails
 from dovecote.relay.fence import Claim, RedisFence
 from dovecote.relay.relay import Relay
 from dovecote.route import Route, queues
@@ -90,7 +90,7 @@ def system_for(
     """Put a system together; nothing of it runs yet."""
     engine = engine_for(settings, "dovecote test")
     stopping = threading.Event()
-    broker = broker_for(settings, [HandBackWhatFails(pause_seconds=0.05)], instrumentation)
+    broker = broker_for(settings, [RequeueWhatFails(pause_seconds=0.05)], instrumentation)
     gateways = gateways_for(settings)
     sessions = sessions_for(engine)
     consumer = Consumer(

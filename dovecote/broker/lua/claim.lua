@@ -13,7 +13,7 @@
 --
 -- Returns the epoch found before, -1 for none; and whether it was claimed.
 local found = tonumber(redis.call('get', KEYS[1]) or '-1') or -1
--- No leadership is so far ahead: somebody has made that up.
+-- No epoch is so far ahead: it is made up.
 if not (found >= 0 and found <= tonumber(ARGV[1]) + 1000000) then
     found = -1
 end

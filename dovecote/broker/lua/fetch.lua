@@ -1,15 +1,15 @@
 #!lua flags=allow-oom
--- Take messages from the head of a queue into a worker's hands. Ids come with them: what a message says of its own id
--- is not to be believed.
+-- Fetch messages from the head of a queue for a worker. Ids come with them: the id that a message gives itself is not
+-- trusted.
 --
--- KEYS[1]  the queue, KEYS[2] its messages, KEYS[3] the set of what this worker holds of it, KEYS[4] heartbeats
--- KEYS[5]  how often a process has died with a message in its hands
+-- KEYS[1]  the queue, KEYS[2] its messages, KEYS[3] the set of what this worker has fetched of it, KEYS[4] heartbeats
+-- KEYS[5]  how often a process has died with a message in flight
 -- ARGV[1]  the worker
 -- ARGV[2]  most messages
 -- ARGV[3]  most bytes of one message: of a larger one nothing is returned but its size
 -- ARGV[4]  most bytes of all, or a single message
--- ARGV[5]  most bytes of an id, and of a count of crashes. What is longer, nobody of ours has written: such an id is
---          taken away with its message and returned cut, as one that is too large, and such a count is returned as "?".
+-- ARGV[5]  most bytes of an id, and of a count of crashes. No process of ours has written anything longer: such an
+--          id is deleted with its message and returned cut, as a message that is too large; such a count is returned as "?".
 --
 -- Returns id, size, message or nil, crashes or nil, by turns.
 local now = redis.call('time')
@@ -34,7 +34,7 @@ for _ = 1, tonumber(ARGV[2]) do
         answer[#answer + 1] = #id
         answer[#answer + 1] = false
         answer[#answer + 1] = false
-    -- Without a message: it was acknowledged by a worker that had been taken for dead. Nobody need hold it.
+    -- Without a message: it was acknowledged by a worker that had been taken for dead.
     elseif size > 0 or redis.call('hexists', KEYS[2], id) == 1 then
         redis.call('sadd', KEYS[3], id)
         answer[#answer + 1] = id

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Delete keys of ours that are of another type than ours: every command on such a key fails, and so would all of ours.
+-- Delete keys of ours that are of another type than ours: every command on such a key fails.
 --
 -- KEYS     our keys
 -- ARGV     what type each is of

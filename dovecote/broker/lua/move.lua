@@ -3,22 +3,22 @@
 -- already is there once. So does every byte: they are signed. Others keep their places.
 --
 -- KEYS[1]  the fencing token: the epoch of the relay that may do this
--- KEYS[2]  the list of ids: a queue, or what is put aside on it
+-- KEYS[2]  the list of ids: a queue, or what is held from it
 -- KEYS[3]  the queue's full name
 -- ARGV[1]  the epoch of the caller
 -- ARGV[2]  prefix of full names
 -- ARGV[3]  what follows a queue's name: ".DQ" for a delay queue
--- ARGV[4]  what follows the name of a list: ".aside.<handler>"
+-- ARGV[4]  what follows the name of a list: ".held.<handler>"
 -- ARGV[5]  1: begin at the end, and put what is found at the head of its queue: what is older than all that is there.
 --          0: begin at the head, and put it at the end
 -- ARGV[6]  how many keep their places where to begin: those of calls before
 -- ARGV[7]  most messages of one call
--- ARGV[8]  most bytes: nobody else is served meanwhile
+-- ARGV[8]  most bytes: no other client is served meanwhile
 -- ARGV     then handlers and their queues, by turns
 --
 -- Returns how many were moved, how many keep their places, and how many are not looked at yet; -1 and -2 as publish.lua.
 local epoch = tonumber(redis.call('get', KEYS[1]) or '-1') or -1
--- No leadership is so far ahead: somebody has made that up.
+-- No epoch is so far ahead: it is made up.
 if epoch > tonumber(ARGV[1]) + 1000000 then
     epoch = -1
 end

@@ -9,7 +9,7 @@
 -- Returns how many messages were new; -1 when the token is gone or an older one is back (Redis lost what it was
 -- given), or is of another history; -2 when a newer relay has taken over.
 local epoch = tonumber(redis.call('get', KEYS[1]) or '-1') or -1
--- No leadership is so far ahead: somebody has made that up.
+-- No epoch is so far ahead: it is made up.
 if epoch > tonumber(ARGV[1]) + 1000000 then
     epoch = -1
 end
@@ -25,8 +25,8 @@ if redis.call('hget', KEYS[2], 'history') ~= ARGV[2] then
 end
 local added = 0
 for i = 3, #ARGV, 3 do
-    -- A message that is still queued or in somebody's hands keeps its place. The list first: should it be no list, its
-    -- messages must not be there without it.
+    -- A message that is still queued or in flight keeps its place. The list first: if that key is no list, this fails
+    -- before a message is there without it.
     if redis.call('hexists', ARGV[i] .. '.msgs', ARGV[i + 1]) == 0 then
         redis.call('rpush', ARGV[i], ARGV[i + 1])
         redis.call('hset', ARGV[i] .. '.msgs', ARGV[i + 1], ARGV[i + 2])

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Take refused messages off their queue: among its dead letters while there is room, so that somebody may look at them.
+-- Remove refused messages; while there is room they are kept among the dead letters of the queue.
 --
--- KEYS[1]  the set of messages this worker holds of the queue
+-- KEYS[1]  the set of messages that this worker has fetched from the queue
 -- KEYS[2]  the queue, KEYS[3] its dead letters
 -- ARGV[1]  most dead letters, and ARGV[2] most bytes of one
 -- ARGV     message ids

@@ -1,33 +1,13 @@
 #!lua flags=allow-oom
--- Put a message that nobody can fetch back on its queue: its text is there, but it is in no list and in nobody's hands.
+-- Return unfinished messages to the head of their queue, in the order they were fetched.
 --
--- KEYS[1]  the fencing token: the epoch of the relay that may publish
+-- KEYS[1]  the set of messages that this worker has fetched from the queue
 -- KEYS[2]  the queue
--- KEYS[3]  when each worker was last heard of
--- KEYS[4]  what is put aside for the handler
--- ARGV[1]  the epoch of the caller
--- ARGV[2]  message id
--- ARGV[3]  prefix of the sets of messages that workers hold
--- ARGV[4]  the queue's name without its namespace
--- ARGV[5]  how many messages at either end of the queue are looked at: the caller has looked at all of it before, and
---          what has come back since is at an end
---
--- Returns whether the message was put back.
-if tonumber(redis.call('get', KEYS[1]) or '-1') ~= tonumber(ARGV[1]) then
-    return 0
-end
-if redis.call('hexists', KEYS[2] .. '.msgs', ARGV[2]) == 0 or redis.call('exists', KEYS[4]) == 1 then
-    return 0
-end
-if redis.call('lpos', KEYS[2], ARGV[2], 'MAXLEN', ARGV[5])
-    or redis.call('lpos', KEYS[2], ARGV[2], 'RANK', -1, 'MAXLEN', ARGV[5]) then
-    return 0
-end
--- A worker that is not known as alive or dead holds nothing: nobody would ever take it back from there.
-for _, worker in ipairs(redis.call('zrange', KEYS[3], 0, -1)) do
-    if redis.call('sismember', ARGV[3] .. worker .. '.' .. ARGV[4], ARGV[2]) == 1 then
-        return 0
+-- ARGV     message ids, oldest first
+for i = #ARGV, 1, -1 do
+    if redis.call('srem', KEYS[1], ARGV[i]) == 1 and redis.call('hexists', KEYS[2] .. '.msgs', ARGV[i]) == 1 then
+        redis.call('lpush', KEYS[2], ARGV[i])
+        -- What is requeued in good order has killed no process (dovecote/store/poison.py).
+        redis.call('hdel', KEYS[2] .. '.in_flight', ARGV[i])
     end
 end
-redis.call('rpush', KEYS[2], ARGV[2])
-return 1

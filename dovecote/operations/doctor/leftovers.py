@@ -41,7 +41,7 @@ _HANDLERS_OF = """
     end
     return answer
 """
-_ASIDE = ".aside."
+_HELD = ".held."
 
 # Of one kind, so that an index finds them among any number of others.
 _GONE = """
@@ -65,11 +65,11 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
     known = {name for queue in queues(subject.routes) for name in (queue, dq_name(queue))}
     strangers = sorted(name for name in _queues(client, subject) if name not in known and not name.endswith(".XQ"))
     queue_of = {route.handler: route.queue for route in subject.routes}
-    aside = {name: name.partition(_ASIDE)[2] for name in _names(client, subject, f"*{_ASIDE}*")}
-    left_aside = sorted(name for name, handler in aside.items() if handler not in queue_of)
-    if not strangers and not left_aside:
+    held = {name: name.partition(_HELD)[2] for name in _names(client, subject, f"*{_HELD}*")}
+    left_held = sorted(name for name, handler in held.items() if handler not in queue_of)
+    if not strangers and not left_held:
         return ok("queues.known", "each queue belongs to a route, and so do all messages on it")
-    told, has_ours, has_others = [], False, bool(left_aside)
+    told, has_ours, has_others = [], False, bool(left_held)
     for queue in strangers[:_MAX_NAMED]:
         key = f"{_prefix(subject)}{queue}.msgs"
         counts = _handlers_of(client, key)
@@ -81,9 +81,9 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
             for handler, number in counts.most_common(_MAX_NAMED)
         )
         told.append(f"{queue} ({client.hlen(key)}: {of})")
-    for name in left_aside[:_MAX_NAMED]:
+    for name in left_held[:_MAX_NAMED]:
         number = client.llen(f"{_prefix(subject)}{name}")
-        told.append(f"{name.partition(_ASIDE)[0]} ({number} held for {aside[name]}, which no route has)")
+        told.append(f"{name.partition(_HELD)[0]} ({number} held for {held[name]}, which no route has)")
     advice = []
     if has_ours:
         advice.append(

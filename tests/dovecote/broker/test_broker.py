@@ -18,10 +18,10 @@ from dramatiq.common import current_millis
 
 from dovecote.bootstrap import _StopsWaiting, broker_for, declare_handlers
 from dovecote.broker.broker import OutboxBroker, QueuedBundle
-from dovecote.broker.fetcher import BlockingConsumer
+from dovecote.broker.fetcher import Fetcher
 from dovecote.broker.redis_client import connect_redis
 from dovecote.consumer.consumer import Consumer
-from dovecote.consumer.middleware import HandBackWhatFails
+from dovecote.consumer.middleware import RequeueWhatFails
 from dovecote.envelope.signatures import MessageKey
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import fence as fencing
@@ -88,13 +88,13 @@ def queued(broker: OutboxBroker) -> list[str]:
     return [id.decode() for id in client.lrange(f"{broker.namespace}:{QUEUE}", 0, -1)]
 
 
-def a_consumer(broker: OutboxBroker, prefetch: int = 10, timeout: int = 10) -> BlockingConsumer:
+def a_consumer(broker: OutboxBroker, prefetch: int = 10, timeout: int = 10) -> Fetcher:
     consumer = broker.consume(QUEUE, prefetch=prefetch, timeout=timeout)
-    assert isinstance(consumer, BlockingConsumer)
+    assert isinstance(consumer, Fetcher)
     return consumer
 
 
-def take(consumer: BlockingConsumer, count: int) -> list[MessageProxy]:
+def take(consumer: Fetcher, count: int) -> list[MessageProxy]:
     taken = [message for message in (next(consumer) for _ in range(count)) if message is not None]
     assert len(taken) == count
     return taken
@@ -269,7 +269,7 @@ def test_what_is_dropped_is_ours_on_every_queue_there_is(broker_with: Brokers, m
     space = broker.namespace
     others = ["b" + 31 * "0", "b" + 32 * "A", "x" + 32 * "0", "c1"]
     lists = {f"{QUEUE}": QUEUE, "of.no.route": "of.no.route", f"{QUEUE}.DQ": f"{QUEUE}.DQ"}
-    lists |= {f"{QUEUE}.aside.h:1": QUEUE, f"{QUEUE}.XQ": f"{QUEUE}.XQ", "x:of.another.system": "x:of.another.system"}
+    lists |= {f"{QUEUE}.held.h:1": QUEUE, f"{QUEUE}.XQ": f"{QUEUE}.XQ", "x:of.another.system": "x:of.another.system"}
     claim(broker, 1)
     for number, (name, queue) in enumerate(lists.items()):
         ids = [OURS[0][:-2] + f"{number}{n}" for n in range(5)]
@@ -344,7 +344,7 @@ def test_a_closed_consumer_that_cannot_reach_redis_leaves_its_messages_to_the_ne
 
 
 def test_what_no_thread_finished_in_time_goes_back_when_the_worker_stops(broker_with: Brokers) -> None:
-    broker = broker_with(middleware=[HandBackWhatFails()])
+    broker = broker_with(middleware=[RequeueWhatFails()])
     began, go_on = threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -396,7 +396,7 @@ def test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not(brok
     take(held, 2)
 
     def reaped() -> bool:
-        living.beat(QUEUE)
+        living.heartbeat(QUEUE)
         relay.reap()
         return sorted(queued(relay)) == ["a", "b"]
 
@@ -428,7 +428,7 @@ def test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is
     relay.client.hset(f"{relay.namespace}:{QUEUE}.in_flight", "a", b"{}")
     (fetched,) = relay.await_and_fetch(QUEUE, 1, 0.1)
     assert fetched.crashes == 2
-    relay.hand_back(QUEUE, ["a"])
+    relay.requeue(QUEUE, ["a"])
     assert not relay.client.exists(f"{relay.namespace}:{QUEUE}.in_flight"), "its mark outlives a clean return"
     consumer.requeue(take(consumer, 1))
     assert crashes() == {b"a": b"2"}
@@ -464,8 +464,8 @@ def test_a_busy_worker_with_no_room_for_more_still_says_that_it_lives(broker_wit
     assert queued(relay) == ["b"]
 
 
-def test_an_actor_that_raises_has_its_message_handed_back(broker_with: Brokers) -> None:
-    broker = broker_with(middleware=[HandBackWhatFails(pause_seconds=0.01)])
+def test_an_actor_that_raises_has_its_message_requeued(broker_with: Brokers) -> None:
+    broker = broker_with(middleware=[RequeueWhatFails(pause_seconds=0.01)])
     tried = []
 
     def fail_twice() -> None:
@@ -486,7 +486,7 @@ def test_an_actor_that_raises_has_its_message_handed_back(broker_with: Brokers) 
 def test_stopping_during_an_outage_gives_every_message_back_in_order(servers: Servers, tmp_path: Path) -> None:
     stopping = threading.Event()
     settings = settings_for("postgresql://nobody@127.0.0.1:1/nothing", servers.redis_url, tmp_path)
-    broker = broker_for(settings, [_StopsWaiting(stopping), HandBackWhatFails(pause_seconds=0.01)])
+    broker = broker_for(settings, [_StopsWaiting(stopping), RequeueWhatFails(pause_seconds=0.01)])
     nowhere = sessions_for(connect("postgresql://nobody@127.0.0.1:1/nothing"))
     consumer = Consumer(nowhere, gateways_for(settings), stopping, outage_max_backoff_seconds=30)
     declare_handlers(broker, consumer, [a_route("test.note", queue=QUEUE)])

@@ -309,7 +309,7 @@ def test_in_a_replay_what_cannot_be_read_fails_for_that_replay_and_is_not_marked
         assert connection.scalar(query, {"replay": replay}) == 2
 
 
-def test_a_paused_handler_s_unreadable_events_are_put_aside_with_the_others(bench: Bench) -> None:
+def test_a_paused_handler_s_unreadable_events_are_held_with_the_others(bench: Bench) -> None:
     written = bench.write(1, 2)
     with bench.engine.begin() as connection:
         connection.execute(

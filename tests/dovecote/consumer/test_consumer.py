@@ -113,9 +113,9 @@ class Bench:
             id: UUID = connection.scalar(text(query))
             return id
 
-    def release_strays(self, route: Route) -> int:
+    def release_unblocked(self, route: Route) -> int:
         with psycopg.connect(self.url, autocommit=True) as connection:
-            return leases.release_strays(connection, route)
+            return leases.release_unblocked(connection, route)
 
     def deliveries(self) -> list[Delivery]:
         with self.engine.connect() as connection:
@@ -452,7 +452,7 @@ def test_a_dead_event_blocks_its_aggregate_and_no_other(bench: Bench) -> None:
     bench.consumer.consume(Bundle(route, bench.write(4, symbol="A")))
 
     assert bench.states() == [("A", "dead"), ("A", "waiting"), ("A", "waiting")]
-    assert bench.release_strays(route) == 0
+    assert bench.release_unblocked(route) == 0
     assert bench.effects() == [("B", 3)]
 
 
@@ -463,10 +463,10 @@ def test_discarding_an_event_that_waits_frees_nobody_behind_it(bench: Bench) -> 
 
     bench.discard(2)
 
-    assert bench.release_strays(route) == 0
+    assert bench.release_unblocked(route) == 0
     assert bench.effects() == []
     bench.discard(1)
-    assert bench.release_strays(route) == 1
+    assert bench.release_unblocked(route) == 1
     bench.retry(route)
     assert bench.effects() == [("A", 3)]
 
@@ -501,18 +501,18 @@ def test_an_event_is_acted_on_at_once_when_the_one_before_it_soon_ends(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = threading.Event()
-    is_settled = Deliveries.is_settled
+    is_finished = Deliveries.is_finished
 
     def looks(deliveries: Deliveries, event_id: UUID) -> bool:
         looked.set()
-        return is_settled(deliveries, event_id)
+        return is_finished(deliveries, event_id)
 
     def slow_at_first(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         if int(event.price) == 1:
             assert looked.wait(10)
         note_as("test.note", event, uow)
 
-    monkeypatch.setattr(Deliveries, "is_settled", looks)
+    monkeypatch.setattr(Deliveries, "is_finished", looks)
     route = a_route(function=slow_at_first, ordered=True)
     first, second = bench.write(1, 2, symbol="A")
     later = threading.Thread(target=bench.consumer.consume, args=(Bundle(route, [second]),))
@@ -549,7 +549,7 @@ def test_an_event_parked_while_its_predecessor_commits_is_found_and_sent_on(benc
     go_on.set()
     worker.join()
     assert bench.states() == [("A", "waiting")], "the one before it took too long to commit"
-    assert bench.release_strays(route) == 1
+    assert bench.release_unblocked(route) == 1
     bench.retry(route)
 
     assert bench.effects() == [("A", 1), ("A", 2)]
@@ -586,7 +586,7 @@ def test_many_workers_keep_the_order_of_every_aggregate(bench: Bench) -> None:
         worker.join()
 
     def nothing_left() -> bool:
-        bench.release_strays(route)
+        bench.release_unblocked(route)
         return bench.retry(route) == 0 and bench.deliveries() == []
 
     eventually(nothing_left, 20, "every delivery resolved")

@@ -114,8 +114,8 @@ class Consuming(RuleBasedStateMachine):
             self.at_once([(bundle, True) for bundle in bundles * (2 if twice else 1) if bundle])
 
     @rule()
-    def release_strays(self) -> None:
-        leases.release_strays(self.relay, self.route)
+    def release_unblocked(self) -> None:
+        leases.release_unblocked(self.relay, self.route)
 
     @precondition(lambda self: self.events)
     @rule(data=st.data())
@@ -163,7 +163,7 @@ class Consuming(RuleBasedStateMachine):
         for one in self.events:
             one.delivered = True
         for _ in range(10 * len(self.events) + 10):
-            self.release_strays()
+            self.release_unblocked()
             if not (due := self.due()):
                 break
             self.at_once([(due, True)])

@@ -52,8 +52,8 @@ def prices(system: System, handler: str = "test.note") -> list[int]:
     return [effect.price for effect in effects_in(system.engine) if effect.handler == handler]
 
 
-def aside(system: System) -> int:
-    return int(system.broker.client.llen(f"{system.broker.namespace}:test.aside.test.note"))
+def held(system: System) -> int:
+    return int(system.broker.client.llen(f"{system.broker.namespace}:test.held.test.note"))
 
 
 def change(system: System, query: str) -> None:
@@ -74,14 +74,14 @@ def test_a_paused_handler_gets_what_it_missed_in_order_and_its_neighbour_never_w
         for price in range(5, 25):
             write_quotes(system, [price])
         eventually(lambda: prices(system, "test.neighbour") == list(range(25)), 20, "the neighbour's events")
-        eventually(lambda: aside(system) > 0, 20, "something put aside")
+        eventually(lambda: held(system) > 0, 20, "something held")
         assert prices(system) == list(range(5))
 
         resume(system)
         system.until_quiet()
 
     assert prices(system) == list(range(25))
-    assert aside(system) == 0
+    assert held(system) == 0
 
 
 def test_retries_of_a_paused_handler_wait_for_it_and_spend_no_attempt(system_with: SystemWith) -> None:
@@ -100,7 +100,7 @@ def test_retries_of_a_paused_handler_wait_for_it_and_spend_no_attempt(system_wit
         change(system, "update dovecote.deliveries set attempts = 500")
         broken = False
         write_quotes(system, range(3, 6))
-        eventually(lambda: aside(system) > 0, 20, "something put aside")
+        eventually(lambda: held(system) > 0, 20, "something held")
         assert prices(system) == []
 
         resume(system)
@@ -109,14 +109,14 @@ def test_retries_of_a_paused_handler_wait_for_it_and_spend_no_attempt(system_wit
     assert sorted(prices(system)) == list(range(6))
 
 
-def test_what_is_being_put_aside_while_the_handler_is_resumed_is_not_forgotten(system_with: SystemWith) -> None:
+def test_what_is_being_held_while_the_handler_is_resumed_is_not_forgotten(system_with: SystemWith) -> None:
     system = system_with(a_route())
     with system.relay():
         pause(system)
         write_quotes(system, range(3))
         with system.workers():
-            eventually(lambda: aside(system) == 1, 20, "the bundle put aside")
-        # As if the worker had looked before the resume and put aside after it: nobody tells the relay.
+            eventually(lambda: held(system) == 1, 20, "the bundle held")
+        # As if the worker had looked before the resume and held it after: the relay is not notified.
         change(system, "delete from dovecote.paused_handlers")
 
         with system.workers():
@@ -130,10 +130,10 @@ def test_a_redis_that_is_wiped_while_a_handler_is_paused_takes_nothing_away(syst
     with system.running():
         pause(system)
         write_quotes(system, range(10))
-        eventually(lambda: aside(system) > 0, 20, "something put aside")
+        eventually(lambda: held(system) > 0, 20, "something held")
         for key in system.broker.client.scan_iter(f"{system.broker.namespace}:*"):
             system.broker.client.delete(key)
-        eventually(lambda: aside(system) > 0, 20, "it put aside again")
+        eventually(lambda: held(system) > 0, 20, "it held again")
 
         resume(system)
         system.until_quiet()

@@ -289,7 +289,7 @@ def test_queues_of_no_route_are_found_with_whose_messages_lie_there(system: Syst
         message = orjson.dumps({"queue_name": "renamed", "actor_name": handler})
         redis_of(system).hset(f"{prefix}renamed.msgs", str(id), message)
     redis_of(system).hset(f"{prefix}foreign.msgs", "1", "a message")
-    redis_of(system).rpush(f"{prefix}test.aside.gone.handler", "1", "2")
+    redis_of(system).rpush(f"{prefix}test.held.gone.handler", "1", "2")
 
     finding = examined(system)["queues.known"]
 

@@ -203,7 +203,7 @@ def test_what_waits_behind_an_event_that_is_gone_goes_on_in_order(
     systems: Callable[..., System], missing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without the net that looks at aggregates one after the other.
-    monkeypatch.setattr(leases, "release_strays", lambda *_: 0)
+    monkeypatch.setattr(leases, "release_unblocked", lambda *_: 0)
     fails = {1}
 
     def act(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:

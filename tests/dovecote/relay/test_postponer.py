@@ -247,7 +247,7 @@ def test_whatever_happens_nothing_is_lost_doubled_or_out_of_order(system_with: S
 
 
 @pytest.mark.once
-def test_what_is_put_aside_for_a_paused_handler_is_no_burden_to_others_on_its_queue(system_with: SystemWith) -> None:
+def test_what_is_held_for_a_paused_handler_is_no_burden_to_others_on_its_queue(system_with: SystemWith) -> None:
     paused, other = a_route("test.paused", queue="both"), a_route("test.other", queue="both")
     system = system_with(paused, other)
 
@@ -303,7 +303,7 @@ def test_a_relay_that_was_replaced_postpones_nobody(system_with: SystemWith) -> 
     system = system_with()
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
         postponer = a_postponer(connection, system.routes, epoch=7)
-        postponer.measured(RedisUsage(used=0, maxmemory=0, queued={"down": BOUND}, aside={}))
+        postponer.measured(RedisUsage(used=0, maxmemory=0, queued={"down": BOUND}, held={}))
 
         with pytest.raises(NewerRelay):
             postponer.admit([(1, "pricing.price_quoted.v1", b"{}")])
@@ -321,7 +321,7 @@ def a_postponer(connection: psycopg.Connection[Any], routes: Sequence[Route], ep
         batch_size=100,
         published_upto=0,
         send=lambda _made: None,
-        set_aside=lambda _rows: None,
+        record_unreadable=lambda _rows: None,
     )
 
 

@@ -258,9 +258,9 @@ def test_a_message_that_somebody_will_get_is_not_put_back(
     assert not is_put_back(queued)
     assert not is_put_back(taken)
     assert not is_put_back(placeless, epoch - 1)
-    client.rpush(key_of(system, f"test.aside.{HANDLER}"), placeless)
+    client.rpush(key_of(system, f"test.held.{HANDLER}"), placeless)
     assert not is_put_back(placeless)
-    client.delete(key_of(system, f"test.aside.{HANDLER}"))
+    client.delete(key_of(system, f"test.held.{HANDLER}"))
     assert is_put_back(placeless)
     lose(system, placeless)
     assert not is_put_back(placeless)
@@ -292,8 +292,8 @@ def test_what_stays_at_the_head_hides_nothing_behind_it(
 def test_a_quiet_system_is_not_asked_anything(
     system_with: Callable[..., System], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovecote.relay.reconciler._SHORTEST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("dovecote.relay.reconciler._LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dovecote.relay.reconciler._MIN_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dovecote.relay.reconciler._MAX_PAUSE_SECONDS", 0.01)
     system = system_with()
     with system.running():
         write_quotes(system, range(4))
@@ -376,12 +376,12 @@ def test_a_handler_that_waits_for_something_else_is_left_alone(system_with: Call
     assert Looking(system).look() == 0
 
 
-def test_what_is_put_aside_and_comes_back_soon_is_not_lost(system_with: Callable[..., System]) -> None:
+def test_what_is_held_and_comes_back_soon_is_not_lost(system_with: Callable[..., System]) -> None:
     system = system_with()
     publish(system, 4)
     published_long_ago(system)
     client: Any = system.broker.client
-    client.rename(key_of(system), key_of(system, f"test.aside.{HANDLER}"))
+    client.rename(key_of(system), key_of(system, f"test.held.{HANDLER}"))
 
     # A deploy has changed the size: the same events would go in messages with other ids.
     assert Looking(system, [a_route(HANDLER, bundle_size=5, time_limit_seconds=1)]).look() == 0

@@ -1,4 +1,4 @@
-"""A route names another queue since a deploy: what was queued or put aside on the old one is moved, in order, once."""
+"""A route names another queue since a deploy: what was queued or held on the old one is moved, in order, once."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -67,10 +67,10 @@ def move(broker: OutboxBroker, *routes: Route, epoch: int = 1) -> RenamedQueues:
     return renamed
 
 
-def put_aside(broker: OutboxBroker, route: Route, numbers: Sequence[int]) -> None:
+def hold(broker: OutboxBroker, route: Route, numbers: Sequence[int]) -> None:
     broker.publish(1, messages(route, numbers))
     fetched = broker.await_and_fetch(route.queue, len(numbers), 0.1)
-    broker.put_aside(route.queue, route.handler, [one.id.decode() for one in fetched])
+    broker.hold(route.queue, route.handler, [one.id.decode() for one in fetched])
 
 
 def test_what_is_queued_goes_before_what_is_newer_and_once(broker: OutboxBroker) -> None:
@@ -88,12 +88,12 @@ def test_more_than_a_call_moves_stays_in_order(broker: OutboxBroker, monkeypatch
     monkeypatch.setattr(renamed_queues, "_STEP_SECONDS", 0)
     monkeypatch.setattr(renamed_queues, "_KEYS_OF_A_PAGE", 1)
     broker.publish(1, messages(OLD, range(10)))
-    put_aside(broker, a_route("test.other", queue="old2"), range(10, 20))
+    hold(broker, a_route("test.other", queue="old2"), range(10, 20))
 
     move(broker, NEW, a_route("test.other", queue="new2"))
 
     assert numbers_in(broker, "new") == list(range(10))
-    assert numbers_in(broker, "new2.aside.test.other", "new2") == list(range(10, 20))
+    assert numbers_in(broker, "new2.held.test.other", "new2") == list(range(10, 20))
     assert keys(broker, "old*") == []
 
 
@@ -111,13 +111,13 @@ def test_what_a_call_moves_is_bounded_in_bytes(broker: OutboxBroker, monkeypatch
     assert numbers_in(broker, "new") == list(range(9))
 
 
-def test_what_is_put_aside_goes_to_what_is_put_aside_today(broker: OutboxBroker) -> None:
-    put_aside(broker, OLD, [1, 2])
-    put_aside(broker, NEW, [3])
+def test_what_is_held_goes_to_what_is_held_today(broker: OutboxBroker) -> None:
+    hold(broker, OLD, [1, 2])
+    hold(broker, NEW, [3])
 
     move(broker, NEW)
 
-    assert numbers_in(broker, "new.aside.test.note", "new") == [1, 2, 3]
+    assert numbers_in(broker, "new.held.test.note", "new") == [1, 2, 3]
     assert keys(broker, "old*") == []
 
 
@@ -216,21 +216,21 @@ def test_a_deploy_that_renames_a_queue_strands_nothing(before: System) -> None:
         assert keys(system.broker, "old*") == []
 
 
-def test_a_handler_that_is_resumed_on_another_queue_goes_on_with_what_was_put_aside(before: System) -> None:
+def test_a_handler_that_is_resumed_on_another_queue_goes_on_with_what_was_held(before: System) -> None:
     pause(before.engine, before.routes, "test.note", actor="ada", reason="a look")
     with before.workers():
-        eventually(lambda: keys(before.broker, "old.aside.test.note"), 10, "put aside")
+        eventually(lambda: keys(before.broker, "old.held.test.note"), 10, "held")
         eventually(lambda: not keys(before.broker, "old"), 10, "all of it")
 
     with deployed(before) as system, system.running():
-        eventually(lambda: keys(system.broker, "new.aside.test.note"), 10, "moved while it is paused")
+        eventually(lambda: keys(system.broker, "new.held.test.note"), 10, "moved while it is paused")
         resume(system.engine, system.routes, "test.note", actor="ada")
         system.until_quiet()
 
         assert [effect.price for effect in effects_in(system.engine)] == list(range(5))
 
 
-def test_what_workers_of_older_code_put_aside_after_the_deploy_follows_when_it_is_resumed(before: System) -> None:
+def test_what_workers_of_older_code_hold_after_the_deploy_follows_when_it_is_resumed(before: System) -> None:
     with deployed(before) as system:
         pause(system.engine, system.routes, "test.note", actor="ada", reason="a look")
         broker_of_old_code = broker_for(before.settings, [])
@@ -239,7 +239,7 @@ def test_what_workers_of_older_code_put_aside_after_the_deploy_follows_when_it_i
         with system.running():
             eventually(lambda: system.status().relay.leading, 10, "a leader")
             eventually(lambda: redis_of(system.broker).exists(f"{system.broker.namespace}:__relay__"), 10, "greeted")
-            broker_of_old_code.put_aside("old", "test.note", ids)
+            broker_of_old_code.hold("old", "test.note", ids)
             resume(system.engine, system.routes, "test.note", actor="ada")
             system.until_quiet()
 

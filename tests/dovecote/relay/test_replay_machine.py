@@ -170,7 +170,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
         @rule()
         def retries_are_due(self) -> None:
             self.run("update dovecote.deliveries set next_attempt_at = now() where state = 'retrying'")
-            leases.release_strays(self.connection, route)
+            leases.release_unblocked(self.connection, route)
             self.run("select dovecote.wake('dovecote_deliveries')")
 
         @rule()

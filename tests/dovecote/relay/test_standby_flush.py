@@ -14,7 +14,7 @@ from dovecote.local.binaries import find_postgres
 from dovecote.local.servers import Postgres
 from dovecote.operations.doctor.postgres import standby as doctor_s_finding
 from dovecote.processes.stop_flag import StopFlag
-from dovecote.relay.standby_flush import NotOnStandby, Standby
+from dovecote.relay.standby_flush import NotOnStandby, StandbyFlush
 from dovecote.settings import Settings
 from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.conftest import Servers, settings_for
@@ -95,7 +95,7 @@ def test_nothing_is_published_that_no_standby_has(
             unfinished.execute("create table half_done as select generate_series(1, 10)")
             began = time.monotonic()
             with psycopg.connect(url, autocommit=True) as connection:
-                Standby(settings.relay, connection, connection, StopFlag(), RelayInstrumentation()).await_flush()
+                StandbyFlush(settings.relay, connection, connection, StopFlag(), RelayInstrumentation()).await_flush()
             assert time.monotonic() - began < 3
 
             with psycopg.connect(url) as connection:
@@ -119,7 +119,7 @@ def test_a_relay_that_cannot_see_standbys_says_what_to_grant_and_publishes_nothi
     stop = StopFlag()
     stop.set()
     with psycopg.connect(url, autocommit=True) as connection, capture_logs() as logs:
-        standby = Standby(relay, connection, connection, stop, RelayInstrumentation())
+        standby = StandbyFlush(relay, connection, connection, stop, RelayInstrumentation())
 
         with pytest.raises(NotOnStandby):
             standby.await_flush()

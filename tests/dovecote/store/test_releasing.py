@@ -201,7 +201,7 @@ def test_a_bundle_of_released_events_is_bounded_in_bytes(ordered: Make, mood: Mo
 def leased(system: System, lease_seconds: float = 60) -> list[DueDelivery]:
     """Play the relay: look for what nothing blocks, and lease it."""
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
-        leases.release_strays(connection, system.routes[0])
+        leases.release_unblocked(connection, system.routes[0])
         return leases.lease_due(connection, 1_000, lease_seconds, system.routes)
 
 
@@ -379,7 +379,7 @@ def test_the_relay_finds_what_nothing_blocks_among_many_that_are_blocked(ordered
         )
         cursor = Cursor()
         looks = [
-            leases.release_strays(connection, system.routes[0], cursor)
+            leases.release_unblocked(connection, system.routes[0], cursor)
             for _ in range(120 // leases._AGGREGATES_A_LOOK + 1)
         ]
         found = connection.execute("select aggregate_id from dovecote.deliveries where state = 'retrying'").fetchall()
