@@ -13,12 +13,12 @@ from benchmarks.throughput import relayed
 # Old weeks have partitions of their own, as if the system had run all the time. Last week's exists already.
 _OLD_WEEKS = range(2, 7)
 _MONDAY = "date_trunc('week', now() at time zone 'UTC') at time zone 'UTC' - make_interval(weeks => %(week)s::int)"
-_BORDER = f"select dovecote.uuid_v7_floor({_MONDAY})"
+_BORDER = f"select dovecote.uuid_v7_lower_bound({_MONDAY})"
 _FILL = f"""
     insert into dovecote.outbox_of_that_week
         (id, aggregate_type, aggregate_id, event_type, payload, headers, created_at)
     select overlay(dovecote.uuid_v7()::text
-                   placing left(dovecote.uuid_v7_floor(moment)::text, 13) from 1 for 13)::uuid,
+                   placing left(dovecote.uuid_v7_lower_bound(moment)::text, 13) from 1 for 13)::uuid,
            'price', 's' || n %% 1000, 'pricing.price_quoted.v1',
            jsonb_build_object('symbol', 's' || n %% 1000, 'price', '1.25', 'as_of', moment, 'occurred_at', moment,
                               'remark', repeat('x', 130)),

@@ -85,7 +85,7 @@ class Scene:
         """Start `dovecote relay`, or what stands for it, and return once it sleeps."""
         process = self.start("relay", words, **more)
         held = "select exists (select from pg_locks where locktype = 'advisory' and granted and mode = 'ExclusiveLock'"
-        held += " and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key() and database ="
+        held += " and (classid::bigint << 32 | objid::bigint) = dovecote.wakeup_key() and database ="
         held += " (select oid from pg_database where datname = current_database()))"
         self.until(lambda: self.one(held), 60, "the relay leads and sleeps")
         return process

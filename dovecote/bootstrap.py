@@ -20,6 +20,8 @@ from sqlalchemy import Engine
 
 from dovecote.broker.broker import OrjsonEncoder, OutboxBroker
 from dovecote.broker.fetcher import set_to_refuse
+from dovecote.broker.publisher import Publisher
+from dovecote.broker.redis_client import connect_redis
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import RequeueWhatFails
 from dovecote.consumer.retrying import Stopping
@@ -27,7 +29,7 @@ from dovecote.consumer.time_limits import GRACE_SECONDS
 from dovecote.consumer.transaction import MAX_SILENCE_SECONDS
 from dovecote.envelope.message_reader import Received, RefusedMessage
 from dovecote.masking import never_show
-from dovecote.migrations import schema
+from dovecote.migrations import waiting
 from dovecote.operations.maintainer import Maintainer
 from dovecote.processes.children import die_with_parent
 from dovecote.processes.terminal import refuse
@@ -73,7 +75,7 @@ def start_consumers(app: Dovecote) -> None:
         app.gateways(settings),
         stopping,
         settings.consumers.outage_max_backoff_seconds,
-        partial(schema.await_current, engine, stopping),
+        partial(waiting.await_current, engine, stopping),
         instrumentation,
         keyring=settings.keyring_if_given(),
     )
@@ -131,10 +133,9 @@ def relay_for(
     purges: Sequence[Purge] = (),
 ) -> Relay:
     """Return a relay that is not running yet."""
-    broker = broker_for(settings, [])
-    for queue in queues(routes):
-        broker.declare_queue(queue)
-    return Relay(settings, broker, routes, instrumentation, Maintainer(settings, routes, purges).start)
+    return Relay(
+        settings, publisher_for(settings, routes), routes, instrumentation, Maintainer(settings, routes, purges).start
+    )
 
 
 def consumer_engine(settings: Settings, routes: Sequence[Route]) -> Engine:
@@ -189,6 +190,18 @@ def broker_for(
         maintenance_chance=0,
         middleware=middleware,
         instrumentation=instrumentation,
+    )
+
+
+def publisher_for(settings: Settings, routes: Sequence[Route]) -> Publisher:
+    """Return what a relay publishes with on the settings' Redis; no connection is made yet."""
+    # As long as a broker waits, in which it may also block on its queue.
+    timeout_seconds = settings.redis.socket_timeout_seconds + settings.consumers.poll_interval_ms / 1_000
+    return Publisher(
+        connect_redis(settings.redis.url.get_secret_value(), timeout_seconds),
+        settings.redis.namespace,
+        queues(routes),
+        heartbeat_timeout_ms=settings.consumers.heartbeat_timeout_ms,
         publish_bytes=settings.relay.publish_bytes,
     )
 

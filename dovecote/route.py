@@ -174,7 +174,7 @@ class Dovecote:
     routes      every handler there is
     gateways    function(settings) that makes what handlers get as `gateways`, once in each process of consumers
     commands    modules with a function `register(cli: typer.Typer)` that adds commands to `dovecote`
-    migrations  directory of the application's own Alembic revisions, which depend on the library's
+    migrations  directory with `versions/` and `sql/`: the application's revisions, which depend on the library's
     purges      each removes personal data whose time is over; the leading relay runs them once an hour, and so does
                 `dovecote maintain`
     procfile    what `dovecote up` runs; without one it is ./Procfile

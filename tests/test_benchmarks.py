@@ -12,14 +12,13 @@ from psycopg.rows import TupleRow
 from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks import plots
-from dovecote.bootstrap import broker_for
-from dovecote.broker.broker import OutboxBroker
+from dovecote.bootstrap import publisher_for
+from dovecote.broker.publisher import Publisher
 from dovecote.processes.stop_flag import HasFileno, StopFlag
 from dovecote.relay import leader as leading
 from dovecote.relay import replayer as replaying
 from dovecote.relay.history import History
 from dovecote.relay.leader import Leader
-from dovecote.route import queues
 from dovecote.settings import Settings
 from dovecote.store.connections import connect, sessions_for
 from dovecote.store.reader import Reader
@@ -131,9 +130,7 @@ def _lead_through(settings: Settings, batches: int) -> _Counted:
     engine = connect(url)
     _write(sessions_for(engine), batches * _BATCH)
     engine.dispose()
-    broker = broker_for(settings, [])
-    for queue in queues(ROUTES):
-        broker.declare_queue(queue)
+    broker = publisher_for(settings, ROUTES)
     scripts, read = _scripts(broker), _rows_read(url)
     guarded = "-c enable_seqscan=off -c enable_bitmapscan=off -c enable_sort=off"
     with psycopg.connect(url, autocommit=True, options=guarded, cursor_factory=CountingCursor) as connection:
@@ -168,7 +165,7 @@ def _write(sessions: sessionmaker[Session], events: int) -> None:
             uow.emit(PriceQuoted(symbol=f"s{number % 10}", price=Decimal(1), as_of=now, occurred_at=now))
 
 
-def _scripts(broker: OutboxBroker) -> int:
+def _scripts(broker: Publisher) -> int:
     found: Any = broker.client.info("commandstats")
     return int(found.get("cmdstat_evalsha", {}).get("calls", 0))
 

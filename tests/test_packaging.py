@@ -1,10 +1,12 @@
-"""The wheel, as a stranger gets it: alone it is `domain`, which needs the database packages and nothing else."""
+"""The wheel, as a stranger gets it: `dovecote` and nothing else, beside a `domain` and `workers` of their own."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,33 +19,61 @@ import yaml
 from dovecote.local.supervisor import parse_procfile
 
 ROOT = Path(__file__).parents[1]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# What `import dovecote` may load beside the standard library; SQLAlchemy needs the other two.
+LOADED_BY_A_WRITER = {"dovecote", "sqlalchemy", "greenlet", "typing_extensions"}
 
-IMPORT_ALL_OF_DOMAIN = """
-import importlib, pkgutil, threading
-import domain
-names = [module.name for module in pkgutil.walk_packages(domain.__path__, "domain.")]
-for name in names:
+IMPORT_EACH = """
+import importlib, sys, threading
+before = set(sys.modules)
+for name in sys.argv[1:]:
     importlib.import_module(name)
 assert threading.active_count() == 1, "importing started something"
-print(*names)
+files = {name.partition(".")[0] for name in set(sys.modules) - before if getattr(sys.modules[name], "__file__", None)}
+print(*(name for name in files if name not in sys.stdlib_module_names and not name.startswith("_")))
+"""
+
+IMPORT_ALL = """
+import importlib, pkgutil
+import dovecote
+for module in pkgutil.walk_packages(dovecote.__path__, "dovecote."):
+    if not module.name.endswith("__main__") and ".versions." not in module.name and not module.name.endswith(".env"):
+        importlib.import_module(module.name)
+        print(module.name)
 """
 
 EMIT = """
 import os
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from domain import billing
-from dovecote.store.connections import connect, sessions_for
-from dovecote.unit_of_work import unit_of_work
-with unit_of_work(sessions_for(connect(os.environ["DATABASE_URL"]))) as uow:
-    print(billing.start_membership(uow, "user-1", billing.Tier.FREE, datetime.now(UTC)).id)
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
+from dovecote import Event, unit_of_work
+
+@dataclass(frozen=True, kw_only=True)
+class ParcelSent(Event, type="post.parcel_sent.v1", aggregate="parcel", key="parcel_id"):
+    parcel_id: str
+
+engine = create_engine(os.environ["DATABASE_URL"])
+with unit_of_work(sessionmaker(engine)) as uow:
+    uow.emit(ParcelSent(parcel_id="p-1", occurred_at=datetime.now(UTC)))
 """
 
-ASK_FOR_A_PACKAGE_THAT_IS_MISSING = """
+EMIT_WHAT_IS_SENSITIVE = """
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from sqlalchemy.orm import Session
+from dovecote import Event, Keyring, UnitOfWork, sensitive
 from dovecote.errors import MissingPackage
-from dovecote import Keyring
-key = bytes(32)
+
+@dataclass(frozen=True, kw_only=True)
+class ParcelSent(Event, type="post.parcel_sent.v1", aggregate="parcel", key="parcel_id"):
+    parcel_id: str
+    recipient: str = sensitive()
+
+keys = Keyring(hash_key=b"1" * 32, encryption_keys={"k1": b"2" * 32}, current="k1", code_key=b"3" * 32)
 try:
-    Keyring(hash_key=key, encryption_keys={"k1": key}, current="k1", code_key=key).encrypt("text", "here")
+    UnitOfWork(Session(), keys=keys).emit(ParcelSent(parcel_id="p-1", recipient="Ada", occurred_at=datetime.now(UTC)))
 except MissingPackage as error:
     print(error)
 """
@@ -52,27 +82,52 @@ except MissingPackage as error:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", str(place), str(ROOT))
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(place), str(ROOT))
     (found,) = place.glob("*.whl")
     return found
 
 
 @pytest.fixture(scope="module")
 def stranger(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The Python of an environment that has the wheel without extras, and was never told of this checkout."""
-    place = tmp_path_factory.mktemp("stranger")
-    run(sys.executable, "-m", "venv", str(place))
-    python = str(place / "bin" / "python")
-    run(python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", str(wheel))
+    """The Python of an environment that has the wheel without extras, and does not know of this checkout."""
+    python = environment(tmp_path_factory.mktemp("stranger"))
+    pip(python, str(wheel))
     return python
 
 
+@pytest.fixture(scope="module")
+def neighbour(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The Python of an environment with every extra, and a `domain` and `workers` that nobody may import."""
+    python = environment(tmp_path_factory.mktemp("neighbour"))
+    place = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    for name in ("domain", "workers", "migrations"):
+        (place / name).mkdir()
+        (place / name / "__init__.py").write_text(
+            f"raise AssertionError('dovecote imported the {name} of somebody else')"
+        )
+    # The extras of this environment, but not its Dovecote: the .pth file that names the checkout is not read here.
+    (place / "extras.pth").write_text(sysconfig.get_path("purelib"))
+    pip(python, "--no-deps", str(wheel))
+    return python
+
+
+def environment(place: Path) -> str:
+    run(sys.executable, "-m", "venv", "--without-pip", str(place))
+    return str(place / "bin" / "python")
+
+
+def pip(python: str, *words: str) -> None:
+    options = ("--quiet", "--disable-pip-version-check", "--no-compile")
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *words)
+
+
 def run(*command: str, variables: Mapping[str, str] | None = None) -> str:
-    # Not in the checkout: there `import domain` would find the source.
+    # Not in the checkout: there `import dovecote` would find the source. Nor as the tests' own application.
+    environ = {name: text for name, text in os.environ.items() if not name.startswith(("PYTHON", "DOVECOTE_"))}
     done = subprocess.run(
         command,
         cwd="/",
-        env={**os.environ, **(variables or {})},
+        env={**environ, **(variables or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -83,52 +138,69 @@ def run(*command: str, variables: Mapping[str, str] | None = None) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_code_migrations_scripts_and_procfile_and_nothing_else(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-
-    for folder, pattern in (("migrations/sql", "*.sql"), ("migrations/versions", "*.py"), ("workers/lua", "*.lua")):
-        here = sorted(path.name for path in (ROOT / folder).glob(pattern))
-        inside = f"workers/{folder.removeprefix('workers/')}/"
-        assert here
-        assert sorted(name.removeprefix(inside) for name in names if name.startswith(inside)) == here
-    assert {"workers/Procfile", "workers/migrations/env.py", "dovecote/py.typed", "workers/py.typed"} <= set(names)
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"domain", "workers", "dovecote"}
-    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+def files_of(folder: Path) -> set[str]:
+    found = (path.relative_to(ROOT) for path in folder.rglob("*") if path.is_file())
+    return {str(path) for path in found if "__pycache__" not in path.parts}
 
 
-def test_every_module_of_domain_is_imported_without_the_extras(stranger: str) -> None:
-    imported = run(stranger, "-c", IMPORT_ALL_OF_DOMAIN).split()
+def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
 
-    here = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "domain").rglob("*.py")]
-    expected = {".".join(path.parts).removesuffix(".__init__") for path in here} - {"domain"}
-    assert set(imported) == expected
+    described = {name for name in names if name.startswith("dovecote-")}
+    assert names - described == files_of(ROOT / "dovecote")
+    assert {Path(name).suffix for name in names - described} >= {".py", ".lua", ".typed"}
+    assert "LICENSE" in {Path(name).name for name in described}
+
+
+def test_an_index_takes_the_wheel_and_its_contents_are_in_order(wheel: Path) -> None:
+    tools = Path(sys.executable).parent
+
+    assert "PASSED" in run(str(tools / "twine"), "check", "--strict", str(wheel))
+    rules = ("--config", str(ROOT / "pyproject.toml"))
+    assert ": OK" in run(str(tools / "check-wheel-contents"), *rules, str(wheel))
+
+
+def test_what_a_writer_imports_loads_sqlalchemy_and_the_standard_library_only(stranger: str) -> None:
+    contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
+    (base,) = (one["source_modules"] for one in contracts if one["name"].startswith("what a writer imports"))
+
+    loaded = run(stranger, "-c", IMPORT_EACH, "dovecote", *base)
+
+    assert set(loaded.split()) == LOADED_BY_A_WRITER
 
 
 def test_the_wheel_alone_brings_the_database_packages_only(stranger: str) -> None:
-    listed = run(stranger, "-m", "pip", "--disable-pip-version-check", "list", "--format", "freeze")
+    listed = run(sys.executable, "-m", "pip", "--python", stranger, "list", "--format", "freeze")
 
     names = {re.split(r"==| @ ", line)[0].lower().replace("_", "-") for line in listed.splitlines()}
-    tools = {"pip", "setuptools", "wheel"}
-    assert names - tools == {
-        "dovecote",
-        "sqlalchemy",
-        "greenlet",
-        "typing-extensions",
-        "psycopg",
-        "psycopg-binary",
-    }
+    assert names == {"dovecote", "sqlalchemy", "greenlet", "typing-extensions", "psycopg", "psycopg-binary"}
 
 
 def test_an_event_is_emitted_with_the_wheel_alone(stranger: str, fresh_database_url: str) -> None:
-    membership_id = run(stranger, "-c", EMIT, variables={"DATABASE_URL": fresh_database_url}).strip()
+    run(stranger, "-c", EMIT, variables={"DATABASE_URL": fresh_database_url})
 
     with psycopg.connect(fresh_database_url) as connection:
         rows = connection.execute("select event_type, aggregate_id from dovecote.outbox").fetchall()
-    assert rows == [("billing.membership_started.v1", membership_id)]
+    assert rows == [("post.parcel_sent.v1", "p-1")]
 
 
 def test_a_missing_extra_is_named(stranger: str) -> None:
-    assert "pip install 'dovecote[privacy]'" in run(stranger, "-c", ASK_FOR_A_PACKAGE_THAT_IS_MISSING)
+    assert "pip install 'dovecote[privacy]'" in run(stranger, "-c", EMIT_WHAT_IS_SENSITIVE)
+
+
+def test_the_library_imports_no_domain_and_no_workers_of_somebody_else(neighbour: str) -> None:
+    imported = run(neighbour, "-c", IMPORT_ALL).split()
+
+    assert {"dovecote.bootstrap", "dovecote.cli", "dovecote.relay.relay", "dovecote.local.system"} <= set(imported)
+
+
+def test_the_command_of_the_wheel_works_beside_them(neighbour: str) -> None:
+    command = str(Path(neighbour).with_name("dovecote"))
+
+    shown = run(command, "--help", variables={"COLUMNS": "200"})
+
+    assert {"up", "relay", "status", "migrate"} <= set(re.findall(r"^│ (\w+) ", shown, re.MULTILINE))
+    assert PYPROJECT["project"]["version"] in run(command, "--version")
 
 
 # The containers ----------------------------------------------------------------------------------

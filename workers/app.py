@@ -13,7 +13,7 @@ app = Dovecote(
     routes=ROUTES,
     gateways=gateways_for,
     commands=("workers.commands.ingest", "workers.commands.demo"),
-    migrations=_CHECKOUT / "migrations" / "versions",
+    migrations=_CHECKOUT / "migrations",
     # To have more personal data removed in time: a function that removes a batch, and a name here.
     purges=(verification.purge_expired,),
     procfile=_CHECKOUT / "Procfile",

@@ -175,4 +175,4 @@ def _count(engine: Engine, query: str, run_id: UUID, after: int) -> int:
 
 def _last_position(engine: Engine) -> int:
     with engine.connect() as connection:
-        return int(connection.execute(text("select last_position from dovecote.horizon()")).scalar_one())
+        return int(connection.execute(text("select last_position from dovecote.low_watermark()")).scalar_one())

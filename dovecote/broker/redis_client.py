@@ -14,7 +14,7 @@ MAX_CONNECTIONS = 64
 
 
 def is_wrong_type(error: BaseException) -> bool:
-    """Return whether a key of ours has another type than ours, which does not end by itself (OutboxBroker.mend)."""
+    """Return whether a key of ours has another type than ours, which does not end by itself (Publisher.mend)."""
     return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
 
 

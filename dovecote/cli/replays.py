@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 _WATCH_SECONDS = 0.25
 
 
-class Strength(Enum):
-    missing = "missing"
-    again = "again"
+class Mode(Enum):
+    backfill = "backfill"
+    reprocess = "reprocess"
 
 
 Watch = Annotated[bool, typer.Option("--watch", help="Stay until it is over; Ctrl-C leaves it running.")]
@@ -59,10 +59,10 @@ def start(
     handler: Annotated[str, typer.Option(help="Which handler is to have them.", autocompletion=complete_handler)],
     reason: Annotated[str, typer.Option(help="Why; it is written into the audit log.")],
     actor: Actor,
-    strength: Annotated[
-        Strength,
+    mode: Annotated[
+        Mode,
         typer.Option(help="missing: what it has not acted on. again: have it act once more on what it has."),
-    ] = Strength.missing,
+    ] = Mode.backfill,
     type: Annotated[
         list[str] | None,
         typer.Option(help="Event type; may be given often.", autocompletion=complete_event_type),
@@ -95,7 +95,7 @@ def start(
 
     request = replays.Request(
         handler=handler,
-        strength=strength.value,
+        mode=mode.value,
         filter=Filter(
             event_types=tuple(type) if type else None,
             aggregate_type=aggregate_type,
@@ -108,7 +108,7 @@ def start(
         event_ids=_ids(ids_from) if ids_from else None,
         rate=rate,
         reason=reason,
-        requested_by=actor,
+        actor=actor,
     )
     with engine_during(load_settings(needs_redis=False)) as engine:
         plan = (replays.plan if dry_run else replays.start)(engine, find_app().routes, request)
@@ -140,7 +140,7 @@ def list_(
     if as_json:
         print_json(page.as_json())
         return
-    table = Table("id", "handler", "strength", "state", box=None, pad_edge=False)
+    table = Table("id", "handler", "mode", "state", box=None, pad_edge=False)
     for column in ("done", "of", "failed"):
         table.add_column(column, justify="right")
     for column in ("began", "by", "reason"):
@@ -149,8 +149,8 @@ def list_(
         failed = replay.retrying + replay.waiting + replay.dead
         add_row(
             table,
-            *(replay.id, replay.handler, replay.strength, replay.state, replay.done, replay.total, failed),
-            *(f"{replay.created_at:%F %T}", replay.requested_by, replay.reason),
+            *(replay.id, replay.handler, replay.mode, replay.state, replay.done, replay.total, failed),
+            *(f"{replay.created_at:%F %T}", replay.actor, replay.reason),
         )
     print_table(table, "nothing was replayed")
     if page.before:
@@ -269,7 +269,7 @@ def _watch(engine: Engine, id: UUID, as_json: bool) -> None:
 
 def _print_plan(plan: replays.Plan, dry_run: bool) -> None:
     say(
-        f"{'would replay' if dry_run else 'replaying'} {plan.events} events for {plan.handler} ({plan.strength}), "
+        f"{'would replay' if dry_run else 'replaying'} {plan.events} events for {plan.handler} ({plan.mode}), "
         f"positions {plan.first_position} to {plan.last_position}"
         + (f"; {plan.left_alone} in deliveries are left alone" if plan.left_alone else "")
     )
@@ -284,7 +284,7 @@ def _print_plan(plan: replays.Plan, dry_run: bool) -> None:
 
 
 def _print(replay: replays.Replay) -> None:
-    say(f"replay {replay.id}: {replay.handler}, {replay.strength}, {replay.state}")
+    say(f"replay {replay.id}: {replay.handler}, {replay.mode}, {replay.state}")
     pace = f", {replay.events_per_second:.0f}/s" if replay.events_per_second and replay.done else ""
     say(f"  {replay.done} of {replay.total} done, {replay.acted} acted on{pace}")
     failed = ((replay.retrying, "retrying"), (replay.waiting, "waiting"), (replay.dead, "dead"))
@@ -292,7 +292,7 @@ def _print(replay: replays.Replay) -> None:
         say("  failed: " + ", ".join(f"{count} {state}" for count, state in failed if count))
     if why := _standstill(replay):
         say(f"  {why.removeprefix('; ')}")
-    say(f"  by {replay.requested_by}: {replay.reason}")
+    say(f"  by {replay.actor}: {replay.reason}")
 
 
 def _ids(file: Path) -> list[UUID]:

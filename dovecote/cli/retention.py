@@ -33,7 +33,7 @@ def maintain(
         Path | None, typer.Option(help="Archive each week here before it is dropped.", file_okay=False)
     ] = None,
     keep_weeks: KeepWeeks = None,
-    forget_handler: Annotated[
+    unsubscribe: Annotated[
         str | None, typer.Option(help="First end the subscriptions of a handler that no route has any more.")
     ] = None,
     dry_run: DryRun = False,
@@ -53,12 +53,12 @@ def maintain(
 
     settings = load_settings(needs_redis=False)
     with engine_during(settings) as engine:
-        if forget_handler is not None:
-            ended = retention.forget_handler(
-                engine, forget_handler, by=actor, routes=find_app().routes, dry_run=dry_run
+        if unsubscribe is not None:
+            ended = retention.unsubscribe_handler(
+                engine, unsubscribe, by=actor, routes=find_app().routes, dry_run=dry_run
             )
             if not as_json:
-                say(f"{ended} subscriptions of {forget_handler} {'would end' if dry_run else 'ended'}")
+                say(f"{ended} subscriptions of {unsubscribe} {'would end' if dry_run else 'ended'}")
         purged = None if dry_run else _purge(engine)
         done = retention.maintain(
             engine,
@@ -109,11 +109,11 @@ def _tell(done: retention.Maintenance) -> None:
         say(f"week {week.week} {'could be' if done.dry_run else 'is'} dropped: {week.events} events{where}")
     for held in done.held:
         say(f"week {held.week} is not dropped, it is still needed:")
-        for one in held.obstacles:
-            say(f"  {_obstacle(one)}: {one.advice}")
+        for one in held.blockers:
+            say(f"  {_blocker(one)}: {one.advice}")
 
 
-def _obstacle(one: retention.Obstacle) -> str:
+def _blocker(one: retention.PartitionBlocker) -> str:
     whose = f" for {one.handler}" if one.handler else ""
     return f"{one.events}{'+' if one.at_least else ''} {one.what}{whose} (first {one.example})"
 
@@ -142,7 +142,7 @@ def partitions(keep_weeks: KeepWeeks = None, as_json: AsJson = False) -> None:
         table.add_column(column, justify="right")
     table.add_column("held back by")
     for week in found.weeks:
-        held = "; ".join(map(_obstacle, week.obstacles)) or ("nothing at a glance" if week.is_old else "")
+        held = "; ".join(map(_blocker, week.blockers)) or ("nothing at a glance" if week.is_old else "")
         add_row(
             table,
             *(week.week, f"{week.starts_at:%F}", week.events, week.processed, f"{week.bytes / 1e6:.1f}"),

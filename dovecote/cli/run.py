@@ -59,9 +59,12 @@ def relay() -> None:
 
 
 def migrate(
-    to: Annotated[str, typer.Option(help="Revision to stop at.")] = "head",
+    to: Annotated[
+        str, typer.Option(help="Revision to stop at; `library@head` leaves out the application's.")
+    ] = "heads",
     down_to: Annotated[
-        str | None, typer.Option(help="Take revisions back down to this one; `base` takes back all.")
+        str | None,
+        typer.Option(help="Take revisions back to this one; `base`: all, `application@base`: the application's."),
     ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -83,7 +86,7 @@ def migrate(
         verb = "would be applied" if down_to is None else "would be taken back"
         say(f"{verb}: {', '.join(steps) or 'none'}; nothing was changed")
     else:
-        say("the schema is up to date" if (to, down_to) == ("head", None) else f"schema at {down_to or to}")
+        say("the schema is up to date" if (to, down_to) == ("heads", None) else f"schema at {down_to or to}")
 
 
 def execute(command: Annotated[list[str], typer.Argument(help="Command and its arguments.")]) -> None:

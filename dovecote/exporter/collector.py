@@ -41,7 +41,7 @@ _STATEMENT_MS = 5_000
 
 _BEHIND = "Positions between the handler's low-water mark and the relay's checkpoint."
 _MARKS = """
-    select p.handler_name, greatest(0, s.checkpoint - p.mark) as positions
+    select p.handler_name, greatest(0, s.checkpoint - p.low_water_mark) as positions
     from dovecote.progress p, dovecote.relay_state s
 """
 _POSTPONED = "How long the handler's queue has been full, or it has been catching up since; 0 when it is live."

@@ -110,10 +110,10 @@ def servers(settings: Settings) -> dict[str, Callable[[], str]]:
     parameters = connection_parameters(settings.database.url.get_secret_value(), {}, application_name="dovecote health")
     is_current = False
 
-    def ask(query: str) -> str | None:
+    def ask(query: str) -> Any:
         with psycopg.connect(autocommit=True, **{**parameters, "connect_timeout": LIMIT_SECONDS}) as connection:
-            row: tuple[str | None] | None = connection.execute(query).fetchone()
-            return row[0] if row else None
+            (answer,) = connection.execute(query).fetchone() or (None,)
+            return answer
 
     def postgres() -> str:
         ask("select null")
@@ -122,7 +122,7 @@ def servers(settings: Settings) -> dict[str, Callable[[], str]]:
     def schema_() -> str:
         nonlocal is_current
         if not is_current:  # it never gets older
-            pending = schema.pending_for(ask(schema.REVISION))
+            pending = schema.pending_for(ask(schema.HEADS))
             if pending:
                 raise Missing(f"not applied: {', '.join(pending)}; run `dovecote migrate`")
             is_current = True

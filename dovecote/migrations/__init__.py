@@ -1,1 +1,1 @@
-"""The library's tables, views, functions and roles, and how a database gets them."""
+"""The library's tables, and what brings a database to them. Needs Alembic, SQLAlchemy and psycopg only."""

@@ -1,34 +1,41 @@
-"""Bring the database's schema to a revision. The revisions point at SQL files; this runs them."""
+"""Bring a database to a revision, and say which revisions it lacks.
 
-import threading
-from collections.abc import Callable
+There are two branches in one version table: the library's revisions, in here, and those of an application, which stand
+on them. `locations` names the directories of the latter: each has `versions/` and `sql/`, as this one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import psycopg
-import structlog
-from alembic import command, op
+from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection
 
 from dovecote.database import SCHEMA
 from dovecote.errors import DovecoteError
+from dovecote.migrations.environment import VERSION_TABLE
 from dovecote.store.connections import ONLY_OUR_NAMES, connect
-from dovecote.telemetry.failures import is_transient
 
-log = structlog.get_logger()
-
-# Beside us in an installed wheel, at the top level in a checkout.
-_PACKAGED = Path(__file__).parent / "migrations"
-MIGRATIONS = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[2] / "migrations"
+LIBRARY = Path(__file__).parent
 
 
-REVISION = "select version_num from dovecote.alembic_version"
-WAITING = "waiting for the schema, which is older than this code: run `dovecote migrate`"
+def _application() -> tuple[Path, ...]:
+    """Return where the application's revisions are in a checkout: at the top level. An installed library has none."""
+    beside = LIBRARY.parents[1] / "migrations"
+    return (beside,) if (beside / "versions").is_dir() else ()
+
+
+#: Unless the caller hands over others, such as `app.migrations`.
+APPLICATION = _application()
+
+#: One row with one array: what is applied, as the version table has it.
+HEADS = f"select array_agg(version_num) from {SCHEMA}.{VERSION_TABLE}"  # noqa: S608 - two constants
 
 
 class SchemaError(DovecoteError):
@@ -50,48 +57,43 @@ _KEEP_STRANGERS_OUT = """
 """
 
 
-def upgrade(url: str, revision: str = "head") -> None:
-    """Apply what is missing, each revision in a transaction of its own."""
-    _with_connection(url, lambda config: command.upgrade(config, revision))
+def upgrade(url: str, revision: str = "heads", locations: Sequence[Path] = APPLICATION) -> None:
+    """Apply what is missing, each revision in a transaction of its own. Errors: SchemaError."""
+    _with_connection(url, locations, lambda config: command.upgrade(config, revision))
 
 
-def downgrade(url: str, revision: str) -> None:
-    """Take back revisions down to this one; "base" takes back all of them."""
-    _with_connection(url, lambda config: command.downgrade(config, revision))
+def downgrade(url: str, revision: str, locations: Sequence[Path] = APPLICATION) -> None:
+    """Take back revisions down to this one; "base" takes back all, "application@base" the application's."""
+    _with_connection(url, locations, lambda config: command.downgrade(config, revision))
 
 
-def steps(url: str, revision: str = "head") -> list[str]:
+def steps(url: str, revision: str = "heads", locations: Sequence[Path] = APPLICATION) -> list[str]:
     """Return the revisions that `upgrade` would apply, in its order. Errors: SchemaError for an unknown revision."""
-    every = revisions()
-    until = len(every) if revision == "head" else every.index(_known(revision)) + 1
-    return [one for one in pending_for(_applied(url)) if one in every[:until]]
+    return _above(_applied(url), tuple(locations), revision)
 
 
-def steps_back(url: str, revision: str) -> list[str]:
+def steps_back(url: str, revision: str, locations: Sequence[Path] = APPLICATION) -> list[str]:
     """Return the revisions that `downgrade` would take back, in its order. Errors: SchemaError for an unknown one."""
-    every, applied = revisions(), _applied(url)
-    there = every[: every.index(applied) + 1] if applied in every else []
-    kept = [] if revision == "base" else every[: every.index(_known(revision)) + 1]
-    return [one for one in there[::-1] if one not in kept]
+    applied: Any = _applied(url)
+    with _one_sentence():
+        # Alembic has no public name, and no type for several heads, for what `downgrade` goes through.
+        return [step.revision.revision for step in _script(tuple(locations))._downgrade_revs(revision, applied)]
 
 
-def _known(revision: str) -> str:
-    if revision not in revisions():
-        raise SchemaError(
-            f"the schema cannot be migrated: there is no revision {revision}; the last is {revisions()[-1]}"
-        )
-    return revision
+def revisions(locations: Sequence[Path] = APPLICATION) -> list[str]:
+    """Return all that this code knows, in the order they are applied. The first call reads and imports each of them."""
+    return _above((), tuple(locations))
 
 
-def _applied(url: str) -> str | None:
-    """Return the revision that is applied, None before the first."""
-    engine = connect(url, application_name="dovecote migrate", session_settings=ONLY_OUR_NAMES)
-    try:
-        with engine.connect() as connection:
-            heads = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA}).get_current_heads()
-        return heads[-1] if heads else None
-    finally:
-        engine.dispose()
+def pending(connection: Connection, locations: Sequence[Path] = APPLICATION) -> list[str]:
+    """Return the revisions that are not applied yet, in their order; empty when the schema is up to date."""
+    return pending_for(_heads(connection), locations)
+
+
+def pending_for(applied: Sequence[str] | None, locations: Sequence[Path] = APPLICATION) -> list[str]:
+    """Return the revisions above these, of HEADS; none where a newer deploy's is one we do not know."""
+    known = set(revisions(locations))
+    return _above(tuple(applied or ()), tuple(locations)) if known.issuperset(applied or ()) else []
 
 
 def keep_strangers_out(url: str) -> None:
@@ -105,88 +107,53 @@ def keep_strangers_out(url: str) -> None:
         engine.dispose()
 
 
-def pending(connection: Connection) -> list[str]:
-    """Return the revisions that are not applied yet, oldest first; empty when the schema is up to date."""
-    applied = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA}).get_current_heads()
-    return pending_for(applied[-1] if applied else None)
+def _above(applied: tuple[str, ...], locations: tuple[Path, ...], revision: str = "heads") -> list[str]:
+    with _one_sentence():
+        found = _script(locations).iterate_revisions(revision, applied, implicit_base=True)
+        return [one.revision for one in found][::-1]
 
 
-def pending_for(applied: str | None) -> list[str]:
-    """Return the revisions above this one, oldest first; none where a newer deploy's is one we do not know."""
-    every = revisions()
-    if applied is None:
-        return every
-    return every[every.index(applied) + 1 :] if applied in every else []
+def _applied(url: str) -> tuple[str, ...]:
+    engine = connect(url, application_name="dovecote migrate", session_settings=ONLY_OUR_NAMES)
+    try:
+        with engine.connect() as connection:
+            return _heads(connection)
+    finally:
+        engine.dispose()
+
+
+def _heads(connection: Connection) -> tuple[str, ...]:
+    options = {"version_table": VERSION_TABLE, "version_table_schema": SCHEMA}
+    return MigrationContext.configure(connection, opts=options).get_current_heads()
 
 
 @cache
-def revisions() -> list[str]:
-    """Return all that this code knows, oldest first. The first call reads and imports each of them."""
-    script = ScriptDirectory.from_config(_config())
-    return [revision.revision for revision in script.walk_revisions()][::-1]
+def _script(locations: tuple[Path, ...]) -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config(locations))
 
 
-def await_current(engine: Engine, stopping: threading.Event) -> bool:
-    """Wait until the schema is as new as this code, and say so meanwhile; False when told to stop before.
-
-    Errors: DBAPIError when there is no schema at all.
-    """
-    tries = 0
-    while wanted := _wanted(engine):
-        if tries % 60 == 0:
-            log.warning(WAITING, newest=wanted)
-        tries += 1
-        if stopping.wait(1.0):
-            return False
-    return True
-
-
-def _wanted(engine: Engine) -> str | None:
-    """Return the newest revision while it is not applied, None once it is; `postgres` while that is away."""
-    try:
-        with engine.connect() as connection:
-            waiting = pending_for(connection.exec_driver_sql(REVISION).scalar_one_or_none())
-    except DBAPIError as error:
-        if is_transient(error):
-            return "postgres itself"
-        if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):  # a revision that does not show it yet
-            waiting = pending_for(None)
-        else:
-            raise
-    return waiting[-1] if waiting else None
-
-
-def run(file: str) -> None:
-    """Run a file of SQL statements as the migrating login. For revisions."""
-    _execute((MIGRATIONS / "sql" / file).read_text())
-
-
-def run_as_owner(file: str) -> None:
-    """Run a file of SQL statements so that what it makes belongs to dovecote_owner. For revisions."""
-    _execute("set local role dovecote_owner")
-    run(file)
-    _execute("reset role")
-
-
-def _execute(sql: str) -> None:
-    # Without parameters psycopg sends the file as one script, and a % or a colon in it is just itself.
-    op.get_bind().execution_options(no_parameters=True).exec_driver_sql(sql)
-
-
-def _config() -> Config:
+def _config(locations: Sequence[Path]) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("script_location", str(LIBRARY))
+    config.set_main_option("path_separator", "newline")
+    config.set_main_option("version_locations", "\n".join(str(path / "versions") for path in (LIBRARY, *locations)))
     return config
 
 
-def _with_connection(url: str, work: Callable[[Config], None]) -> None:
+def _with_connection(url: str, locations: Sequence[Path], work: Callable[[Config], None]) -> None:
     engine = connect(url, statement_timeout_ms=0, application_name="dovecote migrate", session_settings=ONLY_OUR_NAMES)
     try:
-        with engine.connect() as connection:
-            config = _config()
+        with engine.connect() as connection, _one_sentence():
+            config = _config(locations)
             config.attributes["connection"] = connection
             work(config)
-    except CommandError as error:
-        raise SchemaError(f"the schema cannot be migrated: {error}") from error
     finally:
         engine.dispose()
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except CommandError as error:
+        raise SchemaError(f"the schema cannot be migrated: {error}") from error

@@ -8,7 +8,6 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine, text
 
-from dovecote.operations.deliveries import NAMED
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import BadCursor, WrongRequest, require_handler
 from dovecote.route import Route
@@ -73,7 +72,7 @@ _BLOCKED = text(
            coalesce(d.event_type, (select event_type from dovecote.outbox where id = b.event_id)) as event_type,
            case when b.event_id is null then 'free' else coalesce(d.state, 'under way') end as state,
            d.error_type, d.error_fingerprint as fingerprint,
-           {NAMED} as error,
+           left(d.headline, 300) as error,
            few.count as waiting, few.count = :most as at_least, coalesce(d.first_failed_at, s.since) as since
     from stuck s
     cross join lateral (

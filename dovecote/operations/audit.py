@@ -46,7 +46,7 @@ _LIST = text(
     """
     select id, at, actor, login, action, reason, affected, details from dovecote.audit_log
     where id < coalesce(cast(:before as uuid), 'ffffffff-ffff-ffff-ffff-ffffffffffff')
-      and id >= dovecote.uuid_v7_floor(coalesce(cast(:since as timestamptz), 'epoch'))
+      and id >= dovecote.uuid_v7_lower_bound(coalesce(cast(:since as timestamptz), 'epoch'))
       and (cast(:action as text) is null or action = :action or action like :action || '.%')
       and (cast(:actor as text) is null or actor = :actor or login = :actor)
     order by id desc limit :limit

@@ -46,7 +46,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Failure:
-    """One event that one handler has not done. `error` is the line of its traceback that names it."""
+    """One event that one handler has not done. `error` is the headline: type and message."""
 
     handler: str
     event_id: UUID
@@ -123,14 +123,10 @@ class Story:
         return asdict(self)
 
 
-# The line that names the last error of a traceback: the first after its frames. What follows is what a database and
-# its library add: the statement, where to read on.
-NAMED = r"""left(split_part(regexp_replace(d.error, '^.*\n  File "[^\n]*(\n    [^\n]*)*\n', ''), E'\n', 1), 300)"""
-
-ROW = f"""
+ROW = """
     d.handler_name as handler, d.event_id, d.position, d.event_type, d.aggregate_type, d.aggregate_id, d.state,
     d.attempts, d.next_attempt_at, d.error_type, d.error_fingerprint as fingerprint,
-    {NAMED} as error, d.first_failed_at, d.updated_at
+    left(d.headline, 300) as error, d.first_failed_at, d.updated_at
 """
 MATCHES = """
         (cast(:fingerprint as text) is null or d.error_fingerprint = :fingerprint)
@@ -165,11 +161,10 @@ _LIST = text(
     """  # noqa: S608 - put together from constants
 )
 
-_NAMED_OF_LAST = NAMED.replace("d.error", "last.error")
 # How many there are of one kind, the first and the last.
 _OF_KIND = """
     select k.handler, k.state, last.error_fingerprint as fingerprint, few.count, few.count = :most as at_least,
-           last.error_type, {named} as error,
+           last.error_type, left(last.headline, 300) as error,
            first.updated_at as first_at, last.updated_at as last_at, last.event_id as example
     from {kinds} k
     cross join lateral (
@@ -200,9 +195,9 @@ _GROUPS = text(
             where state = k.state and handler_name = k.handler and error_fingerprint > k.fingerprint
             order by error_fingerprint limit 1) f
     )
-    {_OF_KIND.format(named=_NAMED_OF_LAST, kinds="kinds", same="error_fingerprint = k.fingerprint")}
+    {_OF_KIND.format(kinds="kinds", same="error_fingerprint = k.fingerprint")}
     union all
-    {_OF_KIND.format(named=_NAMED_OF_LAST, kinds="wanted", same="error_fingerprint is null")}
+    {_OF_KIND.format(kinds="wanted", same="error_fingerprint is null")}
     order by count desc, handler, fingerprint limit :limit
     """  # noqa: S608 - put together from constants
 )

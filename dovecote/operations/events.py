@@ -13,7 +13,6 @@ from sqlalchemy import Connection, Engine, text
 
 from dovecote.errors import DovecoteError
 from dovecote.masking import masked_payload
-from dovecote.operations.deliveries import NAMED
 from dovecote.operations.retention import require_present
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import WrongRequest, require_aggregate_type, require_range
@@ -116,8 +115,9 @@ class EventLife:
 
 _FOUND = "id, position, event_type, aggregate_type, aggregate_id, created_at"
 _RANGE = """
-    o.id >= dovecote.uuid_v7_floor(coalesce(cast(:since as timestamptz), 'epoch'))
-    and o.id < coalesce(dovecote.uuid_v7_floor(cast(:until as timestamptz)), 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    o.id >= dovecote.uuid_v7_lower_bound(coalesce(cast(:since as timestamptz), 'epoch'))
+    and o.id < coalesce(dovecote.uuid_v7_lower_bound(cast(:until as timestamptz)),
+                        'ffffffff-ffff-ffff-ffff-ffffffffffff')
 """
 # By time along the primary key; one aggregate's events by their own index.
 _BY_TIME = "select {columns} from dovecote.outbox o where {range} and o.id {beyond} :cursor order by o.id {order}"
@@ -154,10 +154,10 @@ _ACTS = text(
     """
 )
 _TROUBLE = text(
-    f"""
-    select d.*, {NAMED} as summary from unnest(cast(:handlers as text[])) as h (name)
+    """
+    select d.*, left(d.headline, 300) as summary from unnest(cast(:handlers as text[])) as h (name)
     join dovecote.deliveries d on d.handler_name = h.name and d.event_id = :id
-    """  # noqa: S608 - put together from constants
+    """
 )
 
 

@@ -43,13 +43,13 @@ class Handler:
         return asdict(self)
 
 
-_PAUSED = text("select handler_name, paused_by, reason, paused_at from dovecote.paused_handlers")
+_PAUSED = text("select handler_name, actor, reason, paused_at from dovecote.paused_handlers")
 _CHANGE = {verb: text(f"select dovecote.{verb}_handler(:actor, :reason, :handler)") for verb in ("pause", "resume")}
 
 
 def paused(connection: Connection) -> dict[str, Pause]:
     """Return the handlers that are paused, by name; also one that no route has any more."""
-    return {row.handler_name: Pause(row.paused_by, row.reason, row.paused_at) for row in connection.execute(_PAUSED)}
+    return {row.handler_name: Pause(row.actor, row.reason, row.paused_at) for row in connection.execute(_PAUSED)}
 
 
 def handlers(engine: Engine, routes: Sequence[Route]) -> list[Handler]:

@@ -77,5 +77,5 @@ class Maintainer:
             log.warning(
                 "week held back",
                 week=held.week,
-                by=[f"{one.events} {one.what} {one.handler or ''}".strip() for one in held.obstacles],
+                by=[f"{one.events} {one.what} {one.handler or ''}".strip() for one in held.blockers],
             )

@@ -14,7 +14,7 @@ from dovecote.events.ids import made_at
 from dovecote.operations import retention
 from dovecote.operations.validation import WrongRequest, require_aggregate_type, require_handler, require_range
 from dovecote.route import Route
-from dovecote.store.replays import Filter, Strength
+from dovecote.store.replays import Filter, Mode
 
 #: The dry run counts exactly, however many there are; a table of 10 million events takes some seconds.
 _COUNT_TIMEOUT_MS = 600_000
@@ -30,12 +30,12 @@ class Request:
     """What an operator asks for. `rate` is in events a second, None for as fast as they are acted on."""
 
     handler: str
-    strength: Strength
+    mode: Mode
     filter: Filter = field(default_factory=Filter)
     event_ids: Sequence[UUID] | None = None
     rate: int | None = None
     reason: str
-    requested_by: str
+    actor: str
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Plan:
     """
 
     handler: str
-    strength: Strength
+    mode: Mode
     events: int
     left_alone: int
     first_position: int
@@ -71,7 +71,7 @@ class Plan:
 
 
 _REQUEST = """
-    %(handler)s, %(strength)s, %(filter)s::jsonb, %(event_types)s::text[], %(event_ids)s::uuid[]
+    %(handler)s, %(mode)s, %(filter)s::jsonb, %(event_types)s::text[], %(event_ids)s::uuid[]
 """
 _PLAN = f"""
     select null::uuid as id, asked_at, events, left_alone, first_position, last_position, event_types
@@ -88,7 +88,7 @@ _FIRST = """
     left join dovecote.processed_events p on p.event_id = o.id and p.handler_name = %(handler)s
     left join dovecote.deliveries d on d.event_id = o.id and d.handler_name = %(handler)s
     where dovecote.is_asked(o, %(filter)s::jsonb, %(event_types)s::text[], %(event_ids)s::uuid[])
-      and dovecote.is_replayed(%(strength)s::text, p, d, %(asked_at)s::timestamptz)
+      and dovecote.is_replayed(%(mode)s::text, p, d, %(asked_at)s::timestamptz)
     order by o.position limit 5
 """
 
@@ -107,10 +107,10 @@ def planned(connection: Connection, routes: Sequence[Route], request: Request, *
     _require_present(connection, request)
     run(connection, f"set local statement_timeout = {_COUNT_TIMEOUT_MS}")
     fields = {
-        "actor": request.requested_by,
+        "actor": request.actor,
         "reason": request.reason,
         "handler": route.handler,
-        "strength": request.strength,
+        "mode": request.mode,
         "filter": json.dumps(request.filter.as_json()),
         "event_types": route.event_types,
         "event_ids": list(request.event_ids) if request.event_ids else None,
@@ -121,7 +121,7 @@ def planned(connection: Connection, routes: Sequence[Route], request: Request, *
     fields |= {"event_types": found.event_types, "asked_at": found.asked_at}
     return Plan(
         handler=route.handler,
-        strength=request.strength,
+        mode=request.mode,
         events=found.events,
         left_alone=found.left_alone,
         first_position=found.first_position,
@@ -168,8 +168,8 @@ def _route(routes: Sequence[Route], request: Request) -> Route:
         raise WrongRequest(f"1 to {MAX_SINGLE_EVENTS:,} event ids are taken, got {len(request.event_ids):,}")
     if request.rate is not None and request.rate < 1:
         raise WrongRequest(f"the rate is in events a second, at least 1; got {request.rate}")
-    if request.strength == "again" and not route.replayable:
-        raise ReplayRefused(f"{route.handler} may not act again: {route.replay_note}; --strength missing is possible")
+    if request.mode == "reprocess" and not route.replayable:
+        raise ReplayRefused(f"{route.handler} may not act again: {route.replay_note}; --mode backfill is possible")
     return route
 
 

@@ -12,7 +12,7 @@ from dovecote.operations.replay_plans import Plan, ReplayRefused, Request, plann
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import changing, require_handler, require_who_and_why
 from dovecote.route import Route
-from dovecote.store.replays import Strength
+from dovecote.store.replays import Mode
 
 __all__ = [
     "Plan",
@@ -47,7 +47,7 @@ class Replay:
 
     id: UUID
     handler: str
-    strength: Strength
+    mode: Mode
     filter: dict[str, Any]
     state: str
     total: int
@@ -57,7 +57,7 @@ class Replay:
     dead: int
     discarded: int
     rate: int | None
-    requested_by: str
+    actor: str
     reason: str
     created_at: datetime
     updated_at: datetime
@@ -91,8 +91,8 @@ class ReplayPage:
 
 
 _LIST = """
-    select r.id, r.handler_name as handler, r.strength, r.filter, r.state, coalesce(r.total, 0) as total, r.done,
-           r.rate, r.requested_by, r.reason, r.created_at, r.updated_at, r.finished_at, f.*,
+    select r.id, r.handler_name as handler, r.mode, r.filter, r.state, coalesce(r.total, 0) as total, r.done,
+           r.rate, r.actor, r.reason, r.created_at, r.updated_at, r.finished_at, f.*,
            case when isfinite(r.updated_at) and isfinite(r.created_at) then
                r.done / nullif(extract(epoch from r.updated_at - r.created_at), 0)::float8 end as events_per_second,
            case when r.state in ('pending', 'running') and isfinite(r.updated_at)
@@ -133,7 +133,7 @@ def start(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
     Errors: WrongRequest, ReplayRefused.
     """
     why = "a replay needs a reason: it is written into the audit log"
-    require_who_and_why(request.requested_by, request.reason, why=why)
+    require_who_and_why(request.actor, request.reason, why=why)
     with changing(engine, ReplayRefused) as connection:
         return planned(connection, routes, request, start=True)
 

@@ -1,7 +1,7 @@
-"""Weeks: made ahead, and dropped when they are old and nothing of them is owed any more.
+"""Weekly partitions: made ahead, and dropped when they are old and nothing needs them any more.
 
-What holds a week back is decided in SQL, `dovecote.week_obstacles`, and `dovecote.drop_week` asks it again under lock:
-no caller can drop what is still needed. docs/adr/0011-dropping-weeks.md says how and why.
+What holds a week back is decided in SQL, `dovecote.partition_blockers`, and `dovecote.drop_partition` asks it again
+under lock: no caller can drop what is still needed. docs/adr/0011-dropping-weeks.md says how and why.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ class Archived(DovecoteError):
 
 
 @dataclass(frozen=True)
-class Obstacle:
+class PartitionBlocker:
     """Why a week cannot go yet.
 
     what     unpublished, unprocessed, unknown version, retrying, waiting, dead, replay
@@ -58,7 +58,7 @@ class DroppedWeek:
 @dataclass(frozen=True)
 class HeldWeek:
     week: str
-    obstacles: Sequence[Obstacle]
+    blockers: Sequence[PartitionBlocker]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Maintenance:
 class Week:
     """One week's partitions. Rows are estimates of Postgres' statistics, never counted; bytes are all three tables'.
 
-    obstacles  what is seen at a glance: not what no handler has acted on, which takes reading the week
+    blockers  what is seen at a glance: not what no handler has acted on, which takes reading the week
     """
 
     week: str
@@ -96,7 +96,7 @@ class Week:
     processed: int
     bytes: int
     is_old: bool
-    obstacles: Sequence[Obstacle]
+    blockers: Sequence[PartitionBlocker]
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Partitions:
 _WEEKS = text(
     """
     select w.week, w.starts_at, w.starts_at + interval '7 days' as ends_at,
-           dovecote.uuid_v7_floor(w.starts_at) as lower_id,
-           dovecote.uuid_v7_floor(w.starts_at + interval '7 days') as upper_id,
+           dovecote.uuid_v7_lower_bound(w.starts_at) as lower_id,
+           dovecote.uuid_v7_lower_bound(w.starts_at + interval '7 days') as upper_id,
            coalesce((select greatest(c.reltuples, s.n_live_tup, 0) from pg_class c
                      left join pg_stat_all_tables s on s.relid = c.oid
                      where c.oid = to_regclass('dovecote.outbox_' || w.week)), 0)::bigint as events,
@@ -133,14 +133,14 @@ _WEEKS = text(
     order by w.starts_at
     """
 )
-_OBSTACLES = text(
-    "select handler_name, obstacle, events, example, false as at_least"
-    " from dovecote.week_obstacles(:lower_id, :upper_id) order by 1, 2"
+_BLOCKERS = text(
+    "select handler_name, blocker, events, example, false as at_least"
+    " from dovecote.partition_blockers(:lower_id, :upper_id) order by 1, 2"
 )
 # What an index tells at once. Whether every handler has acted on every event is not among it.
 _AT_A_GLANCE = text(
     f"""
-    select null as handler_name, 'unpublished' as obstacle, count(*) as events, min(few.id::text)::uuid as example,
+    select null as handler_name, 'unpublished' as blocker, count(*) as events, min(few.id::text)::uuid as example,
            count(*) = :most as at_least
     from (select o.id from dovecote.outbox o
           where o.id >= :lower_id and o.id < :upper_id and o.position > (select checkpoint from dovecote.relay_state)
@@ -176,13 +176,13 @@ _STRAYS = text(
 _DROPPED = text(
     """
     select week, events, first_position, last_position, first_created_at, last_created_at, archive, checksum,
-           dropped_by, dropped_at
-    from dovecote.dropped_weeks order by lower_id, dropped_at
+           actor, dropped_at
+    from dovecote.dropped_partitions order by lower_id, dropped_at
     """
 )
 _OVERLAPPING = text(
     """
-    select week, archive from dovecote.dropped_weeks
+    select week, archive from dovecote.dropped_partitions
     where events > 0
       and (cast(:since as timestamptz) is null or last_created_at >= :since)
       and (cast(:until as timestamptz) is null or first_created_at < :until)
@@ -234,7 +234,7 @@ def maintain(
     """
     made = moved = 0
     if not dry_run:
-        moved = _place_strays(engine)
+        moved = _place_misplaced_rows(engine)
         with engine.begin() as connection:
             made = connection.execute(
                 text("select dovecote.ensure_partitions(:ahead)"), {"ahead": weeks_ahead}
@@ -243,10 +243,10 @@ def maintain(
     for week in _old_weeks(engine, keep_weeks):
         with _unhurried(engine) as connection, connection.begin():
             if not dry_run:
-                connection.execute(text("select dovecote.hold_week(:week)"), {"week": week.week})
-            obstacles = _obstacles(connection, week, routes)
-            if obstacles:
-                held.append(HeldWeek(week.week, obstacles))
+                connection.execute(text("select dovecote.lock_partition(:week)"), {"week": week.week})
+            blockers = _blockers(connection, week, routes)
+            if blockers:
+                held.append(HeldWeek(week.week, blockers))
             elif dry_run:
                 dropped.append(DroppedWeek(week.week, week.events, None, None))
             else:
@@ -271,7 +271,7 @@ def partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ())
                 row.processed,
                 row.bytes,
                 row.week in old,
-                _obstacles(connection, row, routes, _AT_A_GLANCE) if row.ends_at <= now else (),
+                _blockers(connection, row, routes, _AT_A_GLANCE) if row.ends_at <= now else (),
             )
             for row in connection.execute(_WEEKS).all()
         ]
@@ -305,7 +305,7 @@ def require_present(
         raise Archived(f"events of that range are not in the outbox any more: {places}")
 
 
-def forget_handler(
+def unsubscribe_handler(
     engine: Engine, handler: str, *, by: str, routes: Sequence[Route] = (), dry_run: bool = False
 ) -> int:
     """End the subscriptions of a handler that is gone for good; return how many there were.
@@ -315,26 +315,30 @@ def forget_handler(
     """
     require_who_and_why(by, None)
     if handler in {route.handler for route in routes}:
-        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before it is forgotten")
+        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before it is unsubscribed")
     with changing(engine, WrongRequest) as connection:
         subscribed: int = connection.execute(_SUBSCRIBED, {"handler": handler}).scalar_one()
         if not subscribed:
             raise WrongRequest(f"no handler {handler!r} has subscriptions")
         if not dry_run:
-            connection.execute(text("select dovecote.forget_handler(:handler, :by)"), {"handler": handler, "by": by})
+            connection.execute(
+                text("select dovecote.unsubscribe_handler(:handler, :by)"), {"handler": handler, "by": by}
+            )
     return subscribed
 
 
 # Moving and dropping -----------------------------------------------------------------------------
 
 
-def _place_strays(engine: Engine) -> int:
+def _place_misplaced_rows(engine: Engine) -> int:
     copied = 1
     while copied:
         with _unhurried(engine) as connection, connection.begin():
-            copied = connection.execute(text("select dovecote.copy_strays(:most)"), {"most": _BATCH_ROWS}).scalar_one()
+            copied = connection.execute(
+                text("select dovecote.copy_misplaced_rows(:most)"), {"most": _BATCH_ROWS}
+            ).scalar_one()
     with _unhurried(engine) as connection, connection.begin():
-        moved: int = connection.execute(text("select dovecote.place_strays()")).scalar_one()
+        moved: int = connection.execute(text("select dovecote.place_misplaced_rows()")).scalar_one()
     return moved
 
 
@@ -342,7 +346,7 @@ def _drop(connection: Connection, week: Any, by: str, archive_dir: Path | None) 
     """Drop a week that this transaction holds."""
     packed = _archive(connection, week, archive_dir) if archive_dir else None
     gone = connection.execute(
-        text("select * from dovecote.drop_week(:week, :by, :archive, :checksum, :events, :processed)"),
+        text("select * from dovecote.drop_partition(:week, :by, :archive, :checksum, :events, :processed)"),
         {
             "week": week.week,
             "by": by,
@@ -388,29 +392,29 @@ def _old(connection: Connection, keep_weeks: int) -> list[Any]:
     return [week for week in connection.execute(_WEEKS) if keep_weeks and week.starts_at < border]
 
 
-def _obstacles(
-    connection: Connection, week: Any, routes: Sequence[Route], query: TextClause = _OBSTACLES
-) -> list[Obstacle]:
+def _blockers(
+    connection: Connection, week: Any, routes: Sequence[Route], query: TextClause = _BLOCKERS
+) -> list[PartitionBlocker]:
     bounds = {"lower_id": week.lower_id, "upper_id": week.upper_id}
-    more = {} if query is _OBSTACLES else {"handler": None, "most": _MAX_COUNTED}
+    more = {} if query is _BLOCKERS else {"handler": None, "most": _MAX_COUNTED}
     return [
-        Obstacle(
+        PartitionBlocker(
             row.handler_name,
-            row.obstacle,
+            row.blocker,
             row.events,
             row.example,
-            _advice(row.handler_name, row.obstacle, routes),
+            _advice(row.handler_name, row.blocker, routes),
             row.at_least,
         )
         for row in connection.execute(query, {**bounds, **more})
     ]
 
 
-def _advice(handler: str | None, obstacle: str, routes: Sequence[Route]) -> str:
+def _advice(handler: str | None, blocker: str, routes: Sequence[Route]) -> str:
     forgotten = routes and handler not in {route.handler for route in routes}
-    if forgotten and obstacle in ("unprocessed", "unknown version"):
-        return f"no route has this handler: bring it back, or `dovecote maintain --forget-handler {handler}`"
-    match obstacle:
+    if forgotten and blocker in ("unprocessed", "unknown version"):
+        return f"no route has this handler: bring it back, or `dovecote maintain --unsubscribe {handler}`"
+    match blocker:
         case "unpublished":
             return "let the relay run until it has caught up: see `dovecote status`"
         case "unprocessed":

@@ -99,7 +99,7 @@ _POSITIONS = text(
     select s.checkpoint, h.last_position, s.owner, s.epoch, s.history, s.instance, leader.is_there,
            dovecote.sequence_fault() as fault,
            case when leader.is_there then s.stands_back_for end as stands_back_for
-    from dovecote.relay_state s, dovecote.horizon() h,
+    from dovecote.relay_state s, dovecote.low_watermark() h,
          (select exists (select from dovecote.leader()) as is_there) leader
     """
 )

@@ -43,7 +43,7 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
     with closing(psycopg.connect(autocommit=True, **parameters)) as connection:
         connection.execute("set search_path = pg_catalog, pg_temp; set timezone = 'UTC'")
         connection.execute("set enable_seqscan = off; set jit = off")
-        row = connection.execute("select last_position from dovecote.horizon()").fetchone()
+        row = connection.execute("select last_position from dovecote.low_watermark()").fetchone()
         assert row is not None
         reader = Reader(connection, row[0], 500)
         while True:

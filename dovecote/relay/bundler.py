@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import TypeVar
 from uuid import UUID
 
-from dovecote.broker.broker import QueuedBundle
+from dovecote.broker.publisher import QueuedBundle
 from dovecote.envelope.signatures import MessageKey
 from dovecote.envelope.wire import END, EVENT_ID, unsigned_message
 from dovecote.route import Route, distinct

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dovecote.broker.broker import OutboxBroker
+from dovecote.broker.publisher import Publisher
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.store.runs import Run
 
@@ -59,7 +59,7 @@ class Claim:
 class RedisFence:
     """Reads and writes the fencing token. Errors: every method may raise redis.RedisError."""
 
-    def __init__(self, broker: OutboxBroker) -> None:
+    def __init__(self, broker: Publisher) -> None:
         self._broker = broker
         self._client: Any = broker.client
         self._claim = self._client.register_script((_LUA / "claim.lua").read_bytes())

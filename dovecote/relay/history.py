@@ -22,7 +22,7 @@ from uuid import uuid4
 import structlog
 from redis import RedisError
 
-from dovecote.broker.broker import OutboxBroker, RedisUsage
+from dovecote.broker.publisher import Publisher, RedisUsage
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.fence import Claim, Fence, RedisFence
@@ -81,7 +81,7 @@ def require_right_of_way(run: str, seen: Fence) -> None:
 
 
 def await_right_of_way(
-    connection: Connection, broker: OutboxBroker, stop: StopFlag, instrumentation: RelayInstrumentation
+    connection: Connection, broker: Publisher, stop: StopFlag, instrumentation: RelayInstrumentation
 ) -> int:
     """Stand back, and log it, while a relay of a newer database uses this Redis. Return the epoch that Redis has seen.
 
@@ -122,7 +122,7 @@ class History:
         taken: TakenOver,
         *,
         connection: Connection,
-        broker: OutboxBroker,
+        broker: Publisher,
         records: Connection | None = None,
         instrumentation: RelayInstrumentation | None = None,
         sends_again: bool = False,

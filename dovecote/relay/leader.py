@@ -13,7 +13,7 @@ from itertools import chain
 import structlog
 from redis import RedisError
 
-from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.broker.publisher import Publisher, QueuedBundle
 from dovecote.broker.redis_client import is_wrong_type
 from dovecote.envelope.signatures import SigningKeys
 from dovecote.errors import RedisLost
@@ -72,7 +72,7 @@ class Leader:
         *,
         connection: Connection,
         reader: Reader,
-        broker: OutboxBroker,
+        broker: Publisher,
         routes: Sequence[Route],
         settings: RelaySettings,
         stop: StopFlag,

@@ -30,19 +30,9 @@ _CHECK_SECONDS = 0.5
 _TRY_MS = 100
 
 _TAKE = "lock table dovecote.relay_leader in share update exclusive mode"
-_TAKE_OLDER = "select pg_try_advisory_lock(dovecote.leader_key())"
-_GIVE_BACK_OLDER = "select pg_advisory_unlock(dovecote.leader_key())"
-_OLDER_LEADER = "select pid, login, application from dovecote.leader() where is_older"
 # Within a transaction the list of sessions is a snapshot, unless it is cleared.
 _IS_WORKING = """
     select exists (select from pg_stat_get_activity(%s)) from (select pg_stat_clear_snapshot() offset 0) as anew
-"""
-# The session of an older leader that has been waiting for its client for too long: from before Postgres ended it by
-# itself. One by one, because this login may not end those of every other.
-_FROZEN_OLDER = """
-    select l.pid from dovecote.leader() l join pg_stat_activity a on a.pid = l.pid
-    where l.is_older and a.wait_event_type = 'Client'
-      and a.state_change < clock_timestamp() - make_interval(secs => %s)
 """
 
 
@@ -90,27 +80,21 @@ class LeaderLock:
         self._open.close()
 
     def try_take(self) -> bool:
-        """Take the lock if it is free, and no relay from before there was one leads.
+        """Take the lock if it is free.
 
         Errors: psycopg.Error, such as InsufficientPrivilege without the rights of dovecote_worker.
         """
-        if self._working.execute(_OLDER_LEADER).fetchone() is not None:
-            return False
         self._session.execute("begin")
         try:
             self._session.execute(_TAKE)
         except psycopg.errors.LockNotAvailable:
             self._session.execute("rollback")
             return False
-        if self._may_pass_older():
-            return True
-        self._session.execute("rollback")
-        return False
+        return True
 
     def give_back(self) -> None:
         """Release what `try_take` has taken."""
         self._session.execute("rollback")
-        self._working.execute(_GIVE_BACK_OLDER)
 
     def begin(self) -> None:
         """Watch both sessions from now on: the leader runs a statement in `working` every second."""
@@ -123,33 +107,12 @@ class LeaderLock:
         if self._lost is not None:
             raise LeadershipLost(self._lost)
 
-    def end_frozen_leader(self) -> None:
-        """End the session of an older relay that is stopped or cut off: its lock would live as long as the session."""
-        for (pid,) in self._working.execute(_FROZEN_OLDER, (self._frozen_after,)).fetchall():
-            try:
-                self._working.execute("select pg_terminate_backend(%s)", (pid,))
-            except psycopg.errors.InsufficientPrivilege as error:
-                cure = f"grant pg_signal_backend to this login, or end it: select pg_terminate_backend({pid})"
-                log.error("this login may not end the session of a frozen leader", pid=pid, error=str(error), cure=cure)
-            else:
-                log.warning("ended the session of a frozen leader", pid=pid, silent_for_seconds=self._frozen_after)
-
     def log_foreign_locks(self) -> None:
         """Log, once each, the foreign holders of our advisory locks."""
         found = {str(lock): lock for lock in foreign_locks(self._working.execute(QUERY))}
         for name in found.keys() - self._logged:
             log.error("a foreign session holds locks of ours", holder=name, cure=found[name].cure)
         self._logged = set(found)
-
-    def _may_pass_older(self) -> bool:
-        # Relays from before revision 0032 know the advisory key only: it is taken for them, and waited for.
-        (taken,) = self._working.execute(_TAKE_OLDER).fetchone() or (False,)
-        if taken:
-            return True
-        if self._working.execute(_OLDER_LEADER).fetchone() is not None:
-            return False
-        self.log_foreign_locks()  # a login that may not lead does not block us
-        return True
 
     def _watch(self) -> None:
         working = self._working.info.backend_pid

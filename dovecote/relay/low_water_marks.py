@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import structlog
 
 from dovecote.store.envelopes import Connection
-from dovecote.store.progress import move_marks
+from dovecote.store.progress import move_low_water_marks
 from dovecote.unit_of_work.backoff import Backoff
 
 log = structlog.get_logger()
@@ -98,7 +98,7 @@ class LowWaterMarks:
         ends_at = time.monotonic() + _CATCHING_UP_SECONDS
         has_moved = False
         while True:
-            step = move_marks(session, self._epoch, upto)
+            step = move_low_water_marks(session, self._epoch, upto)
             self._is_open = step.is_open
             has_moved = has_moved or step.has_moved
             if not (step.is_behind and step.has_moved) or time.monotonic() > ends_at or self._stopping.is_set():

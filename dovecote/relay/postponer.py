@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
 
-from dovecote.broker.broker import QueuedBundle, RedisUsage
+from dovecote.broker.publisher import QueuedBundle, RedisUsage
 from dovecote.relay.bundler import Bundler
 from dovecote.route import Route, queues
 from dovecote.store.envelopes import Envelopes, Read

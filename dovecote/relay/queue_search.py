@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from dovecote.broker.broker import OutboxBroker
+from dovecote.broker.publisher import Publisher
 from dovecote.envelope import handler_named_in
 from dovecote.envelope.signatures import MessageKey, key_id_of
 from dovecote.envelope.wire import event_ids_of_first_delivery
@@ -33,7 +33,7 @@ class QueueSearch:
     Errors: redis.exceptions.RedisError, in all methods.
     """
 
-    def __init__(self, broker: OutboxBroker) -> None:
+    def __init__(self, broker: Publisher) -> None:
         #: The keys of messages that a consumer accepts; others are ignored.
         self.keys: Mapping[bytes, MessageKey] = {}
         self._client: Any = broker.client

@@ -20,7 +20,7 @@ from uuid import UUID
 import structlog
 from redis import RedisError
 
-from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.broker.publisher import Publisher, QueuedBundle
 from dovecote.envelope.signatures import NoMessageKey, valid_keys
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.relay import recovery
@@ -58,7 +58,7 @@ class Reconciler:
         self,
         *,
         connect: Callable[[], AbstractContextManager[Connection]],
-        broker: OutboxBroker,
+        broker: Publisher,
         bundler: Bundler,
         routes: Sequence[Route],
         settings: RelaySettings,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from datetime import datetime
 from itertools import groupby
 
-from dovecote.broker.broker import QueuedBundle
+from dovecote.broker.publisher import QueuedBundle
 from dovecote.relay.bundler import Bundler
 from dovecote.route import Route
 from dovecote.store import progress, published_batches

@@ -6,7 +6,6 @@ leadership: all that the next leader starts from is in Postgres.
 
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,10 +13,11 @@ import psycopg
 import structlog
 from redis import RedisError
 
-from dovecote.broker.broker import OutboxBroker
+from dovecote.broker.publisher import Publisher
 from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
 from dovecote.migrations import schema
+from dovecote.migrations.waiting import WAITING
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.history import History, StandsBack, await_right_of_way
 from dovecote.relay.leader import Leader
@@ -93,13 +93,14 @@ class NoSession(DovecoteError):
         )
 
 
-def _revision(connection: Connection) -> str | None:
-    """Return the schema's revision; None while it is one that does not show it yet."""
+def _applied(connection: Connection) -> list[str] | None:
+    """Return the heads in the version table; None before the first revision, which grants the right to look."""
     try:
-        (revision,) = connection.execute(schema.REVISION).fetchone() or (None,)
+        applied: list[str] | None
+        (applied,) = connection.execute(schema.HEADS).fetchone() or (None,)
     except psycopg.errors.InsufficientPrivilege:
         return None
-    return None if revision is None else str(revision)
+    return applied
 
 
 class Relay:
@@ -108,7 +109,7 @@ class Relay:
     def __init__(
         self,
         settings: Settings,
-        broker: OutboxBroker,
+        broker: Publisher,
         routes: Sequence[Route],
         instrumentation: RelayInstrumentation | None = None,
         maintain: Callable[[], None] | None = None,
@@ -197,9 +198,9 @@ class Relay:
         if self._schema_is_current:
             return
         tries = 0
-        while not self._stop.is_set() and (pending := schema.pending_for(_revision(connection))):
+        while not self._stop.is_set() and (pending := schema.pending_for(_applied(connection))):
             if tries % 60 == 0:
-                log.warning(schema.WAITING, newest=pending[-1])
+                log.warning(WAITING, newest=pending[-1])
             tries += 1
             self._instrumentation.alive("waiting_for_schema")
             self._stop.sleep(1.0)
@@ -207,8 +208,6 @@ class Relay:
 
     def _becomes_leader(self, connection: Connection, leadership: LeaderLock) -> bool:
         stood_by = False
-        frozen_after = self._settings.relay.leader_timeout_seconds
-        next_look = time.monotonic() + frozen_after
         while not self._stop.is_set():
             if self._refused and (fault := sequence.fault(connection)):
                 self._refuse(fault)  # without the lock, or `status` would now and then show a leader
@@ -221,9 +220,6 @@ class Relay:
             if not stood_by:
                 stood_by = True
                 log.info("relay stands by")
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + frozen_after / 5
-                leadership.end_frozen_leader()
             # Polled: a statement that waits for the lock would hold back vacuum.
             self._stop.sleep(self._settings.relay.standby_interval_seconds)
         return False

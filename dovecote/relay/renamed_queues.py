@@ -16,7 +16,7 @@ import structlog
 from dramatiq.common import dq_name
 from redis.exceptions import ResponseError
 
-from dovecote.broker.broker import OutboxBroker
+from dovecote.broker.publisher import Publisher
 from dovecote.broker.redis_client import is_wrong_type
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.route import Route, queues
@@ -83,7 +83,7 @@ class _There:
 class RenamedQueues:
     """Searches for such messages at the start of a leadership and now and then, some milliseconds at a time."""
 
-    def __init__(self, broker: OutboxBroker, routes: Sequence[Route], epoch: int) -> None:
+    def __init__(self, broker: Publisher, routes: Sequence[Route], epoch: int) -> None:
         self._broker = broker
         self._client: Any = broker.client
         self._move = broker.client.register_script(_MOVE)

@@ -17,7 +17,7 @@ from uuid import UUID
 
 import structlog
 
-from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.broker.publisher import Publisher, QueuedBundle
 from dovecote.relay.bundler import Bundler, bundle, packed
 from dovecote.route import Route
 from dovecote.store.active_replays import ActiveReplay, ActiveReplays
@@ -110,7 +110,7 @@ class Replayer:
         connection: Connection,
         reader: Reader,
         bundler: Bundler,
-        broker: OutboxBroker,
+        broker: Publisher,
         routes: Sequence[Route],
         epoch: int,
         retry_while_unavailable: Callable[[Callable[[], object]], None],
@@ -187,7 +187,7 @@ class Replayer:
             if run.cursor >= run.replay.upto_position:
                 self._record(run, run.cursor, 0)
             return
-        if run.route.ordered and run.replay.strength == "again":
+        if run.route.ordered and run.replay.mode == "reprocess":
             kept = whole_aggregates(events, run.route.bundle_size)
             full = full or len(kept) < len(events)
             events = kept
@@ -209,10 +209,10 @@ class Replayer:
         """Return the next events, and whether more may match. What cannot be read is dead, and nothing left to do."""
         asked = run.asked.conditions()
         query = _WAVE.format(
-            finished=is_finished(run.replay.strength),
+            finished=is_finished(run.replay.mode),
             known=KNOWN_BY_KEY,
             conditions=asked + (_OF_SINGLE_EVENTS if run.replay.of_single_events else ""),
-            matched=is_matched(run.replay.strength),
+            matched=is_matched(run.replay.mode),
         )
         limit = self._max_events(run)
         fields = {**run.fields, "after": run.cursor, "before": before, "limit": limit}
@@ -233,7 +233,7 @@ class Replayer:
             if problem is not None:
                 unreadable.append(Unreadable(run.route.handler, position, problem))
             events.append(Event(position, id, (aggregate_type, aggregate_id), envelope or None))
-        again = run.replay.id if run.replay.strength == "again" else None
+        again = run.replay.id if run.replay.mode == "reprocess" else None
         record_unreadable(self._connection, self._epoch, unreadable, again)
         return events, full
 
@@ -250,13 +250,13 @@ class Replayer:
             run.span = min(_MAX_SPAN, run.span * 2)
 
     def _bundles(self, run: _Run, events: Sequence[Event]) -> list[QueuedBundle]:
-        if run.replay.strength == "missing":
+        if run.replay.mode == "backfill":
             parts = in_order(self._without_queued(run.route, events), run.route.bundle_size)
         elif run.route.ordered:
             parts = by_aggregate(events, run.route.bundle_size)
         else:
             parts = in_order(events, run.route.bundle_size)
-        again = run.replay.id if run.replay.strength == "again" else None
+        again = run.replay.id if run.replay.mode == "reprocess" else None
         return [
             bundle(
                 run.route,
@@ -292,7 +292,7 @@ class Replayer:
     # Finishing -------------------------------------------------------------------------------
 
     def _finish(self, run: _Run, wave: _Wave) -> None:
-        query = _UNFINISHED.format(known=KNOWN_BY_KEY, finished=is_finished(run.replay.strength))
+        query = _UNFINISHED.format(known=KNOWN_BY_KEY, finished=is_finished(run.replay.mode))
         found = self._connection.execute(query, {**run.fields, "ids": wave.unfinished})
         wave.unfinished = [id for (id,) in found]
         now = time.monotonic()

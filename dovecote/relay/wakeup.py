@@ -101,7 +101,7 @@ class Wakeup:
     def stay_awake(self) -> None:
         """Spare writers the notification while there is traffic: it serializes their commits."""
         if self._holds_lock:
-            self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")
+            self._connection.execute("select pg_advisory_unlock(dovecote.wakeup_key())")
             self._holds_lock = False
 
     def may_sleep(self) -> bool:
@@ -111,7 +111,7 @@ class Wakeup:
         """
         if self._holds_lock:
             return True
-        row = self._connection.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone()
+        row = self._connection.execute("select pg_try_advisory_lock(dovecote.wakeup_key())").fetchone()
         self._holds_lock = row == (True,)
         self._took_lock_at = time.monotonic()
         self._silent_writers = None

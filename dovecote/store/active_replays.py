@@ -14,12 +14,12 @@ from psycopg.rows import class_row
 
 from dovecote.route import Route
 from dovecote.store.envelopes import Connection
-from dovecote.store.replays import Filter, NotUnderstood, is_strength
+from dovecote.store.replays import Filter, NotUnderstood, is_mode
 
 log = structlog.get_logger()
 
 _ACTIVE = """
-    select id, handler_name, strength, filter, positions is not null as of_single_events, rate, cursor_position,
+    select id, handler_name, mode, filter, positions is not null as of_single_events, rate, cursor_position,
            upto_position, created_at, problem, upto_position > s.last_value as ends_in_future
     from dovecote.replays r, dovecote.outbox_position s where state in ('pending', 'running')
       and not exists (select from dovecote.paused_handlers h where h.handler_name = r.handler_name)
@@ -79,7 +79,7 @@ class ActiveReplay:
 
     id: UUID
     handler_name: str
-    strength: str
+    mode: str
     filter: object
     of_single_events: bool
     rate: int | None
@@ -91,8 +91,8 @@ class ActiveReplay:
 
     def understood(self, route: Route) -> Filter:
         """Return which events the replay selects. Errors: NotUnderstood, which names the field."""
-        if not is_strength(self.strength):
-            raise NotUnderstood(f"unknown strength {self.strength[:40]!a}")
+        if not is_mode(self.mode):
+            raise NotUnderstood(f"unknown mode {self.mode[:40]!a}")
         if self.rate is not None and self.rate < 1:
             raise NotUnderstood(f"its rate is {self.rate}, and is at least 1 event a second")
         if self.cursor_position < 0:
@@ -126,7 +126,7 @@ class ActiveReplays:
         except NotUnderstood as reason:
             self._leave(replay, str(reason))
             return None
-        if replay.strength == "again" and not route.replayable:
+        if replay.mode == "reprocess" and not route.replayable:
             self._refuse(replay, f"{route.handler} may not act again: {route.replay_note}")
             return None
         return asked

@@ -129,14 +129,16 @@ _RELEASE_PARKED = text(
 _RECORD_FAILURES = text(
     """
     insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
-        event_type, state, attempts, next_attempt_at, error_type, error_fingerprint, error, trace_id, replay_id)
+        event_type, state, attempts, next_attempt_at, error_type, headline, error_fingerprint, error, trace_id,
+        replay_id)
     values (:handler_name, :event_id, :position, :aggregate_type, :aggregate_id, :event_type, :state,
             :attempts, clock_timestamp() + make_interval(secs => cast(:pause_seconds as float8)),
-            :error_type, :error_fingerprint, :error, :trace_id, :replay_id)
+            :error_type, :headline, :error_fingerprint, :error, :trace_id, :replay_id)
     on conflict (handler_name, event_id) do update set
         state = excluded.state, attempts = excluded.attempts, next_attempt_at = excluded.next_attempt_at,
-        error_type = excluded.error_type, error_fingerprint = excluded.error_fingerprint,
-        error = excluded.error, trace_id = excluded.trace_id, replay_id = excluded.replay_id,
+        error_type = excluded.error_type, headline = excluded.headline,
+        error_fingerprint = excluded.error_fingerprint, error = excluded.error, trace_id = excluded.trace_id,
+        replay_id = excluded.replay_id,
         updated_at = clock_timestamp()
         where known.state <> 'discarded'
     """
@@ -264,6 +266,7 @@ class Deliveries:
             # The time of the next attempt is by the database's clock, not the worker's.
             "pause_seconds": attempt.pause.total_seconds() if attempt.pause is not None else None,
             "error_type": failure.type,
+            "headline": failure.headline,
             "error_fingerprint": failure.fingerprint,
             "error": failure.text,
             "trace_id": trace_id(envelope.traceparent),

@@ -15,7 +15,7 @@ QUERY = "select purpose, locks, pid, login, application, prepared, mode from dov
 class ForeignLock:
     """What one session, or one prepared transaction, holds of one purpose.
 
-    purpose   announcement, wake-up, leadership, release, or table: held or waited for, and all wait behind it
+    purpose   announcement, wake-up, release, or table: held or waited for, and all wait behind it
     pid       None for a prepared transaction, whose name is `prepared`
     """
 

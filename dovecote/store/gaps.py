@@ -14,7 +14,7 @@ from dovecote.store.positions import multirange_of
 
 Connection = psycopg.Connection[TupleRow]
 
-_ACTIVE_WRITERS = "select floors, xids from dovecote.writers_at_work()"
+_ACTIVE_WRITERS = "select positions, xids from dovecote.active_writers()"
 # A commit is visible before the lock with the writer's low-water mark is released, so pg_locks still lists a writer
 # whose successor has been read already. The snapshot does not.
 LOWEST_MARK_OF_ENDED = """

@@ -47,7 +47,7 @@ class DueDelivery:
 
 
 # An event that was released brings those along that wait behind it, as many as make a bundle: each of them is written
-# once on its way. One that has failed goes alone (migrations/sql/0026_leftovers.up.sql). Nothing was heard of one whose
+# once on its way. One that has failed goes alone (see sql/0006_order.up.sql). Nothing was heard of one whose
 # lease is over, so its message may be lost; mostly it is still queued, because its queue has no consumers. It is leased
 # for as long as nothing has been heard of it, or a queue without consumers would be written about for ever.
 _LEASE_DUE = """

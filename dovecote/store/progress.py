@@ -12,7 +12,7 @@ from dovecote.store.envelopes import Connection
 # More than a batch can have (DOVECOTE_RELAY__BATCH_SIZE): the positions are the bound.
 _ALL = 1_000_000
 
-_MOVE = "select has_moved, is_behind, is_open from dovecote.move_marks(%s, %s)"
+_MOVE = "select has_moved, is_behind, is_open from dovecote.move_low_water_marks(%s, %s)"
 
 # Where anything can be missing: in what is open, and above what was examined. `published_above` of a new handler is
 # excluded with the events themselves.
@@ -32,17 +32,17 @@ _OPEN_RANGES = """
 # one whose events a replay sends. None is while the leader sends again what Redis has lost.
 _OPEN_HANDLERS = """
     select p.handler_name, (p.open + int8multirange(int8range(p.examined, greatest(p.examined, %(upto)s), '(]')))::text,
-           p.mark + 1,
+           p.low_water_mark + 1,
            exists (select from dovecote.relay_state where epoch = %(epoch)s and redis_run_id is not null)
            and not exists (select from dovecote.paused_handlers h where h.handler_name = p.handler_name)
            and not exists (select from dovecote.postponed h where h.handler_name = p.handler_name)
            and not exists (select from dovecote.replays r where r.handler_name = p.handler_name
-                             and r.strength = 'missing' and r.state in ('pending', 'running'))
+                             and r.mode = 'backfill' and r.state in ('pending', 'running'))
     from dovecote.progress p
     where p.handler_name = any(%(handlers)s) and (not isempty(p.open) or p.examined < %(upto)s)
 """
 
-# Of the first events in these ranges, what handlers have not finished. dovecote.unsettled_of returns ranges, in which
+# Of the first events in these ranges, what handlers have not finished. dovecote.outstanding_of returns ranges, in which
 # there may be events that a handler does not want, and counts versions that it does not know yet.
 _UNFINISHED = """
     with look as materialized (
@@ -50,7 +50,7 @@ _UNFINISHED = """
             %(ranges)s::int8multirange * int8multirange(int8range(%(begin)s, null)), %(events)s)
     ), unfinished as materialized (
         select u.handler_name, u.ranges from look
-        cross join lateral dovecote.unsettled_of(%(handlers)s::text[], look.positions, look.ids, look.types) u
+        cross join lateral dovecote.outstanding_of(%(handlers)s::text[], look.positions, look.ids, look.types) u
     ), wanted as materialized (
         select s.handler_name, s.event_type, s.since_position, s.published_above, u.ranges
         from unfinished u join dovecote.subscriptions s on s.handler_name = u.handler_name
@@ -90,7 +90,7 @@ class OpenHandler(NamedTuple):
     is_due: bool
 
 
-def move_marks(connection: Connection, epoch: int, published_upto: int) -> Moved:
+def move_low_water_marks(connection: Connection, epoch: int, published_upto: int) -> Moved:
     """Move the low-water marks of all handlers by one step."""
     row = connection.execute(_MOVE, (epoch, published_upto)).fetchone()
     assert row is not None, "the function returns one row"

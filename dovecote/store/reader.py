@@ -8,9 +8,9 @@ keeps two marks and what lies between them:
     gaps             positions between the two that were not visible when their neighbours were read
 
 Each read asks for rows above the high-water mark, and for rows that have appeared in the gaps of writers that have
-ended (gaps.py). A slow writer keeps the checkpoint back and leaves a gap; it delays nobody else. `dovecote.horizon()`
-returns the safe position, up to which no writer is left; it must be asked before the rows are
-(docs/adr/0003-reading-forward.md).
+ended (gaps.py). A slow writer keeps the checkpoint back and leaves a gap; it delays nobody else.
+`dovecote.low_watermark()` returns the safe position, up to which no writer is left; it must be asked before the rows
+are (docs/adr/0003-reading-forward.md).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +130,7 @@ class Reader:
         return (row for read in self.slices_in(multirange) for row in read.rows)
 
     def _read_watermark(self) -> tuple[int, int]:
-        row = self._connection.execute("select last_position, settled from dovecote.horizon()").fetchone()
+        row = self._connection.execute("select last_position, safe_position from dovecote.low_watermark()").fetchone()
         assert row is not None
         if row[0] < self._watermark[0]:
             raise SequenceFault(f"dovecote.outbox_position was set back from {self._watermark[0]} to {row[0]}")

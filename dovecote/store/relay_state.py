@@ -29,7 +29,7 @@ _TAKE_OVER = f"""
     returning state.epoch, checkpoint, redis_run_id, coalesce(history, ''), coalesce(instance, '')
 """  # noqa: S608 - put together from constants
 # A statement after the take-over: from then on no earlier epoch moves it.
-_LAST_HEARTBEAT = "select last_value from dovecote.relay_beat"
+_LAST_HEARTBEAT = "select last_value from dovecote.relay_heartbeat"
 _STAND_BACK = "update dovecote.relay_state set stands_back_for = %s where stands_back_for is distinct from %s"
 # What Redis is given next must not be lost; batches may be, with what the same crash loses. It is flushed on this
 # server only: a failover to a standby that has less is another run, and a missing standby must not block the leader.
@@ -44,7 +44,7 @@ _REMEMBER_REDIS = f"""
 _FORGET_REDIS = "update dovecote.relay_state set redis_run_id = null where epoch = %s"
 # The row is locked and not written, as for a batch. With a transaction id, so the commit is flushed.
 _RECORD_HEARTBEAT = f"""
-    select setval('dovecote.relay_beat', %s), {_DURABLY}
+    select setval('dovecote.relay_heartbeat', %s), {_DURABLY}
     from (select from dovecote.relay_state where epoch = %s for no key update) as owner
 """  # noqa: S608 - as above
 RECORD_CHECKPOINT = """

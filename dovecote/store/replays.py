@@ -1,6 +1,6 @@
 """Which events a replay is about: the table `replays` and the SQL that finds its events.
 
-Two strengths. *missing* sends again what the handler has neither acted on nor has in `deliveries`. *again* has
+Two modes. *missing* sends again what the handler has neither acted on nor has in `deliveries`. *again* has
 it act once more on what it has acted on. What is in `deliveries` already is in neither: it has a schedule of its
 own, or waits for an operator's word.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dovecote.errors import DovecoteError
 
-Strength = Literal["missing", "again"]
+Mode = Literal["backfill", "reprocess"]
 
 # Characters of a strange value that a sentence repeats.
 _MAX_SHOWN = 40
@@ -81,8 +81,8 @@ class Filter:
             "aggregate_type": "o.aggregate_type = %(aggregate_type)s",
             "aggregate_id": "o.aggregate_id = %(aggregate_id)s",
             # Ids begin with their time: a range of time is a range of the primary key.
-            "since": "o.id >= dovecote.uuid_v7_floor(%(since)s::timestamptz)",
-            "until": "o.id < dovecote.uuid_v7_floor(%(until)s::timestamptz)",
+            "since": "o.id >= dovecote.uuid_v7_lower_bound(%(since)s::timestamptz)",
+            "until": "o.id < dovecote.uuid_v7_lower_bound(%(until)s::timestamptz)",
             "from_position": "o.position >= %(from_position)s",
             "upto_position": "o.position <= %(upto_position)s",
         }
@@ -152,33 +152,33 @@ KNOWN_BY_KEY = """
 
 # What happened after the replay was asked for does not take an event out of it: it only settles it.
 _MATCHED: dict[str, str] = {
-    "missing": """
+    "backfill": """
         (p.event_id is null or p.processed_at > %(asked_at)s)
         and (d.event_id is null or d.first_failed_at > %(asked_at)s)
     """,
-    "again": """
+    "reprocess": """
         (p.processed_at <= %(asked_at)s or p.replay_id = %(replay)s)
         and (d.event_id is null or d.replay_id = %(replay)s)
     """,
 }
 
 _SETTLED: dict[str, str] = {
-    "missing": "(p.event_id is not null or d.event_id is not null)",
+    "backfill": "(p.event_id is not null or d.event_id is not null)",
     # Gone from processed_events: its week was dropped meanwhile, and nobody may act on it any more.
-    "again": "(p.replay_id is not distinct from %(replay)s or p.event_id is null or d.event_id is not null)",
+    "reprocess": "(p.replay_id is not distinct from %(replay)s or p.event_id is null or d.event_id is not null)",
 }
 
 
-def is_strength(strength: str) -> bool:
-    """Return whether this version knows the strength."""
-    return strength in _MATCHED
+def is_mode(mode: str) -> bool:
+    """Return whether this version knows the mode."""
+    return mode in _MATCHED
 
 
-def is_matched(strength: str) -> str:
+def is_matched(mode: str) -> str:
     """Return SQL that says whether an event is in the replay; wants `asked_at` and, for again, `replay`."""
-    return _MATCHED[strength]
+    return _MATCHED[mode]
 
 
-def is_finished(strength: str) -> str:
+def is_finished(mode: str) -> str:
     """Return SQL that says whether nothing is left to do: acted on, or in `deliveries`."""
-    return _SETTLED[strength]
+    return _SETTLED[mode]

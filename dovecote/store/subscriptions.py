@@ -25,7 +25,7 @@ SUBSCRIBE = """
     left join lateral (
         select s.since_position, s.published_above from dovecote.subscriptions s
         where s.handler_name = wanted.handler_name
-          and dovecote.fact_of(s.event_type) = dovecote.fact_of(wanted.event_type)
+          and dovecote.event_name(s.event_type) = dovecote.event_name(wanted.event_type)
         order by s.since_position limit 1
     ) before on true
     on conflict (handler_name, event_type) do update
@@ -36,7 +36,7 @@ _WERE_SKIPPED = """
     select exists (
         select from unnest(%(handlers)s::text[], %(event_types)s::text[]) as wanted (handler_name, event_type)
         join dovecote.subscriptions known on known.handler_name = wanted.handler_name
-            and dovecote.fact_of(known.event_type) = dovecote.fact_of(wanted.event_type)
+            and dovecote.event_name(known.event_type) = dovecote.event_name(wanted.event_type)
         left join dovecote.subscriptions own on own.handler_name = wanted.handler_name
             and own.event_type = wanted.event_type
         where own.routed_epoch is distinct from %(epoch)s - 1

@@ -35,7 +35,7 @@ _UNROUTED = text(
     """
     select u.event_type, u.events, u.first_position, u.last_position, u.first_seen_at, u.last_seen_at,
            coalesce((select array_agg(distinct s.handler_name order by s.handler_name) from dovecote.subscriptions s
-                     where dovecote.fact_of(s.event_type) = dovecote.fact_of(u.event_type)), '{}') as wanted_by
+                     where dovecote.event_name(s.event_type) = dovecote.event_name(u.event_type)), '{}') as wanted_by
     from dovecote.unrouted_types u
     where not exists (select from dovecote.subscriptions s where s.event_type = u.event_type)
     order by u.last_seen_at desc, u.last_position desc limit :most

@@ -25,9 +25,10 @@ log = structlog.get_logger()
 # A retry keeps its replay. Nothing is written by a relay that has been replaced.
 _RECORD_UNREADABLE = """
     insert into dovecote.deliveries as known (handler_name, event_id, position, aggregate_type, aggregate_id,
-        event_type, state, error_type, error_fingerprint, error, replay_id)
+        event_type, state, error_type, headline, error_fingerprint, error, replay_id)
     select unreadable.handler, o.id, o.position, o.aggregate_type, o.aggregate_id, o.event_type,
-           'dead', %(error_type)s, unreadable.fingerprint, unreadable.error, %(replay)s::uuid
+           'dead', %(error_type)s, split_part(unreadable.error, E'\n', 1), unreadable.fingerprint, unreadable.error,
+           %(replay)s::uuid
     from unnest(%(handlers)s::text[], %(positions)s::bigint[], %(fingerprints)s::text[], %(errors)s::text[])
         as unreadable (handler, position, fingerprint, error)
     join dovecote.outbox o on o.position = unreadable.position
@@ -37,7 +38,8 @@ _RECORD_UNREADABLE = """
                           where p.event_id = o.id and p.handler_name = unreadable.handler))
     on conflict (handler_name, event_id) do update set
         state = 'dead', next_attempt_at = null, leased_until = null, error_type = excluded.error_type,
-        error_fingerprint = excluded.error_fingerprint, error = excluded.error, updated_at = clock_timestamp()
+        headline = excluded.headline, error_fingerprint = excluded.error_fingerprint, error = excluded.error,
+        updated_at = clock_timestamp()
         where known.state = 'retrying'
 """
 
@@ -102,7 +104,7 @@ _DEAD_LETTER_GONE = """
     )
     update dovecote.deliveries d
     set state = 'dead', next_attempt_at = null, leased_until = null, error_type = %(error_type)s,
-        error_fingerprint = %(fingerprint)s, error = %(error)s, updated_at = clock_timestamp()
+        headline = %(error)s, error_fingerprint = %(fingerprint)s, error = %(error)s, updated_at = clock_timestamp()
     from gone where d.handler_name = gone.handler_name and d.event_id = gone.event_id
     returning d.handler_name, d.event_id, d.aggregate_type, d.aggregate_id, d.position, d.replay_id
 """

@@ -2,10 +2,10 @@
 
     tests/containers/run                   the system: up, checked from inside, scaled, rotated, stopped
     tests/containers/run --suite [ARGS]    the suite's server tests on containers; ARGS go to pytest
-    tests/containers/run --cache DIR ...   keep the stand-ins' file systems in DIR, and take them from there
+    tests/containers/run --cache DIR ...   keep the substitutes' file systems in DIR, and take them from there
 
 It installs docker.io, docker-compose and mmdebstrap if they are missing, starts a dockerd of its own in a directory of
-its own, makes stand-ins for the images (engine.py), and takes all of it away again, but for the packages.
+its own, makes substitutes for the images (engine.py), and takes all of it away again, but for the packages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from tests.containers import system
-from tests.containers.engine import ROOT, CannotRun, engine, images_named, install, make_stand_ins, say
+from tests.containers.engine import ROOT, CannotRun, engine, images_named, install, make_substitutes, say
 
 _LONGEST_SECONDS = 1_500
 _LONGEST_SUITE_SECONDS = 5_000
@@ -26,7 +26,7 @@ _LONGEST_SUITE_SECONDS = 5_000
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, help="where the stand-ins' file systems are kept")
+    parser.add_argument("--cache", type=Path, help="where the substitutes' file systems are kept")
     parser.add_argument("--suite", action="store_true", help="run pytest -m servers on containers instead")
     options, rest = parser.parse_known_args()
     if rest and not options.suite:
@@ -39,9 +39,9 @@ def main() -> int:
         install()
         with engine() as running:
             if options.suite:
-                make_stand_ins(running, cache, ("postgres", "redis"))
+                make_substitutes(running, cache, ("postgres", "redis"))
                 return _suite(running.socket, rest)
-            make_stand_ins(running, cache)
+            make_substitutes(running, cache)
             return system.check(running)
     except CannotRun as error:
         say(f"tests/containers: left out, {error}")

@@ -1,6 +1,6 @@
-"""A Docker engine of our own, and stand-ins for the images that docker-compose.yml and the Dockerfile ask for.
+"""A Docker engine of our own, and substitutes for the images that docker-compose.yml and the Dockerfile ask for.
 
-Nothing can be pulled where this runs. A stand-in is a minimal Debian with the same program, under the same name and
+Nothing can be pulled where this runs. A substitute is a minimal Debian with the same program, under the same name and
 tag, with an entry point that keeps to the variables, places and users of the real image. Everything is in one
 directory and goes with it.
 """
@@ -41,7 +41,7 @@ class CannotRun(Exception):
     """What this machine lacks, in one sentence."""
 
 
-class StandIn(NamedTuple):
+class Substitute(NamedTuple):
     """A minimal Debian in place of an image. Hooks see its root as $1."""
 
     packages: str
@@ -50,13 +50,13 @@ class StandIn(NamedTuple):
 
 
 _ENTRY = 'ENTRYPOINT ["/usr/local/bin/entry"]'
-_STAND_INS = {
-    "python": StandIn(
+_SUBSTITUTES = {
+    "python": Substitute(
         "python3,python3-pip,python3-venv,ca-certificates",
         ('ln -s python3 "$1/usr/bin/python"', 'rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED'),
         ('CMD ["python3"]',),
     ),
-    "postgres": StandIn(
+    "postgres": Substitute(
         "postgresql,ca-certificates",
         (
             f'cp {HERE}/postgres-entry "$1/usr/local/bin/entry"',
@@ -66,7 +66,7 @@ _STAND_INS = {
         ),
         (_ENTRY, 'CMD ["postgres"]', "VOLUME /var/lib/postgresql", "EXPOSE 5432"),
     ),
-    "redis": StandIn(
+    "redis": Substitute(
         "redis-server,redis-tools",
         (
             f'cp {HERE}/redis-entry "$1/usr/local/bin/entry"',
@@ -74,7 +74,7 @@ _STAND_INS = {
         ),
         (_ENTRY, 'CMD ["redis-server"]', "WORKDIR /data", "VOLUME /data", "EXPOSE 6379"),
     ),
-    "prom/prometheus": StandIn(
+    "prom/prometheus": Substitute(
         "prometheus",
         ('chroot "$1" install -d -o nobody -g nogroup /prometheus',),
         (
@@ -220,27 +220,30 @@ def images_named() -> list[str]:
     return sorted(set(named))
 
 
-def make_stand_ins(running: Engine, cache: Path | None, wanted: tuple[str, ...] = tuple(_STAND_INS)) -> None:
-    """Make and import the stand-ins; CannotRun where Debian's packages cannot be had."""
+def make_substitutes(running: Engine, cache: Path | None, wanted: tuple[str, ...] = tuple(_SUBSTITUTES)) -> None:
+    """Make and import the substitutes; CannotRun where Debian's packages cannot be had."""
     place = cache or running.place / "bases"
     place.mkdir(parents=True, exist_ok=True)
     for image in images_named():
         name = image.partition(":")[0]
         if name not in wanted:
             continue
-        stand_in = _STAND_INS[name]
-        # What it is made of is in its name, entry points included: a cache never serves an older one.
-        parts = repr(stand_in) + "".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*-entry")))
+        substitute = _SUBSTITUTES[name]
+        # What it is made of is in its name, entry points included, but not where this checkout is: a cache never serves
+        # an older one, and serves every clone.
+        parts = repr(substitute).replace(str(HERE), "") + "".join(
+            path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*-entry"))
+        )
         made_of = hashlib.sha256(parts.encode()).hexdigest()[:12]
         tar = place / f"{name.replace('/', '-')}-{SUITE}-{made_of}.tar"
         if not tar.exists():
-            _bootstrap(stand_in, tar)
-        changes = [*stand_in.changes, "ENV LANG=C.UTF-8", *_pip_settings()]
+            _bootstrap(substitute, tar)
+        changes = [*substitute.changes, "ENV LANG=C.UTF-8", *_pip_settings()]
         running.docker("import", *(word for change in changes for word in ("-c", change)), str(tar), image, within=300)
-        say(f"stand-in for {image}: Debian {SUITE} with {stand_in.packages.split(',', maxsplit=1)[0]}")
+        say(f"substitute for {image}: Debian {SUITE} with {substitute.packages.split(',', maxsplit=1)[0]}")
 
 
-def _bootstrap(stand_in: StandIn, tar: Path) -> None:
+def _bootstrap(substitute: Substitute, tar: Path) -> None:
     ask = ["apt-get", "indextargets", "--format", "$(SITE)"]
     sites = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
     mirror = next((site for site in sorted(set(sites)) if "security" not in site), None)
@@ -248,7 +251,7 @@ def _bootstrap(stand_in: StandIn, tar: Path) -> None:
         raise CannotRun("apt names no mirror to take Debian's packages from")
     # The certificates of this machine: pip in the image must believe the same ones.
     certificates = 'mkdir -p "$1/etc/ssl/certs" && cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/"'
-    hooks = [*stand_in.hooks, certificates]
+    hooks = [*substitute.hooks, certificates]
     new = tar.with_name(f"new-{tar.name}")
     done = subprocess.run(
         [
@@ -257,7 +260,7 @@ def _bootstrap(stand_in: StandIn, tar: Path) -> None:
             "--variant=minbase",
             "--mode=root",
             "--aptopt=Acquire::Check-Valid-Until=false",
-            f"--include={stand_in.packages}",
+            f"--include={substitute.packages}",
             *(f"--customize-hook={hook}" for hook in hooks),
             SUITE,
             str(new),

@@ -169,10 +169,10 @@ def inspect(compose: Compose, containers: list[str]) -> list[dict]:  # type: ign
 
 
 def flow(compose: Compose, minutes: Minutes) -> None:
-    told = compose.once("verification", "dovecote", "demo", "--events", "500", "--json", check=False)
-    report = json.loads(told[told.index("{") : told.rindex("}") + 1]) if "{" in told else {}
+    output = compose.once("verification", "dovecote", "demo", "--events", "500", "--json", check=False)
+    report = json.loads(output[output.index("{") : output.rindex("}") + 1]) if "{" in output else {}
     whole = report.get("processed") == 500 and report.get("lost") == 0 and report.get("duplicated") == 0
-    minutes.note("demo: 500 written, 500 processed, 0 lost, 0 duplicated", whole, told)
+    minutes.note("demo: 500 written, 500 processed, 0 lost, 0 duplicated", whole, output)
 
 
 def logins(compose: Compose, minutes: Minutes) -> None:
@@ -241,52 +241,52 @@ def hardening(compose: Compose, minutes: Minutes) -> None:
 
 
 def redis_users(compose: Compose, minutes: Minutes) -> None:
-    told = compose.inside(
+    output = compose.inside(
         "relay", "python", "-c", _AS_REDIS_USER,
         "SET dovecote:x 1", "DEL dovecote:x", "INFO memory",
         "SET other 1", "GET other", "FLUSHALL", "CONFIG GET requirepass", "ACL LIST", "SHUTDOWN", "DEBUG SLEEP 1",
         "FUNCTION LIST", "SCRIPT FLUSH", "CLIENT KILL TYPE normal", "REPLICAOF 127.0.0.1 1", "MONITOR", "MODULE LIST",
         "MIGRATE 127.0.0.1 1 dovecote:x 0 1", "SWAPDB 0 1", "SAVE",
     )  # fmt: skip
-    done = re.findall(r"^done: (.*)$", told, re.MULTILINE)
+    done = re.findall(r"^done: (.*)$", output, re.MULTILINE)
     minutes.note("Redis: the worker works on its own keys and does nothing else", done == [
         "SET dovecote:x 1", "DEL dovecote:x", "INFO memory",
-    ], told)  # fmt: skip
-    told = compose.inside("relay", "python", "-c", _STRANGER)
-    minutes.note("Redis: nobody gets in without a password", "refused" in told, told)
-    told = compose("run", "--rm", "--no-deps", "-T", "--entrypoint", "python", "look", "-c", _AS_REDIS_USER,
+    ], output)  # fmt: skip
+    output = compose.inside("relay", "python", "-c", _STRANGER)
+    minutes.note("Redis: nobody gets in without a password", "refused" in output, output)
+    output = compose("run", "--rm", "--no-deps", "-T", "--entrypoint", "python", "look", "-c", _AS_REDIS_USER,
                    "LLEN dovecote:pricing", "SET dovecote:x 1", "DEL dovecote:pricing", "KEYS *")  # fmt: skip
-    minutes.note("Redis: who looks changes nothing", re.findall(r"^done: (.*)$", told, re.MULTILINE) == [
+    minutes.note("Redis: who looks changes nothing", re.findall(r"^done: (.*)$", output, re.MULTILINE) == [
         "LLEN dovecote:pricing"
-    ], told)  # fmt: skip
+    ], output)  # fmt: skip
 
 
 def commands(compose: Compose, minutes: Minutes) -> None:
-    told = compose.once("cli", "status", "--json", check=False)
-    minutes.note("run cli status", '"lag' in told, told)
+    output = compose.once("cli", "status", "--json", check=False)
+    minutes.note("run cli status", '"lag' in output, output)
     for service in ("cli", "look"):
-        told = compose.once(service, "doctor", "--json", check=False)
-        report = json.loads(told[told.index("{") : told.rindex("}") + 1]) if "{" in told else {}
+        output = compose.once(service, "doctor", "--json", check=False)
+        report = json.loads(output[output.index("{") : output.rindex("}") + 1]) if "{" in output else {}
         found = report.get("findings", [])
         # Both servers' way is compose's own network, without TLS: the one thing to warn of.
         bad = {one["check"] for one in found if one["level"] != "ok"}
         minutes.note(
             f"run {service} doctor: examines both servers, the flow and all rights, and finds nothing else than no TLS",
             len(found) > 30 and bad == {"postgres.encrypted", "redis.encrypted"},
-            (bad, told),
+            (bad, output),
         )
-    told = compose.once("look", "status", "--json", check=False)
-    minutes.note("run look status", '"lag' in told, told)
-    told = compose.once("look", "handlers", "pause", "pricing.apply_quotes", "--reason", "a test", check=False)
-    minutes.note("look may not pause a handler", "Traceback" not in told and "denied" in told.lower(), told)
-    told = compose.inside("relay", "dovecote", "settings", "--in-force")
-    minutes.note("options of .env reach the containers", "1234" in told, told)
+    output = compose.once("look", "status", "--json", check=False)
+    minutes.note("run look status", '"lag' in output, output)
+    output = compose.once("look", "handlers", "pause", "pricing.apply_quotes", "--reason", "a test", check=False)
+    minutes.note("look may not pause a handler", "Traceback" not in output and "denied" in output.lower(), output)
+    output = compose.inside("relay", "dovecote", "settings", "--in-force")
+    minutes.note("options of .env reach the containers", "1234" in output, output)
     for verb in ("pause", "resume"):
-        told = compose.once("cli", "handlers", verb, "pricing.apply_quotes", "--reason", "a test", check=False)
-        minutes.note(f"run cli handlers {verb}", "denied" not in told and "Traceback" not in told, told)
+        output = compose.once("cli", "handlers", verb, "pricing.apply_quotes", "--reason", "a test", check=False)
+        minutes.note(f"run cli handlers {verb}", "denied" not in output and "Traceback" not in output, output)
     planted = "cd /tmp && echo 'raise SystemExit(7)' >orjson.py && dovecote --version"
-    told = compose.inside("relay", "sh", "-c", planted, check=False)
-    minutes.note("nothing is imported from where a process starts", "dovecote" in told.lower(), told)
+    output = compose.inside("relay", "sh", "-c", planted, check=False)
+    minutes.note("nothing is imported from where a process starts", "dovecote" in output.lower(), output)
 
 
 def monitoring(compose: Compose, minutes: Minutes) -> None:
@@ -296,11 +296,11 @@ def monitoring(compose: Compose, minutes: Minutes) -> None:
 
     def scraped() -> dict[str, int]:
         url = "http://prometheus:9090/api/v1/query?query=count%20by%20(service)%20(up%3D%3D1)"
-        told = json.loads(compose.inside("relay", "python", "-c", _ASK, url))
-        return {one["metric"].get("service", ""): int(one["value"][1]) for one in told["data"]["result"]}
+        output = json.loads(compose.inside("relay", "python", "-c", _ASK, url))
+        return {one["metric"].get("service", ""): int(one["value"][1]) for one in output["data"]["result"]}
 
     wanted = {"relay": 1, "relay-2": 1, "pricing": 3, "billing": 1, "verification": 1}
-    with suppress(AssertionError):  # what it found instead is told below
+    with suppress(AssertionError):  # what it found instead is printed below
         wait_for(lambda: scraped() == wanted, 90, "all are scraped")
     minutes.note("with --scale pricing=3 Prometheus scrapes all three, and the others", scraped() == wanted, scraped())
     (server,) = inspect(compose, compose.containers("postgres"))
@@ -309,10 +309,10 @@ def monitoring(compose: Compose, minutes: Minutes) -> None:
         if by == "address" and not compose.engine.isolates:
             say("        left out: by address; this machine has rules of its own, and our engine sets none beside them")
             continue
-        told = compose.inside("prometheus", "bash", "-c", _OPEN, target, "5432", check=False)
-        minutes.note(f"Prometheus reaches no Postgres by {by}", "open" not in told, told)
-    told = compose.inside("prometheus", "bash", "-c", _OPEN, "pricing", "9464", check=False)
-    minutes.note("and does reach the metrics' port in just that way", "open" in told, told)
+        output = compose.inside("prometheus", "bash", "-c", _OPEN, target, "5432", check=False)
+        minutes.note(f"Prometheus reaches no Postgres by {by}", "open" not in output, output)
+    output = compose.inside("prometheus", "bash", "-c", _OPEN, "pricing", "9464", check=False)
+    minutes.note("and does reach the metrics' port in just that way", "open" in output, output)
     ways = compose.engine.docker("network", "inspect", "-f", "{{.Internal}}", "dovecote_data", "dovecote_metrics")
     minutes.note("the networks of data and metrics have no way out", ways.split() == ["true", "true"], ways)
 
@@ -355,9 +355,9 @@ def managed(compose: Compose, minutes: Minutes) -> None:
     def runs() -> None:
         other("up", "-d", "--no-build", "--no-deps", *services)
         wait_for(lambda: not unhealthy(other, _PROCESSES), 120, str(unhealthy(other, _PROCESSES)))
-        told = other.once("verification", "dovecote", "demo", "--events", "50", "--json", check=False)
-        assert '"lost": 0' in told, told
-        assert '"processed": 50' in told, told
+        output = other.once("verification", "dovecote", "demo", "--events", "50", "--json", check=False)
+        assert '"lost": 0' in output, output
+        assert '"processed": 50' in output, output
 
     minutes.run("on servers of one's own, by DATABASE_URL and REDIS_URL of .env: demo loses nothing", runs)
     minutes.note("and the bundled servers were not started", not other.containers("postgres", "redis"))

@@ -393,7 +393,7 @@ def test_append_event_writes_one_event_and_returns_its_id(connection: Connection
         ({"aggregate_id": ""}, "aggregate_id must have 1 to 200 characters, got 0"),
         ({"aggregate_id": None}, "aggregate_id must have 1 to 200 characters, got null"),
         ({"aggregate_id": "x" * 201}, "got 201"),
-        ({"event_type": "quoted"}, "event_type 'quoted' is not <slice>.<fact>.v<n>"),
+        ({"event_type": "quoted"}, "event_type 'quoted' is not <slice>.<event>.v<n>"),
         ({"event_type": "a.b.v0"}, "event_type 'a.b.v0'"),
         ({"event_type": None}, "event_type NULL"),
         ({"event_type": f"a.{'b' * 200}.v1"}, "event_type"),
@@ -425,7 +425,7 @@ def test_append_event_rings_the_bell_of_a_relay_that_sleeps_and_no_other(
         append_event(connection)
         assert list(relay.notifies(timeout=0.1)) == [], "nobody slept"
 
-        relay.execute("select pg_advisory_lock(dovecote.bell_key())")
+        relay.execute("select pg_advisory_lock(dovecote.wakeup_key())")
         with connection.transaction():
             append_event(connection)
             append_event(connection)

@@ -72,7 +72,7 @@ def test_killing_every_process_in_a_replay_neither_loses_nor_doubles_nor_reorder
         write_quotes(system, range(_EVENTS), symbol)
     relay, workers = start("relay"), start("consumers")
     system.until_quiet(60)
-    request = replays.Request(handler="test.note", strength="again", rate=300, reason="a test", requested_by="tester")
+    request = replays.Request(handler="test.note", mode="reprocess", rate=300, reason="a test", actor="tester")
     id = replays.start(system.engine, (ROUTE,), request).replay_id
     assert id is not None
 

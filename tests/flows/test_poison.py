@@ -45,7 +45,7 @@ def running(settings: Settings, handlers: Sequence[str], starts: Path, threads: 
         def reap() -> None:
             # What the relay does every few seconds, more often: a test has many deaths.
             while not done.wait(0.1):
-                system.broker.reap()
+                system.publisher.reap()
 
         reaper = threading.Thread(target=reap)
         nurse = subprocess.Popen(

@@ -1,15 +1,11 @@
-"""Old code on the new schema, new code on the old one, both side by side: in processes of their own, on real servers.
-
-The old code is the commit that ended the first release's work; it comes out of the repository's history.
-"""
+"""Code that is newer than its schema waits for it, and a migration only adds, so that older code goes on working."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +21,9 @@ from tests.support.keys import KEYS
 from tests.support.processes import eventually
 
 ROOT = Path(__file__).parents[2]
-OLD_COMMIT = "6d2ad91"
-OLD_SCHEMA = "0005"
+
+#: The head of 0.1.0: it and all below it are in their final form. No code is older than that.
+FIRST_RELEASE = "application_0003"
 
 MEMBERSHIPS = 20
 
@@ -45,10 +42,6 @@ for n in range(int(sys.argv[1])):
         billing.activate_membership(uow, one.id, now, until=now + timedelta(days=30))
         billing.cancel_membership(uow, one.id, now)
 """
-
-
-# The same in the old code, where all of it lay in one package.
-OLD_WRITE = WRITE.replace("dovecote.store.connections", "domain.database").replace("dovecote.unit", "domain.unit")
 
 
 # What a migration may do --------------------------------------------------------------------------
@@ -70,12 +63,14 @@ def contractions(sql: str) -> list[str]:
 
 
 def test_every_migration_above_the_first_release_only_adds() -> None:
-    revisions = [one for one in ScriptDirectory(str(schema.MIGRATIONS)).walk_revisions() if one.revision > OLD_SCHEMA]
-    assert revisions
-    for revision in revisions:
-        source = Path(revision.path).read_text()
-        files = re.findall(r'"(\w+\.up\.sql)"', source)
-        sql = "".join((schema.MIGRATIONS / "sql" / name).read_text() for name in files)
+    script = ScriptDirectory.from_config(schema._config(schema.APPLICATION))
+    first = {one.revision for one in script.iterate_revisions(FIRST_RELEASE, (), implicit_base=True)}
+    assert {FIRST_RELEASE, "dovecote_0001"} <= first
+    for revision in (one for one in script.walk_revisions() if one.revision not in first):
+        path = Path(revision.path)
+        source = path.read_text()
+        files = [path.parents[1] / "sql" / f"{path.stem}.up.sql"]
+        sql = "".join(file.read_text() for file in files if file.exists())
         upgrade = source[source.index("def upgrade") : source.index("def downgrade")]
         found = contractions(sql) + contractions(upgrade)
         if not getattr(revision.module, "CONTRACT", None):
@@ -98,14 +93,12 @@ def test_what_takes_away_is_seen(statement: str) -> None:
     assert not contractions(f"create function f() returns void language plpgsql as $$ begin {statement} end $$;")
 
 
-# Old and new, side by side ------------------------------------------------------------------------
-
-Start = Callable[..., "Started"]
+# Code that is newer than its schema -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Started:
-    """A process of some code, and what it printed."""
+    """A process of this code, and what it printed."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
@@ -113,44 +106,12 @@ class Started:
     def says(self, words: str) -> bool:
         return words in self.log.read_text(errors="replace")
 
-    def terminate(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def old_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first release's code, unpacked."""
-    place = tmp_path_factory.mktemp("old")
-    git, tar = shutil.which("git"), shutil.which("tar")
-    if git is None or tar is None:
-        pytest.skip("git and tar bring the old code; one of them is not here")
-    packed = subprocess.run(
-        [git, "archive", OLD_COMMIT, "domain", "workers", "migrations"], cwd=ROOT, capture_output=True
-    )
-    if packed.returncode != 0:
-        # A shallow clone, an sdist, or a machine without git.
-        pytest.skip(f"commit {OLD_COMMIT} is not in the history here")
-    subprocess.run([tar, "-x", "-C", str(place)], input=packed.stdout, check=True)
-    return place
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Run a command with some code, until the test ends."""
-    with ExitStack() as stack:
-
-        def start(code: Path, variables: Mapping[str, str], *command: str) -> Started:
-            return stack.enter_context(_running(code, variables, command, tmp_path / f"{uuid4().hex}.log"))
-
-        yield start
-
 
 @contextmanager
-def _running(code: Path, variables: Mapping[str, str], command: tuple[str, ...], log: Path) -> Iterator[Started]:
+def running(variables: dict[str, str], log: Path, *command: str) -> Iterator[Started]:
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", *command], cwd=code, env=variables_for(code, variables),
+            [sys.executable, "-P", "-m", *command], cwd=ROOT, env={**os.environ, **variables, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
@@ -164,103 +125,45 @@ def _running(code: Path, variables: Mapping[str, str], command: tuple[str, ...],
             process.wait()
 
 
-def environment(database_url: str, redis_url: str, home: Path) -> dict[str, str]:
-    return {
-        "DATABASE_URL": database_url,
-        "REDIS_URL": redis_url,
-        "DOVECOTE_HOME": str(home),
+RELAY = ("dovecote", "relay")
+CONSUMERS = ("dramatiq", "dovecote.bootstrap:consumers", "--queues", "billing", "--processes", "1", "--threads", "2",
+             "--skip-logging")  # fmt: skip
+
+
+def count(url: str, query: str) -> int:
+    with psycopg.connect(url) as connection:
+        (number,) = connection.execute(query.encode()).fetchone() or (0,)
+    return int(number)
+
+
+def test_relay_and_consumers_wait_for_a_schema_that_is_older_and_writers_do_not(
+    empty_database_url: str, servers: Servers, tmp_path: Path
+) -> None:
+    schema.upgrade(empty_database_url, schema.revisions()[-2])
+    variables = {
+        "DATABASE_URL": empty_database_url,
+        "REDIS_URL": servers.redis_url,
+        "DOVECOTE_APP": "workers.app:app",
+        "DOVECOTE_HOME": str(tmp_path),
         "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
         **KEYS,
+        "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100",
     }
+    with (
+        running(variables, tmp_path / "relay.log", *RELAY) as relay,
+        running(variables, tmp_path / "consumers.log", *CONSUMERS) as consumers,
+    ):
+        subprocess.run(
+            [sys.executable, "-P", "-c", WRITE, str(MEMBERSHIPS)], cwd=ROOT, check=True, timeout=60,
+            env={**os.environ, **variables, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        # Consumers look at the schema when a message comes: there is none while the relay waits.
+        eventually(partial(relay.says, "run `dovecote migrate`"), 60, "waiting for the schema, in words")
+        assert (relay.process.poll(), consumers.process.poll()) == (None, None)
+        assert count(empty_database_url, "select count(*) from dovecote.published_batches") == 0
 
+        schema.upgrade(empty_database_url)
 
-# Modules of the old code, and those of today.
-OLD_RELAY, RELAY = ("workers", "relay"), ("dovecote", "relay")
-_OPTIONS = ("--queues", "billing", "--processes", "1", "--threads", "2", "--skip-logging")
-OLD_CONSUMERS = ("dramatiq", "workers.bootstrap:consumers", *_OPTIONS)
-CONSUMERS = ("dramatiq", "dovecote.bootstrap:consumers", *_OPTIONS)
-
-
-def variables_for(code: Path, variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process with that code; the old one knows neither applications nor today's settings."""
-    more = {**os.environ, **variables, "PYTHONPATH": str(code)}
-    if code == ROOT:
-        return {**more, "DOVECOTE_APP": "workers.app:app", "DOVECOTE_CONSUMERS__POLL_INTERVAL_MS": "100"}
-    more.pop("DOVECOTE_APP", None)
-    return {**more, "DOVECOTE_CONSUMERS__IDLE_WAIT_MS": "100"}
-
-
-def write(code: Path, variables: Mapping[str, str], memberships: int = MEMBERSHIPS) -> None:
-    subprocess.run(
-        [sys.executable, "-P", "-c", WRITE if code == ROOT else OLD_WRITE, str(memberships)],
-        cwd=code, env=variables_for(code, variables), check=True, timeout=60,
-    )  # fmt: skip
-
-
-class Counted:
-    """What a database says, asked for one number at a time."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __call__(self, query: str) -> int:
-        with psycopg.connect(self._url) as connection:
-            (number,) = connection.execute(query.encode()).fetchone() or (0,)
-        return int(number)
-
-    def done(self) -> int:
-        return self("select count(*) from dovecote.billing_history")
-
-    def behind(self) -> int:
-        return self("select count(*) from dovecote.outbox, dovecote.relay_state where position > checkpoint")
-
-
-def test_old_code_works_on_the_new_schema_and_hands_over_to_new_code(
-    old_code: Path, start: Start, fresh_database_url: str, servers: Servers, tmp_path: Path
-) -> None:
-    variables = environment(fresh_database_url, servers.redis_url, tmp_path)
-    count = Counted(fresh_database_url)
-    old_relay = start(old_code, variables, *OLD_RELAY)
-    old_consumers = start(old_code, variables, *OLD_CONSUMERS)
-    write(old_code, variables)
-    eventually(lambda: count.done() == 3 * MEMBERSHIPS, 60, "old code done on the new schema")
-
-    # The worst order: writers first. They write a version that nobody here knows yet.
-    write(ROOT, variables)
-    eventually(lambda: count.done() >= 5 * MEMBERSHIPS and count.behind() == 0, 60, "what the old relay knows")
-    assert count.done() == 5 * MEMBERSHIPS
-    start(ROOT, variables, *CONSUMERS)
-    old_consumers.terminate()
-    start(ROOT, variables, *RELAY)
-    old_relay.terminate()
-
-    eventually(lambda: count.done() == 6 * MEMBERSHIPS, 60, "what was passed over, by the new relay")
-    write(old_code, variables)
-    eventually(lambda: count.done() == 9 * MEMBERSHIPS, 60, "an old writer's version, by new code")
-    assert count("select count(*) from dovecote.deliveries") == 0
-    assert count("select count(*) from dovecote.processed_events") == 9 * MEMBERSHIPS
-
-
-def test_new_code_on_the_old_schema_writes_at_once_and_works_once_it_is_migrated(
-    old_code: Path, start: Start, empty_database_url: str, servers: Servers, tmp_path: Path
-) -> None:
-    schema.upgrade(empty_database_url, OLD_SCHEMA)
-    variables = environment(empty_database_url, servers.redis_url, tmp_path)
-    count = Counted(empty_database_url)
-    old_relay = start(old_code, variables, *OLD_RELAY)
-    new_relay, new_consumers = start(ROOT, variables, *RELAY), start(ROOT, variables, *CONSUMERS)
-
-    write(ROOT, variables)
-
-    eventually(lambda: count.behind() == 0, 60, "the old relay publishes what the new writer wrote")
-    for one in (new_relay, new_consumers):
-        eventually(partial(one.says, "run `dovecote migrate`"), 60, "waiting for the schema, in words")
-        assert one.process.poll() is None
-    assert count.done() == 0
-
-    schema.upgrade(empty_database_url)
-    eventually(partial(new_consumers.says, "it is not signed"), 60, "the new consumers, on what the old relay sent")
-    assert count.done() == 0
-    old_relay.terminate()
-    eventually(lambda: count.done() == 3 * MEMBERSHIPS, 60, "all of it, once the new relay leads")
-    assert count("select count(*) from dovecote.deliveries") == 0
+        done = "select count(*) from dovecote.billing_history"
+        eventually(lambda: count(empty_database_url, done) == 3 * MEMBERSHIPS, 60, "all of it, once it is migrated")
+        assert count(empty_database_url, "select count(*) from dovecote.deliveries") == 0

@@ -1,15 +1,15 @@
 /* How relays take turns, where they, Redis and Postgres break: the end of DESIGN section 4, and section 7.
  *
- * Two relays want one session lock. Whoever has it raises the epoch, greets Redis, and then reads, sends and
+ * Two relays want one session lock. The holder raises the epoch, verifies Redis, and then reads, sends and
  * records in turn. Anything may happen to it between any two of its steps: it is killed and started again; it
  * is frozen as long as you like (nothing makes a process go on); its session ends, and it hears of that with
  * its next statement; or the lock alone is gone and it hears nothing, which Postgres does not do but a proxy
  * or an operator might. Redis is flushed, or restarts without some of what it was given last. Postgres forgets
  * its last records, any number of them: a restored backup, a failover to a standby that lagged, a crash with
  * asynchronous commits. All sessions end with that, and the server is another run; with SAME_RUN it seems to be
- * the same one, as when a machine goes back with its memory, and then only the beat tells.
+ * the same one, as when a machine goes back with its memory, and then only the heartbeat shows it.
  *
- * In the code:  workers/relay/{relay,leading,history}.py, workers/lua/{claim,drop,beat,publish}.lua,
+ * In the code:  dovecote/relay/{relay,leader,history}.py, dovecote/broker/lua/{claim,drop,heartbeat,publish}.lua,
  *               dovecote/consumer/consumer.py.
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
  * Not in here:  positions out of order (reading.pml), bundles, retries, how a consumer acts once, two databases on
@@ -38,14 +38,14 @@
 byte committed;                          /* events at the positions 1 to this are there to be read */
 byte event[3];                           /* which event that is */
 byte epoch, checkpoint, recorded;        /* relay_state, published_batches: positions */
-byte known_id, known_marker;             /* the Redis that holds what was recorded: its run id, the epoch in it */
-byte history, known_run;                 /* in which history it holds it, and which run of Postgres told it so */
+byte known_id, known_fence;             /* the Redis that holds what was recorded: its run id, the epoch in it */
+byte history, known_run;                 /* in which history it holds it, and which run of Postgres wrote it */
 byte done;                               /* processed_events: events */
-byte beat;
+byte heartbeat;
 /* What it was once */
 bool has_copy;
-byte old_committed, old_event[3], old_epoch, old_checkpoint, old_recorded, old_known_id, old_known_marker;
-byte old_history, old_known_run, old_done, old_beat;
+byte old_committed, old_event[3], old_epoch, old_checkpoint, old_recorded, old_known_id, old_known_fence;
+byte old_history, old_known_run, old_done, old_heartbeat;
 
 /* Around Postgres */
 byte server = 1;                            /* which run of it this is */
@@ -54,10 +54,10 @@ byte histories;                          /* that were ever begun: each has a nam
 byte holder = NOBODY;                    /* of the leader's lock */
 
 /* Redis. Messages are events; of the history it is in, or of an older one, which have other ids. */
-byte run_id = 1, marker, queued, outdated;
-byte redis_history, redis_run, redis_beat;
+byte run_id = 1, fence, queued, outdated;
+byte redis_history, redis_run, redis_heartbeat;
 byte in_this_run;                        /* events of which a message names this run of Postgres as that of its relay */
-byte claimed;                            /* the newest epoch that it was told of, unless it forgot */
+byte claimed;                            /* the newest epoch that it was given, unless it lost it */
 
 byte hand;                               /* what a consumer has in hand, and which the id of it is */
 bool hand_outdated;
@@ -77,45 +77,45 @@ bool killed[3], session[3];
 #endif
 
 /* Is this the Redis that holds what was recorded, and Postgres the one that recorded it? */
-#ifdef MARKER_NOT_COMPARED
-#define SAME_MARKER  true
+#ifdef FENCE_NOT_COMPARED
+#define SAME_FENCE  true
 #else
-#define SAME_MARKER  (marker == expected && redis_history == my_history && redis_run == my_run)
+#define SAME_FENCE  (fence == expected && redis_history == my_history && redis_run == my_run)
 #endif
 #ifdef RUN_NOT_COMPARED
-#undef SAME_MARKER
-#define SAME_MARKER  (marker == expected && redis_history == my_history)
+#undef SAME_FENCE
+#define SAME_FENCE  (fence == expected && redis_history == my_history)
 #define SAME_SERVER  true
 #else
 #define SAME_SERVER  same_run
 #endif
-#ifdef BEAT_NOT_COMPARED
-#define SAME_BEAT  true
+#ifdef HEARTBEAT_NOT_COMPARED
+#define SAME_HEARTBEAT  true
 #else
-#define SAME_BEAT  (redis_beat <= my_beat && redis_beat + 1 >= my_beat)
+#define SAME_HEARTBEAT  (redis_heartbeat <= my_heartbeat && redis_heartbeat + 1 >= my_heartbeat)
 #endif
-#define AS_KNOWN  (found_id == known && SAME_MARKER && SAME_SERVER && SAME_BEAT)
+#define AS_KNOWN  (found_id == known && SAME_FENCE && SAME_SERVER && SAME_HEARTBEAT)
 
 #ifdef SAME_RUN
-#define BY_A_BEAT  && redis_beat > old_beat              /* it goes back to before a beat that Redis has heard of */
+#define BY_A_HEARTBEAT  && redis_heartbeat > old_heartbeat              /* it goes back to before a heartbeat that Redis has */
 #else
-#define BY_A_BEAT
+#define BY_A_HEARTBEAT
 #endif
 
 #define STATEMENT  if :: !session[me] -> goto again :: else fi    /* the session may have ended */
 
-inline set_marker() {
-    marker = mine; claimed = (claimed > mine -> claimed : mine);
-    redis_history = my_history; redis_run = my_run; redis_beat = my_beat
+inline set_fence() {
+    fence = mine; claimed = (claimed > mine -> claimed : mine);
+    redis_history = my_history; redis_run = my_run; redis_heartbeat = my_heartbeat
 }
 
-/* claim.lua, where something was lost: marker and history become ours, unless another relay was here. */
+/* claim.lua, where something was lost: fence and history become ours, unless another relay was here. */
 inline claim() {
     atomic {
         if
-        :: marker > mine || redis_history != seen -> goto verify_redis
+        :: fence > mine || redis_history != seen -> goto verify_redis
         :: else ->
-            set_marker();
+            set_fence();
 #ifndef IDS_NOT_SALTED
             outdated = outdated | queued; queued = 0; hand_outdated = (hand != 0);
 #endif
@@ -124,13 +124,13 @@ inline claim() {
     }
 }
 
-/* drop.lua: what is in somebody's hands stays there. */
+/* drop.lua: what is in flight stays there. */
 inline drop() {
     atomic {
         if
-        :: marker != mine -> goto verify_redis
+        :: fence != mine -> goto verify_redis
 #ifndef DROP_UNFENCED
-        :: marker == mine && redis_history != my_history -> goto verify_redis
+        :: fence == mine && redis_history != my_history -> goto verify_redis
 #endif
         :: else ->
 #ifdef IDS_NOT_SALTED
@@ -146,11 +146,11 @@ inline drop() {
 inline publish(events) {
     atomic {
         if
-#ifndef MARKER_UNSEEN
-        :: marker < mine || redis_history != my_history -> goto verify_redis     /* Redis lost */
+#ifndef FENCE_UNSEEN
+        :: fence < mine || redis_history != my_history -> goto verify_redis     /* Redis lost */
 #endif
 #ifndef PUBLISH_UNFENCED
-        :: marker > mine -> goto again
+        :: fence > mine -> goto again
 #endif
         :: else ->
             PROMISE(mine >= claimed);                    /* an older epoch never publishes */
@@ -176,7 +176,7 @@ inline record() {
 active [2] proctype relay() {
     byte me, mine, from, upto, batch, lost;
     byte known, expected, found_id;                      /* the Redis it takes for the one that knows */
-    byte my_history, my_run, my_beat, seen;
+    byte my_history, my_run, my_heartbeat, seen;
     bool same_run, trusted;
 
     me = _pid + 1;
@@ -186,23 +186,23 @@ again: true;
             holder = (holder == me -> NOBODY : holder);  /* its old session ends, if it has not */
             session[me] = false;
             mine = 0; from = 0; upto = 0; batch = 0; known = 0; expected = 0; found_id = 0; lost = 0; trusted = false;
-            my_history = 0; my_run = 0; my_beat = 0; seen = 0; same_run = false
+            my_history = 0; my_run = 0; my_heartbeat = 0; seen = 0; same_run = false
         }
 end_standby:
         atomic { holder == NOBODY -> holder = me; session[me] = true; my_run = server }
-        seen = marker;
+        seen = fence;
         atomic {                                         /* one UPDATE */
             STATEMENT;
             epoch = (epoch > seen -> epoch : seen) + 1; mine = epoch; seen = 0;
-            from = checkpoint; upto = from; known = known_id; expected = known_marker;
-            my_history = history; same_run = (known_run == my_run); my_beat = beat
+            from = checkpoint; upto = from; known = known_id; expected = known_fence;
+            my_history = history; same_run = (known_run == my_run); my_heartbeat = heartbeat
         }
 verify_redis: true;
         d_step { found_id = run_id; seen = redis_history; lost = 0 }
         atomic {                                         /* one call of claim.lua */
             if
-            :: marker > mine -> goto again
-            :: AS_KNOWN -> set_marker(); trusted = true
+            :: fence > mine -> goto again
+            :: AS_KNOWN -> set_fence(); trusted = true
             :: else -> trusted = false
             fi
         }
@@ -219,7 +219,7 @@ verify_redis: true;
             claim();
             drop();
 #ifdef KNOWN_BEFORE_SENT_AGAIN
-            atomic { STATEMENT; if :: FENCED -> known_id = found_id; known_marker = mine :: else -> goto again fi }
+            atomic { STATEMENT; if :: FENCED -> known_id = found_id; known_fence = mine :: else -> goto again fi }
 #endif
             atomic { STATEMENT; lost = AT(recorded & UPTO(upto)) & ~done }
             if
@@ -230,7 +230,7 @@ verify_redis: true;
         atomic {
             STATEMENT;
             if
-            :: FENCED -> known_id = found_id; known_marker = mine
+            :: FENCED -> known_id = found_id; known_fence = mine
             :: else -> goto again
             fi;
             known = found_id; expected = mine; found_id = 0; trusted = false; seen = 0
@@ -243,15 +243,15 @@ end_lead:
 #else
         :: from < upto -> publish(batch); record(); from = upto; batch = 0
 #endif
-#ifdef MARKER_UNSEEN
+#ifdef FENCE_UNSEEN
         :: run_id != known -> goto verify_redis
 #else
-        :: run_id != known || marker < mine || redis_history != my_history -> goto verify_redis     /* once a second it looks */
+        :: run_id != known || fence < mine || redis_history != my_history -> goto verify_redis     /* once a second it looks */
 #endif
-        :: marker > mine || !session[me] -> goto again
+        :: fence > mine || !session[me] -> goto again
 #ifdef SAME_RUN
-        :: my_beat < 2 && queued != 0 -> atomic { STATEMENT; if :: FENCED -> my_beat++; beat = my_beat :: else -> goto again fi };
-            atomic { if :: marker == mine && redis_history == my_history && redis_beat <= my_beat -> redis_beat = my_beat :: else -> goto verify_redis fi }
+        :: my_heartbeat < 2 && queued != 0 -> atomic { STATEMENT; if :: FENCED -> my_heartbeat++; heartbeat = my_heartbeat :: else -> goto again fi };
+            atomic { if :: fence == mine && redis_history == my_history && redis_heartbeat <= my_heartbeat -> redis_heartbeat = my_heartbeat :: else -> goto verify_redis fi }
 #endif
         od
     } unless { killed[me] };
@@ -296,7 +296,7 @@ active proctype trouble() {
     :: deaths > 0 -> deaths--; if :: killed[1] = true :: killed[2] = true fi
     :: atomic { cuts > 0 && holder != NOBODY -> cuts--; session[holder] = false; holder = NOBODY }
     :: atomic { thefts > 0 && holder != NOBODY -> thefts--; holder = NOBODY }
-    :: atomic { flushes > 0 -> flushes--; marker = 0; claimed = 0; queued = 0; outdated = 0; redis_history = 0; redis_run = 0; redis_beat = 0 }
+    :: atomic { flushes > 0 -> flushes--; fence = 0; claimed = 0; queued = 0; outdated = 0; redis_history = 0; redis_run = 0; redis_heartbeat = 0 }
     :: atomic { restarts > 0 -> restarts--; run_id++;
            if
            :: queued = 0
@@ -304,21 +304,21 @@ active proctype trouble() {
            fi;
            if
            :: true
-           :: marker = (marker > 0 -> marker - 1 : 0); claimed = marker; redis_history = 0
+           :: fence = (fence > 0 -> fence - 1 : 0); claimed = fence; redis_history = 0
            fi
        }
     :: d_step { rewinds > 0 && !has_copy -> has_copy = true;
-           old_committed = committed; old_event[1] = event[1]; old_event[2] = event[2]; old_done = done; old_beat = beat;
+           old_committed = committed; old_event[1] = event[1]; old_event[2] = event[2]; old_done = done; old_heartbeat = heartbeat;
            old_epoch = epoch; old_checkpoint = checkpoint; old_recorded = recorded;
-           old_known_id = known_id; old_known_marker = known_marker; old_history = history; old_known_run = known_run
+           old_known_id = known_id; old_known_fence = known_fence; old_history = history; old_known_run = known_run
        }
-    :: d_step { has_copy BY_A_BEAT -> has_copy = false; rewinds--;
-           committed = old_committed; event[1] = old_event[1]; event[2] = old_event[2]; done = old_done; beat = old_beat;
+    :: d_step { has_copy BY_A_HEARTBEAT -> has_copy = false; rewinds--;
+           committed = old_committed; event[1] = old_event[1]; event[2] = old_event[2]; done = old_done; heartbeat = old_heartbeat;
            epoch = old_epoch; checkpoint = old_checkpoint; recorded = old_recorded;
-           known_id = old_known_id; known_marker = old_known_marker; history = old_history; known_run = old_known_run;
-           old_committed = 0; old_event[1] = 0; old_event[2] = 0; old_done = 0; old_beat = 0;
+           known_id = old_known_id; known_fence = old_known_fence; history = old_history; known_run = old_known_run;
+           old_committed = 0; old_event[1] = 0; old_event[2] = 0; old_done = 0; old_heartbeat = 0;
            old_epoch = 0; old_checkpoint = 0; old_recorded = 0;
-           old_known_id = 0; old_known_marker = 0; old_history = 0; old_known_run = 0;
+           old_known_id = 0; old_known_fence = 0; old_history = 0; old_known_run = 0;
            session[1] = false; session[2] = false; holder = NOBODY
 #ifndef SAME_RUN
            ; server++; in_this_run = 0

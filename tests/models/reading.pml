@@ -1,15 +1,15 @@
 /* How the relay reads the outbox forward without losing anyone: DESIGN section 4, ADR 0003.
  *
- * Writers take positions from a sequence and commit in any order; they announce a floor before their first
- * position. The reader asks for the horizon and who is at work, then for rows beyond its frontier, then which of
- * the writers are over, then for rows that have turned up in the holes that these could fill. It may go by the
- * horizon of the read before. It may die after sending a batch and before recording it, and start again.
+ * Writers take positions from a sequence and commit in any order; they announce a low-water mark before their
+ * first position. The reader asks for the safe position and the active writers, then for rows above its high-water
+ * mark, then which writers have ended, then for rows that have appeared in the gaps that these could fill. It may
+ * use the safe position of the read before. It may die after sending a batch and before recording it, and start again.
  * Every step that is one moment in Postgres is one step here, and Spin tries every order of them.
  *
- * In the code:  migrations/sql/0019_reading.up.sql (announce, writers_at_work), dovecote/store/reader.py
+ * In the code:  dovecote/migrations/sql (announce in 0002_outbox, active_writers in 0003_relay), dovecote/store/reader.py
  *               (Reader), dovecote/store/gaps.py (Writers, behind_unread).
  * Checked:      tests/models/test_models.py, which also breaks each assumption by its -D name.
- * Not in here:  the bell, savepoints (a floor given back with its positions is a transaction rolled back),
+ * Not in here:  the wake-up lock, savepoints (a mark released with its positions is a transaction rolled back),
  *               the loss of Postgres' last records (it is a death before recording).
  */
 
@@ -19,16 +19,16 @@
 #endif
 #define MOST    (WRITERS * EVENTS)       /* positions: a set of them fits into a byte */
 #define BATCH   2                        /* rows of one read, so that reads are cut short too */
-#define NONE    255                      /* no floor */
+#define NONE    255                      /* no mark  */
 #define HAS(set, position)  (((set) >> (position)) & 1)
 #define ONE(position)       (1 << (position))
 #define UPTO(position)      ((1 << ((position) + 1)) - 1)
 
 byte sequence;                           /* the highest position handed out */
 byte visible;                            /* positions of committed rows */
-byte floors[WRITERS] = NONE;             /* the advisory locks of writers at work */
+byte marks[WRITERS] = NONE;             /* the advisory locks of active writers  */
 byte over;                               /* the writers whose end a new snapshot sees */
-byte unnumbered;                         /* of these, whose transaction's lock is given back; the floor may be held */
+byte unnumbered;                         /* of these, whose transaction's lock is released; the mark may be held */
 bool row_locked[2];                      /* an aggregate's row, locked by the transaction that changed it */
 bit  aggregate[8];                       /* whose event has which position */
 byte writers_left = WRITERS;
@@ -39,7 +39,7 @@ byte deaths = 1;
 
 /* A transaction of one or two events of one aggregate, which commits or not. */
 proctype writer(byte me) {
-    byte mine, floor, position, events;
+    byte mine, mark, position, events;
     bit whose;
 
     select(events : 1 .. EVENTS);
@@ -51,22 +51,22 @@ proctype writer(byte me) {
     atomic { !row_locked[whose] -> row_locked[whose] = true }
 #endif
 #ifndef LOCK_AFTER_POSITION
-    floor = sequence;                    /* the trigger: it looks, */
-    floors[me] = floor;                  /* and then takes its lock */
+    mark = sequence;                    /* the trigger: it looks, */
+    marks[me] = mark;                  /* and then takes its lock */
 #endif
     do
     :: events > 0 && sequence < MOST ->
         d_step { sequence++; position = sequence; aggregate[position] = whose; mine = mine | ONE(position); events-- }
 #ifdef LOCK_AFTER_POSITION
         if
-        :: floors[me] == NONE -> floor = sequence; floors[me] = floor
+        :: marks[me] == NONE -> mark = sequence; marks[me] = mark
         :: else
         fi
 #endif
     :: else -> break
     od;
 #ifdef LOCK_RELEASED_BEFORE_COMMIT
-    floors[me] = NONE;
+    marks[me] = NONE;
 #endif
     if
     :: d_step {
@@ -78,9 +78,9 @@ proctype writer(byte me) {
     d_step {                             /* locks are released only after the commit is visible: */
         row_locked[whose] = false; unnumbered = unnumbered | ONE(me)
     }
-    d_step {                             /* those of the transaction first, and then the floor */
-        floors[me] = NONE;
-        mine = 0; floor = 0; position = 0; whose = 0;
+    d_step {                             /* those of the transaction first, and then the mark  */
+        marks[me] = NONE;
+        mine = 0; mark = 0; position = 0; whose = 0;
         writers_left--
     }
 }
@@ -102,30 +102,30 @@ inline take(set, rows, newest) {
     }
 }
 
-inline horizon() {
+inline read_sequence() {
     last_position = sequence
 }
 
-inline read_floors() {
+inline read_marks() {
     d_step {
-        settled = NONE; p = 0;
+        safe = NONE; p = 0;
         do
         :: p < WRITERS ->
-            settled = (floors[p] < settled -> floors[p] : settled); p++
+            safe = (marks[p] < safe -> marks[p] : safe); p++
         :: else -> break
         od;
         p = 0
     }
 }
 
-/* A second look, and none where the first has shown that nobody can own a position below the horizon. */
+/* A second look, and none where the first has shown that no writer can own a position below the safe one. */
 inline look_at_writers() {
     d_step {
         p = 0;
         do
         :: p < WRITERS ->
             seen_before[p] = seen[p];
-            seen[p] = (settled < last_position && !HAS(unnumbered, p) -> floors[p] : NONE);
+            seen[p] = (safe < last_position && !HAS(unnumbered, p) -> marks[p] : NONE);
             p++
         :: else -> break
         od;
@@ -134,7 +134,7 @@ inline look_at_writers() {
 }
 
 #ifdef OVER_BY_LOCKS
-#define IS_OVER(writer)  (floors[writer] == NONE)
+#define IS_OVER(writer)  (marks[writer] == NONE)
 #else
 #define IS_OVER(writer)  HAS(over, writer)
 #endif
@@ -144,8 +144,8 @@ inline look_at_writers() {
 #define EARLIER(writer)  seen_before[writer]
 #endif
 
-/* Above what something may have turned up: the lowest floor of those of the last two looks that are over. */
-inline ask_who_is_over() {
+/* Above what something may have turned up: the lowest mark of those of the last two looks that have ended. */
+inline ask_who_has_ended() {
     d_step {
         lowest = unseen_above; p = 0;
         do
@@ -163,15 +163,15 @@ inline ask_who_is_over() {
     }
 }
 
-inline read_beyond() { take(visible & ~UPTO(frontier), beyond, newest_beyond); beyond_cut = (taken == BATCH) }
+inline read_beyond() { take(visible & ~UPTO(high_water), beyond, newest_beyond); beyond_cut = (taken == BATCH) }
 
-/* One that ended in between may have left a row above that floor and one below: both or none. */
+/* One that ended in between may have left a row above that mark and one below: both or none. */
 inline read_late() {
     do
-    ::  take(visible & holes & ~UPTO(lowest), late, newest_late); late_cut = (taken == BATCH);
+    ::  take(visible & gaps & ~UPTO(lowest), late, newest_late); late_cut = (taken == BATCH);
 #ifndef ASKED_ONCE
         if
-        :: late != 0 -> looked_above = lowest; ask_who_is_over()
+        :: late != 0 -> looked_above = lowest; ask_who_has_ended()
         :: else -> break
         fi;
         if
@@ -185,14 +185,14 @@ inline read_late() {
     looked_above = 0
 }
 
-/* With a full batch of late rows: those beyond go along before which no row is left in the holes of their aggregate. */
+/* With a full batch of late rows: those beyond go along before which no row is left in the gaps of their aggregate. */
 inline hold_back() {
     d_step {
         p = 1; behind[0] = false; behind[1] = false;
         do
         :: p <= MOST ->
             if
-            :: HAS(visible & holes & ~late & ~UPTO(newest_late), p) -> behind[aggregate[p]] = true
+            :: HAS(visible & gaps & ~late & ~UPTO(newest_late), p) -> behind[aggregate[p]] = true
             :: else
             fi;
 #ifndef BEYOND_GOES_ALONG
@@ -231,28 +231,28 @@ inline send(rows) {
 }
 
 active proctype reader() {
-    byte frontier, holes, last_position, settled, beyond, late, newest_beyond, newest_late;
+    byte high_water, gaps, last_position, safe, beyond, late, newest_beyond, newest_late;
     byte by_this_reader, taken, p, next_checkpoint;
     byte newest_of[2], seen[WRITERS], seen_before[WRITERS], unseen_above, lowest, looked_above;
     bool beyond_cut, late_cut, behind[2], looked;
 
 start_again: true;
-    d_step {                             /* from what is recorded: the holes come back with the batches */
-        frontier = checkpoint; p = 1;
+    d_step {                             /* from what is recorded: the gaps come back with the batches */
+        high_water = checkpoint; p = 1;
         by_this_reader = recorded; newest_of[0] = 0; newest_of[1] = 0;
         do
         :: p <= MOST ->
             if
             :: HAS(recorded, p) ->
                 newest_of[aggregate[p]] = p;
-                frontier = (p > frontier -> p : frontier)
+                high_water = (p > high_water -> p : high_water)
             :: else
             fi;
             p++
         :: else -> break
         od;
         p = 0;
-        holes = UPTO(frontier) & ~UPTO(checkpoint) & ~recorded;
+        gaps = UPTO(high_water) & ~UPTO(checkpoint) & ~recorded;
         next_checkpoint = checkpoint;
         unseen_above = 0; looked = false; p = 0;
         do
@@ -264,25 +264,25 @@ start_again: true;
     do
     ::
 #if defined(ROWS_BEFORE_HORIZON)
-        read_beyond(); horizon(); read_floors(); look_at_writers(); ask_who_is_over(); read_late();
+        read_beyond(); read_sequence(); read_marks(); look_at_writers(); ask_who_has_ended(); read_late();
 #elif defined(FLOORS_BEFORE_SEQUENCE)
-        read_floors(); horizon(); look_at_writers(); read_beyond(); ask_who_is_over(); read_late();
+        read_marks(); read_sequence(); look_at_writers(); read_beyond(); ask_who_has_ended(); read_late();
 #elif defined(LATE_BEFORE_BEYOND)
-        horizon(); read_floors(); look_at_writers(); ask_who_is_over(); read_late(); read_beyond();
+        read_sequence(); read_marks(); look_at_writers(); ask_who_has_ended(); read_late(); read_beyond();
 #elif defined(OVER_BEFORE_BEYOND)
-        horizon(); read_floors(); look_at_writers(); ask_who_is_over(); read_beyond(); read_late();
+        read_sequence(); read_marks(); look_at_writers(); ask_who_has_ended(); read_beyond(); read_late();
 #else
         if
-        :: horizon();                    /* the order is the proof */
-           read_floors();
+        :: read_sequence();                    /* the order is the proof */
+           read_marks();
            look_at_writers();
            looked = true
 #ifdef AT_ONCE
-        :: looked                        /* by the horizon of the read before */
+        :: looked                        /* by the safe position of the read before */
 #endif
         fi;
         read_beyond();
-        ask_who_is_over();
+        ask_who_has_ended();
         read_late();
 #endif
         if
@@ -292,9 +292,9 @@ start_again: true;
         d_step {
             newest_beyond = (beyond_cut -> newest_beyond
                              : (last_position > newest_beyond -> last_position : newest_beyond));
-            newest_beyond = (newest_beyond > frontier -> newest_beyond : frontier);
-            holes = (holes | (UPTO(newest_beyond) & ~UPTO(frontier))) & ~late & ~beyond;
-            frontier = newest_beyond;
+            newest_beyond = (newest_beyond > high_water -> newest_beyond : high_water);
+            gaps = (gaps | (UPTO(newest_beyond) & ~UPTO(high_water))) & ~late & ~beyond;
+            high_water = newest_beyond;
 #ifdef NO_MORE_THAN_THE_WRITERS
             unseen_above = NONE;
 #else
@@ -306,17 +306,17 @@ start_again: true;
                 unseen_above = 0
 #endif
             :: else ->
-                settled = (last_position < settled -> last_position : settled);
-                holes = holes & ~UPTO(settled);
+                safe = (last_position < safe -> last_position : safe);
+                gaps = gaps & ~UPTO(safe);
 #ifdef CHECKPOINT_AT_FRONTIER
-                settled = frontier;
+                safe = high_water;
 #endif
-                next_checkpoint = (settled < frontier
-                                   -> (settled > next_checkpoint -> settled : next_checkpoint)
-                                   : (frontier > next_checkpoint -> frontier : next_checkpoint))
+                next_checkpoint = (safe < high_water
+                                   -> (safe > next_checkpoint -> safe : next_checkpoint)
+                                   : (high_water > next_checkpoint -> high_water : next_checkpoint))
             fi;
 #ifndef AT_ONCE
-            last_position = 0; settled = 0;
+            last_position = 0; safe = 0;
 #endif
             newest_beyond = 0; newest_late = 0; taken = 0; lowest = 0;
             beyond_cut = false; late_cut = false
@@ -344,13 +344,13 @@ start_again: true;
         fi;
         late = 0; beyond = 0;
 #endif
-        assert((visible & UPTO(checkpoint) & ~sent) == 0);   /* the checkpoint leaves nobody behind */
+        assert((visible & UPTO(checkpoint) & ~sent) == 0);   /* the checkpoint leaves no row behind */
         if
         :: writers_left == 0 && checkpoint == sequence -> break
         :: else
         fi
     od;
-    assert(sent == visible)              /* the checkpoint has come to the end, and nobody is lost */
+    assert(sent == visible)              /* the checkpoint has come to the end, and no row is lost */
 }
 
 init {

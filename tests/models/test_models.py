@@ -35,10 +35,10 @@ def check(place: Path, model: str, defined: str, fairly: bool = False, broken: b
     run(place, "spin", *defines, "-a", str(MODELS / model))
     kind = ["-DNFAIR=4"] if fairly else ["-DSAFETY", "-DNOCLAIM"]
     run(place, "gcc", "-O0" if broken else "-O2", "-w", *kind, "-o", "pan", "pan.c")
-    told = run(place, "./pan", "-m20000", "-w24", *(["-a", "-f"] if fairly else []))
-    assert "max search depth too small" not in told, told
-    errors = [line for line in told.splitlines() if line.startswith("pan:1: ")]
-    assert ("errors: 0" in told) == (not errors), told
+    output = run(place, "./pan", "-m20000", "-w24", *(["-a", "-f"] if fairly else []))
+    assert "max search depth too small" not in output, output
+    errors = [line for line in output.splitlines() if line.startswith("pan:1: ")]
+    assert ("errors: 0" in output) == (not errors), output
     return errors[0] if errors else ""
 
 
@@ -52,7 +52,7 @@ def run(place: Path, *command: str) -> str:
     "bounds",
     [
         pytest.param("", id="two writers, two events each"),
-        pytest.param("AT_ONCE", id="reads by the horizon of the read before", marks=thorough),
+        pytest.param("AT_ONCE", id="reads by the safe position of the read before", marks=thorough),
         pytest.param("WRITERS=3 EVENTS=1", id="three writers", marks=thorough),
     ],
 )
@@ -127,7 +127,7 @@ def test_relays_that_take_turns_lose_nothing(tmp_path: Path, trouble: str) -> No
     [
         pytest.param(troubles(rewinds=1), id="Postgres goes back"),
         # A phantom is possible then: a message names the run of Postgres, and this seems to be the same.
-        pytest.param(f"SAME_RUN LOSS_ONLY {troubles(rewinds=1, events=1)}", id="with its memory, past a beat"),
+        pytest.param(f"SAME_RUN LOSS_ONLY {troubles(rewinds=1, events=1)}", id="with its memory, past a heartbeat"),
         pytest.param(troubles(rewinds=1, deaths=1, events=1), id="and a death", marks=thorough),
         pytest.param(troubles(rewinds=1, flushes=1, events=1), id="and Redis flushed", marks=thorough),
         pytest.param(troubles(rewinds=1, restarts=1, events=1), id="and Redis restarted", marks=thorough),
@@ -143,14 +143,14 @@ def test_what_postgres_remembers_is_done_and_what_it_has_forgotten_is_not(tmp_pa
     ("broken", "trouble", "found"),
     [
         ("RECORDED_BEFORE_SENT", troubles(deaths=1), "done"),
-        ("MARKER_UNSEEN", troubles(flushes=1), "done"),
-        ("MARKER_NOT_COMPARED", troubles(deaths=1, flushes=1), "done"),
+        ("FENCE_UNSEEN", troubles(flushes=1), "done"),
+        ("FENCE_NOT_COMPARED", troubles(deaths=1, flushes=1), "done"),
         ("KNOWN_BEFORE_SENT_AGAIN", troubles(deaths=1, flushes=1), "done"),
         ("PUBLISH_UNFENCED", troubles(thefts=1), "mine>=claimed"),
         ("RECORD_UNFENCED", troubles(thefts=1, flushes=1), "epoch==mine"),
         ("RECORD_UNFENCED LOSS_ONLY", troubles(thefts=1, flushes=1), "done"),
         ("RUN_NOT_COMPARED", troubles(rewinds=1, events=1), "done"),
-        ("SAME_RUN LOSS_ONLY BEAT_NOT_COMPARED", troubles(rewinds=1, events=1), "done"),
+        ("SAME_RUN LOSS_ONLY HEARTBEAT_NOT_COMPARED", troubles(rewinds=1, events=1), "done"),
         ("IDS_NOT_SALTED", troubles(rewinds=1, events=1), "done"),
         ("DROP_UNFENCED", troubles(rewinds=1, deaths=1, events=1), "done"),
         ("NOT_LOOKED_UP", troubles(rewinds=1, events=1), "hand&"),

@@ -127,8 +127,8 @@ VERIFICATION = (
     Mutant(
         "the relay does not remove what is over",
         "dovecote/bootstrap.py",
-        "    return Relay(settings, broker, routes, instrumentation, Maintainer(settings, routes, purges).start)",
-        "    return Relay(settings, broker, routes, instrumentation, Maintainer(settings, routes).start)",
+        "Maintainer(settings, routes, purges).start",
+        "Maintainer(settings, routes).start",
         f"{PURGING}::test_the_relay_removes_it_by_itself",
     ),
     Mutant(

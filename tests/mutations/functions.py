@@ -1,61 +1,60 @@
 """Lines that protect our functions from the sessions that call them, and writers from functions that are called."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import DELIVERIES_SQL, OUTBOX_SQL, PARTITIONS_SQL, RELAY_SQL, RETENTION_SQL, SEQUENCE_SQL
 
 TESTS = "tests/security/test_functions.py"
 SESSIONS = "tests/security/test_sessions.py"
 BOUNDS = "tests/security/test_bounds.py"
 ROLES = "tests/security/test_roles.py"
 
-FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
-RIGHTS_SQL = "migrations/sql/0028_rights.up.sql"
 
 FUNCTIONS = (
     Mutant(
         "temporary objects come first in a function of the owner's",
-        FUNCTIONS_SQL,
+        DELIVERIES_SQL,
         "language plpgsql stable security definer set search_path = pg_catalog, pg_temp as",
         "language plpgsql stable security definer set search_path = pg_catalog, dovecote as",
         TESTS,
     ),
     Mutant(
         "check_event means what the writer's path says",
-        FUNCTIONS_SQL,
-        "alter function dovecote.check_event set search_path = pg_catalog, pg_temp;\n",
-        "",
+        OUTBOX_SQL,
+        "dovecote.check_event() returns trigger\nlanguage plpgsql set search_path = pg_catalog, pg_temp as",
+        "dovecote.check_event() returns trigger\nlanguage plpgsql as",
         f"{TESTS} {SESSIONS}",
     ),
     Mutant(
         "a type is not escaped in the envelope",
-        FUNCTIONS_SQL,
-        "    || ',\"type\":' || to_json(fact.event_type)::text\n",
-        "    || ',\"type\":\"' || fact.event_type || '\"'\n",
+        RELAY_SQL,
+        "    || ',\"type\":' || to_json(event.event_type)::text\n",
+        "    || ',\"type\":\"' || event.event_type || '\"'\n",
         SESSIONS,
     ),
     Mutant(
         "an envelope's moment is in the reader's zone",
-        FUNCTIONS_SQL,
-        "left(to_json(fact.created_at at time zone interval '0')::text, -1) || '+00:00\"'",
-        "to_json(fact.created_at)::text",
+        RELAY_SQL,
+        "left(to_json(event.created_at at time zone interval '0')::text, -1) || '+00:00\"'",
+        "to_json(event.created_at)::text",
         SESSIONS,
     ),
     Mutant(
         "a function is for everybody",
-        FUNCTIONS_SQL,
-        "revoke execute on all functions in schema dovecote from public;\n",
-        "",
+        RETENTION_SQL,
+        "dovecote.lock_partition, dovecote.drop_partition to dovecote_worker, dovecote_operator;\n",
+        "dovecote.lock_partition, dovecote.drop_partition to dovecote_worker, dovecote_operator, public;\n",
         TESTS,
     ),
     Mutant(
         "the next function is for everybody",
-        FUNCTIONS_SQL,
+        OUTBOX_SQL,
         "alter default privileges revoke execute on functions from public;\n",
         "",
         TESTS,
     ),
     Mutant(
         "weeks are made in the caller's zone",
-        FUNCTIONS_SQL,
+        PARTITIONS_SQL,
         "set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '500ms'"
         " as $$\n-- Make the partitions",
         "set search_path = pg_catalog, pg_temp set lock_timeout = '500ms' as $$\n-- Make the partitions",
@@ -63,44 +62,44 @@ FUNCTIONS = (
     ),
     Mutant(
         "any number of weeks is made",
-        FUNCTIONS_SQL,
+        PARTITIONS_SQL,
         "weeks_ahead not between 0 and 60 then",
         "false then",
         BOUNDS,
     ),
     Mutant(
         "a young week is held",
-        FUNCTIONS_SQL,
+        RETENTION_SQL,
         "    if dovecote.week_monday(week) + interval '8 days' > now() then\n",
         "    if false then\n",
         BOUNDS,
     ),
     Mutant(
         "a sequence that is well is locked",
-        FUNCTIONS_SQL,
+        SEQUENCE_SQL,
         "    if dovecote.sequence_fault() is null and not exists",
         "    if false and not exists",
         BOUNDS,
     ),
     Mutant(
         "an archive is of any number of rows",
-        FUNCTIONS_SQL,
+        RETENTION_SQL,
         "    elsif archive is not null and (archived_events is null or archived_processed is null) then\n",
         "    elsif false then\n",
         BOUNDS,
     ),
     Mutant(
         "a writer says when it wrote",
-        RIGHTS_SQL,
-        "revoke insert (created_at) on dovecote.outbox from dovecote_writer, dovecote_worker;\n",
-        "",
+        OUTBOX_SQL,
+        "grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers)\n",
+        "grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers, created_at)\n",
         SESSIONS,
     ),
     Mutant(
         "a viewer changes retries",
-        RIGHTS_SQL,
-        "grant select on sequence dovecote.outbox_position, dovecote.relay_beat to dovecote_viewer;\n",
-        "grant select on sequence dovecote.outbox_position, dovecote.relay_beat to dovecote_viewer;\n"
+        DELIVERIES_SQL,
+        "grant select, delete on dovecote.deliveries to dovecote_worker;\n",
+        "grant select, delete on dovecote.deliveries to dovecote_worker;\n"
         "grant update on dovecote.deliveries to dovecote_viewer;\n",
         ROLES,
     ),
@@ -113,7 +112,7 @@ FUNCTIONS = (
     ),
     Mutant(
         "migrations look into public",
-        "migrations/env.py",
+        "dovecote/migrations/environment.py",
         'text("set search_path = pg_catalog, pg_temp")',
         'text("set search_path = public")',
         TESTS,

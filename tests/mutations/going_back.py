@@ -1,15 +1,13 @@
 """Mutants of what holds when Postgres goes back: history, the look into the outbox, positions, standbys."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import RELAY_SQL, SEQUENCE_SQL
 
 HISTORY = "tests/dovecote/relay/test_history.py"
 LOOKUP = "tests/dovecote/store/test_lookup.py"
 SEQUENCE = "tests/dovecote/relay/test_sequence.py"
 STANDBY = "tests/dovecote/relay/test_standby_flush.py"
 CLAIM = "dovecote/broker/lua/claim.lua"
-SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
-FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
-LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
 RELAY = "tests/dovecote/relay/test_relay.py"
 BROKER = "tests/dovecote/broker/test_broker.py"
 
@@ -47,34 +45,6 @@ GOING_BACK = (
         "dovecote/store/sequence.py",
         "if epoch != self._epoch:",
         "if False:",
-        SEQUENCE,
-    ),
-    Mutant(
-        "recovering does not wait for who has written, and sessions keep their blocks",
-        FUNCTIONS_SQL,
-        "    alter sequence dovecote.outbox_position cache 1;\n",
-        "",
-        SEQUENCE,
-    ),
-    Mutant(
-        "events keep the positions that hide them",
-        FUNCTIONS_SQL,
-        "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
-        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
-        SEQUENCE,
-    ),
-    Mutant(
-        "an event that was read gets a new position too",
-        SEQUENCE_SQL,
-        "and coalesce(not batch.was_read, o.position",
-        "and (true or o.position",
-        SEQUENCE,
-    ),
-    Mutant(
-        "a sequence that was not called yet has handed out nothing",
-        "migrations/sql/0032_leader_lock.up.sql",
-        "    select case when s.is_called then s.last_value else s.last_value - 1 end into",
-        "    select case when s.is_called then s.last_value else 0 end into",
         SEQUENCE,
     ),
     Mutant(
@@ -185,8 +155,8 @@ GOING_BACK = (
     Mutant(
         "Redis is told of a beat that is not on disk",
         "dovecote/store/relay_state.py",
-        "    select setval('dovecote.relay_beat', %s), {_DURABLY}\n",
-        "    select setval('dovecote.relay_beat', %s)\n",
+        "    select setval('dovecote.relay_heartbeat', %s), {_DURABLY}\n",
+        "    select setval('dovecote.relay_heartbeat', %s)\n",
         f"{HISTORY}::test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event",
     ),
     Mutant(
@@ -248,20 +218,6 @@ GOING_BACK = (
         RELAY,
     ),
     Mutant(
-        "any event of that id is the event",
-        LOOKUP_SQL,
-        """where (select o."position" = event."position" and o.event_type = event.type""",
-        """where (select o."position" = event."position" """,
-        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
-    ),
-    Mutant(
-        "an event at another position is the event",
-        LOOKUP_SQL,
-        """where (select o."position" = event."position" and o.event_type = event.type""",
-        """where (select o.event_type = event.type""",
-        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
-    ),
-    Mutant(
         "what does not say its run is of this one",
         "dovecote/store/lookup.py",
         "where (select is_other from run) is not false\n",
@@ -274,13 +230,6 @@ GOING_BACK = (
         "where (select is_other from run) is not false\n",
         "where true\n",
         f"{LOOKUP}::test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres",
-    ),
-    Mutant(
-        "a copy of the database is the same run",
-        LOOKUP_SQL,
-        "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
-        "''",
-        f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",
     ),
     Mutant(
         "what a hand has written into a message is asked as it is",
@@ -309,5 +258,54 @@ GOING_BACK = (
         "select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}",
         "select dovecote.outbox_run() <> %(sent_in)s::text, null",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
+    ),
+    Mutant(
+        "recovering does not wait for who has written, and sessions keep their blocks",
+        SEQUENCE_SQL,
+        "    alter sequence dovecote.outbox_position cache 1;\n",
+        "",
+        SEQUENCE,
+    ),
+    Mutant(
+        "events keep the positions that hide them",
+        SEQUENCE_SQL,
+        "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
+        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
+        SEQUENCE,
+    ),
+    Mutant(
+        "an event that was read gets a new position too",
+        SEQUENCE_SQL,
+        "and coalesce(not batch.was_read, o.position",
+        "and (true or o.position",
+        SEQUENCE,
+    ),
+    Mutant(
+        "a sequence that was not called yet has handed out nothing",
+        RELAY_SQL,
+        "    select case when s.is_called then s.last_value else s.last_value - 1 end into",
+        "    select case when s.is_called then s.last_value else 0 end into",
+        SEQUENCE,
+    ),
+    Mutant(
+        "any event of that id is the event",
+        RELAY_SQL,
+        """where (select o."position" = event."position" and o.event_type = event.type""",
+        """where (select o."position" = event."position" """,
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "an event at another position is the event",
+        RELAY_SQL,
+        """where (select o."position" = event."position" and o.event_type = event.type""",
+        """where (select o.event_type = event.type""",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "a copy of the database is the same run",
+        RELAY_SQL,
+        "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
+        "''",
+        f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",
     ),
 )

@@ -1,19 +1,19 @@
 """Lines that protect what is left over: deliveries that nobody can send, and messages on queues of yesterday."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import ORDER_SQL
 
 DELIVERIES = "tests/dovecote/relay/test_leftover_deliveries.py"
 RENAMED = "tests/dovecote/relay/test_renamed_queues.py"
 
 LEASES = "dovecote/store/leases.py"
-SQL = "migrations/sql/0026_leftovers.up.sql"
 MOVE = "dovecote/broker/lua/move.lua"
 
 LEFTOVERS = (
     # Deliveries ---------------------------------------------------------------------------------
     Mutant(
         "one handler's many retries come before another's few",
-        SQL,
+        ORDER_SQL,
         "order by oldest.turn limit max_events",
         "order by oldest.handler_name limit max_events",
         DELIVERIES,

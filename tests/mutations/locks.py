@@ -1,32 +1,25 @@
 """Mutants of what keeps strangers' locks and rows that are not understood from stopping anybody."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import OUTBOX_SQL, RELAY_SQL
 
 LOCKS_TEST, ROWS_TEST = "tests/security/test_locks.py", "tests/security/test_rows.py"
-SQL = "migrations/sql/0032_leader_lock.up.sql"
 LEADERSHIP_PY, ACTIVE_PY = "dovecote/relay/leader_lock.py", "dovecote/store/active_replays.py"
 
 LOCKS = (
     Mutant(
         "what a stranger announces counts",
-        SQL,
+        RELAY_SQL,
         "    ) h\n    where h.inserts;\n",
         "    ) h;\n",
         f"{LOCKS_TEST}::test_what_a_stranger_announces_is_not_heeded",
     ),
     Mutant(
         "a writer takes a forged announcement for its own",
-        SQL,
+        OUTBOX_SQL,
         "        if pg_current_xact_id() is not null\n",
         "        if announced >= 0 then return null; end if;\n        if pg_current_xact_id() is not null\n",
         f"{LOCKS_TEST}::test_a_writer_that_says_it_has_announced_announces",
-    ),
-    Mutant(
-        "whoever holds the advisory key leads",
-        SQL,
-        "           and pg_has_role(a.usesysid, 'dovecote_worker', 'member'))\n",
-        ")\n",
-        f"{LOCKS_TEST}::test_a_relay_leads_though_a_stranger_holds_the_key_and_names_him",
     ),
     Mutant(
         "the leader does not look after the session that holds its lock",
@@ -52,7 +45,7 @@ LOCKS = (
     Mutant(
         "the relay acts again whatever the route says",
         ACTIVE_PY,
-        'replay.strength == "again" and not route.replayable',
+        'replay.mode == "reprocess" and not route.replayable',
         "False",
         f"{ROWS_TEST}::test_a_replay_that_acts_again_is_refused_by_the_relay_where_the_route_does_not_allow_it",
     ),

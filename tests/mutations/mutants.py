@@ -14,9 +14,10 @@ from tests.mutations.masking import MASKING
 from tests.mutations.messages import SIGNED
 from tests.mutations.mutant import Mutant
 from tests.mutations.operators import OPERATORS
-from tests.mutations.progress import PROGRESS, PROGRESS_SQL
+from tests.mutations.progress import PROGRESS
 from tests.mutations.queues import QUEUES
 from tests.mutations.settings import SETTINGS_AND_CONNECTIONS
+from tests.mutations.sql_files import OPERATORS_SQL, ORDER_SQL, OUTBOX_SQL, PARTITIONS_SQL, RELAY_SQL, RETENTION_SQL
 
 READING = "tests/dovecote/relay/test_reading_forward.py"
 GAPS = "tests/dovecote/relay/test_gaps.py"
@@ -55,22 +56,12 @@ LOOKUP = "tests/dovecote/store/test_lookup.py"
 BAD_EVENTS = "tests/dovecote/consumer/test_bad_events_in_bundles.py"
 
 
-OUTBOX_SQL = "migrations/sql/0002_outbox.up.sql"
-SIZES_SQL = "migrations/sql/0017_sizes.up.sql"
-WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
-BLOCKER_SQL = "migrations/sql/0020_postponed.up.sql"
-RELEASING_SQL = "migrations/sql/0021_releasing.up.sql"
-LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
-LEFTOVERS_SQL = "migrations/sql/0026_leftovers.up.sql"
-RETENTION_SQL = "migrations/sql/0008_retention.up.sql"
-FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
-
 MUTANTS = (
     # Writing ------------------------------------------------------------------------------------
     Mutant(
         "no floor is announced",
-        LOCKS_SQL,
-        "    if not pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then",
+        OUTBOX_SQL,
+        "    if not pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then",
         "    if false then",
         READING,
     ),
@@ -83,15 +74,15 @@ MUTANTS = (
     ),
     Mutant(
         "the floor is that of the highest position, not of one's own",
-        LOCKS_SQL,
+        OUTBOX_SQL,
         "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) end;",
         "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1 end;",
         READING,
     ),
     Mutant(
         "a transaction announces itself once in a session's life",
-        LOCKS_SQL,
-        "           and pg_try_advisory_xact_lock_shared(dovecote.floor_key(announced)) then\n",
+        OUTBOX_SQL,
+        "           and pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then\n",
         "           then\n",
         READING,
     ),
@@ -104,7 +95,7 @@ MUTANTS = (
     ),
     Mutant(
         "nobody rings the bell",
-        LOCKS_SQL,
+        OUTBOX_SQL,
         "perform pg_notify('dovecote_outbox', '');",
         "null;",
         f"{WRITING} {RELAY}",
@@ -245,16 +236,16 @@ MUTANTS = (
     Mutant(
         "a writer may go round the trigger into a partition",
         OUTBOX_SQL,
-        "    on dovecote.outbox to dovecote_writer, dovecote_worker;\n",
-        "    on dovecote.outbox, dovecote.outbox_default to dovecote_writer, dovecote_worker;\n",
+        "    on dovecote.outbox to dovecote_writer, dovecote_service, dovecote_worker;\n",
+        "    on dovecote.outbox, dovecote.outbox_default to dovecote_writer, dovecote_service, dovecote_worker;\n",
         WRITING,
     ),
     # Reading ------------------------------------------------------------------------------------
     Mutant(
         "floors are not asked for",
-        LOCKS_SQL,
-        "settled := least(last_position, lowest);",
-        "settled := last_position;",
+        RELAY_SQL,
+        "safe_position := least(last_position, lowest);",
+        "safe_position := last_position;",
         READING,
     ),
     Mutant(
@@ -353,50 +344,50 @@ MUTANTS = (
     # Sizes --------------------------------------------------------------------------------------
     Mutant(
         "what comes compressed is taken for small",
-        SIZES_SQL,
+        OUTBOX_SQL,
         "       and pg_catalog.pg_column_compression(new.payload) is null\n",
         "",
         SIZES,
     ),
     Mutant(
         "the size of a payload is what the column has",
-        SIZES_SQL,
+        OUTBOX_SQL,
         "pg_catalog.pg_column_size(pg_catalog.jsonb_out(new.payload)) <= 262145",
         "pg_catalog.pg_column_size(new.payload) <= 262145",
         SIZES,
     ),
     Mutant(
         "the size of headers is what the column has",
-        SIZES_SQL,
+        OUTBOX_SQL,
         "pg_catalog.pg_column_size(pg_catalog.jsonb_out(new.headers)) <= 16385",
         "pg_catalog.pg_column_size(new.headers) <= 16385",
         SIZES,
     ),
     Mutant(
         "numbers are not added up before they are made a text",
-        SIZES_SQL,
+        OUTBOX_SQL,
         "    if stored > 8000 then\n",
         "    if false then\n",
         f"{SIZES} {UNREADABLE}",
     ),
     Mutant(
         "an envelope that cannot be made ends the statement",
-        SIZES_SQL,
+        RELAY_SQL,
         "            when others then\n",
         "            when division_by_zero then\n",
         UNREADABLE,
     ),
     Mutant(
         "an envelope may be of any size",
-        SIZES_SQL,
+        RELAY_SQL,
         "                    if octet_length(envelope) > most_of_one then\n",
         "                    if false then\n",
         UNREADABLE,
     ),
     Mutant(
         "a type with a quote is taken for a word",
-        FUNCTIONS_SQL,
-        "quote_ident(fact.aggregate_type || '_') = fact.aggregate_type || '_'",
+        RELAY_SQL,
+        "quote_ident(event.aggregate_type || '_') = event.aggregate_type || '_'",
         "true",
         UNREADABLE,
     ),
@@ -430,7 +421,7 @@ MUTANTS = (
     ),
     Mutant(
         "a publish is one call however large it is",
-        "dovecote/broker/broker.py",
+        "dovecote/broker/publisher.py",
         "            if size and size + len(bundle.message) > self._publish_bytes:\n",
         "            if False:\n",
         SIZES,
@@ -473,7 +464,7 @@ MUTANTS = (
     ),
     Mutant(
         "the highest number of a transaction is taken for it",
-        LOCKS_SQL,
+        RELAY_SQL,
         "min(now_xid + (((l.transactionid",
         "max(now_xid + (((l.transactionid",
         GAPS,
@@ -601,10 +592,10 @@ MUTANTS = (
     ),
     Mutant(
         "a writer keeps the bell until its end",
-        LOCKS_SQL,
-        "(case when pg_try_advisory_lock_shared(dovecote.bell_key())\n"
-        "             then not pg_advisory_unlock_shared(dovecote.bell_key()) else true end)",
-        "not pg_try_advisory_xact_lock_shared(dovecote.bell_key())",
+        OUTBOX_SQL,
+        "(case when pg_try_advisory_lock_shared(dovecote.wakeup_key())\n"
+        "             then not pg_advisory_unlock_shared(dovecote.wakeup_key()) else true end)",
+        "not pg_try_advisory_xact_lock_shared(dovecote.wakeup_key())",
         HELD,
     ),
     Mutant(
@@ -632,7 +623,7 @@ MUTANTS = (
     Mutant(
         "a writer need not ring once the relay has slept",
         "dovecote/relay/wakeup.py",
-        '            self._connection.execute("select pg_advisory_unlock(dovecote.bell_key())")\n',
+        '            self._connection.execute("select pg_advisory_unlock(dovecote.wakeup_key())")\n',
         "",
         f"{RELAY} tests/test_benchmarks.py",
     ),
@@ -759,42 +750,42 @@ MUTANTS = (
     ),
     Mutant(
         "who parks does not wait for the commit of the one before",
-        RELEASING_SQL,
+        ORDER_SQL,
         "while not pg_catalog.pg_try_advisory_xact_lock(",
         "while false and not pg_catalog.pg_try_advisory_xact_lock(",
         f"{RELEASING}::test_an_event_parked_during_the_commit_of_the_one_before_it_goes_on_at_once",
     ),
     Mutant(
         "one that failed takes along what waits behind it",
-        LEFTOVERS_SQL,
+        ORDER_SQL,
         "continue when due.attempts > 0 or due.error is not null or",
         "continue when",
         f"{RELEASING}::test_one_that_fails_again_and_again_takes_nothing_along",
     ),
     Mutant(
         "one that was released goes alone",
-        LEFTOVERS_SQL,
+        ORDER_SQL,
         "continue when behind < 1;",
         "continue;",
         f"{RELEASING}::test_a_released_event_is_written_once_and_sent_in_full_bundles",
     ),
     Mutant(
         "a lease that was lost takes more along",
-        LEFTOVERS_SQL,
+        ORDER_SQL,
         "or due.error is not null or due.leased_until is not null;",
         "or due.error is not null;",
         f"{RELEASING}::test_a_message_that_was_leased_and_never_sent_goes_out_again_as_it_was",
     ),
     Mutant(
         "a bundle of released events is as large as they are",
-        LEFTOVERS_SQL,
+        ORDER_SQL,
         "exit when size > of_bundle;",
         "",
         f"{RELEASING}::test_a_bundle_of_released_events_is_bounded_in_bytes",
     ),
     Mutant(
         "an event is released although the one before it is not done",
-        RELEASING_SQL,
+        ORDER_SQL,
         "then d.event_id not in (select b.event_id from blocked b)",
         "then true",
         f"{RELEASING}::test_an_event_whose_predecessor_is_under_way_is_not_released",
@@ -808,7 +799,7 @@ MUTANTS = (
     ),
     Mutant(
         "a discarded event blocks its aggregate",
-        PROGRESS_SQL,
+        ORDER_SQL,
         "is distinct from 'discarded'",
         "is distinct from 'nothing'",
         CONSUME,
@@ -1078,7 +1069,7 @@ MUTANTS = (
     # The broker ---------------------------------------------------------------------------------
     Mutant(
         "nobody reaps the dead",
-        "dovecote/broker/broker.py",
+        "dovecote/broker/publisher.py",
         "            for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:\n",
         "            for name in ():\n",
         BROKER,
@@ -1149,14 +1140,14 @@ MUTANTS = (
     # Retention ----------------------------------------------------------------------------------
     Mutant(
         "a week that is needed is dropped all the same",
-        FUNCTIONS_SQL,
+        RETENTION_SQL,
         "        raise exception 'week % is still needed: %', week, in_the_way using errcode = 'object_in_use';\n",
         "        raise notice 'week % is still needed: %', week, in_the_way;\n",
         RETENTION,
     ),
     Mutant(
         "a dropped week takes events again",
-        RETENTION_SQL,
+        PARTITIONS_SQL,
         "        raise exception 'the outbox refuses the event: id % is of %, a week that was dropped;",
         "        raise notice 'the outbox refuses the event: id % is of %, a week that was dropped;",
         RETENTION,
@@ -1263,7 +1254,7 @@ MUTANTS = (
     ),
     Mutant(
         "an operator's change is lost in a crash",
-        "migrations/sql/0029_operators_audit.up.sql",
+        OPERATORS_SQL,
         "        perform set_config('synchronous_commit', 'on', true);",
         "        perform 1;",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",

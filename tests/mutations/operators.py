@@ -1,26 +1,23 @@
 """Lines that guard what operators do: the database counts it, writes it down, and refuses the rest."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import DELIVERIES_SQL, OPERATORS_SQL, REPLAYS_SQL
 
 VERBS = "tests/security/test_operators.py"
 FILTERS = "tests/security/test_operators_filters.py"
 GRANTS = "tests/security/test_grants.py"
-AUDIT_SQL = "migrations/sql/0029_operators_audit.up.sql"
-DELIVERIES_SQL = "migrations/sql/0029_operators_deliveries.up.sql"
-REPLAYS_SQL = "migrations/sql/0029_operators_replays.up.sql"
-RIGHTS_SQL = "migrations/sql/0029_operators_rights.up.sql"
 
 OPERATORS = (
     Mutant(
         "a pause leaves no line",
-        AUDIT_SQL,
+        OPERATORS_SQL,
         "    perform dovecote.write_audit_line(actor, 'handlers.pause'",
         "    perform jsonb_build_array(actor, 'handlers.pause'",
         VERBS,
     ),
     Mutant(
         "a retry leaves no line",
-        DELIVERIES_SQL,
+        OPERATORS_SQL,
         "    perform dovecote.write_audit_line(\n        actor, 'deliveries.' || verb, reason, affected,",
         "    perform jsonb_build_array(\n        actor, 'deliveries.' || verb, reason, affected,",
         VERBS,
@@ -34,7 +31,7 @@ OPERATORS = (
     ),
     Mutant(
         "the login is what the actor says",
-        AUDIT_SQL,
+        OPERATORS_SQL,
         "    insert into dovecote.audit_log (actor, action, reason, affected, details)\n"
         "    values (actor, action, reason, affected, details);",
         "    insert into dovecote.audit_log (actor, login, action, reason, affected, details)\n"
@@ -43,49 +40,49 @@ OPERATORS = (
     ),
     Mutant(
         "a worker writes lines of operators",
-        AUDIT_SQL,
+        OPERATORS_SQL,
         "    if not pg_has_role(current_user, 'dovecote_owner', 'usage')\n",
         "    if false and not pg_has_role(current_user, 'dovecote_owner', 'usage')\n",
         VERBS,
     ),
     Mutant(
         "a worker's functions write lines in another's name",
-        AUDIT_SQL,
+        OPERATORS_SQL,
         "        new.actor := session_user;\n",
         "        null;\n",
         VERBS,
     ),
     Mutant(
         "a name may hold escape sequences",
-        AUDIT_SQL,
+        OPERATORS_SQL,
         "length(new.actor) > 200 or new.actor ~ '[",
         "length(new.actor) > 200 or new.actor ~ 'no[",
         FILTERS,
     ),
     Mutant(
         "a null in a filter asks for everything",
-        AUDIT_SQL,
+        OPERATORS_SQL,
         "when 'string' then jsonb_typeof(one.value) = 'string'\n",
         "when 'string' then jsonb_typeof(one.value) in ('string', 'null')\n",
         FILTERS,
     ),
     Mutant(
         "an unknown key of a filter is passed over",
-        AUDIT_SQL,
+        OPERATORS_SQL,
         "        if kind is null then\n",
         "        if false then\n",
         FILTERS,
     ),
     Mutant(
         "what waits is discarded of a handler that has a route",
-        DELIVERIES_SQL,
+        OPERATORS_SQL,
         "if not filter ? 'handler' or dovecote.is_routed(filter ->> 'handler') then",
         "if not filter ? 'handler' then",
         VERBS,
     ),
     Mutant(
         "a handler that has a route is forgotten",
-        AUDIT_SQL,
+        OPERATORS_SQL,
         "    if dovecote.is_routed(handler) then\n",
         "    if false then\n",
         VERBS,
@@ -99,16 +96,17 @@ OPERATORS = (
     ),
     Mutant(
         "a batch is as large as one likes",
-        DELIVERIES_SQL,
+        OPERATORS_SQL,
         "most not between 1 and 5000 then",
         "most < 1 then",
         FILTERS,
     ),
     Mutant(
         "an operator still has the table",
-        RIGHTS_SQL,
-        "revoke insert, update, delete on dovecote.deliveries from dovecote_operator;\n",
-        "",
+        DELIVERIES_SQL,
+        "grant select, delete on dovecote.deliveries to dovecote_worker;\n",
+        "grant select, delete on dovecote.deliveries to dovecote_worker;\n"
+        "grant insert, update, delete on dovecote.deliveries to dovecote_operator;\n",
         f"{VERBS} {GRANTS}",
     ),
     Mutant(

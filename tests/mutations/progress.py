@@ -1,12 +1,11 @@
 """Mutants of the low-water marks and of what is counted from them."""
 
 from tests.mutations.mutant import Mutant
+from tests.mutations.sql_files import OPERATORS_SQL, ORDER_SQL, PROGRESS_SQL, RETENTION_SQL
 
 MARKS = "tests/dovecote/relay/test_low_water_marks.py"
 STATUS = "tests/dovecote/operations/test_status.py"
 
-PROGRESS_SQL = "migrations/sql/0022_progress.up.sql"
-LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
 PROGRESS_PY = "dovecote/relay/low_water_marks.py"
 
 HISTORIES = f"{MARKS}::test_a_mark_is_true_at_every_step_of_a_random_history_and_exact_at_its_end"
@@ -26,18 +25,16 @@ PROGRESS = (
     Mutant(
         "a version that nobody knows yet is passed",
         PROGRESS_SQL,
-        "s.handler_name = any(handlers) and dovecote.fact_of(s.event_type) = dovecote.fact_of(t.name)",
+        "s.handler_name = any(handlers) and dovecote.event_name(s.event_type) = dovecote.event_name(t.name)",
         "s.handler_name = any(handlers) and s.event_type = t.name",
         MARKS,
     ),
     Mutant("a replaced relay moves marks", PROGRESS_SQL, " where s.epoch = leading_epoch;", ";", HISTORIES),
     Mutant(
         "a handler subscribes while a step is under way",
-        LOCKS_SQL,
-        "('begin_progress', 'perform (pg_catalog\\.)?pg_advisory_xact_lock\\(dovecote\\.progress_key\\(\\)\\)',\n"
-        "             'lock table dovecote.progress_lock in share update exclusive mode')",
-        "('begin_progress', 'perform (pg_catalog\\.)?pg_advisory_xact_lock\\(dovecote\\.progress_key\\(\\)\\)',\n"
-        "             'perform 1')",
+        PROGRESS_SQL,
+        "    lock table dovecote.progress_lock in share update exclusive mode;\n    insert into dovecote.progress",
+        "    insert into dovecote.progress",
         f"{MARKS}::test_nobody_subscribes_while_a_step_is_under_way",
     ),
     Mutant(
@@ -63,7 +60,7 @@ PROGRESS = (
     ),
     Mutant(
         "a forgotten handler keeps its mark",
-        "migrations/sql/0029_operators_audit.up.sql",
+        OPERATORS_SQL,
         "    delete from dovecote.progress p where p.handler_name = handler;\n",
         "",
         FORGOTTEN,
@@ -85,24 +82,24 @@ PROGRESS = (
     Mutant(
         "every look begins at the lowest mark",
         PROGRESS_SQL,
-        "case when q.examined - q.mark <= max_events / 2 then q.mark else q.examined end",
-        "q.mark",
+        "case when q.examined - q.low_water_mark <= max_events / 2 then q.low_water_mark else q.examined end",
+        "q.low_water_mark",
         f"{MARKS}::test_every_event_is_looked_at_once_and_a_backlog_costs_a_look_at_its_head",
     ),
     Mutant("what is dead below the mark blocks nothing", PROGRESS_SQL, "d.state = 'dead' and", "false and", IN_THE_WAY),
     Mutant(
         "the way is looked for in all that an aggregate has",
-        PROGRESS_SQL,
-        "          and o.position > (select dovecote.settled_upto(handler))\n          and (s.published_above is null"
-        " or not s.published_above @> o.position)\n          and not exists",
+        ORDER_SQL,
+        "          and o.position > (select dovecote.unblocked_up_to(handler))\n          and (s.published_above"
+        " is null or not s.published_above @> o.position)\n          and not exists",
         "          and (s.published_above is null or not s.published_above @> o.position)\n          and not exists",
         IN_THE_WAY,
     ),
     Mutant(
         "a week goes up to what was examined",
-        PROGRESS_SQL,
-        "coalesce(p.mark, 0) as mark",
-        "coalesce(p.examined, 0) as mark",
+        RETENTION_SQL,
+        "coalesce(p.low_water_mark, 0) as low_water_mark",
+        "coalesce(p.examined, 0) as low_water_mark",
         HISTORIES,
     ),
     Mutant(

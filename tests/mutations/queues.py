@@ -1,7 +1,7 @@
 """Mutants of what keeps writers, sessions and full queues from stopping each other."""
 
 from tests.mutations.mutant import Mutant
-from tests.mutations.progress import PROGRESS_SQL
+from tests.mutations.sql_files import ORDER_SQL, OUTBOX_SQL, PROGRESS_SQL, REPLAYS_SQL, RETENTION_SQL
 
 HOSTILE = "tests/dovecote/settings/test_hostile_settings.py"
 FULL_NOTIFY = "tests/dovecote/relay/test_full_notify_queue.py"
@@ -10,21 +10,19 @@ POSTPONED = "tests/dovecote/relay/test_postponer.py"
 NEW_HANDLER = "tests/dovecote/relay/test_new_handler.py"
 MISSING = "tests/dovecote/relay/test_recovery.py"
 
-POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
-WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 
 QUEUES = (
     # Wake-ups -----------------------------------------------------------------------------------
     Mutant(
         "a writer notifies a full queue",
-        "migrations/sql/0032_leader_lock.up.sql",
+        OUTBOX_SQL,
         "        if float8lt(pg_notification_queue_usage(), 0.5) then\n",
         "        if true then\n",
         FULL_NOTIFY,
     ),
     Mutant(
         "consumers and operators notify a full queue",
-        WAKEUP_SQL,
+        OUTBOX_SQL,
         "0.5) then\n        perform pg_catalog.pg_notify(channel",
         "1.5) then\n        perform pg_catalog.pg_notify(channel",
         FULL_NOTIFY,
@@ -67,16 +65,16 @@ QUEUES = (
     ),
     Mutant(
         "what was published before a handler's time is waited for",
-        PROGRESS_SQL,
+        ORDER_SQL,
         "not s.published_above @> o.position)\n          and not exists",
         "true)\n          and not exists",
         NEW_HANDLER,
     ),
     Mutant(
         "what was published before a handler's time keeps a week",
-        PROGRESS_SQL,
-        "and not s.published_above @> o.position and o.position > s.mark\n",
-        "and o.position > s.mark\n",
+        RETENTION_SQL,
+        "and not s.published_above @> o.position and o.position > s.low_water_mark\n",
+        "and o.position > s.low_water_mark\n",
         NEW_HANDLER,
     ),
     Mutant(
@@ -95,7 +93,7 @@ QUEUES = (
     ),
     Mutant(
         "a replay as missing may begin before a handler's time",
-        "migrations/sql/0029_operators_replays.up.sql",
+        REPLAYS_SQL,
         "greatest(s.since_position, upper(s.published_above) - 1)",
         "s.since_position",
         NEW_HANDLER,
@@ -117,7 +115,7 @@ QUEUES = (
     ),
     Mutant(
         "a paused handler's messages burden its queue",
-        "dovecote/broker/broker.py",
+        "dovecote/broker/publisher.py",
         "            sizes[queue] -= size\n",
         "            pass\n",
         f"{POSTPONED}::test_what_is_held_for_a_paused_handler_is_no_burden_to_others_on_its_queue",

@@ -71,13 +71,12 @@ def fill(logins: Database) -> None:
             (HANDLER,),
         )
         admin.execute(
-            "insert into dovecote.paused_handlers (handler_name, paused_by, reason)"
-            " values ('test.paused', 'eve', 'why')"
+            "insert into dovecote.paused_handlers (handler_name, actor, reason) values ('test.paused', 'eve', 'why')"
         )
         for state in ("running", "paused"):
             admin.execute(
-                "insert into dovecote.replays (requested_by, reason, strength, handler_name, filter, state, total,"
-                " done) values ('eve', 'why', 'missing', %s, '{}', %s, 9, 5)",
+                "insert into dovecote.replays (actor, reason, mode, handler_name, filter, state, total,"
+                " done) values ('eve', 'why', 'backfill', %s, '{}', %s, 9, 5)",
                 (f"test.{state}", state),
             )
 
@@ -99,7 +98,14 @@ def state_of(database: Database) -> str:
     with database.session() as admin:
         return "\n".join(
             str(one(admin, f"select array_agg(t order by t::text)::text from dovecote.{table} t"))
-            for table in ("deliveries", "replays", "paused_handlers", "subscriptions", "audit_log", "dropped_weeks")
+            for table in (
+                "deliveries",
+                "replays",
+                "paused_handlers",
+                "subscriptions",
+                "audit_log",
+                "dropped_partitions",
+            )
         )
 
 
@@ -110,7 +116,7 @@ VERBS: Mapping[str, tuple[str, str, int | None]] = {
     "pause": ("dovecote.pause_handler(%(actor)s, %(reason)s, 'test.note')", "handlers.pause", None),
     "resume": ("dovecote.resume_handler(%(actor)s, %(reason)s, 'test.paused')", "handlers.resume", None),
     "start": (
-        f"dovecote.start_replay(%(actor)s, %(reason)s, 'test.note', 'missing', '{{}}', '{{{TYPE}}}')",
+        f"dovecote.start_replay(%(actor)s, %(reason)s, 'test.note', 'backfill', '{{}}', '{{{TYPE}}}')",
         "replay.start",
         4,
     ),

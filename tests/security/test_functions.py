@@ -72,7 +72,7 @@ _OWNED_BY_OTHERS = """
     )
     select name from ours
     where owner <> 'dovecote_owner'::regrole
-      and not (name ~ '^(schema dovecote|(dovecote[.])?alembic_version(_pkc)?([[][]])?)$'
+      and not (name ~ '^(schema dovecote|(dovecote[.])?dovecote_version(_pkc)?([[][]])?)$'
                and pg_has_role(owner, 'dovecote_owner', 'member'))
 """
 _DEMANDS = {

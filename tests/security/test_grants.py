@@ -31,8 +31,8 @@ TABLES = """
     postponed            -       r,a,w,d   r         r       -        -
     unrouted_types       -       r,a,w,d   r         r       -        -
     relay_state          -       r,w       r         r       -        -
-    relay_beat           -       r,w       r         r       -        -
-    dropped_weeks        -       r         r         r       -        -
+    relay_heartbeat           -       r,w       r         r       -        -
+    dropped_partitions        -       r         r         r       -        -
 
     replays              -       r,w*      r         r       -        -
     paused_handlers      -       r         r         r       -        -
@@ -65,12 +65,12 @@ COLUMNS = {
         "worker",
         "a",
     ): "handler_name event_id position aggregate_type aggregate_id event_type state attempts"
-    " next_attempt_at error_type error_fingerprint error trace_id replay_id",
+    " next_attempt_at error_type headline error_fingerprint error trace_id replay_id",
     (
         "deliveries",
         "worker",
         "w",
-    ): "state attempts next_attempt_at error_type error_fingerprint error trace_id replay_id"
+    ): "state attempts next_attempt_at error_type headline error_fingerprint error trace_id replay_id"
     " leased_until first_leased_at updated_at",
     ("subscriptions", "worker", "w"): "routed_epoch replayable ordered",
     ("replays", "worker", "w"): "state done cursor_position updated_at finished_at problem",
@@ -86,7 +86,7 @@ AS_OWNER = """
     discard_deliveries   operator
     pause_handler        operator
     resume_handler       operator
-    forget_handler       operator
+    unsubscribe_handler  operator
     start_replay         operator
     pause_replay         operator
     resume_replay        operator
@@ -98,10 +98,10 @@ AS_OWNER = """
 
     recover              operator worker
     ensure_partitions    operator worker
-    place_strays         operator worker
-    copy_strays          operator worker
-    hold_week            operator worker
-    drop_week            operator worker
+    place_misplaced_rows         operator worker
+    copy_misplaced_rows          operator worker
+    lock_partition            operator worker
+    drop_partition            operator worker
     processed_lately     operator worker viewer
 
     recover_sequence     worker
@@ -110,9 +110,9 @@ AS_OWNER = """
     begin_progress       -
     widen_progress       -
     make_partitions      -
-    move_strays          -
-    refuse_dropped_week  -
-    skip_dropped_week    -
+    move_misplaced_rows          -
+    refuse_dropped_partition  -
+    skip_dropped_partition    -
 """
 
 _LETTERS = {"r": "SELECT", "a": "INSERT", "w": "UPDATE", "d": "DELETE", "u": "USAGE"}
@@ -172,8 +172,8 @@ def test_each_role_has_the_rights_that_are_written_here_and_no_others(owner: psy
     for name, relname, is_sequence, is_partition in owner.execute(_RELATIONS).fetchall():
         for role in ROLES:
             have, some = granted(owner, name, role_of(role), is_sequence)
-            if is_partition or relname == "alembic_version":
-                assert have in ("-", "r") if relname == "alembic_version" else have == "-", (
+            if is_partition or relname == "dovecote_version":
+                assert have in ("-", "r") if relname == "dovecote_version" else have == "-", (
                     f"{role} has {have} on {name}"
                 )
                 continue
@@ -203,7 +203,7 @@ def test_what_runs_as_the_owner_is_called_by_those_who_are_written_here(owner: p
 def test_nobody_but_the_owner_owns_or_passes_on(owner: psycopg.Connection[Any]) -> None:
     owners = owner.execute(
         "select distinct pg_get_userbyid(relowner) from pg_class where relnamespace = 'dovecote'::regnamespace"
-        " and relname !~ '^alembic_version'"
+        " and relname !~ '^dovecote_version'"
         " union select distinct pg_get_userbyid(proowner) from pg_proc where pronamespace = 'dovecote'::regnamespace"
     ).fetchall()
     passed_on = owner.execute(

@@ -17,7 +17,6 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from dovecote.operations.doctor import examine
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.leader_lock import LeaderLock, LeadershipLost
 from dovecote.relay.wakeup import Wakeup
@@ -30,10 +29,10 @@ from tests.support.system import System, system_for
 pytestmark = pytest.mark.servers
 
 APPEND = "select dovecote.append_event('order', '1', 'shop.order_placed.v1', '{}')"
-HORIZON = "select last_position, settled from dovecote.horizon()"
-AT_WORK = "select * from dovecote.writers_at_work()"
+HORIZON = "select last_position, safe_position from dovecote.low_watermark()"
+AT_WORK = "select * from dovecote.active_writers()"
 ANNOUNCE = "select pg_advisory_lock_shared((17602::bigint << 48) | %s)"
-LEADER = "select pid, login, is_older from dovecote.leader()"
+LEADER = "select pid, login from dovecote.leader()"
 
 Connection = psycopg.Connection[Any]
 Connect = Callable[[str], Connection]
@@ -100,7 +99,7 @@ def test_a_writer_writes_though_a_stranger_holds_every_key_it_would_announce_wit
         writer.execute(APPEND)
 
         assert admin.execute(HORIZON).fetchone() == (2, 0)
-        assert admin.execute("select floors from dovecote.writers_at_work()").fetchone() == ([0],)
+        assert admin.execute("select positions from dovecote.active_writers()").fetchone() == ([0],)
     assert admin.execute(HORIZON).fetchone() == (2, 2)
 
 
@@ -147,7 +146,7 @@ def test_what_a_stranger_prepares_is_not_heeded_and_what_a_writer_prepares_is(co
     writer.execute(APPEND)
     writer.execute(f"prepare transaction '{ours}'")
     seen = admin.execute(HORIZON).fetchone()
-    in_flight = admin.execute("select floors from dovecote.writers_at_work()").fetchone()
+    in_flight = admin.execute("select positions from dovecote.active_writers()").fetchone()
     named = admin.execute("select prepared from dovecote.foreign_locks()").fetchall()
     for name in (theirs, ours):
         admin.execute(f"rollback prepared '{name}'")
@@ -213,7 +212,7 @@ def test_every_way_to_write_is_announced(
 
     with write(connect(login), admin):
         last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
-        in_flight = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
+        in_flight = admin.execute("select cardinality(positions) from dovecote.active_writers()").fetchone()
 
     assert settled < last
     assert settled <= before + 1  # what is rolled back to a savepoint had a position
@@ -235,7 +234,7 @@ def test_a_writer_that_says_it_has_announced_announces(connect: Connect, told: s
         writer.execute(APPEND)
 
         last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
-        in_flight = admin.execute("select cardinality(floors) from dovecote.writers_at_work()").fetchone()
+        in_flight = admin.execute("select cardinality(positions) from dovecote.active_writers()").fetchone()
 
     assert settled < last
     assert in_flight == (1,)
@@ -257,30 +256,6 @@ def test_a_transaction_of_many_statements_takes_one_announcement(connect: Connec
 # Leadership ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["", "_shared"])
-def test_a_relay_leads_though_a_stranger_holds_the_key_and_names_him(
-    connect: Connect, system: System, capfd: pytest.CaptureFixture[str], mode: str
-) -> None:
-    stranger, admin = connect("stranger"), connect("admin")
-    stranger.execute(f"select pg_advisory_lock{mode}(17604::bigint << 48)")
-    assert admin.execute(LEADER).fetchone() is None
-    assert not system.status().relay.leading
-
-    with system.running():
-        write_quotes(system, [1])
-        system.until_quiet()
-        status = system.status().relay
-        found = {finding.check: finding for finding in examine(system.settings, system.routes).findings}
-
-    assert len(effects_in(system.engine)) == 1
-    assert status.leading
-    assert [(lock.purpose, lock.pid, lock.login) for lock in status.foreign_locks] == [
-        ("leadership", stranger.info.backend_pid, stranger.info.user)
-    ]
-    assert f"pid {stranger.info.backend_pid} (login {stranger.info.user}" in found["locks.foreign"].found
-    assert f"pid {stranger.info.backend_pid} (login {stranger.info.user}" in capfd.readouterr().out
-
-
 def test_nobody_without_the_right_takes_the_leader_s_lock_or_keeps_the_relay_from_it(connect: Connect) -> None:
     for name in ("stranger", "writer", "operator"):
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -295,24 +270,8 @@ def test_nobody_without_the_right_takes_the_leader_s_lock_or_keeps_the_relay_fro
 
     holds = "select backend_xid, backend_xmin from pg_stat_activity where pid = %s"
     assert admin.execute(holds, (worker.info.backend_pid,)).fetchone() == (None, None)
-    assert admin.execute(LEADER).fetchall() == [(worker.info.backend_pid, worker.info.user, False)]
+    assert admin.execute(LEADER).fetchall() == [(worker.info.backend_pid, worker.info.user)]
     admin.execute("vacuum")
-
-
-def test_a_relay_waits_for_one_from_before_that_holds_the_key_with_the_right_to(
-    connect: Connect, system: System
-) -> None:
-    older, admin = connect("worker"), connect("admin")
-    older.execute("select pg_advisory_lock(dovecote.leader_key())")
-
-    with system.relay():
-        started = time.monotonic()
-        while time.monotonic() < started + 0.5:  # long enough for ten tries
-            older.execute("select")
-            assert admin.execute(LEADER).fetchone() == (older.info.backend_pid, older.info.user, True)
-        older.close()
-
-        eventually(lambda: (admin.execute(LEADER).fetchone() or (0, 0, True))[2] is False, 5, "the new relay leads")
 
 
 @pytest.mark.once
@@ -339,7 +298,6 @@ def test_postgres_takes_the_lock_from_a_leader_that_is_silent_whatever_its_login
     standby = LeaderLock(lambda: connect("admin"), connect("admin"), StopFlag(), leader_timeout_seconds=15.0)
     with standby, suppress(psycopg.OperationalError), frozen:
         assert frozen.try_take()
-        frozen._working.close()  # it holds the key that older relays know
         assert not standby.try_take()
 
         eventually(standby.try_take, 5, "the lock")
@@ -364,16 +322,16 @@ def test_postgres_ends_the_working_session_of_a_leader_that_is_silent_and_the_le
 
 def test_the_engine_s_other_turns_are_nobody_s_to_take(connect: Connect) -> None:
     stranger, worker, admin = connect("stranger"), connect("worker"), connect("admin")
-    for purpose in (17605, 17606, 17608):
+    for purpose in (17604, 17605, 17606, 17608):
         stranger.execute("select pg_advisory_lock(%s::bigint << 48)", (purpose,))
     worker.execute("set statement_timeout = '5s'")
 
     worker.execute("select dovecote.ensure_partitions()")
-    admin.execute("select dovecote.copy_strays()")
+    admin.execute("select dovecote.copy_misplaced_rows()")
     worker.execute(
         "insert into dovecote.subscriptions (handler_name, event_type, since_position) values ('h', 'a.b.v1', 0)"
     )
-    moved = worker.execute("select has_moved, is_open from dovecote.move_marks(0, 0)").fetchone()
+    moved = worker.execute("select has_moved, is_open from dovecote.move_low_water_marks(0, 0)").fetchone()
 
     assert moved is not None
 

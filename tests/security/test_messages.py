@@ -226,7 +226,7 @@ def test_a_hand_made_crash_count_buries_nothing(attacked: Attacked, crashes: byt
     system = attacked.system
     with attacked.postgres() as connection:
         connection.execute(
-            "insert into dovecote.paused_handlers (handler_name, paused_by, reason) values (%s, 'a', 'b')",
+            "insert into dovecote.paused_handlers (handler_name, actor, reason) values (%s, 'a', 'b')",
             (NOTE.handler,),
         )
     write_quotes(system, [5])
@@ -369,7 +369,7 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
         )
         assert newest_key(connection).id == made.id.encode()
         connection.execute(
-            "insert into dovecote.paused_handlers (handler_name, paused_by, reason) values (%s, 'a', 'b')",
+            "insert into dovecote.paused_handlers (handler_name, actor, reason) values (%s, 'a', 'b')",
             (NOTE.handler,),
         )
     write_quotes(attacked.system, [77])

@@ -78,9 +78,9 @@ def test_nobody_else_may_call_a_verb(database: Database, role: str) -> None:
             "change_deliveries('retry', 'a', 'b', '{}', now(), 1)",
             "change_replay('cancel', 'a', 'b', null, '{}', 'done')",
             "write_audit_line('alice', 'deliveries.retry', 'framed', 1, '{}')",
-            "forget_handler('test.note', 'alice')",
+            "unsubscribe_handler('test.note', 'alice')",
             "make_partitions(1)",
-            "move_strays()",
+            "move_misplaced_rows()",
         ):
             with pytest.raises(errors.InsufficientPrivilege):
                 session.execute(f"select dovecote.{call}")
@@ -101,10 +101,10 @@ def test_an_operator_has_no_other_way(database: Database) -> None:
             "delete from dovecote.deliveries",
             "select * from dovecote.deliveries for update",
             "do $$ begin lock table dovecote.deliveries in row exclusive mode; end $$",
-            "insert into dovecote.replays (requested_by, reason, strength, handler_name, filter)"
-            " values ('x', 'y', 'again', 'verification.send_code', '{\"colour\": \"red\"}')",
+            "insert into dovecote.replays (actor, reason, mode, handler_name, filter)"
+            " values ('x', 'y', 'reprocess', 'verification.send_code', '{\"colour\": \"red\"}')",
             "update dovecote.replays set state = 'done'",
-            "insert into dovecote.paused_handlers (handler_name, paused_by, reason) values ('a', 'b', 'c')",
+            "insert into dovecote.paused_handlers (handler_name, actor, reason) values ('a', 'b', 'c')",
             "delete from dovecote.paused_handlers",
             "update dovecote.subscriptions set replayable = true",
             "select dovecote.write_audit_line('alice', 'deliveries.retry', 'framed', 1, '{}')",
@@ -254,26 +254,26 @@ def led(database: Database) -> Database:
     return database
 
 
-def ask(session: Connection, handler: str, strength: str, **filter: Any) -> Any:
+def ask(session: Connection, handler: str, mode: str, **filter: Any) -> Any:
     return one(
         session,
         "select events from dovecote.start_replay('ada', 'why', %s, %s, %s, %s)",
-        (handler, strength, Jsonb(filter), [TYPE]),
+        (handler, mode, Jsonb(filter), [TYPE]),
     )
 
 
 def test_what_must_not_act_again_does_not_whatever_the_client_says(led: Database) -> None:
     with led.session("operator") as operator:
         with pytest.raises(errors.ObjectNotInPrerequisiteState, match=r"test\.note may not act again"):
-            ask(operator, "test.note", "again")
+            ask(operator, "test.note", "reprocess")
         with pytest.raises(errors.ObjectNotInPrerequisiteState, match="ask with --from-position"):
-            ask(operator, "test.note", "missing")
+            ask(operator, "test.note", "backfill")
         with pytest.raises(errors.InvalidParameterValue, match=r"no handler 'test\.nobody'; there are test\."):
-            ask(operator, "test.nobody", "missing")
+            ask(operator, "test.nobody", "backfill")
         with pytest.raises(errors.InvalidParameterValue, match="no handler"):
             operator.execute("select dovecote.pause_handler('ada', 'why', 'test.nobody')")
 
-        assert ask(operator, "test.other", "missing") == 10
+        assert ask(operator, "test.other", "backfill") == 10
 
 
 def test_a_handler_that_has_a_route_is_not_treated_as_one_without(led: Database) -> None:
@@ -287,14 +287,14 @@ def test_a_handler_that_has_a_route_is_not_treated_as_one_without(led: Database)
             with pytest.raises(errors.ObjectNotInPrerequisiteState, match="has a route in the relay that leads"):
                 operator.execute(without_route, (Jsonb(filter),))
         with pytest.raises(errors.InvalidParameterValue, match="has a route in the relay that leads"):
-            operator.execute("select dovecote.forget_handler('test.note', 'ada')")
+            operator.execute("select dovecote.unsubscribe_handler('test.note', 'ada')")
         gone = Jsonb({"handler": "test.gone", "without_route": True, "state": "waiting"})
 
         assert one(operator, without_route, (gone,)) == 1
-        assert one(operator, "select dovecote.forget_handler('test.gone', 'ada')") == 1
+        assert one(operator, "select dovecote.unsubscribe_handler('test.gone', 'ada')") == 1
     assert [line[2:] for line in lines(led)] == [
         ("deliveries.discard", "why", 1),
-        ("handler.forgotten", None, 1),
+        ("handlers.unsubscribe", None, 1),
     ]
 
 
@@ -361,9 +361,7 @@ def _go_through_it_all(
         broken.clear()
         operations.retry(operator, Filter(handler=HANDLER), actor="ada")
         system.until_quiet()
-        asked = replays.Request(
-            handler=HANDLER, strength="again", filter=ReplayFilter(), reason="why", requested_by="ada"
-        )
+        asked = replays.Request(handler=HANDLER, mode="reprocess", filter=ReplayFilter(), reason="why", actor="ada")
         id = replays.start(operator, routes, asked).replay_id
         assert id is not None
         eventually(lambda: replays.shown(admin, id).state == "done", 20, "the end of the replay")

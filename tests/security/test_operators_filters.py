@@ -121,8 +121,8 @@ def test_sql_in_a_filter_is_text_that_nothing_matches(database: Database, key: s
         ({"from_position": 1.5}, {}, "from_position must be a position"),
         ({"upto_position": "1"}, {}, "upto_position must be a position"),
         ({"aggregate_id": "7"}, {}, "needs its type too"),
-        ({}, {"strength": "twice"}, "missing, or again"),
-        ({}, {"strength": None}, "missing, or again"),
+        ({}, {"mode": "twice"}, "missing, or again"),
+        ({}, {"mode": None}, "missing, or again"),
         ({}, {"handler": None}, "no handler without a name"),
         ({}, {"rate": 0}, "at least 1"),
         ({}, {"rate": -(2**31)}, "at least 1"),
@@ -133,11 +133,11 @@ def test_sql_in_a_filter_is_text_that_nothing_matches(database: Database, key: s
 def test_a_replay_that_makes_no_sense_is_refused_in_words(
     database: Database, filter: Any, more: Mapping[str, Any], told: str
 ) -> None:
-    asked = {"handler": HANDLER, "strength": "missing", "event_ids": None, "rate": None, **more}
+    asked = {"handler": HANDLER, "mode": "backfill", "event_ids": None, "rate": None, **more}
     before = state_of(database)
     with database.session("operator") as operator, pytest.raises(errors.InvalidParameterValue, match=told):
         operator.execute(
-            "select dovecote.start_replay('ada', 'why', %(handler)s, %(strength)s, %(filter)s, %(types)s,"
+            "select dovecote.start_replay('ada', 'why', %(handler)s, %(mode)s, %(filter)s, %(types)s,"
             " %(event_ids)s::uuid[], %(rate)s)",
             {**asked, "filter": Jsonb(filter), "types": [TYPE]},
         )

@@ -16,6 +16,7 @@ from dovecote.relay.renamed_queues import RenamedQueues
 from tests.security.attacked import ENVELOPE, NOTE, Attacked, attacked
 from tests.support.effects import effects_in
 from tests.support.processes import eventually
+from tests.support.system import publisher_of
 
 __all__ = ["attacked"]
 
@@ -72,7 +73,7 @@ def test_a_marker_of_any_size_does_not_fill_the_relay(attacked: Attacked, field:
     attacked.redis.hset(f"{attacked.prefix}__relay__.history", field, b"9" * LARGE)
 
     before = attacked.redis.info("stats")["total_net_output_bytes"]
-    RedisFence(attacked.system.broker).read()
+    RedisFence(attacked.system.publisher).read()
 
     assert attacked.redis.info("stats")["total_net_output_bytes"] - before < LARGE / 2
     attacked.honest_event_is_acted_on(within_seconds=20)
@@ -87,7 +88,7 @@ def test_who_is_made_up_and_never_dies_holds_no_message(attacked: Attacked, beat
     attacked.redis.sadd(f"{attacked.prefix}__acks__.nobody.{queue}", "kept")
     attacked.redis.zadd(f"{attacked.prefix}__heartbeats__", {"nobody": beat})
 
-    broker.reap([queue])
+    publisher_of(broker).reap([queue])
 
     assert not attacked.redis.exists(f"{attacked.prefix}__acks__.nobody.{queue}")
     eventually(attacked.is_gone, 5, "the message to be taken, and refused")
@@ -131,15 +132,15 @@ def test_made_up_queues_cost_the_relay_a_bounded_look(attacked: Attacked, monkey
             pipeline.geoadd(f"{attacked.prefix}{name}", [1, 1, "x"])
         pipeline.execute()
     asked: list[int] = []
-    reap = attacked.system.broker.reap
+    reap = attacked.system.publisher.reap
 
     def noted(names: Sequence[str]) -> int:
         asked.append(len(names))
         return reap(names)
 
-    monkeypatch.setattr(attacked.system.broker, "reap", noted)
+    monkeypatch.setattr(attacked.system.publisher, "reap", noted)
     renamed = RenamedQueues(
-        attacked.system.broker, attacked.system.routes, int(attacked.redis.get(f"{attacked.prefix}__relay__"))
+        attacked.system.publisher, attacked.system.routes, int(attacked.redis.get(f"{attacked.prefix}__relay__"))
     )
 
     while not renamed.next_look:

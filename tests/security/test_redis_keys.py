@@ -55,7 +55,7 @@ def test_a_hand_made_epoch_ends_no_relay(attacked: Attacked, epoch: bytes) -> No
 @pytest.mark.parametrize("value", [b"\x00", b"\xff", b"9" * 100_000, b"1 1 " + b"9" * 30, b"nan"])
 def test_nothing_that_stands_beside_it_does(attacked: Attacked, field: str, value: bytes) -> None:
     attacked.redis.hset(f"{attacked.prefix}__relay__.history", field, value)
-    fence = RedisFence(attacked.system.broker).read()
+    fence = RedisFence(attacked.system.publisher).read()
     assert fence.instance == "" or field != "instance"
 
     attacked.honest_event_is_acted_on(within_seconds=20)

@@ -64,13 +64,13 @@ def scene(urls: Mapping[str, str]) -> Mapping[str, str]:
         owner.execute("select dovecote.append_event('membership', '2', 'billing.payment_recorded.v1', '{}')")
         replay = one(
             urls["owner"],
-            "insert into dovecote.replays (requested_by, reason, strength, handler_name, filter, state)"
-            " values ('me', 'why', 'missing', %s, '{}', 'paused') returning id",
+            "insert into dovecote.replays (actor, reason, mode, handler_name, filter, state)"
+            " values ('me', 'why', 'backfill', %s, '{}', 'paused') returning id",
             HANDLER,
         )
         owner.execute(
-            "insert into dovecote.paused_handlers (handler_name, sent_up_to, paused_by, reason)"
-            " values ('pricing.apply_quotes', 0, 'me', 'why')"
+            "insert into dovecote.paused_handlers (handler_name, actor, reason)"
+            " values ('pricing.apply_quotes', 'me', 'why')"
         )
         owner.execute("insert into dovecote.audit_log (actor, action) values ('me', 'test')")
         owner.execute("select setval('dovecote.outbox_position', 1, false)")  # something to recover
@@ -121,7 +121,7 @@ CHANGES = [
     "replay resume {replay}",
     "replay cancel {replay} --reason x",
     "maintain",
-    "maintain --forget-handler an.old_one",
+    "maintain --unsubscribe an.old_one",
     "recover --reason x",
     "migrate",
     "ingest prices prices.csv",
@@ -234,14 +234,14 @@ def test_whatever_an_operator_sees_a_viewer_sees(urls: Mapping[str, str]) -> Non
         "lock table dovecote.relay_state in row exclusive mode",
         "select 1 from dovecote.relay_state for update",
         "select dovecote.ensure_partitions()",
-        "select dovecote.hold_week('2026w01')",
-        "select dovecote.drop_week('2026w01', 'me')",
-        "select dovecote.copy_strays()",
-        "select dovecote.place_strays()",
+        "select dovecote.lock_partition('2026w01')",
+        "select dovecote.drop_partition('2026w01', 'me')",
+        "select dovecote.copy_misplaced_rows()",
+        "select dovecote.place_misplaced_rows()",
         "select dovecote.recover_sequence()",
         "select dovecote.reopen_progress()",
-        "select dovecote.forget_handler('a', 'b')",
-        "select * from dovecote.move_marks(1, 1)",
+        "select dovecote.unsubscribe_handler('a', 'b')",
+        "select * from dovecote.move_low_water_marks(1, 1)",
         "select dovecote.release_parked('a', '{}', '{}')",
         "insert into dovecote.processed_events (event_id, handler_name) values (gen_random_uuid(), 'a')",
         "insert into dovecote.published_batches (positions, events, epoch) values ('{}', 0, 1)",

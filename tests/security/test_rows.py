@@ -25,7 +25,7 @@ from tests.support.system import System, system_for
 
 INSERT = """
     insert into dovecote.replays
-        (requested_by, reason, strength, handler_name, filter, state, total, upto_position, rate)
+        (actor, reason, mode, handler_name, filter, state, total, upto_position, rate)
     values ('x', 'y', %s, %s, %s::jsonb, 'pending', 1, %s, %s) returning id
 """
 
@@ -48,13 +48,13 @@ def rows(fresh_database_url: str) -> Iterator[psycopg.Connection[Any]]:
 def add(
     rows: psycopg.Connection[Any],
     *,
-    strength: str = "missing",
+    mode: str = "backfill",
     handler: str = "test.note",
     filter: str = "{}",
     upto: int = 1,
     rate: int | None = None,
 ) -> UUID:
-    (id,) = rows.execute(INSERT, (strength, handler, filter, upto, rate)).fetchone() or (None,)
+    (id,) = rows.execute(INSERT, (mode, handler, filter, upto, rate)).fetchone() or (None,)
     rows.execute("notify dovecote_replays")
     assert isinstance(id, UUID)
     return id
@@ -105,7 +105,7 @@ def test_other_replays_go_on_beside_one_that_is_not_understood(system: System, r
         system.until_quiet()
         before = len(effects_in(system.engine))
         add(rows, handler="test.once", filter='{"colour": 1}')
-        good = add(rows, strength="again", filter="{}", upto=1)
+        good = add(rows, mode="reprocess", filter="{}", upto=1)
 
         eventually(lambda: replays.shown(system.engine, good).state == "done", 10, "the other replay")
 
@@ -120,7 +120,7 @@ def test_a_replay_that_acts_again_is_refused_by_the_relay_where_the_route_does_n
         write_quotes(system, [1])
         system.until_quiet()
         before = effects_in(system.engine)
-        id = add(rows, strength="again", handler="test.once")
+        id = add(rows, mode="reprocess", handler="test.once")
 
         eventually(lambda: replays.shown(system.engine, id).state == "cancelled", 10, "the refusal")
 
@@ -142,8 +142,8 @@ def test_a_replay_that_acts_again_is_refused_by_the_relay_where_the_route_does_n
         "update dovecote.relay_state set redis_run_id = 'x@' || repeat('9', 5000), instance = repeat('9', 5000)",
         "update dovecote.relay_state set seen_at = 'infinity', owned_since = '-infinity', checkpoint = -7",
         "insert into dovecote.subscriptions (handler_name, event_type, since_position) values (E'\\x1b[2J', 'x', -1)",
-        "insert into dovecote.paused_handlers (handler_name, sent_up_to, paused_by, reason, paused_at)"
-        " values ('nobody', -1, '', '', 'infinity')",
+        "insert into dovecote.paused_handlers (handler_name, actor, reason, paused_at)"
+        " values ('nobody', '', '', 'infinity')",
         "insert into dovecote.postponed (handler_name, after_position, since) values ('test.note', 4611686018427387904,"
         " '-infinity')",
         "insert into dovecote.unrouted_types (event_type, events, first_position, last_position, first_seen_at)"
@@ -182,16 +182,14 @@ ROUTE = a_route()
 @settings(max_examples=examples(300, 100_000))
 @given(
     filter=st.dictionaries(KEYS | st.text(max_size=5), JSON, max_size=4) | JSON,
-    strength=st.sampled_from(["missing", "again", "", "AGAIN"]) | st.text(max_size=10),
+    mode=st.sampled_from(["backfill", "reprocess", "", "REPROCESS"]) | st.text(max_size=10),
     rate=st.none() | st.integers(-(2**31), 2**31 - 1),
     cursor=st.integers(-(2**63), 2**63 - 1),
 )
-@example(filter={"event_types": "pricing.price_quoted.v1"}, strength="missing", rate=None, cursor=0)
-def test_any_row_is_understood_or_refused_in_a_sentence(
-    filter: Any, strength: str, rate: int | None, cursor: int
-) -> None:
+@example(filter={"event_types": "pricing.price_quoted.v1"}, mode="backfill", rate=None, cursor=0)
+def test_any_row_is_understood_or_refused_in_a_sentence(filter: Any, mode: str, rate: int | None, cursor: int) -> None:
     row = ActiveReplay(
-        UUID(int=0), ROUTE.handler, strength, filter, False, rate, cursor, 1, datetime(2026, 1, 1, tzinfo=UTC)
+        UUID(int=0), ROUTE.handler, mode, filter, False, rate, cursor, 1, datetime(2026, 1, 1, tzinfo=UTC)
     )
     problem = None
     try:

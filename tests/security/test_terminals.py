@@ -233,7 +233,7 @@ def hostile_url(database_url: str) -> str:
         )
         connection.execute("reset session_replication_role")
         connection.execute(
-            "insert into dovecote.paused_handlers (handler_name, reason, paused_by)"
+            "insert into dovecote.paused_handlers (handler_name, reason, actor)"
             " values ('pricing.apply_quotes', %s, %s)",
             (DATABASE_EVIL, DATABASE_EVIL),
         )

@@ -53,8 +53,8 @@ FIRST = """
 """
 OBSTACLES = """
     select handler_name, sum(events)::bigint
-    from dovecote.week_obstacles('00000000-0000-0000-0000-000000000000', 'ffffffff-ffff-ffff-ffff-ffffffffffff')
-    where obstacle = 'unprocessed' group by 1
+    from dovecote.partition_blockers('00000000-0000-0000-0000-000000000000', 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    where blocker = 'unprocessed' group by 1
 """
 # Where an event is not blocked by what an ordered handler has not done, or by something else.
 BLOCKERS = """
@@ -77,8 +77,8 @@ BLOCKERS = """
         s.handler_name, s.kinds, e.aggregate_type, e.aggregate_id, e.position)
 """
 STEP = """
-    select events_read, unsettled, has_moved, is_behind, is_open
-    from dovecote.move_marks(%s, %s, %s::integer, %s::integer)
+    select events_read, outstanding, has_moved, is_behind, is_open
+    from dovecote.move_low_water_marks(%s, %s, %s::integer, %s::integer)
 """
 
 
@@ -249,12 +249,12 @@ class History:
         with self.checks.transaction():
             assert self.checks.execute(UNSOUND).fetchall() == []
             assert self.checks.execute(BLOCKERS).fetchall() == []
-            for handler, mark in self.checks.execute("select handler_name, mark from dovecote.progress"):
+            for handler, mark in self.checks.execute("select handler_name, low_water_mark from dovecote.progress"):
                 assert mark >= self._low.get(handler, 0), f"the mark of {handler} went back"
                 self._low[handler] = mark
-            obstacles: dict[str, int] = dict(self.checks.execute(OBSTACLES).fetchall())
+            blockers: dict[str, int] = dict(self.checks.execute(OBSTACLES).fetchall())
             for handler, events, first in self.checks.execute(TRUTH).fetchall():
-                assert obstacles.get(handler, 0) == events
+                assert blockers.get(handler, 0) == events
                 kinds = [
                     kind
                     for (kind,) in self.checks.execute(

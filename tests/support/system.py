@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import dramatiq
 from sqlalchemy import Engine
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from dovecote import operations
 from dovecote.bootstrap import broker_for, declare_handlers, relay_for
 from dovecote.broker.broker import OutboxBroker
+from dovecote.broker.publisher import Publisher
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import RequeueWhatFails
 from dovecote.relay.fence import Claim, RedisFence
@@ -67,6 +69,11 @@ class System:
             thread.join(20)
             assert not thread.is_alive(), "the relay did not stop"
 
+    @property
+    def publisher(self) -> Publisher:
+        """What a relay that the test plays publishes with."""
+        return publisher_of(self.broker)
+
     @contextmanager
     def workers(self, threads: int = 4) -> Iterator[dramatiq.Worker]:
         """Run Dramatiq workers for every queue until the end of the block."""
@@ -113,6 +120,12 @@ def system_for(
         engine.dispose()
 
 
-def claim(broker: OutboxBroker, epoch: int, over: str = "", history: str = "", **known: int) -> bool:
+def claim(publisher: Publisher, epoch: int, over: str = "", history: str = "", **known: int) -> bool:
     """Let an epoch publish without a relay."""
-    return RedisFence(broker).claim(Claim(epoch, history, "1 1 1", heartbeat=5), over=over, **known)
+    return RedisFence(publisher).claim(Claim(epoch, history, "1 1 1", heartbeat=5), over=over, **known)
+
+
+@cache
+def publisher_of(broker: OutboxBroker) -> Publisher:
+    """The one publisher on the queues of the broker."""
+    return Publisher(broker.client, broker.namespace, broker.queues, heartbeat_timeout_ms=broker.heartbeat_timeout)

@@ -94,7 +94,7 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
         advice.append(
             "Those of handlers that no route has stay: run code that has the handler on that queue once more. If the "
             "handler is gone for good, delete the queue's keys. If its events are wanted after all, "
-            "`dovecote replay start --strength missing` sends those that were not processed again, once a route has it."
+            "`dovecote replay start --mode backfill` sends those that were not processed again, once a route has it."
         )
     return warning("queues.known", f"queues with messages that no route has: {'; '.join(told)}", " ".join(advice))
 
@@ -116,7 +116,7 @@ def dead_letters(client: Any, subject: Subject) -> Finding:
     return warning(
         "queues.dead_letters",
         f"dead messages in Redis: {'; '.join(told)}",
-        "Postgres has the events: `dovecote replay start --handler HANDLER --strength missing` sends again what the "
+        "Postgres has the events: `dovecote replay start --handler HANDLER --mode backfill` sends again what the "
         "handler has not processed, which makes such a message superfluous. Why one was refused is in the consumers' "
         "log: no relay signed it as it is. Another program writes here, or somebody who has the password and should "
         "not; after a deploy, it may be from the version before. Then delete it: DEL "
@@ -140,7 +140,7 @@ def handlers(connection: psycopg.Connection[Any], subject: Subject) -> Finding:
         "Their deliveries wait, and go on when code that has the handler leads again. What such a handler has not "
         "processed keeps weeks from being dropped. If it is gone for good: `dovecote deliveries discard --all-matching "
         "--handler NAME --state retrying --reason ...`, the same with `waiting` and `dead`, then "
-        "`dovecote maintain --forget-handler NAME`.",
+        "`dovecote maintain --unsubscribe NAME`.",
     )
 
 

@@ -44,11 +44,11 @@ _RELAY = """
     ) leader on true
 """
 
-#: The lowest announcement, who holds it for how long, and how many are held. As in dovecote.horizon().
+#: The lowest announcement, who holds it for how long, and how many are held. As in dovecote.low_watermark().
 OLDEST_FLOOR = """
     select count(*) over () as held, l.pid, a.usename::text as login,
            case when l.classid::bigint & 32768 = 0 then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end
-               as floor_position,
+               as low_water_mark,
            coalesce(a.application_name, '') as application, coalesce(left(a.query, 200), '') as query,
            coalesce(extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 as seconds,
            p.gid
@@ -62,7 +62,7 @@ OLDEST_FLOOR = """
       and l.virtualtransaction in (
           select i.virtualtransaction from pg_locks i
           where i.locktype = 'relation' and i.relation = 'dovecote.outbox'::regclass and i.mode = 'RowExclusiveLock')
-    order by floor_position, seconds desc limit 1
+    order by low_water_mark, seconds desc limit 1
 """
 
 #: How many of the next four weeks have partitions, how long those last, and which default partitions are in use.
@@ -302,7 +302,7 @@ def floors(connection: Connection) -> Finding:
     application = row.application or "no name"
     who = f"prepared transaction {row.gid!r}" if row.gid else f"pid {row.pid} (login {row.login}, {application})"
     query = f", last statement: {masked(' '.join(row.query.split()))}" if row.query else ""
-    found = f"oldest floor {row.floor_position}, held for {row.seconds:.0f} s by {who}{query}"
+    found = f"oldest floor {row.low_water_mark}, held for {row.seconds:.0f} s by {who}{query}"
     if row.seconds > _LONG_FLOOR_SECONDS:
         advice = "The checkpoint waits for this writer, nobody's events do. End its transaction: commit, or " + (
             "`rollback prepared`." if row.gid else f"`select pg_terminate_backend({row.pid})`."

@@ -21,7 +21,7 @@ _LOOK_AGAIN_SECONDS = 2.0
 _OLDEST_UNPUBLISHED = """
     with state as materialized (
         select s.checkpoint, h.last_position
-        from dovecote.relay_state s, dovecote.horizon() h
+        from dovecote.relay_state s, dovecote.low_watermark() h
     ), gaps as (
         select unnest(int8multirange(int8range(checkpoint, last_position, '(]')) - coalesce(
             (select range_agg(b.positions) from dovecote.published_batches b

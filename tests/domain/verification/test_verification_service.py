@@ -414,7 +414,7 @@ def test_an_operator_can_look_at_challenges(sessions: Sessions, user: str) -> No
 @pytest.mark.parametrize(
     ("change", "constraint"),
     [
-        ("phone_ciphertext = '+4915112345678'", "challenges_phone_is_sealed"),
+        ("phone_ciphertext = '+4915112345678'", "challenges_phone_is_encrypted"),
         ("phone_hash = '+4915112345678'", "challenges_phone_hash_is_a_sha_256"),
         ("code_hash = '123456'", "challenges_code_hash_is_a_sha_256"),
         ("phone_last4 = '45678'", "challenges_phone_last4_is_four_digits"),

@@ -17,8 +17,9 @@ from dramatiq.broker import MessageProxy
 from dramatiq.common import current_millis
 
 from dovecote.bootstrap import _StopsWaiting, broker_for, declare_handlers
-from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.broker.broker import OutboxBroker
 from dovecote.broker.fetcher import Fetcher
+from dovecote.broker.publisher import Publisher, QueuedBundle
 from dovecote.broker.redis_client import connect_redis
 from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import RequeueWhatFails
@@ -31,7 +32,7 @@ from dovecote.store.connections import connect, sessions_for
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route
 from tests.support.processes import eventually
-from tests.support.system import claim
+from tests.support.system import claim, publisher_of
 from workers.gateways import gateways_for
 
 pytestmark = pytest.mark.servers
@@ -79,11 +80,11 @@ def a_bundle(id: str, actor: str = "nobody", args: Sequence[object] = ()) -> Que
 
 
 def publish(broker: OutboxBroker, *bundles: QueuedBundle) -> int:
-    claim(broker, 1)
-    return broker.publish(1, bundles)
+    claim(publisher_of(broker), 1)
+    return publisher_of(broker).publish(1, bundles)
 
 
-def queued(broker: OutboxBroker) -> list[str]:
+def queued(broker: OutboxBroker | Publisher) -> list[str]:
     client: Any = broker.client
     return [id.decode() for id in client.lrange(f"{broker.namespace}:{QUEUE}", 0, -1)]
 
@@ -219,37 +220,39 @@ def test_only_the_newest_epoch_publishes(broker_with: Brokers) -> None:
     broker = broker_with()
 
     with pytest.raises(RedisLost):
-        broker.publish(1, [a_bundle("a")])
-    claim(broker, 3)
-    claim(broker, 10)
+        publisher_of(broker).publish(1, [a_bundle("a")])
+    claim(publisher_of(broker), 3)
+    claim(publisher_of(broker), 10)
     with pytest.raises(NewerRelay):
-        claim(broker, 9)
+        claim(publisher_of(broker), 9)
     with pytest.raises(NewerRelay):
-        broker.publish(9, [a_bundle("a")])
+        publisher_of(broker).publish(9, [a_bundle("a")])
 
     assert queued(broker) == []
-    assert broker.publish(10, [a_bundle("a")]) == 1
+    assert publisher_of(broker).publish(10, [a_bundle("a")]) == 1
 
 
 def test_redis_is_claimed_only_where_it_remembers_what_it_was_told(broker_with: Brokers) -> None:
     broker = broker_with()
-    fence = RedisFence(broker)
+    fence = RedisFence(publisher_of(broker))
 
-    assert not claim(broker, 2, known_epoch=1)
+    assert not claim(publisher_of(broker), 2, known_epoch=1)
     assert fence.read().epoch == 0, "an empty Redis was claimed"
-    assert claim(broker, 1, history="a")
-    assert not claim(broker, 2, over="b", history="b"), "another relay has claimed it meanwhile"
-    assert not claim(broker, 2, over="a", history="a", known_epoch=3), "it is of another leadership"
-    assert not claim(broker, 2, over="a", history="a", known_epoch=1, lowest_heartbeat=6), "it has lost a heartbeat"
+    assert claim(publisher_of(broker), 1, history="a")
+    assert not claim(publisher_of(broker), 2, over="b", history="b"), "another relay has claimed it meanwhile"
+    assert not claim(publisher_of(broker), 2, over="a", history="a", known_epoch=3), "it is of another leadership"
+    assert not claim(publisher_of(broker), 2, over="a", history="a", known_epoch=1, lowest_heartbeat=6), (
+        "it has lost a heartbeat"
+    )
     assert not fence.claim(Claim(2, "a", "1 1 1", heartbeat=4), over="a", known_epoch=1), "Postgres lost a heartbeat"
     assert not fence.claim(Claim(2, "a", "1 1 2", heartbeat=5), over="a", known_epoch=1), "another run of Postgres"
     assert fence.read().epoch == 1
-    assert claim(broker, 2, over="a", history="a", known_epoch=1, lowest_heartbeat=5)
+    assert claim(publisher_of(broker), 2, over="a", history="a", known_epoch=1, lowest_heartbeat=5)
     assert fence.read().epoch == 2
 
 
 def test_a_relay_of_another_history_publishes_nothing_though_its_epoch_is_the_same(broker_with: Brokers) -> None:
-    ours, theirs = broker_with(), broker_with()
+    ours, theirs = publisher_of(broker_with()), publisher_of(broker_with())
     assert claim(ours, 3, history="ours")
     assert claim(theirs, 3, over="ours", history="theirs")
 
@@ -270,7 +273,7 @@ def test_what_is_dropped_is_ours_on_every_queue_there_is(broker_with: Brokers, m
     others = ["b" + 31 * "0", "b" + 32 * "A", "x" + 32 * "0", "c1"]
     lists = {f"{QUEUE}": QUEUE, "of.no.route": "of.no.route", f"{QUEUE}.DQ": f"{QUEUE}.DQ"}
     lists |= {f"{QUEUE}.held.h:1": QUEUE, f"{QUEUE}.XQ": f"{QUEUE}.XQ", "x:of.another.system": "x:of.another.system"}
-    claim(broker, 1)
+    claim(publisher_of(broker), 1)
     for number, (name, queue) in enumerate(lists.items()):
         ids = [OURS[0][:-2] + f"{number}{n}" for n in range(5)]
         for id in [ids[0], others[0], others[1], *ids[1:4], others[2], ids[4], others[3]]:
@@ -279,7 +282,7 @@ def test_what_is_dropped_is_ours_on_every_queue_there_is(broker_with: Brokers, m
             client.hset(f"{space}:{queue}.in_flight", id, "mark")
     client.hset(f"{space}:{QUEUE}.msgs", OURS[7], "in a worker's hands")
 
-    dropped = sum(RedisFence(broker).drop(Claim(1, "", "1 1 1", 5)))
+    dropped = sum(RedisFence(publisher_of(broker)).drop(Claim(1, "", "1 1 1", 5)))
 
     kept = {f"{QUEUE}.XQ", "x:of.another.system"}
     assert dropped == 5 * (len(lists) - len(kept))
@@ -295,10 +298,10 @@ def test_what_is_dropped_is_ours_on_every_queue_there_is(broker_with: Brokers, m
 
 def test_a_redis_that_went_back_to_an_older_epoch_takes_nothing(broker_with: Brokers) -> None:
     broker = broker_with()
-    claim(broker, 1)
+    claim(publisher_of(broker), 1)
 
     with pytest.raises(RedisLost):
-        broker.publish(2, [a_bundle("a")])
+        publisher_of(broker).publish(2, [a_bundle("a")])
 
 
 # Giving back --------------------------------------------------------------------------------------
@@ -397,7 +400,7 @@ def test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not(brok
 
     def reaped() -> bool:
         living.heartbeat(QUEUE)
-        relay.reap()
+        publisher_of(relay).reap()
         return sorted(queued(relay)) == ["a", "b"]
 
     eventually(reaped, 3, "the dead worker's messages")
@@ -415,7 +418,7 @@ def test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is
         return dict(client.hgetall(f"{relay.namespace}:{QUEUE}.crashes"))
 
     def taken_back() -> bool:
-        relay.reap()
+        publisher_of(relay).reap()
         return queued(relay) == ["a"]
 
     assert crashes() == {}
@@ -444,7 +447,7 @@ def test_a_relay_whose_clock_is_ahead_takes_no_living_worker_for_dead(
 
     monkeypatch.setattr("dramatiq.brokers.redis.current_millis", lambda: ahead)
     monkeypatch.setattr("dovecote.broker.broker.current_millis", lambda: ahead)
-    relay.reap()
+    publisher_of(relay).reap()
 
     assert queued(relay) == []
 
@@ -459,7 +462,7 @@ def test_a_busy_worker_with_no_room_for_more_still_says_that_it_lives(broker_wit
     until = time.monotonic() + 0.8
     while time.monotonic() < until:
         assert next(consumer) is None
-        relay.reap()
+        publisher_of(relay).reap()
 
     assert queued(relay) == ["b"]
 

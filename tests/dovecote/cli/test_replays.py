@@ -58,10 +58,10 @@ def told(run: Run) -> Told:
 def test_a_dry_run_tells_and_does_nothing(run: Run, told: Told) -> None:
     plan = told("start", "--handler", HANDLER, "--reason", "a test", "--dry-run")
 
-    assert (plan["events"], plan["strength"], plan["replay_id"]) == (2, "missing", None)
+    assert (plan["events"], plan["mode"], plan["replay_id"]) == (2, "backfill", None)
     assert len(plan["sample"]) == 2
     assert told("list") == {"replays": [], "before": None}
-    words = run("start", "--handler", HANDLER, "--reason", "a test", "--strength", "again", "--dry-run")
+    words = run("start", "--handler", HANDLER, "--reason", "a test", "--mode", "reprocess", "--dry-run")
     assert "would replay 1 events for billing.write_history (again), positions 1 to 1" in words.stdout
 
 
@@ -70,7 +70,7 @@ def test_a_replay_is_started_looked_at_paused_resumed_and_cancelled(database: st
 
     shown = told("show", id)
     assert (shown["state"], shown["total"], shown["done"], shown["rate"]) == ("pending", 2, 0, 5)
-    assert (shown["requested_by"], shown["reason"]) == ("ada", "INC-7")
+    assert (shown["actor"], shown["reason"]) == ("ada", "INC-7")
     assert [one["id"] for one in told("list", "--handler", HANDLER)["replays"]] == [id]
     assert told("pause", id, "--dry-run")["state"] == "pending"
     assert told("pause", id)["state"] == "paused"
@@ -109,7 +109,7 @@ def test_ids_come_from_a_file(database: str, told: Told, tmp_path: Path) -> None
         (("--handler", HANDLER, "--ids-from", "bad"), 2, "bad, line 2: 'seven' is no event id"),
         (("--handler", HANDLER, "--until", "2001-01-01"), 1, "there is nothing to replay"),
         (
-            ("--handler", "verification.send_code", "--strength", "again"),
+            ("--handler", "verification.send_code", "--mode", "reprocess"),
             1,
             "nobody has asked for the code a second time",
         ),

@@ -313,9 +313,7 @@ def test_a_paused_handler_s_unreadable_events_are_held_with_the_others(bench: Be
     written = bench.write(1, 2)
     with bench.engine.begin() as connection:
         connection.execute(
-            text(
-                "insert into dovecote.paused_handlers (handler_name, paused_by, reason) values ('test.note', 't', 't')"
-            )
+            text("insert into dovecote.paused_handlers (handler_name, actor, reason) values ('test.note', 't', 't')")
         )
 
     with pytest.raises(HandlerPaused):

@@ -107,8 +107,8 @@ class Bench:
         """Ask that `test.note` act again on everything; return the replay, whose messages the test sends."""
         with self.engine.begin() as connection:
             query = """
-                insert into dovecote.replays (requested_by, reason, strength, handler_name, filter)
-                values ('tester', 'a test', 'again', 'test.note', '{}') returning id
+                insert into dovecote.replays (actor, reason, mode, handler_name, filter)
+                values ('tester', 'a test', 'reprocess', 'test.note', '{}') returning id
             """
             id: UUID = connection.scalar(text(query))
             return id

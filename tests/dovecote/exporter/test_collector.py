@@ -100,8 +100,8 @@ def test_what_waits_is_dead_or_lags_is_counted(settings: Settings, engine: Engin
 def test_a_pause_a_stray_row_and_a_type_without_a_route_are_told(settings: Settings, engine: Engine) -> None:
     run(
         engine,
-        "insert into dovecote.paused_handlers (handler_name, sent_up_to, paused_by, reason, paused_at)"
-        " values ('any.order', 0, 'me', 'a test', now() - interval '2 days')",
+        "insert into dovecote.paused_handlers (handler_name, actor, reason, paused_at)"
+        " values ('any.order', 'me', 'a test', now() - interval '2 days')",
     )
     run(
         engine,
@@ -111,7 +111,7 @@ def test_a_pause_a_stray_row_and_a_type_without_a_route_are_told(settings: Setti
     run(
         engine,
         "insert into dovecote.processed_events (event_id, handler_name)"
-        " values (dovecote.uuid_v7_floor(now() - interval '9 years'), 'x')",
+        " values (dovecote.uuid_v7_lower_bound(now() - interval '9 years'), 'x')",
     )
 
     run(

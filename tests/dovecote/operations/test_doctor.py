@@ -147,7 +147,7 @@ def test_versions_that_are_too_old_are_errors(system: System, monkeypatch: pytes
 
 def test_a_schema_that_is_missing_or_old_is_an_error(empty_database_url: str, servers: Servers, tmp_path: Path) -> None:
     settings = settings_for(empty_database_url, servers.redis_url, tmp_path)
-    for revision in (None, "0004"):
+    for revision in (None, "dovecote_0004"):
         if revision:
             schema.upgrade(empty_database_url, revision)
 
@@ -234,7 +234,7 @@ def test_a_system_without_a_relay_is_found(system: System) -> None:
 def test_a_relay_that_holds_its_lock_and_does_nothing_is_found(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres, "_SILENT_SECONDS", -2 * system.settings.relay.poll_interval_seconds + 0.3)
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as frozen:
-        frozen.execute("select pg_advisory_lock(dovecote.leader_key())")
+        frozen.execute("begin; lock table dovecote.relay_leader in share update exclusive mode")
         time.sleep(0.5)  # as long as it must have been silent
 
         assert "it has asked nothing for" in examined(system)["relay.alive"].found
@@ -297,7 +297,7 @@ def test_queues_of_no_route_are_found_with_whose_messages_lie_there(system: Syst
     assert "foreign (1: 1 of somebody else)" in finding.found
     assert "test (2 held for gone.handler, which no route has)" in finding.found
     assert "The relay that leads moves" in finding.advice
-    assert "replay start --strength missing" in finding.advice
+    assert "replay start --mode backfill" in finding.advice
 
 
 def test_queues_of_our_own_handlers_are_never_to_be_deleted(system: System) -> None:
@@ -320,7 +320,7 @@ def test_dead_messages_are_found_with_their_events(system: System) -> None:
 
     assert finding.level == "warning"
     assert f"test (1, of test.note, with events such as {event_id})" in finding.found
-    assert "replay start --handler HANDLER --strength missing" in finding.advice
+    assert "replay start --handler HANDLER --mode backfill" in finding.advice
 
 
 def test_what_is_left_of_handlers_and_of_events_that_are_gone_is_found(system: System) -> None:

@@ -78,7 +78,7 @@ def test_maintain_in_json(engine: Engine, run: Run) -> None:
     assert dry["dry_run"] is True
     assert [week["week"] for week in dry["dropped"]] == [suffix(8)]
     assert [week["week"] for week in wet["dropped"]] == [suffix(8)]
-    assert wet["held"][0]["obstacles"][0]["handler"] == "pricing.apply_quotes"
+    assert wet["held"][0]["blockers"][0]["handler"] == "pricing.apply_quotes"
 
 
 def test_maintain_drops_nothing_unless_told_how_much_to_keep(engine: Engine, run: Run) -> None:
@@ -101,15 +101,13 @@ def test_a_handler_without_a_route_is_named_and_can_be_forgotten(engine: Engine,
 
     result = run("maintain", "--keep-weeks", "2")
     assert result.exit_code == 1
-    assert "--forget-handler test.gone" in result.stdout
+    assert "--unsubscribe test.gone" in result.stdout
 
-    assert (
-        "1 subscriptions of test.gone would end" in run("maintain", "--forget-handler", "test.gone", "--dry-run").stdout
-    )
-    assert run("maintain", "--keep-weeks", "2", "--forget-handler", "test.gone").exit_code == 0
+    assert "1 subscriptions of test.gone would end" in run("maintain", "--unsubscribe", "test.gone", "--dry-run").stdout
+    assert run("maintain", "--keep-weeks", "2", "--unsubscribe", "test.gone").exit_code == 0
     for handler, refusal in (("test.gone", "has subscriptions"), ("pricing.apply_quotes", "has a route")):
         with pytest.raises(WrongRequest, match=refusal):
-            run("maintain", "--forget-handler", handler, catch_exceptions=False)
+            run("maintain", "--unsubscribe", handler, catch_exceptions=False)
 
 
 def test_partitions_for_people_and_machines(engine: Engine, run: Run) -> None:
@@ -141,7 +139,7 @@ def test_the_relay_looks_after_the_weeks_by_itself(
 
     def dropped() -> list[str]:
         with engine.connect() as connection:
-            return list(connection.execute(text("select week from dovecote.dropped_weeks")).scalars())
+            return list(connection.execute(text("select week from dovecote.dropped_partitions")).scalars())
 
     with system_for(settings, []) as system, system.relay():
         eventually(dropped, 30, "a week dropped by the relay")

@@ -99,7 +99,7 @@ def test_a_handler_that_stands_still_is_named_behind_any_number_of_younger_event
     assert found.level == "warning"
     assert found.found.startswith("test.note has 3 events before it, the oldest 2,00")
     connection.execute(
-        "insert into dovecote.paused_handlers (handler_name, paused_by, reason) values ('test.note', 'me', 'a test')"
+        "insert into dovecote.paused_handlers (handler_name, actor, reason) values ('test.note', 'me', 'a test')"
     )
     paused = progress.handlers(connection, [a_route()])
     assert (paused.level, "(paused)" in paused.found) == ("ok", True)

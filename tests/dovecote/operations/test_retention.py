@@ -83,13 +83,13 @@ def test_who_dropped_what_is_on_record(engine: Engine) -> None:
     maintain(engine)
 
     with engine.connect() as connection:
-        row = connection.execute(text("select * from dovecote.dropped_weeks")).one()
+        row = connection.execute(text("select * from dovecote.dropped_partitions")).one()
         audited = connection.execute(
-            text("select actor, action, details from dovecote.audit_log where action like 'week.%'")
+            text("select actor, action, details from dovecote.audit_log where action = 'partition.dropped'")
         ).one()
-    assert (row.week, row.events, row.processed, row.dropped_by, row.archive) == (suffix(6), 5, 5, "a test", None)
+    assert (row.week, row.events, row.processed, row.actor, row.archive) == (suffix(6), 5, 5, "a test", None)
     assert row.last_position - row.first_position == 4
-    assert (audited.actor, audited.action, audited.details["week"]) == ("a test", "week.dropped", suffix(6))
+    assert (audited.actor, audited.action, audited.details["week"]) == ("a test", "partition.dropped", suffix(6))
 
 
 def test_nothing_is_dropped_unless_asked(engine: Engine) -> None:
@@ -124,7 +124,7 @@ def held_by(engine: Engine) -> list[tuple[str | None, str, int]]:
     assert done.dropped == []
     (week,) = done.held
     assert there(engine, week.week) == set(TABLES)
-    return [(one.handler, one.what, one.events) for one in week.obstacles]
+    return [(one.handler, one.what, one.events) for one in week.blockers]
 
 
 @pytest.mark.parametrize("state", ["retrying", "waiting", "dead"])
@@ -195,8 +195,8 @@ def test_a_replay_that_has_not_passed_a_week_holds_it_back(engine: Engine, state
         connection.execute(
             text(
                 "insert into dovecote.replays"
-                " (requested_by, reason, strength, handler_name, filter, state, cursor_position)"
-                " values ('a test', 'because', 'missing', 'test.note', '{}', :state, 4)"
+                " (actor, reason, mode, handler_name, filter, state, cursor_position)"
+                " values ('a test', 'because', 'backfill', 'test.note', '{}', :state, 4)"
             ),
             {"state": state},
         )
@@ -212,7 +212,7 @@ def test_a_forgotten_handler_holds_nothing_back(engine: Engine) -> None:
     subscribe(engine, "test.gone")
     assert held_by(engine) == [("test.gone", "unprocessed", 5)]
 
-    assert retention.forget_handler(engine, "test.gone", by="a test") == 1
+    assert retention.unsubscribe_handler(engine, "test.gone", by="a test") == 1
 
     assert len(maintain(engine).dropped) == 1
 
@@ -225,9 +225,9 @@ def test_nobody_drops_a_week_that_is_needed_or_young_by_calling_the_function(eng
         pytest.raises(DBAPIError, match=r"is still needed: 5 unprocessed for test\.another"),
         engine.begin() as connection,
     ):
-        connection.execute(text("select dovecote.drop_week(:week, 'me')"), {"week": retention_week(engine)})
+        connection.execute(text("select dovecote.drop_partition(:week, 'me')"), {"week": retention_week(engine)})
     with pytest.raises(DBAPIError, match="too young"), engine.begin() as connection:
-        connection.execute(text("select dovecote.drop_week(:week, 'me')"), {"week": suffix(0)})
+        connection.execute(text("select dovecote.drop_partition(:week, 'me')"), {"week": suffix(0)})
 
 
 def retention_week(engine: Engine) -> str:
@@ -279,7 +279,7 @@ def test_asking_for_what_is_gone_names_the_archive(engine: Engine, tmp_path: Pat
     done = maintain(engine, tmp_path)
     with engine.connect() as connection:
         first, last = connection.execute(
-            text("select first_created_at, last_created_at from dovecote.dropped_weeks")
+            text("select first_created_at, last_created_at from dovecote.dropped_partitions")
         ).one()
 
         for bounds in ({"since": last}, {"until": last}, {"after_position": 3}, {"upto_position": 2}):
@@ -410,9 +410,9 @@ def test_a_moved_partition_has_the_indexes_and_triggers_of_the_others(engine: En
 def test_what_is_written_between_copying_and_placing_is_moved_too(engine: Engine) -> None:
     an_old_week(engine)
     with engine.begin() as connection:
-        assert connection.execute(text("select dovecote.copy_strays()")).scalar_one() == 5
-        assert connection.execute(text("select dovecote.copy_strays()")).scalar_one() == 5
-        assert connection.execute(text("select dovecote.copy_strays()")).scalar_one() == 0
+        assert connection.execute(text("select dovecote.copy_misplaced_rows()")).scalar_one() == 5
+        assert connection.execute(text("select dovecote.copy_misplaced_rows()")).scalar_one() == 5
+        assert connection.execute(text("select dovecote.copy_misplaced_rows()")).scalar_one() == 0
     an_old_week(engine, events=1)
 
     assert maintain(engine, keep_weeks=0).moved == 18
@@ -491,5 +491,5 @@ def test_partitions_tells_what_is_there(engine: Engine) -> None:
     old = found.weeks[0]
     assert (old.week, old.is_old) == (suffix(6), True)
     assert old.bytes > 0
-    assert [(one.what, one.events, one.at_least) for one in old.obstacles] == [("unpublished", 1, False)]
+    assert [(one.what, one.events, one.at_least) for one in old.blockers] == [("unpublished", 1, False)]
     assert (found.headroom_weeks, found.strays) == (4, 0)

@@ -62,7 +62,7 @@ class Weeks(RuleBasedStateMachine):
             connection.execute(
                 text(
                     "truncate dovecote.outbox, dovecote.processed_events, dovecote.published_batches,"
-                    " dovecote.deliveries, dovecote.subscriptions, dovecote.replays, dovecote.dropped_weeks"
+                    " dovecote.deliveries, dovecote.subscriptions, dovecote.replays, dovecote.dropped_partitions"
                 )
             )
             connection.execute(text("update dovecote.relay_state set checkpoint = 0"))
@@ -141,8 +141,8 @@ class Weeks(RuleBasedStateMachine):
             connection.execute(
                 text(
                     "insert into dovecote.replays"
-                    " (requested_by, reason, strength, handler_name, filter, state, cursor_position)"
-                    " values ('a test', 'because', 'again', 'test.note', '{}', :state, :at)"
+                    " (actor, reason, mode, handler_name, filter, state, cursor_position)"
+                    " values ('a test', 'because', 'reprocess', 'test.note', '{}', :state, :at)"
                 ),
                 {"state": state, "at": at},
             )
@@ -198,7 +198,7 @@ class Weeks(RuleBasedStateMachine):
             marked = set(connection.execute(text("select event_id from dovecote.processed_events")).scalars())
             published = set(
                 connection.execute(
-                    text("select id from dovecote.outbox_events where processed_at is not null")
+                    text("select id from dovecote.outbox_events where published_at is not null")
                 ).scalars()
             )
         assert marked == {event.id for event in self.world.events if event.state == "processed"}

@@ -151,9 +151,9 @@ def subscribe(engine: Engine, since: int = 0) -> None:
     )
 
 
-def move_marks(engine: Engine, upto: int) -> None:
+def move_low_water_marks(engine: Engine, upto: int) -> None:
     run(engine, "update dovecote.relay_state set checkpoint = :upto", upto=upto)
-    run(engine, "select dovecote.move_marks(epoch, :upto) from dovecote.relay_state", upto=upto)
+    run(engine, "select dovecote.move_low_water_marks(epoch, :upto) from dovecote.relay_state", upto=upto)
 
 
 def behind_many_prices(engine: Engine) -> None:
@@ -182,7 +182,7 @@ def test_codes_that_nobody_sends_are_seen_behind_thousands_of_prices(own_engine:
     subscribe(own_engine)
     behind_many_prices(own_engine)
     if are_examined:
-        move_marks(own_engine, 4_300)
+        move_low_water_marks(own_engine, 4_300)
 
     told = operations.status(own_engine, ROUTES).handlers
 
@@ -195,10 +195,10 @@ def test_codes_that_nobody_sends_are_seen_behind_thousands_of_prices(own_engine:
 def test_a_paused_handler_s_backlog_is_counted(own_engine: Engine) -> None:
     subscribe(own_engine)
     behind_many_prices(own_engine)
-    move_marks(own_engine, 4_300)
+    move_low_water_marks(own_engine, 4_300)
     operations.pause_handler(own_engine, ROUTES, HANDLER, actor="me", reason="a test")
     write(sessions_for(own_engine), 2_500)
-    move_marks(own_engine, 6_800)
+    move_low_water_marks(own_engine, 6_800)
 
     paused = operations.status(own_engine, ROUTES).handlers[HANDLER]
 
@@ -215,7 +215,7 @@ def test_a_history_that_nobody_has_examined_yet_is_never_said_to_be_done(
     run(own_engine, "delete from dovecote.outbox where position = 4305")  # a gap, as a rollback leaves one
 
     fresh = operations.status(own_engine, ROUTES).handlers[HANDLER]
-    move_marks(own_engine, 4_310)
+    move_low_water_marks(own_engine, 4_310)
     examined = operations.status(own_engine, ROUTES).handlers[HANDLER]
 
     assert (fresh.unprocessed, fresh.at_least) == (9, ["unprocessed"])
@@ -227,7 +227,7 @@ def test_status_counts_what_a_count_of_everything_finds(own_engine: Engine) -> N
     write(sessions_for(own_engine), 20)
     processed(own_engine, 20)
     publish(own_engine, "{[1,21)}", 20)
-    move_marks(own_engine, 20)
+    move_low_water_marks(own_engine, 20)
     write(sessions_for(own_engine), 5)
 
     counted = count_everything(own_engine, ROUTES)

@@ -106,7 +106,7 @@ def fill(connection: psycopg.Connection[TupleRow], length: int) -> None:
 def is_asleep(system: System) -> bool:
     query = """
         select from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
-          and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key()
+          and (classid::bigint << 32 | objid::bigint) = dovecote.wakeup_key()
     """
     with psycopg.connect(system.settings.database.url.get_secret_value()) as connection:
         return connection.execute(query).fetchone() is not None
@@ -128,7 +128,7 @@ def test_everybody_is_taken_while_the_queue_is_full(system: System) -> None:
             # Operators' verbs.
             pause(system.engine, system.routes, "test.note", actor="me", reason="a test")
             resume(system.engine, system.routes, "test.note", actor="me")
-            asked = Request(handler="test.note", strength="again", reason="a test", requested_by="me")
+            asked = Request(handler="test.note", mode="reprocess", reason="a test", actor="me")
             start(system.engine, system.routes, asked)
             eventually(lambda: len(effects_in(system.engine)) == 42, 20, "the effects of a replay")
 

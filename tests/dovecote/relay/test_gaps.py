@@ -186,7 +186,7 @@ def test_an_event_comes_before_its_successor_although_its_floor_is_still_held(
     second.commit()
     assert positions_in(reader.read()) == [unrelated]
     # Between the moment a commit is seen and the one its floor is given back; here for as long as the session likes.
-    first.execute("select pg_advisory_lock_shared(dovecote.floor_key(0))")
+    first.execute("select pg_advisory_lock_shared(dovecote.writer_key(0))")
 
     first.commit()
     later = insert(second, "A")
@@ -229,7 +229,7 @@ def test_each_writer_is_shown_with_its_floor_and_its_transaction(opened: Opened,
     other.execute("select pg_current_xact_id()")  # a transaction, and no writer
 
     assert set(active_writers(relays)) == {(1, xid_of(first)), (2, xid_of(second))}
-    assert relays.execute("select last_position, settled from dovecote.horizon()").fetchone() == (3, 1)
+    assert relays.execute("select last_position, safe_position from dovecote.low_watermark()").fetchone() == (3, 1)
 
 
 # More than a batch of late rows -------------------------------------------------------------------

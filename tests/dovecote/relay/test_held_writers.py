@@ -66,7 +66,7 @@ def is_asleep(system: System) -> bool:
         system,
         """
         select exists (select from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
-          and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key()
+          and (classid::bigint << 32 | objid::bigint) = dovecote.wakeup_key()
           and database = (select oid from pg_database where datname = current_database()))
         """,
     )
@@ -241,7 +241,7 @@ def test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_rings_once_i
 
     insert(in_flight)
 
-    assert relays.execute("select pg_try_advisory_lock(dovecote.bell_key())").fetchone() == (True,)
+    assert relays.execute("select pg_try_advisory_lock(dovecote.wakeup_key())").fetchone() == (True,)
     relays.execute("listen dovecote_outbox")
     insert(another)
     another.commit()

@@ -66,7 +66,7 @@ def history(system: System) -> str | None:
 
 
 def heartbeat(system: System) -> int:
-    found: int = value(system, "select last_value from dovecote.relay_beat")
+    found: int = value(system, "select last_value from dovecote.relay_heartbeat")
     return found
 
 
@@ -76,18 +76,18 @@ def queued(system: System) -> list[str]:
 
 
 def in_redis(system: System) -> Fence:
-    return RedisFence(system.broker).read()
+    return RedisFence(system.publisher).read()
 
 
 def change(system: System, **fields: object) -> None:
     """Change what Redis knows of the relay."""
     client: Any = system.broker.client
-    client.hset(system.broker.fence_keys[1], mapping=fields)
+    client.hset(system.publisher.fence_keys[1], mapping=fields)
 
 
 def change_heartbeat(system: System, by: int) -> None:
     client: Any = system.broker.client
-    client.hincrby(system.broker.fence_keys[1], "heartbeat", by)
+    client.hincrby(system.publisher.fence_keys[1], "heartbeat", by)
 
 
 def a_run(system: System, **changes: int) -> str:
@@ -140,7 +140,7 @@ NOT_AS_IT_WAS: dict[str, Callable[[System], object]] = {
     "Redis is another process": lambda system: value(
         system, "update dovecote.relay_state set redis_run_id = 'another@' || epoch returning epoch"
     ),
-    "Redis has an older fence": lambda system: system.broker.client.decr(system.broker.fence_keys[0]),
+    "Redis has an older fence": lambda system: system.broker.client.decr(system.publisher.fence_keys[0]),
     "Redis went back with its memory": lambda system: change_heartbeat(system, -2),
     "Postgres went back with its memory": lambda system: change_heartbeat(system, 1),
     "Redis is in a history that Postgres does not know": lambda system: change(system, history="another"),
@@ -178,7 +178,7 @@ def test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left(
 UNDER_A_LEADER: dict[str, Callable[[System], object]] = {
     "Redis went back by one heartbeat": lambda system: change_heartbeat(system, -1),
     "Redis is in another history": lambda system: change(system, history="another"),
-    "Redis has lost the fence": lambda system: system.broker.client.delete(*system.broker.fence_keys),
+    "Redis has lost the fence": lambda system: system.broker.client.delete(*system.publisher.fence_keys),
 }
 
 
@@ -206,7 +206,7 @@ def test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it(system_o
 
 def test_the_epoch_jumps_past_everything_that_redis_has_heard_of(system_on: SystemOn) -> None:
     system = system_on()
-    system.broker.client.set(system.broker.fence_keys[0], 1_000)
+    system.broker.client.set(system.publisher.fence_keys[0], 1_000)
 
     with one_leadership(system):
         assert system.status().relay.epoch == in_redis(system).epoch == 1_001
@@ -231,10 +231,10 @@ def test_both_sessions_of_a_leader_are_of_one_run(system_on: SystemOn) -> None:
     system = system_on()
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
         ours = TakenOver(1, run=server_run(connection))
-        History(ours, connection=connection, broker=system.broker).require_one_run()
+        History(ours, connection=connection, broker=system.publisher).require_one_run()
 
         with pytest.raises(OtherRun, match="is of run 1 2 3"):
-            History(TakenOver(1, run="1 2 3"), connection=connection, broker=system.broker).require_one_run()
+            History(TakenOver(1, run="1 2 3"), connection=connection, broker=system.publisher).require_one_run()
 
 
 # Two databases and one Redis ----------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_a_relay_stands_back_while_one_of_a_newer_postgres_lives(system_on: Syst
     system = system_on()
     write_quotes(system, range(EVENTS))
     newer, states = a_run(system, timeline=1, started_us=-1), States()
-    fence = RedisFence(system.broker)
+    fence = RedisFence(system.publisher)
     fence.claim(Claim(3, "theirs", newer, 0), over="")
 
     with system.relay(states):
@@ -283,7 +283,7 @@ def test_a_leader_whose_redis_a_newer_postgres_has_taken_drops_nothing_there(sys
     with one_leadership(system):
         assert system.status().relay.epoch == theirs.epoch, "both have come to the same epoch"
 
-        RedisFence(system.broker).claim(theirs, over=str(history(system)))
+        RedisFence(system.publisher).claim(theirs, over=str(history(system)))
         ids = queued(system)
 
         eventually(lambda: system.status().relay.stands_back_for, 5, "it stands back")
@@ -297,7 +297,7 @@ def test_a_leader_that_sends_again_for_long_is_not_taken_for_dead(
     monkeypatch.setattr(history_module, "_HEARTBEAT_SECONDS", 0.05)
     system = system_on()
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
-        leader = History(take_over(connection, 0, "a test"), connection=connection, broker=system.broker)
+        leader = History(take_over(connection, 0, "a test"), connection=connection, broker=system.publisher)
 
         def search_for_long() -> None:
             change(system, seen=0)
@@ -396,7 +396,7 @@ def test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event(
         before = heartbeat(system)
         eventually(lambda: heartbeat(system) > before + 1, 10, "heartbeats")
         client: Any = system.broker.client
-        told = int(client.hget(system.broker.fence_keys[1], "heartbeat"))
+        told = int(client.hget(system.publisher.fence_keys[1], "heartbeat"))
         crash(system, postgres)
         assert heartbeat(system) >= told, "Redis was told of a heartbeat that was not on disk"
         eventually(lambda: history(system), 20, "a Redis that is known")

@@ -35,7 +35,7 @@ def test_a_mark_is_true_at_every_step_of_a_random_history_and_exact_at_its_end(h
     history.check()
     first = history.relay.execute(FIRST).fetchall()
     checkpoint = one(history.relay, "select checkpoint from dovecote.relay_state")
-    marks = history.relay.execute("select handler_name, mark from dovecote.progress").fetchall()
+    marks = history.relay.execute("select handler_name, low_water_mark from dovecote.progress").fetchall()
     assert sorted(marks) == sorted((handler, position - 1 if position else checkpoint) for handler, position in first)
 
 
@@ -77,7 +77,7 @@ class Outbox:
         return one(self.connection, STEP, 0, self.last(), 5_000, 100)
 
     def marks(self) -> dict[str, int]:
-        found = self.connection.execute("select handler_name, mark from dovecote.progress")
+        found = self.connection.execute("select handler_name, low_water_mark from dovecote.progress")
         return {row[0]: row[1] for row in found}
 
 
@@ -182,7 +182,7 @@ def test_a_forgotten_handler_has_no_mark_and_what_is_reopened_is_looked_at_again
     outbox.process("one", 0, 10)
     outbox.process("two", 0, 10)
     outbox.step()
-    outbox.connection.execute("select dovecote.forget_handler('two', 'me')")
+    outbox.connection.execute("select dovecote.unsubscribe_handler('two', 'me')")
     # As after a restore of one table: the mark says more than is there.
     outbox.connection.execute(
         "delete from dovecote.processed_events where event_id = (select id from dovecote.outbox where position = 4)"
@@ -240,7 +240,7 @@ def test_nobody_subscribes_while_a_step_is_under_way(outbox: Outbox, opened: Cal
 
 MARKS_SESSION = (
     "select pid, state_change from pg_stat_activity"
-    " where query like '%dovecote.move_marks(%' and pid <> pg_backend_pid()"
+    " where query like '%dovecote.move_low_water_marks(%' and pid <> pg_backend_pid()"
 )
 
 
@@ -250,7 +250,7 @@ def test_a_relay_moves_the_marks_says_nothing_when_idle_and_begins_anew_when_cut
 
         def are_at(position: int) -> bool:
             with system.engine.connect() as connection:
-                marks = connection.scalars(text("select mark from dovecote.progress")).all()
+                marks = connection.scalars(text("select low_water_mark from dovecote.progress")).all()
             return list(marks) == [position, position]
 
         def session() -> Any:

@@ -94,8 +94,8 @@ def owed_to(system: System, handler: str) -> int:
     """How many events keep weeks from being dropped because this handler has not acted on them."""
     owed: int = one_value(
         system,
-        "select coalesce(sum(events), 0) from dovecote.week_obstacles('00000000-0000-0000-0000-000000000000',"
-        " 'ffffffff-ffff-ffff-ffff-ffffffffffff') where handler_name = :handler and obstacle = 'unprocessed'",
+        "select coalesce(sum(events), 0) from dovecote.partition_blockers('00000000-0000-0000-0000-000000000000',"
+        " 'ffffffff-ffff-ffff-ffff-ffffffffffff') where handler_name = :handler and blocker = 'unprocessed'",
         handler=handler,
     )
     return owed
@@ -142,7 +142,7 @@ def test_only_what_is_the_handler_s_is_waited_for(beside_a_gap: System) -> None:
 
 
 def test_a_replay_of_missing_events_says_where_its_order_begins(beside_a_gap: System) -> None:
-    asked = Request(handler="test.new", strength="missing", reason="a test", requested_by="me")
+    asked = Request(handler="test.new", mode="backfill", reason="a test", actor="me")
 
     with pytest.raises(ReplayRefused, match="--from-position 5"):
         plan(beside_a_gap.engine, beside_a_gap.routes, asked)

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 
 from domain.pricing import PriceQuoted
-from dovecote.broker.broker import RedisUsage
+from dovecote.broker.publisher import RedisUsage
 from dovecote.errors import NewerRelay
 from dovecote.operations import doctor
 from dovecote.operations.handlers import pause, resume
@@ -286,7 +286,7 @@ def test_retries_and_replays_wait_for_room(system_with: SystemWith) -> None:
             eventually(lambda: system.status().handlers["test.down"].retrying == 1, 10, "a retry")
         write_many(system)
         eventually(lambda: postponed(system) == ["test.down"], 20, "a full queue")
-        asked = Request(handler="test.down", strength="again", reason="a test", requested_by="me")
+        asked = Request(handler="test.down", mode="reprocess", reason="a test", actor="me")
         start(system.engine, system.routes, asked)
         queued = messages_of(system, "down")
         due = "select next_attempt_at < now() - interval '1.5 s' and leased_until is null from dovecote.deliveries"

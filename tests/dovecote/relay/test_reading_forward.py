@@ -337,7 +337,7 @@ def test_ten_thousand_single_inserts_take_one_floor(opened: Callable[[], Connect
         """
         select count(*) from pg_locks
         where locktype = 'advisory' and pid = pg_backend_pid()
-          and classid::bigint >> 16 = dovecote.floor_key(0) >> 48
+          and classid::bigint >> 16 = dovecote.writer_key(0) >> 48
         """
     ).fetchone()
     assert floors == (1,)
@@ -413,7 +413,7 @@ class Reading(RuleBasedStateMachine):
     def start(self) -> None:
         self.writers = [psycopg.connect(self.url) for _ in range(3)]
         self.relay = psycopg.connect(self.url, autocommit=True)
-        (self.base,) = self.relay.execute("select last_position from dovecote.horizon()").fetchone() or (0,)
+        (self.base,) = self.relay.execute("select last_position from dovecote.low_watermark()").fetchone() or (0,)
         self.relay.execute("update dovecote.relay_state set checkpoint = %s", (self.base,))
         self.reader = Reader(self.relay, self.base, batch_size=3)
         self.owner: dict[int, int] = {}
@@ -484,7 +484,7 @@ class Reading(RuleBasedStateMachine):
         found = self.relay.execute("select position from dovecote.outbox where position > %s", (self.base,))
         committed = {position for (position,) in found}
         assert self.recorded == committed, "committed and recorded differ"
-        (last,) = self.relay.execute("select last_position from dovecote.horizon()").fetchone() or (0,)
+        (last,) = self.relay.execute("select last_position from dovecote.low_watermark()").fetchone() or (0,)
         assert self.reader.checkpoint == last
         assert self.reader._gaps == []
         for connection in (*self.writers, self.relay):

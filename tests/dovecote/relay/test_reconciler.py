@@ -135,10 +135,10 @@ class Looking:
                     "select epoch, history, (select last_value from dovecote.outbox_position) from dovecote.relay_state"
                 )
             ).one()
-        system.broker.history = history
+        system.publisher.history = history
         self.reconciler = Reconciler(
             connect=self._connect,
-            broker=system.broker,
+            broker=system.publisher,
             bundler=Bundler(list(routes or system.routes), salt(history), key=key_of_system(system)),
             routes=list(routes or system.routes),
             settings=system.settings.relay,
@@ -230,7 +230,7 @@ def test_what_is_in_messages_that_nobody_acts_on_for_it_is_lost(system_with: Cal
         bundle(system.routes[0], [4], envelopes),
     ]
     looking = Looking(system)
-    system.broker.publish(looking.epoch, others)
+    system.publisher.publish(looking.epoch, others)
     lose(system, lost)
     published_long_ago(system)
 
@@ -250,7 +250,7 @@ def test_a_message_that_somebody_will_get_is_not_put_back(
     client.lpush(key_of(system), taken)
     system.broker.do_fetch("test", 1)
     lose_its_place(system, placeless)
-    epoch, places = Looking(system).epoch, QueueSearch(system.broker)
+    epoch, places = Looking(system).epoch, QueueSearch(system.publisher)
 
     def is_put_back(id: str, epoch: int = epoch) -> bool:
         return places.requeue(epoch, "test", HANDLER, id)
@@ -344,12 +344,12 @@ def test_what_a_worker_finishes_during_the_look_is_not_lost(system_with: Callabl
             assert len(events) == 6
             with system.workers():
                 system.until_quiet()
-                eventually(lambda: not system.broker.holds_messages("test"), 5, "all acknowledged")
+                eventually(lambda: not system.publisher.holds_messages("test"), 5, "all acknowledged")
             left = super().not_queued(queue, handler, events)
             assert left == set(events)
             return left
 
-    looking.reconciler._queued = Finished(system.broker)
+    looking.reconciler._queued = Finished(system.publisher)
 
     assert looking.look() == 0
     assert messages_of(system) == []
@@ -358,10 +358,10 @@ def test_what_a_worker_finishes_during_the_look_is_not_lost(system_with: Callabl
 @pytest.mark.parametrize(
     "state",
     [
-        f"insert into dovecote.paused_handlers (handler_name, paused_by, reason) values ('{HANDLER}', 'test', 'test')",
+        f"insert into dovecote.paused_handlers (handler_name, actor, reason) values ('{HANDLER}', 'test', 'test')",
         f"insert into dovecote.postponed (handler_name, after_position) values ('{HANDLER}', 0)",
-        "insert into dovecote.replays (handler_name, strength, filter, upto_position, state, requested_by, reason)"
-        f" values ('{HANDLER}', 'missing', '{{}}', 9, 'running', 'test', 'test')",
+        "insert into dovecote.replays (handler_name, mode, filter, upto_position, state, actor, reason)"
+        f" values ('{HANDLER}', 'backfill', '{{}}', 9, 'running', 'test', 'test')",
         "update dovecote.relay_state set redis_run_id = null",
     ],
     ids=["paused", "postponed", "replayed", "being sent again"],
@@ -393,7 +393,7 @@ def test_an_ordered_handler_acts_in_order_on_what_comes_late(system_with: Callab
     first, *_ = publish(system, 8)
     lose(system, first)
     with system.workers():
-        eventually(lambda: not messages_of(system) and not system.broker.holds_messages("test"), 10, "all taken")
+        eventually(lambda: not messages_of(system) and not system.publisher.holds_messages("test"), 10, "all taken")
         assert effects_in(system.engine) == []
         published_long_ago(system)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dovecote.broker.broker import QueuedBundle
+from dovecote.broker.publisher import QueuedBundle
 from dovecote.relay import recovery
 from dovecote.relay.bundler import Bundler
 from dovecote.store import progress, published_batches

@@ -84,14 +84,7 @@ def wipe(system: System, *patterns: str) -> None:
 
 
 def leader_pid(system: System) -> int | None:
-    pid: int | None = one_value(
-        system,
-        """
-        select pid from pg_locks where locktype = 'advisory' and objsubid = 1 and granted
-          and (classid::bigint << 32 | objid::bigint) = dovecote.leader_key()
-          and database = (select oid from pg_database where datname = current_database())
-        """,
-    )
+    pid: int | None = one_value(system, "select max(pid) from dovecote.leader()")
     return pid
 
 
@@ -101,7 +94,7 @@ def is_asleep(system: System) -> bool:
         system,
         """
         select exists (select from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
-          and (classid::bigint << 32 | objid::bigint) = dovecote.bell_key()
+          and (classid::bigint << 32 | objid::bigint) = dovecote.wakeup_key()
           and database = (select oid from pg_database where datname = current_database()))
         """,
     )
@@ -177,20 +170,6 @@ def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_wit
         assert [effect.price for effect in effects_in(system.engine)] == [1, 2]
 
 
-@pytest.mark.once
-def test_a_standby_ends_the_session_of_a_leader_that_says_nothing(system_with: SystemWith) -> None:
-    system = system_with(RELAY__LEADER_TIMEOUT_SECONDS=3)
-    with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as frozen:
-        frozen.execute("select pg_advisory_lock(dovecote.leader_key())")
-        write_quotes(system, [1])
-
-        with system.relay():
-            eventually(lambda: queued_positions(system) == [1], 15, "the message")
-
-        with pytest.raises(psycopg.errors.AdminShutdown):
-            frozen.execute("select")
-
-
 def test_both_ends_of_a_relay_s_connection_notice_that_the_other_is_gone(system_with: SystemWith) -> None:
     system = system_with()
     with relay_for(system.settings, system.routes)._session() as connection:
@@ -224,12 +203,12 @@ def leader_of_epoch(system_with: SystemWith) -> Iterator[Callable[[System, int],
             return Leader(
                 connection=connection,
                 reader=Reader(connection, 0, 100),
-                broker=system.broker,
+                broker=system.publisher,
                 routes=system.routes,
                 settings=system.settings.relay,
                 stop=StopFlag(),
                 history=History(
-                    TakenOver(epoch, run=server_run(connection)), connection=connection, broker=system.broker
+                    TakenOver(epoch, run=server_run(connection)), connection=connection, broker=system.publisher
                 ),
             )
 
@@ -241,13 +220,13 @@ def test_a_relay_of_an_old_epoch_cannot_publish(
 ) -> None:
     system = system_with()
     write_quotes(system, [1])
-    RedisFence(system.broker).claim(Claim(7, "another", "", 0), over="")
+    RedisFence(system.publisher).claim(Claim(7, "another", "", 0), over="")
 
     with pytest.raises(NewerRelay):
         leader_of_epoch(system, 6).lead()
 
     with pytest.raises(NewerRelay):
-        system.broker.publish(6, [])
+        system.publisher.publish(6, [])
     assert queued_positions(system) == []
 
 
@@ -283,7 +262,7 @@ def test_exactly_the_positions_published_are_recorded(system_with: SystemWith) -
     recorded = one_value(system, "select range_agg(positions)::text from dovecote.published_batches")
     assert recorded == multirange([1, 2, 4])
     assert queued_positions(system) == [1, 2, 4]
-    assert one_value(system, "select count(*) from dovecote.outbox_events where processed_at is null") == 0
+    assert one_value(system, "select count(*) from dovecote.outbox_events where published_at is null") == 0
 
 
 def test_a_batch_is_one_call_to_redis(system_with: SystemWith) -> None:
@@ -376,7 +355,7 @@ def test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the
 
         wipe(system)
         # What a relay does that slept through its replacement.
-        RedisFence(system.broker).claim(Claim(1, "another", "", 0), over="")
+        RedisFence(system.publisher).claim(Claim(1, "another", "", 0), over="")
 
         with ExitStack() as after:
             if relay == "the next one":

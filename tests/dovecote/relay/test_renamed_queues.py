@@ -9,7 +9,8 @@ import orjson
 import pytest
 
 from dovecote.bootstrap import broker_for
-from dovecote.broker.broker import OutboxBroker, QueuedBundle
+from dovecote.broker.broker import OutboxBroker
+from dovecote.broker.publisher import QueuedBundle
 from dovecote.errors import NewerRelay, RedisLost
 from dovecote.operations.handlers import pause, resume
 from dovecote.relay import renamed_queues
@@ -20,7 +21,7 @@ from dovecote.settings import Settings
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.processes import eventually
-from tests.support.system import System, claim, system_for
+from tests.support.system import System, claim, publisher_of, system_for
 
 pytestmark = pytest.mark.servers
 
@@ -31,7 +32,7 @@ OLD, NEW = a_route("test.note", queue="old"), a_route("test.note", queue="new")
 def broker(servers: Servers, tmp_path: Any) -> Iterator[OutboxBroker]:
     settings = settings_for("postgresql://nobody@127.0.0.1:1/none", servers.redis_url, tmp_path)
     broker = broker_for(settings, [])
-    assert claim(broker, 1)
+    assert claim(publisher_of(broker), 1)
     yield broker
     for key in broker.client.scan_iter(f"{broker.namespace}:*"):
         broker.client.delete(key)
@@ -60,7 +61,7 @@ def keys(broker: OutboxBroker, pattern: str) -> list[bytes]:
 
 
 def move(broker: OutboxBroker, *routes: Route, epoch: int = 1) -> RenamedQueues:
-    renamed = RenamedQueues(broker, routes, epoch)
+    renamed = RenamedQueues(publisher_of(broker), routes, epoch)
     renamed.step()
     while renamed._work is not None:
         renamed.step()
@@ -68,14 +69,14 @@ def move(broker: OutboxBroker, *routes: Route, epoch: int = 1) -> RenamedQueues:
 
 
 def hold(broker: OutboxBroker, route: Route, numbers: Sequence[int]) -> None:
-    broker.publish(1, messages(route, numbers))
+    publisher_of(broker).publish(1, messages(route, numbers))
     fetched = broker.await_and_fetch(route.queue, len(numbers), 0.1)
     broker.hold(route.queue, route.handler, [one.id.decode() for one in fetched])
 
 
 def test_what_is_queued_goes_before_what_is_newer_and_once(broker: OutboxBroker) -> None:
-    broker.publish(1, messages(OLD, range(5)))
-    broker.publish(1, messages(NEW, [3, 7, 8]))  # 3 was sent again meanwhile
+    publisher_of(broker).publish(1, messages(OLD, range(5)))
+    publisher_of(broker).publish(1, messages(NEW, [3, 7, 8]))  # 3 was sent again meanwhile
 
     move(broker, NEW)
 
@@ -87,7 +88,7 @@ def test_more_than_a_call_moves_stays_in_order(broker: OutboxBroker, monkeypatch
     monkeypatch.setattr(renamed_queues, "_MAX_MESSAGES", 4)
     monkeypatch.setattr(renamed_queues, "_STEP_SECONDS", 0)
     monkeypatch.setattr(renamed_queues, "_KEYS_OF_A_PAGE", 1)
-    broker.publish(1, messages(OLD, range(10)))
+    publisher_of(broker).publish(1, messages(OLD, range(10)))
     hold(broker, a_route("test.other", queue="old2"), range(10, 20))
 
     move(broker, NEW, a_route("test.other", queue="new2"))
@@ -100,8 +101,8 @@ def test_more_than_a_call_moves_stays_in_order(broker: OutboxBroker, monkeypatch
 def test_what_a_call_moves_is_bounded_in_bytes(broker: OutboxBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renamed_queues, "_MAX_BYTES", 3_500)
     monkeypatch.setattr(renamed_queues, "_STEP_SECONDS", 0)
-    broker.publish(1, messages(OLD, range(9), size=1_000))
-    renamed = RenamedQueues(broker, [NEW], 1)
+    publisher_of(broker).publish(1, messages(OLD, range(9), size=1_000))
+    renamed = RenamedQueues(publisher_of(broker), [NEW], 1)
     left: list[int] = []
     while not left or renamed._work is not None:
         renamed.step()
@@ -123,10 +124,12 @@ def test_what_is_held_goes_to_what_is_held_today(broker: OutboxBroker) -> None:
 
 def test_of_two_handlers_on_a_queue_only_the_one_that_left_is_moved(broker: OutboxBroker) -> None:
     stays, leaves = a_route("test.stays", queue="old"), OLD
-    broker.publish(1, [*messages(stays, [1]), *messages(leaves, [2]), *messages(stays, [3]), *messages(leaves, [4])])
+    publisher_of(broker).publish(
+        1, [*messages(stays, [1]), *messages(leaves, [2]), *messages(stays, [3]), *messages(leaves, [4])]
+    )
     (delayed,) = messages(leaves, [5])
     message = delayed.message.replace(b'"old"', b'"old.DQ"', 1)
-    broker.publish(1, [replace(delayed, queue="old.DQ", message=message)])
+    publisher_of(broker).publish(1, [replace(delayed, queue="old.DQ", message=message)])
 
     move(broker, stays, NEW)
 
@@ -136,13 +139,13 @@ def test_of_two_handlers_on_a_queue_only_the_one_that_left_is_moved(broker: Outb
 
 
 def test_what_no_route_has_and_what_is_not_ours_keeps_its_place(broker: OutboxBroker) -> None:
-    broker.publish(1, messages(a_route("gone.handler", queue="old"), [1]))
+    publisher_of(broker).publish(1, messages(a_route("gone.handler", queue="old"), [1]))
     unsigned = b'{"queue_name":"old","actor_name":"test.note"}'
     foreign = {"unsigned": unsigned, "other": b"\x80 not JSON"}
     for id, message in foreign.items():
         redis_of(broker).hset(f"{broker.namespace}:old.msgs", id, message)
         redis_of(broker).rpush(f"{broker.namespace}:old", id)
-    broker.publish(1, messages(OLD, [2]))
+    publisher_of(broker).publish(1, messages(OLD, [2]))
     before = redis_of(broker).lrange(f"{broker.namespace}:old", 0, -1)
 
     move(broker, NEW)
@@ -154,7 +157,7 @@ def test_what_no_route_has_and_what_is_not_ours_keeps_its_place(broker: OutboxBr
 
 
 def test_a_message_in_a_living_workers_hands_stays_there(broker: OutboxBroker) -> None:
-    broker.publish(1, messages(OLD, [1, 2]))
+    publisher_of(broker).publish(1, messages(OLD, [1, 2]))
     broker.await_and_fetch("old", 1, 0.1)
 
     renamed = move(broker, NEW)
@@ -165,7 +168,7 @@ def test_a_message_in_a_living_workers_hands_stays_there(broker: OutboxBroker) -
 
 
 def test_what_a_dead_worker_held_of_the_old_queue_is_taken_back_and_remembers_the_crash(broker: OutboxBroker) -> None:
-    broker.publish(1, messages(OLD, [1]))
+    publisher_of(broker).publish(1, messages(OLD, [1]))
     broker.await_and_fetch("old", 1, 0.1)
     (id,) = redis_of(broker).hkeys(f"{broker.namespace}:old.msgs")
     redis_of(broker).hset(f"{broker.namespace}:old.in_flight", id, "{}")
@@ -178,8 +181,8 @@ def test_what_a_dead_worker_held_of_the_old_queue_is_taken_back_and_remembers_th
 
 
 def test_only_the_newest_relay_moves_anything(broker: OutboxBroker) -> None:
-    broker.publish(1, messages(OLD, [1]))
-    assert claim(broker, 2)
+    publisher_of(broker).publish(1, messages(OLD, [1]))
+    assert claim(publisher_of(broker), 2)
 
     with pytest.raises(NewerRelay):
         move(broker, NEW, epoch=1)

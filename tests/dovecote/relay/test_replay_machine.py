@@ -131,11 +131,11 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
             self.leader = Leader(
                 connection=self.connection,
                 reader=Reader(self.connection, taken.checkpoint, 1_000),
-                broker=system.broker,
+                broker=system.publisher,
                 routes=system.routes,
                 settings=system.settings.relay,
                 stop=self.stop,
-                history=History(taken, connection=self.connection, broker=system.broker),
+                history=History(taken, connection=self.connection, broker=system.publisher),
             )
 
         # The world ----------------------------------------------------------------------------
@@ -221,18 +221,16 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         # The operators ------------------------------------------------------------------------
 
-        @rule(part=st.sampled_from((None, *SYMBOLS)), strength=st.sampled_from(("again", "again", "missing")))
-        def start(self, part: str | None, strength: Any) -> None:
+        @rule(part=st.sampled_from((None, *SYMBOLS)), mode=st.sampled_from(("reprocess", "reprocess", "backfill")))
+        def start(self, part: str | None, mode: Any) -> None:
             asked = Filter(aggregate_type="price", aggregate_id=part) if part else Filter()
-            request = replays.Request(
-                handler=HANDLER, strength=strength, filter=asked, reason="a test", requested_by="hypothesis"
-            )
+            request = replays.Request(handler=HANDLER, mode=mode, filter=asked, reason="a test", actor="hypothesis")
             try:
                 id = replays.start(system.engine, system.routes, request).replay_id
             except replays.ReplayRefused:
                 return
             assert id is not None
-            if strength == "again":
+            if mode == "reprocess":
                 wanted = self.run(
                     "select p.event_id from dovecote.processed_events p join dovecote.outbox o on o.id = p.event_id"
                     " where not exists (select from dovecote.deliveries d where d.event_id = p.event_id)"

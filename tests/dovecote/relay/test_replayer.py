@@ -56,13 +56,13 @@ def a_replayable_route(**more: Any) -> Route:
     return a_route(**{"replayable": True, "bundle_size": 20, **more})
 
 
-def ask(system: System, strength: str = "again", **more: Any) -> Request:
-    given: dict[str, Any] = {"handler": "test.note", "reason": "a test", "requested_by": "tester", **more}
-    return Request(strength=strength, filter=given.pop("filter", Filter()), **given)  # type: ignore[arg-type]  # a word of the test
+def ask(system: System, mode: str = "reprocess", **more: Any) -> Request:
+    given: dict[str, Any] = {"handler": "test.note", "reason": "a test", "actor": "tester", **more}
+    return Request(mode=mode, filter=given.pop("filter", Filter()), **given)  # type: ignore[arg-type]  # a word of the test
 
 
-def replay(system: System, strength: str = "again", **more: Any) -> UUID:
-    id = replays.start(system.engine, system.routes, ask(system, strength, **more)).replay_id
+def replay(system: System, mode: str = "reprocess", **more: Any) -> UUID:
+    id = replays.start(system.engine, system.routes, ask(system, mode, **more)).replay_id
     assert id is not None
     return id
 
@@ -187,10 +187,10 @@ def test_what_was_dropped_is_refused_with_the_name_of_its_archive(system_with: S
     change(
         system,
         """
-        insert into dovecote.dropped_weeks (week, lower_id, upper_id, events, processed, first_position, last_position,
-            first_created_at, last_created_at, archive, checksum, dropped_by)
-        values ('2022w13', dovecote.uuid_v7_floor('2022-03-28'), dovecote.uuid_v7_floor('2022-04-11'), 9, 9, -9, -1,
-            '2022-03-28', '2022-04-10', '/archives/2022w13', 'checksum', 'test')
+        insert into dovecote.dropped_partitions (week, lower_id, upper_id, events, processed, first_position,
+            last_position, first_created_at, last_created_at, archive, checksum, actor)
+        values ('2022w13', dovecote.uuid_v7_lower_bound('2022-03-28'), dovecote.uuid_v7_lower_bound('2022-04-11'), 9, 9,
+            -9, -1, '2022-03-28', '2022-04-10', '/archives/2022w13', 'checksum', 'test')
         """,
     )
 
@@ -275,7 +275,7 @@ def test_what_is_in_deliveries_is_left_alone(system_with: SystemWith) -> None:
     assert (plan.events, plan.left_alone) == (9, 1)
     assert value(system, "select state || attempts from dovecote.deliveries") == "dead1"
     with pytest.raises(ReplayRefused, match="acted on all that match; 1 are in deliveries"):
-        replay(system, "missing")
+        replay(system, "backfill")
 
 
 def test_an_ordered_handler_acts_again_in_order_though_one_event_fails(system_with: SystemWith) -> None:
@@ -329,7 +329,7 @@ def test_a_new_handler_is_given_what_was_before_it(system_with: SystemWith) -> N
         write_quotes(system, range(100, 110))
         eventually(lambda: sum(e.handler == "test.new" for e in effects_in(system.engine)) == 10, 10, "the new events")
 
-        done = until_over(system, replay(system, "missing", handler="test.new"))
+        done = until_over(system, replay(system, "backfill", handler="test.new"))
 
     assert (done.total, done.done) == (100, 100)
     new = Counter(effect.price for effect in effects_in(system.engine) if effect.handler == "test.new")
@@ -347,7 +347,7 @@ def test_an_ordered_handler_is_not_given_what_was_before_it(system_with: SystemW
         eventually(lambda: value(system, "select count(*) from dovecote.subscriptions") == 2, 10, "a subscription")
 
     with pytest.raises(ReplayRefused, match="has its events from position 11 on"):
-        replay(system, "missing")
+        replay(system, "backfill")
 
 
 def test_what_is_still_queued_is_not_queued_again(system_with: SystemWith) -> None:
@@ -357,7 +357,7 @@ def test_what_is_still_queued_is_not_queued_again(system_with: SystemWith) -> No
     with system.relay():
         write_quotes(system, range(100))
         eventually(lambda: client.llen(key) == 5, 10, "five bundles")
-        id = replay(system, "missing")
+        id = replay(system, "backfill")
         eventually(lambda: replays.shown(system.engine, id).state == "pending", 1, "a replay")
         time.sleep(1.0)  # the relay has looked at it by now; there is nothing to be seen of what it does not do
 
@@ -419,7 +419,7 @@ def test_a_replay_waits_while_its_handler_is_paused(system_with: SystemWith) -> 
         id = replay(system)
         time.sleep(1.5)  # the relay has looked at it by now; there is nothing to be seen of what it does not do
         waiting = replays.shown(system.engine, id)
-        sent = system.broker.holds_messages("test")
+        sent = system.publisher.holds_messages("test")
         operations.resume_handler(system.engine, system.routes, "test.note", actor="tester")
         done = until_over(system, id)
 

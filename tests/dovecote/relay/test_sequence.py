@@ -287,7 +287,7 @@ def test_whatever_is_known_of_positions_has_to_be_behind_the_sequence(
 ) -> None:
     database.execute(change)
 
-    same = "select h.last_position = s.handed_out from dovecote.horizon() h, dovecote.sequence_state() s"
+    same = "select h.last_position = s.handed_out from dovecote.low_watermark() h, dovecote.sequence_state() s"
     assert database.execute(same).fetchone() == (True,), "the relay reckons as the check does"
     (found,) = database.execute("select dovecote.sequence_fault()").fetchone() or (None,)
 

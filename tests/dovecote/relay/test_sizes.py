@@ -16,8 +16,8 @@ import redis
 from psycopg.rows import TupleRow
 from sqlalchemy import make_url
 
-from dovecote.bootstrap import broker_for
-from dovecote.broker.broker import QueuedBundle
+from dovecote.bootstrap import publisher_for
+from dovecote.broker.publisher import QueuedBundle
 from dovecote.relay.bundler import Bundler
 from dovecote.relay.fence import Claim, RedisFence
 from dovecote.store.positions import multirange
@@ -133,7 +133,7 @@ def test_late_rows_that_fill_a_batch_go_first_and_hold_the_checkpoint(url: str, 
     reader = Reader(connection, 0, 100, batch_bytes=500_000)
     with psycopg.connect(url) as late:
         # What the trigger would do, and the beginning of a transaction that stays open.
-        late.execute("select pg_try_advisory_xact_lock_shared(dovecote.floor_key(0))")
+        late.execute("select pg_try_advisory_xact_lock_shared(dovecote.writer_key(0))")
         held = [insert_past_the_trigger(late, a_document(200), aggregate_id="A") for _ in range(5)]
         passed = fill(connection, [0])
         assert positions(reader.read().rows) == passed
@@ -196,7 +196,7 @@ def test_a_publish_takes_several_calls_when_it_is_large(servers: Servers, url: s
     sizes = [40_000, 40_000, 40_000, 300_000, 10, 10]
     with Calls(make_url(servers.redis_url).port or 6379) as proxy:
         through = settings_for(url, proxy.through(servers.redis_url), tmp_path, DOVECOTE_RELAY__PUBLISH_BYTES="100000")
-        broker = broker_for(through, [])
+        broker = publisher_for(through, [])
         RedisFence(broker).claim(Claim(1, "", "", 0), over="")
         broker.publish(1, [])  # the script is known from now on
         proxy.sizes.clear()

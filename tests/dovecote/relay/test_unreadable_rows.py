@@ -244,17 +244,17 @@ def test_a_row_that_was_mended_is_acted_on_when_it_is_retried(system_with: Syste
     assert letters(system) == []
 
 
-@pytest.mark.parametrize("strength", ["missing", "again"])
-def test_a_replay_passes_it_and_comes_to_its_end(system_with: SystemWith, strength: str) -> None:
+@pytest.mark.parametrize("mode", ["backfill", "reprocess"])
+def test_a_replay_passes_it_and_comes_to_its_end(system_with: SystemWith, mode: str) -> None:
     system = system_with(a_route(replayable=True))
     write_quotes(system, [1, 2])
     with system.running():
         system.until_quiet()
-    if strength == "missing":
+    if mode == "backfill":
         run(system, "delete from dovecote.processed_events")
     # It was read and acted on once, and is damaged since.
     run(system, "update dovecote.outbox set payload = %s::jsonb where position = 1", numbers(131071, 9_000))
-    asked: Any = {"strength": strength, "reason": "a test", "requested_by": "tester"}
+    asked: Any = {"mode": mode, "reason": "a test", "actor": "tester"}
     id = replays.start(system.engine, system.routes, Request(handler="test.note", filter=Filter(), **asked)).replay_id
     assert id is not None
 

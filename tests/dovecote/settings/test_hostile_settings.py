@@ -86,7 +86,7 @@ def test_the_whole_circle_under(setting: str, settings: Settings) -> None:
             assert [one.price for one in effects] == [0, 1, 2, 3]
             assert {one.symbol for one in effects} == {"Zürich €"}
 
-            asked = Request(handler="test.note", strength="again", reason="a test", requested_by="me")
+            asked = Request(handler="test.note", mode="reprocess", reason="a test", actor="me")
             start(system.engine, [route], asked)
             eventually(lambda: len(effects_in(system.engine)) == 8, 15, "the effects of a replay")
 

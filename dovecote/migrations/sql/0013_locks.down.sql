@@ -1,0 +1,1 @@
+drop function dovecote.foreign_locks, dovecote.look_at_advisory_locks;

@@ -1,0 +1,14 @@
+"""How far each handler is."""
+
+from dovecote.migrations.files import run_as_owner
+
+revision = "dovecote_0005"
+down_revision = "dovecote_0004"
+
+
+def upgrade() -> None:
+    run_as_owner(__file__, "up")
+
+
+def downgrade() -> None:
+    run_as_owner(__file__, "down")

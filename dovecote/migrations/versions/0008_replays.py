@@ -1,0 +1,14 @@
+"""Replays."""
+
+from dovecote.migrations.files import run_as_owner
+
+revision = "dovecote_0008"
+down_revision = "dovecote_0007"
+
+
+def upgrade() -> None:
+    run_as_owner(__file__, "up")
+
+
+def downgrade() -> None:
+    run_as_owner(__file__, "down")

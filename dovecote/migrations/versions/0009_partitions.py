@@ -1,0 +1,14 @@
+"""Partitions by week."""
+
+from dovecote.migrations.files import run_as_owner
+
+revision = "dovecote_0009"
+down_revision = "dovecote_0008"
+
+
+def upgrade() -> None:
+    run_as_owner(__file__, "up")
+
+
+def downgrade() -> None:
+    run_as_owner(__file__, "down")

@@ -1,0 +1,14 @@
+"""Keys that relays sign messages with."""
+
+from dovecote.migrations.files import run_as_owner
+
+revision = "dovecote_0012"
+down_revision = "dovecote_0011"
+
+
+def upgrade() -> None:
+    run_as_owner(__file__, "up")
+
+
+def downgrade() -> None:
+    run_as_owner(__file__, "down")

@@ -1,0 +1,1 @@
+drop table dovecote.verification_quotas, dovecote.verified_phones, dovecote.challenges;

@@ -1,1 +1,0 @@
-drop table dovecote.verified_phones, dovecote.challenges;

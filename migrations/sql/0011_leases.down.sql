@@ -1,1 +1,0 @@
-alter table dovecote.deliveries drop column leased_until;

@@ -1,1 +1,0 @@
-drop function dovecote.not_in_outbox, dovecote.outbox_run;
