@@ -14,7 +14,7 @@ from dovecote.cli.output import add_row, cell, fail, note, print_json, say, show
 def bench(
     name: Annotated[
         str,
-        typer.Argument(help="Which one; benchmarks/README.md tells what each measures."),
+        typer.Argument(help="Which one; benchmarks/README.md describes each of them."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
     quick: Annotated[bool, typer.Option(help="A smaller run of at most 45 s.")] = False,

@@ -18,13 +18,13 @@ _FILL = f"""
     insert into dovecote.outbox_of_that_week
         (id, aggregate_type, aggregate_id, event_type, payload, headers, created_at)
     select overlay(dovecote.uuid_v7()::text
-                   placing left(dovecote.uuid_v7_lower_bound(moment)::text, 13) from 1 for 13)::uuid,
+                   placing left(dovecote.uuid_v7_lower_bound(occurred)::text, 13) from 1 for 13)::uuid,
            'price', 's' || n %% 1000, 'pricing.price_quoted.v1',
-           jsonb_build_object('symbol', 's' || n %% 1000, 'price', '1.25', 'as_of', moment, 'occurred_at', moment,
+           jsonb_build_object('symbol', 's' || n %% 1000, 'price', '1.25', 'as_of', occurred, 'occurred_at', occurred,
                               'remark', repeat('x', 130)),
-           '{{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"}}', moment
+           '{{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"}}', occurred
     from generate_series(1, %(rows)s) n
-    cross join lateral (select {_MONDAY} + make_interval(secs => n * 600000.0 / %(rows)s) as moment) m
+    cross join lateral (select {_MONDAY} + make_interval(secs => n * 600000.0 / %(rows)s) as occurred) m
 """  # noqa: S608 - our own words
 
 

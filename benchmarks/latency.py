@@ -96,7 +96,7 @@ def _measured(scene: Scene, rate: int, seconds: float, name: str) -> Quantiles:
 
 
 def write(scene: Scene, rate: int, seconds: float, table: str) -> dict[UUID, int]:
-    """Write at random moments, `rate` a second on average; return each event's commit in Unix nanoseconds."""
+    """Write at random times, `rate` a second on average; return each event's commit in Unix nanoseconds."""
     committed: dict[UUID, int] = {}
     threads = [
         threading.Thread(target=_writer, args=(scene.database_url, rate / _WRITERS, seconds, table, committed, n))
@@ -119,8 +119,8 @@ def _writer(url: str, rate: float, seconds: float, table: str, committed: dict[U
             # The offered rate itself: nothing is awaited.
             time.sleep(max(0.0, due - time.monotonic()))
             id, symbol = uuid7(), f"s{number}-{arrivals.randrange(250)}"
-            moment = "2026-01-01T00:00:00+00:00"
-            payload = _PAYLOAD.format(moment, symbol, "x" * 145)
+            timestamp = "2026-01-01T00:00:00+00:00"
+            payload = _PAYLOAD.format(timestamp, symbol, "x" * 145)
             headers = _HEADERS.format(arrivals.getrandbits(128), arrivals.getrandbits(64))
             with connection.transaction():
                 connection.execute(_DOMAIN_ROW, (symbol,))

@@ -56,7 +56,7 @@ APPLY = """
         price = case when excluded.as_of >= latest.as_of then excluded.price else latest.price end,
         as_of = greatest(excluded.as_of, latest.as_of)
 """
-#: The same for asyncpg, which counts its parameters and takes no text for a number or a moment.
+#: The same for asyncpg, which counts its parameters and takes no text for a number or a timestamp.
 APPLY_POSITIONAL = (
     APPLY.replace("%(symbol)s", "$1")
     .replace("%(price)s", "$2::text::numeric")

@@ -1,6 +1,6 @@
 """Writers that offer a given load, whatever becomes of it, and note when each event was committed.
 
-Up to a thousand events a second each is a transaction of its own, at random (Poisson) moments. Above that
+Up to a thousand events a second each is a transaction of its own, at random (Poisson) times. Above that
 a thousand transactions a second carry several events each: with one event each the writers would be what
 is measured.
 """

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: What benchmarks/README.md shows; a quick run's are put aside.
+#: What benchmarks/README.md shows; those of a quick run go into a folder below.
 SHOWN = Path(__file__).parent / "plots"
 ROUGH = SHOWN / "quick"
 _WITHOUT = "none: matplotlib is not installed; in the checkout, .venv/bin/pip install -e '.[bench]' brings it"
 
-# Okabe and Ito's colours, which people tell apart whatever they see; the markers differ too.
+# Okabe and Ito's colours, distinguishable with every kind of colour vision; the markers differ too.
 _BLUE, _VERMILLION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _STYLE: Any = {
     "figure.facecolor": "white",

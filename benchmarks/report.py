@@ -1,4 +1,4 @@
-"""What a benchmark hands back: rounds, their medians, how they compare, and the machine they ran on."""
+"""What a benchmark returns: rounds, their medians, how they compare, and the machine they ran on."""
 
 import os
 import platform

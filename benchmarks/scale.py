@@ -67,7 +67,7 @@ def scale(stage: Stage, options: Options) -> Report:
 
 def _point(stage: Stage, size: _Size, processes: int, bundle_size: int) -> Point:
     """Measure one number of processes and one bundle size: a backlog first, then latency at a steady rate."""
-    # A bundle of one is a message and a transaction for each event: a fifth of them tells as much.
+    # A bundle of one is a message and a transaction for each event: a fifth of them is enough.
     events = size.events if bundle_size >= 50 else size.events // 5
     relay = ("benchmarks.rebundled", str(bundle_size))
     with stage.scene() as scene:

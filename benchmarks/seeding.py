@@ -67,7 +67,7 @@ _COLUMNS = "(aggregate_type, aggregate_id, event_type, payload, headers)"
 
 
 def outbox(scene: Scene, events: int, load: Load = QUOTES, table: str = "dovecote.outbox") -> float:
-    """Commit events to an outbox in one transaction; return the moment the commit had returned (Unix)."""
+    """Commit events to an outbox in one transaction; return the time when the commit had returned (Unix)."""
     cast = f"select aggregate_type, aggregate_id, event_type, payload::jsonb, headers::jsonb from ({load.events}) e"  # noqa: S608 - our own words
     scene.connection.execute(f"insert into {table} {_COLUMNS} {cast}", (events,))
     return time.time()

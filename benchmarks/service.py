@@ -58,14 +58,16 @@ class Service:
 
 
 class _Writer:
-    def __init__(self, url: str, tells: str) -> None:
+    def __init__(self, url: str, writes_to: str) -> None:
         self._sessions = sessions_for(connect(url, pool_size=1))
-        self._tells = tells
-        self._moment = moment = datetime(2026, 1, 1, tzinfo=UTC)
+        self._writes_to = writes_to
+        self._began_at = began_at = datetime(2026, 1, 1, tzinfo=UTC)
         with unit_of_work(self._sessions) as uow:
-            ids = [billing.start_membership(uow, _USER_ID, billing.Tier.MONTHLY, moment).id for _ in range(_AGGREGATES)]
+            ids = [
+                billing.start_membership(uow, _USER_ID, billing.Tier.MONTHLY, began_at).id for _ in range(_AGGREGATES)
+            ]
             for id in ids:
-                billing.activate_membership(uow, id, moment, until=moment + timedelta(days=30))
+                billing.activate_membership(uow, id, began_at, until=began_at + timedelta(days=30))
         self._ids = cycle(ids)
 
     def write(self, seconds: float) -> float:
@@ -79,15 +81,15 @@ class _Writer:
         with unit_of_work(self._sessions, _HEADERS) as uow:
             membership = Memberships(uow).get(next(self._ids))
             assert membership.current_period_end is not None, "an active monthly membership has a period"
-            renewed = membership.renew(membership.current_period_end + timedelta(days=1), self._moment)
-            if self._tells == "outbox":
+            renewed = membership.renew(membership.current_period_end + timedelta(days=1), self._began_at)
+            if self._writes_to == "outbox":
                 uow.emit(renewed)
-            elif self._tells == "naive":
-                _tell_naively(uow, renewed)
+            elif self._writes_to == "naive":
+                _write_naively(uow, renewed)
 
 
 def _serve(databases: Mapping[str, tuple[str, str]], end: Connection) -> None:
-    writers = {name: _Writer(url, tells) for name, (url, tells) in databases.items()}
+    writers = {name: _Writer(url, writes_to) for name, (url, writes_to) in databases.items()}
     end.send("ready")
     try:
         while True:
@@ -97,7 +99,7 @@ def _serve(databases: Mapping[str, tuple[str, str]], end: Connection) -> None:
         return
 
 
-def _tell_naively(uow: UnitOfWork, event: billing.MembershipRenewed) -> None:
+def _write_naively(uow: UnitOfWork, event: billing.MembershipRenewed) -> None:
     uow.session.flush()
     uow.session.execute(
         _NAIVE,

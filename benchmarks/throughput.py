@@ -146,15 +146,15 @@ def _naive_consumed(scene: Scene, events: int, load: Load) -> float:
 def _from_appearing(scene: Scene, load: Load, events: int, start: Callable[[], object]) -> float:
     """Return the seconds from the queue's appearing to the last effect.
 
-    The queue is put aside while the process starts, which takes a second and is not what is measured.
+    The queue is renamed while the process starts, which takes a second and is not part of the measurement.
     """
     keys = [f"{scene.namespace}:{load.queue}.msgs", f"{scene.namespace}:{load.queue}"]
     for key in keys:
-        scene.client.rename(key, f"{key}.aside")
+        scene.client.rename(key, f"{key}.renamed")
     start()
     pipeline = scene.client.pipeline()
     for key in keys:
-        pipeline.rename(f"{key}.aside", key)
+        pipeline.rename(f"{key}.renamed", key)
     pipeline.execute()
     began_at = time.time()
     return until_acted_on(scene, events, load) - began_at
@@ -224,7 +224,7 @@ def start_naive_consumers(scene: Scene, processes: int, threads: int, load: Load
 
 
 def until_acted_on(scene: Scene, events: int, load: Load = QUOTES) -> float:
-    """Return the moment (Unix) at which so many effects were seen committed."""
+    """Return the time (Unix) at which so many effects were seen committed."""
     scene.until(
         lambda: scene.one(load.effects) == events, _WITHIN_SECONDS, f"{events} effects are committed", every=0.025
     )
@@ -245,8 +245,8 @@ def _leads_since(scene: Scene) -> float:
     return _last(scene, "owned_since from dovecote.relay_state")
 
 
-def _last(scene: Scene, moment: str) -> float:
-    return float(scene.one(f"select extract(epoch from {moment.replace(' from', ') from', 1)}"))  # noqa: S608 - our own words
+def _last(scene: Scene, timestamp: str) -> float:
+    return float(scene.one(f"select extract(epoch from {timestamp.replace(' from', ') from', 1)}"))  # noqa: S608 - our own words
 
 
 def _said(number: int, rounds: Rounds) -> str:

@@ -1,4 +1,4 @@
-"""What an event costs the service that writes it: a domain row only, with an outbox row, with floors and bell.
+"""What an event costs the writer: a domain row only, with an outbox row, with the announcement and the wake-up.
 
 Eight connections, as fast as they can. Measured twice. `service`: processes that write as the README shows, which
 is what a user pays and what is judged. `bare`: pgbench, whose own work is next to nothing, so that nothing
@@ -20,7 +20,7 @@ from benchmarks.service import Service
 
 Measured = dict[str, list[float]]
 _VARIANTS = ("limit", "naive", "plain", "ours")
-_TELLS = {"limit": "nothing", "naive": "naive", "plain": "outbox", "ours": "outbox"}
+_WRITES_TO = {"limit": "nothing", "naive": "naive", "plain": "outbox", "ours": "outbox"}
 
 
 def writers(stage: Stage, options: Options) -> Report:
@@ -32,7 +32,7 @@ def writers(stage: Stage, options: Options) -> Report:
         scenes["plain"].connection.execute("alter table dovecote.outbox disable trigger announce")
         scenes["naive"].connection.execute(naive.SCHEMA)
         bare = _alternating(lambda name: _bare(scenes[name], name, seconds), rounds)
-        service = Service({name: (scenes[name].database_url, _TELLS[name]) for name in _VARIANTS})
+        service = Service({name: (scenes[name].database_url, _WRITES_TO[name]) for name in _VARIANTS})
         stack.callback(service.close)
         served = _alternating(lambda name: service.write(name, seconds), rounds)
     trigger, whole = _costs(served, "ours", "plain"), _costs(served, "ours", "limit")

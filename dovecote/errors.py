@@ -89,7 +89,7 @@ class EventsDropped(RuntimeWarning):
 
 
 class ConcurrentChange(DovecoteError):
-    """Somebody else changed the aggregate since it was loaded. Load it again and retry."""
+    """Another transaction changed the aggregate since it was loaded. Load it again and retry."""
 
 
 class MissingPackage(DovecoteError):

@@ -92,7 +92,7 @@ def servers() -> Iterator[Servers]:
     given = os.environ.get("DATABASE_URL"), os.environ.get("REDIS_URL")
     with ExitStack() as stack:
         if given[0] and given[1]:
-            yield Servers(given[0], given[1], "given")
+            yield Servers(given[0], given[1], os.environ.get("DOVECOTE_TEST_ORIGIN", "given"))
         elif found := _containers(stack):
             yield found
         else:
@@ -142,7 +142,10 @@ def _containers(stack: ExitStack) -> Servers | None:
 
 @pytest.fixture(scope="session")
 def template(servers: Servers) -> Iterator[str]:
-    """The name of a migrated database that others are copied from."""
+    """The name of a migrated database that others are copied from; ./dev mutations has one for all its runs."""
+    if given := os.environ.get("DOVECOTE_TEST_TEMPLATE"):
+        yield given
+        return
     if servers.origin == "embedded":
         yield TEMPLATE
         return

@@ -2,7 +2,7 @@
 
 relay     events/s from a committed backlog to the queues, where there is such a hop
 effects   events/s from a committed backlog to committed effects, everything running
-latency   from the commit to the handler's first line, at 20 events/s at random moments
+latency   from the commit to the handler's first line, at 20 events/s at random times
 """
 
 import time

@@ -2,7 +2,7 @@
 
     dramatiq benchmarks.peers.raw_dramatiq:broker               the consumers
     python -m benchmarks.peers.raw_dramatiq backlog EVENTS      sends as fast as it can
-    python -m benchmarks.peers.raw_dramatiq steady SECONDS RATE sends at random moments, each after a commit
+    python -m benchmarks.peers.raw_dramatiq steady SECONDS RATE sends at random times, each after a commit
 
 What is lost when the process dies between commit and send stays lost, and what is delivered twice is done twice.
 """
@@ -36,20 +36,26 @@ def apply_raw(event_id: str, data: dict[str, Any]) -> None:
 
 
 def send(id: UUID) -> None:
-    moment = "2026-01-01T00:00:00+00:00"
-    data = {"symbol": f"s{id.int % 1000}", "price": "1.25", "as_of": moment, "occurred_at": moment, "remark": "x" * 145}
+    timestamp = "2026-01-01T00:00:00+00:00"
+    data = {
+        "symbol": f"s{id.int % 1000}",
+        "price": "1.25",
+        "as_of": timestamp,
+        "occurred_at": timestamp,
+        "remark": "x" * 145,
+    }
     apply_raw.send(str(id), data)
 
 
 def backlog(events: int) -> Iterator[tuple[UUID, int]]:
-    """Send so many; tell the first one's moment."""
+    """Send so many messages; yield the time before the first one."""
     yield uuid7(), time.time_ns()
     for _ in range(events):
         send(uuid7())
 
 
 def steady(seconds: float, rate: float) -> Iterator[tuple[UUID, int]]:
-    """Send after each commit of a domain row; tell when each had committed."""
+    """Send after each commit of a domain row; yield the time of each commit."""
     arrivals = random.Random(0)
     with psycopg.connect(os.environ["DATABASE_URL"], prepare_threshold=1) as connection:
         started = due = time.monotonic()
@@ -65,10 +71,10 @@ def steady(seconds: float, rate: float) -> Iterator[tuple[UUID, int]]:
 def main(what: str, *numbers: str) -> None:
     sent = backlog(int(numbers[0])) if what == "backlog" else steady(*map(float, numbers))
     lines = [f"{id} {at}\n" for id, at in sent]
-    # In place at once: who waits for the file reads it whole.
-    aside = Path(os.environ["BENCH_SENT"] + ".aside")
-    aside.write_text("".join(lines))
-    aside.rename(os.environ["BENCH_SENT"])
+    # Renamed into place: a reader that waits for the file never sees half of it.
+    unfinished = Path(os.environ["BENCH_SENT"] + ".unfinished")
+    unfinished.write_text("".join(lines))
+    unfinished.rename(os.environ["BENCH_SENT"])
 
 
 if __name__ == "__main__":

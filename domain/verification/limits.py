@@ -1,7 +1,7 @@
 """How many codes and answers a phone number and a user may have, and how that is counted.
 
 A challenge judges three answers, but anybody may ask for the next challenge: what stops guessing, and texts that
-another pays for, is counted here, beyond challenges. docs/adr/0038-limits-on-codes.md says where the numbers
+another pays for, is counted here, beyond challenges. docs/adr/0038-verification-limits.md says where the numbers
 come from. Limits by address or by country are the web layer's: this domain sees neither.
 """
 

@@ -146,7 +146,7 @@ def _not_found(challenge_id: UUID) -> NotFound:
 
 
 class Quotas:
-    """What phone numbers and users have used of their allowances. Nothing else counts, so nothing goes round it."""
+    """What phone numbers and users have used of their quotas. Every count is made here, so none is bypassed."""
 
     def __init__(self, uow: UnitOfWork) -> None:
         self._session: Session = uow.session

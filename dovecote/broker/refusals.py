@@ -30,7 +30,7 @@ class Refusals:
             self._logged[kind] = (now, 0) if is_time else (logged_at, unlogged + 1)
         if is_time:
             log.error(
-                "message refused: nobody acts on it, and its events, if any, are in the outbox",
+                "message refused: it is not acted on, and its events, if any, are in the outbox",
                 queue=queue,
                 reason=refused.reason,
                 why=str(refused),

@@ -145,7 +145,7 @@ class Consumer:
         )
         for envelope in bundle.envelopes:
             alone = bundle.of([envelope])
-            with one_at_a_time(self._retrying.stop_if_told):
+            with one_at_a_time(self._retrying.require_not_stopping):
                 crash_count = self._retry(partial(poison.crash_count, envelope.event_id))
                 if crash_count >= MAX_CRASHES:
                     self._record(alone, {envelope.event_id: _killed(crash_count)}, if_open=True)

@@ -14,7 +14,7 @@ from dovecote.consumer.retrying import Stopping
 from dovecote.envelope.message_reader import RefusedMessage
 from dovecote.store.pauses import HandlerPaused
 
-# By one process. With a pause of a second each, a passing fault has some time to end.
+# By one process. With a pause of a second each, a transient fault has some time to end.
 _MAX_REQUEUES = 20
 _MAX_REMEMBERED = 10_000
 
@@ -23,7 +23,7 @@ class RequeueWhatFails(Middleware):
     """Requeues the message of an actor that raises, instead of acknowledging it.
 
     Failures of handlers never come this far (consumer.py records them). What does is a paused handler, a process that
-    is told to stop while it waits, or a bug. A bug is slowed down by a pause, and a message that meets it time after
+    is asked to stop while it waits, or a bug. A bug is slowed down by a pause, and a message that meets it time after
     time is refused: the relay sends its events again when they have been missing for long.
     """
 

@@ -1,4 +1,4 @@
-"""Waiting for a server that is unavailable, until the process is told to stop."""
+"""Waiting for a server that is unavailable, until the process is asked to stop."""
 
 import threading
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _takes_writes = text("select current_setting('transaction_read_only') = 'off'")
 
 
 class Stopping(DovecoteError):
-    """The process was told to stop while it waited for a server; the message is requeued."""
+    """The process was asked to stop while it waited for a server; the message is requeued."""
 
 
 class Retrying:
@@ -57,7 +57,7 @@ class Retrying:
                 if self._stopping.wait(self._backoff.pause_seconds(tries)):
                     raise Stopping from error
 
-    def stop_if_told(self) -> None:
+    def require_not_stopping(self) -> None:
         """Errors: Stopping."""
         if self._stopping.is_set():
             raise Stopping

@@ -35,7 +35,7 @@ _TOKEN = re.compile(
     | (?P<dollars> \$(?:[^\W\d]\w*)?\$) .*? (?P=dollars)
     | "(?P<quoted> (?:[^"]|"")*)"
     | (?P<word> [^\W\d][\w$]*)
-    | (?P<mark> [;()])
+    | (?P<sign> [;()])
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -69,7 +69,7 @@ def statements_in(text: str) -> Sequence[Statement]:
 
 def _read(text: str) -> tuple[Statement, ...]:
     found = []
-    if _FIRST.match(text) or (any(mark in text for mark in (";", "*/", "--")) and _LATER.search(text)):
+    if _FIRST.match(text) or (any(sign in text for sign in (";", "*/", "--")) and _LATER.search(text)):
         found = [statement for words in _statements(text) if (statement := _judged(words)) is not None]
     if "set_config" in text.lower():
         found.append(Statement("set", "set_config()"))
@@ -102,13 +102,13 @@ def _statements(text: str) -> Iterator[list[str]]:
     words: list[str] = []
     last, parentheses, blocks = "", 0, 0
     for token in _tokens(text):
-        mark, word = token["mark"], token["word"]
-        if mark == ";" and parentheses == 0 and blocks == 0:
+        sign, word = token["sign"], token["word"]
+        if sign == ";" and parentheses == 0 and blocks == 0:
             if words:
                 yield words
             words = []
-        elif mark is not None:
-            parentheses += {"(": 1, ")": -1, ";": 0}[mark]
+        elif sign is not None:
+            parentheses += {"(": 1, ")": -1, ";": 0}[sign]
         elif word is not None:
             word = word.lower()
             # The body of a function may be SQL, with semicolons and an END of its own: BEGIN ATOMIC ... END.

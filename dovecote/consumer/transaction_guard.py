@@ -1,4 +1,4 @@
-"""The transaction that marks an event is the one that its handler's effect commits with, or the handler has failed.
+"""Requires that the effect of a handler commits with the transaction that records its event as processed.
 
 Looked at after each call of a handler, without a question to the server: the session knows which transaction it is in,
 and libpq in what state the connection was left. Ends of the transaction are refused before they happen, whatever the
@@ -28,7 +28,7 @@ from dovecote.store.watched import Connection
 
 _SAVEPOINT = "put what may fail into a savepoint: `with uow.session.begin_nested():`"
 _NO_END = (
-    "its effect and the mark of its event commit together when it returns; "
+    "its effect and the record of its event commit together when it returns; "
     f"to undo a part, {_SAVEPOINT}, and to give up, raise"
 )
 _PUT_BACK = "put it back before returning, or set it in a function with a SET clause"
@@ -74,7 +74,7 @@ class TransactionGuard:
 
     @contextmanager
     def on_watch(self) -> Iterator[None]:
-        """Have the connection tell what is done to it; one that `connect` has not opened tells nothing."""
+        """Have the connection report what is done to it; one that `connect` has not opened reports nothing."""
         with self._driver.watched_by(self) if isinstance(self._driver, Connection) else nullcontext():
             yield
 
@@ -129,7 +129,7 @@ class TransactionGuard:
         self._violation = self._violation or what
         raise EndedTransaction(f"{self._handler} {what}")
 
-    # What the connection tells -------------------------------------------------------------------
+    # What the connection reports -----------------------------------------------------------------
 
     def before_statement(self, query: object, parameters: object) -> None:
         """Errors: EndedTransaction."""

@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 from dovecote import operations
 from dovecote.broker.redis_client import connect_redis
 from dovecote.operations.aggregates import count_blocked
-from dovecote.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_FLOOR, PARTITIONS, POSTPONED
+from dovecote.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_WRITER, PARTITIONS, POSTPONED
 from dovecote.operations.snapshot import snapshot
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
@@ -205,7 +205,7 @@ def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapp
 
 
 def _of_writers_and_weeks(connection: Connection) -> list[Metric]:
-    writer = connection.exec_driver_sql(OLDEST_FLOOR).one_or_none()
+    writer = connection.exec_driver_sql(OLDEST_WRITER).one_or_none()
     weeks = connection.exec_driver_sql(PARTITIONS).one()
     return [
         _gauge(

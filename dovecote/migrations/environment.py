@@ -49,7 +49,7 @@ def _migrate(connection: Connection, metadata: MetaData) -> None:
         include_name=lambda name, kind, _: kind != "schema" or name == SCHEMA,
         include_object=is_ours,
         transaction_per_migration=True,
-        # Comments are written in SQL, for whoever looks into the database; the models do not repeat them.
+        # Comments are written in SQL, where a reader of the database finds them; the models do not repeat them.
         autogenerate_plugins=["alembic.autogenerate.*", "~alembic.autogenerate.comments"],
     )
     with context.begin_transaction():

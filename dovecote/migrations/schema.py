@@ -63,7 +63,7 @@ def upgrade(url: str, revision: str = "heads", locations: Sequence[Path] = APPLI
 
 
 def downgrade(url: str, revision: str, locations: Sequence[Path] = APPLICATION) -> None:
-    """Take back revisions down to this one; "base" takes back all, "application@base" the application's."""
+    """Downgrade to this revision; "base" removes all revisions, "application@base" the application's."""
     _with_connection(url, locations, lambda config: command.downgrade(config, revision))
 
 
@@ -73,7 +73,7 @@ def steps(url: str, revision: str = "heads", locations: Sequence[Path] = APPLICA
 
 
 def steps_back(url: str, revision: str, locations: Sequence[Path] = APPLICATION) -> list[str]:
-    """Return the revisions that `downgrade` would take back, in its order. Errors: SchemaError for an unknown one."""
+    """Return the revisions that `downgrade` would remove, in its order. Errors: SchemaError for an unknown one."""
     applied: Any = _applied(url)
     with _one_sentence():
         # Alembic has no public name, and no type for several heads, for what `downgrade` goes through.

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-def _moment(name: str, *, nullable: bool = False, default: bool = True) -> Column[object]:
+def _timestamp(name: str, *, nullable: bool = False, default: bool = True) -> Column[object]:
     server_default = func.clock_timestamp() if default and not nullable else None
     return Column(name, DateTime(timezone=True), nullable=nullable, server_default=server_default)
 
@@ -52,7 +52,7 @@ published_batches = Table(
     Column("positions", INT8MULTIRANGE, nullable=False),
     Column("events", Integer, nullable=False),
     Column("epoch", BigInteger, nullable=False),
-    _moment("published_at"),
+    _timestamp("published_at"),
     Index("published_batches_positions_idx", "positions", postgresql_using="gist"),
     Index("published_batches_published_at_idx", "published_at"),
     postgresql_partition_by="RANGE (published_at)",
@@ -69,17 +69,17 @@ deliveries = Table(
     Column("event_type", Text, nullable=False),
     Column("state", Text, nullable=False),
     Column("attempts", Integer, nullable=False, server_default=text("0")),
-    _moment("next_attempt_at", nullable=True),
+    _timestamp("next_attempt_at", nullable=True),
     Column("error_type", Text),
     Column("headline", Text),
     Column("error_fingerprint", Text),
     Column("error", Text),
     Column("trace_id", Text),
-    _moment("first_failed_at"),
-    _moment("updated_at"),
-    _moment("leased_until", nullable=True),
+    _timestamp("first_failed_at"),
+    _timestamp("updated_at"),
+    _timestamp("leased_until", nullable=True),
     Column("replay_id", Uuid),
-    _moment("first_leased_at", nullable=True),
+    _timestamp("first_leased_at", nullable=True),
     CheckConstraint("state in ('retrying', 'waiting', 'dead', 'discarded')", name="deliveries_state_is_known"),
     Index("deliveries_due_idx", "next_attempt_at", postgresql_where=text("state = 'retrying'")),
     Index(
@@ -114,8 +114,8 @@ message_keys = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("secret", LargeBinary),
-    _moment("made_at"),
-    _moment("revoked_at", nullable=True),
+    _timestamp("made_at"),
+    _timestamp("revoked_at", nullable=True),
     CheckConstraint("id ~ '^[0-9a-f]{16}$'", name="message_keys_id_check"),
     CheckConstraint("octet_length(secret) = 32", name="message_keys_secret_check"),
     CheckConstraint("(secret is null) = (revoked_at is not null)", name="message_keys_revoked_check"),
@@ -128,7 +128,7 @@ paused_handlers = Table(
     Column("state", Text, nullable=False, server_default=text("'paused'")),
     Column("actor", Text, nullable=False),
     Column("reason", Text, nullable=False),
-    _moment("paused_at"),
+    _timestamp("paused_at"),
     CheckConstraint("state in ('paused', 'resuming')", name="paused_handlers_state_is_known"),
 )
 
@@ -138,7 +138,7 @@ subscriptions = Table(
     Column("handler_name", Text, primary_key=True),
     Column("event_type", Text, primary_key=True),
     Column("since_position", BigInteger, nullable=False),
-    _moment("created_at"),
+    _timestamp("created_at"),
     Column("routed_epoch", BigInteger),
     Column("published_above", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
     Column("replayable", Boolean),
@@ -152,7 +152,7 @@ progress = Table(
     Column("examined", BigInteger, nullable=False),
     Column("open", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
     Column("low_water_mark", BigInteger, Computed("coalesce(lower(open) - 1, examined)", persisted=True)),
-    _moment("moved_at"),
+    _timestamp("moved_at"),
     CheckConstraint(
         "open <@ int8multirange(int8range(null::bigint, examined, '(]'))", name="progress_open_is_examined"
     ),
@@ -163,7 +163,7 @@ postponed = Table(
     metadata,
     Column("handler_name", Text, primary_key=True),
     Column("after_position", BigInteger, nullable=False),
-    _moment("since"),
+    _timestamp("since"),
 )
 
 relay_state = Table(
@@ -173,13 +173,13 @@ relay_state = Table(
     Column("checkpoint", BigInteger, nullable=False, server_default=text("0")),
     Column("epoch", BigInteger, nullable=False, server_default=text("0")),
     Column("owner", Text),
-    _moment("owned_since", nullable=True),
-    _moment("seen_at", nullable=True),
+    _timestamp("owned_since", nullable=True),
+    _timestamp("seen_at", nullable=True),
     Column("redis_run_id", Text),
     Column("history", Text),
     Column("instance", Text),
     Column("stands_back_for", Text),
-    _moment("refused_since", nullable=True),
+    _timestamp("refused_since", nullable=True),
     Column("signed_epoch", BigInteger),
 )
 
@@ -196,12 +196,12 @@ replays = Table(
     Column("total", BigInteger),
     Column("done", BigInteger, nullable=False, server_default=text("0")),
     Column("cursor_position", BigInteger, nullable=False, server_default=text("0")),
-    _moment("created_at"),
-    _moment("updated_at"),
+    _timestamp("created_at"),
+    _timestamp("updated_at"),
     Column("rate", Integer),
     Column("upto_position", BigInteger, nullable=False, server_default=text("0")),
     Column("positions", INT8MULTIRANGE),
-    _moment("finished_at", nullable=True),
+    _timestamp("finished_at", nullable=True),
     Column("problem", Text),
     Index(
         "replays_active_idx",
@@ -215,7 +215,7 @@ audit_log = Table(
     "audit_log",
     metadata,
     Column("id", Uuid, primary_key=True, server_default=func.dovecote.uuid_v7()),
-    _moment("at"),
+    _timestamp("at"),
     Column("actor", Text, nullable=False),
     Column("action", Text, nullable=False),
     Column("reason", Text),
@@ -235,12 +235,12 @@ dropped_partitions = Table(
     Column("processed", BigInteger, nullable=False),
     Column("first_position", BigInteger),
     Column("last_position", BigInteger),
-    _moment("first_created_at", nullable=True),
-    _moment("last_created_at", nullable=True),
+    _timestamp("first_created_at", nullable=True),
+    _timestamp("last_created_at", nullable=True),
     Column("archive", Text),
     Column("checksum", Text),
     Column("actor", Text, nullable=False),
-    _moment("dropped_at"),
+    _timestamp("dropped_at"),
     Index("dropped_partitions_ids_idx", "lower_id"),
 )
 
@@ -251,6 +251,6 @@ unrouted_types = Table(
     Column("events", BigInteger, nullable=False),
     Column("first_position", BigInteger, nullable=False),
     Column("last_position", BigInteger, nullable=False),
-    _moment("first_seen_at"),
-    _moment("last_seen_at"),
+    _timestamp("first_seen_at"),
+    _timestamp("last_seen_at"),
 )

@@ -17,7 +17,7 @@ WAITING = "waiting for the schema, which is older than this code: run `dovecote 
 
 
 def await_current(engine: Engine, stopping: threading.Event) -> bool:
-    """Wait until the schema is as new as this code, and say so meanwhile; False when told to stop before.
+    """Wait until the schema is as new as this code, and log it meanwhile; False when `stopping` is set before.
 
     Errors: DBAPIError when there is no schema at all.
     """

@@ -1,7 +1,7 @@
 """Weekly partitions: made ahead, and dropped when they are old and nothing needs them any more.
 
 What holds a week back is decided in SQL, `dovecote.partition_blockers`, and `dovecote.drop_partition` asks it again
-under lock: no caller can drop what is still needed. docs/adr/0011-dropping-weeks.md says how and why.
+under lock: no caller can drop what is still needed. docs/adr/0011-dropping-weekly-partitions.md says how and why.
 """
 
 from collections.abc import Iterator, Sequence

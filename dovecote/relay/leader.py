@@ -64,7 +64,7 @@ class Leader:
     """One leadership: one session that reads, one epoch. It ends with the lock of the leader.
 
     `records` is a second session, where batches are recorded while the next one is being read: on the first they would
-    take turns, and Postgres would be idle half of the time (docs/adr/0019-two-sessions.md).
+    take turns, and Postgres would be idle half of the time (docs/adr/0019-second-session-of-the-leader.md).
     """
 
     def __init__(

@@ -6,7 +6,7 @@ one wave, and what a crash or a wiped Redis takes away is one wave: the next rel
 cursor, and `processed_events` knows what of it was done.
 
 For an ordered handler acting again, the events of one aggregate in a wave are one bundle: they are taken in order,
-and those of the next wave find the ones that failed in `deliveries` (docs/adr/0016-replays-in-waves.md).
+and those of the next wave find the ones that failed in `deliveries` (docs/adr/0016-replays.md).
 """
 
 import time

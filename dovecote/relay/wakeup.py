@@ -1,9 +1,9 @@
 """When the relay may sleep, and what wakes it.
 
 The relay sleeps only while it holds the wake-up lock. A writer that finds the lock taken sends a notification with its
-commit; one that finds it free sends none: the relay is awake and will read its rows (docs/adr/0005-the-bell.md).
+commit; one that finds it free sends none: the relay is awake and reads its rows (docs/adr/0005-waking-the-relay.md).
 A writer that found the lock free and commits once the relay sleeps does not notify: the relay knows such writers by
-their transactions, and polls until they have ended (docs/adr/0027-held-writers-and-snapshots.md).
+their transactions, and polls until they have ended (docs/adr/0027-long-transactions-and-snapshots.md).
 """
 
 import time

@@ -1,6 +1,6 @@
 """Foreign sessions that hold our locks: any login that may connect can take any advisory lock.
 
-Nothing waits for an advisory lock for ever (docs/adr/0036-leadership-and-announcements-need-a-privilege.md). Sessions
+Nothing waits for an advisory lock for ever (docs/adr/0036-advisory-locks-and-privileges.md). Sessions
 that hold one, or block a table without a privilege, are shown by the log of the relay, `status`, `doctor` and a metric.
 """
 

@@ -102,7 +102,7 @@ def _words(value: object) -> tuple[str, ...]:
     return tuple(_word(word) for word in value)
 
 
-def _moment(value: object) -> datetime:
+def _timestamp(value: object) -> datetime:
     return datetime.fromisoformat(_word(value))
 
 
@@ -116,8 +116,8 @@ _READ: Mapping[str, Callable[[object], Any]] = {
     "event_types": _words,
     "aggregate_type": _word,
     "aggregate_id": _word,
-    "since": _moment,
-    "until": _moment,
+    "since": _timestamp,
+    "until": _timestamp,
     "from_position": _position,
     "upto_position": _position,
 }
@@ -164,7 +164,7 @@ _MATCHED: dict[str, str] = {
 
 _SETTLED: dict[str, str] = {
     "backfill": "(p.event_id is not null or d.event_id is not null)",
-    # Gone from processed_events: its week was dropped meanwhile, and nobody may act on it any more.
+    # Gone from processed_events: its week was dropped meanwhile, and it must not be acted on any more.
     "reprocess": "(p.replay_id is not distinct from %(replay)s or p.event_id is null or d.event_id is not null)",
 }
 

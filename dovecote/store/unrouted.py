@@ -48,7 +48,7 @@ class UnroutedType:
     """A type the relay met that no handler wants.
 
     events     how many, about: an event published twice counts twice
-    wanted_by  handlers that want another version of the same fact: deploy code that knows this one, and they get it
+    wanted_by  handlers that want another version of the same event; they get it once code that knows this one runs
     """
 
     event_type: str

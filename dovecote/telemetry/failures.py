@@ -25,7 +25,7 @@ from dovecote.unit_of_work import is_conflict as is_conflict_itself
 
 # Characters of a headline, and of a message that a fingerprint is made of.
 _MAX_HEADLINE, _MAX_MESSAGE = 1_000, 2_000
-# Of an error's causes, a group's members and a traceback's calls so many are told, the nearest ones.
+# Of an error's causes, a group's members and a traceback's calls so many are kept, the nearest ones.
 _MAX_CAUSES, _MAX_MEMBERS, _MAX_CALLS, _MAX_NOTES = 5, 5, 50, 5
 _MAX_DEPTH = 2
 
@@ -58,7 +58,7 @@ class UnknownHandler(DovecoteError):
 
 
 class KilledTheProcess(DovecoteError):
-    """Each time this event was at work, the process ended without a word."""
+    """The process died each time that this event was in flight."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mate
         assert len(starts.read_text().split()) == 3
         with psycopg.connect(settings.database.url.get_secret_value()) as connection:
             (error,) = connection.execute("select error from dovecote.deliveries").fetchone() or ("",)
-        assert "the process died each of the 3 times that this event was at work" in error
+        assert "the process died each of the 3 times that this event was in flight" in error
 
 
 def test_poison_is_found_in_bulk_in_order_and_among_retries_at_once(settings: Settings, starts: Path) -> None:

@@ -1,13 +1,15 @@
 """Mutants of what holds when Postgres goes back: history, the look into the outbox, positions, standbys."""
 
 from tests.mutations.mutant import Mutant
-from tests.mutations.sql_files import RELAY_SQL, SEQUENCE_SQL
 
 HISTORY = "tests/dovecote/relay/test_history.py"
 LOOKUP = "tests/dovecote/store/test_lookup.py"
 SEQUENCE = "tests/dovecote/relay/test_sequence.py"
 STANDBY = "tests/dovecote/relay/test_standby_flush.py"
 CLAIM = "dovecote/broker/lua/claim.lua"
+SEQUENCE_SQL = "migrations/sql/0025_sequence.up.sql"
+FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
+LOOKUP_SQL = "migrations/sql/0024_lookup.up.sql"
 RELAY = "tests/dovecote/relay/test_relay.py"
 BROKER = "tests/dovecote/broker/test_broker.py"
 
@@ -17,49 +19,79 @@ GOING_BACK = (
         "dovecote/store/reader.py",
         "if row[0] < self._watermark[0]:",
         "if False:",
-        SEQUENCE,
+        f"{SEQUENCE}::test_a_reader_ends_where_the_sequence_was_set_back",
     ),
     Mutant(
         "a relay leads whatever is wrong with the sequence",
         "dovecote/relay/relay.py",
         "if self._may_lead(connection, leadership):",
         "if True:",
-        SEQUENCE,
+        f"{SEQUENCE}::test_a_relay_refuses_a_sequence_that_is_behind_and_leads_once_it_is_recovered",
     ),
     Mutant(
         "nobody looks at the sequence while a relay leads",
         "dovecote/relay/leader.py",
         "        self._sequence.look()\n",
         "",
-        SEQUENCE,
+        f"{SEQUENCE}::test_a_sequence_that_is_altered_ends_the_leadership[cache 20]",
     ),
     Mutant(
         "what was written before the sequence was mended by hand stays unread",
         "dovecote/store/sequence.py",
         "    if was_refused:\n",
         "    if False:\n",
-        SEQUENCE,
+        f"{SEQUENCE}::test_a_sequence_that_is_repaired_by_hand_hides_nothing_that_was_written_before"
+        "[select setval('dovecote.outbox_position', 21, false)]",
     ),
     Mutant(
         "an idle leader does not notice that the sequence was recovered",
         "dovecote/store/sequence.py",
         "if epoch != self._epoch:",
         "if False:",
-        SEQUENCE,
+        f"{SEQUENCE}::test_a_leader_ends_where_the_sequence_was_recovered_under_another_epoch",
+    ),
+    Mutant(
+        "recovering does not wait for who has written, and sessions keep their blocks",
+        "dovecote/migrations/sql/0011_sequence.up.sql",
+        "    alter sequence dovecote.outbox_position cache 1;\n",
+        "",
+        f"{SEQUENCE}::test_recovering_waits_for_who_has_written_and_then_gives_up",
+    ),
+    Mutant(
+        "events keep the positions that hide them",
+        "dovecote/migrations/sql/0011_sequence.up.sql",
+        "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
+        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
+        f"{SEQUENCE}::test_a_relay_refuses_a_sequence_that_is_behind_and_leads_once_it_is_recovered",
+    ),
+    Mutant(
+        "an event that was read gets a new position too",
+        "dovecote/migrations/sql/0011_sequence.up.sql",
+        "and coalesce(not batch.was_read, o.position",
+        "and (true or o.position",
+        f"{SEQUENCE}::test_the_command_says_in_words_and_numbers_what_it_would_do_and_does",
+    ),
+    Mutant(
+        "a sequence that was not called yet has handed out nothing",
+        "dovecote/migrations/sql/0003_relay.up.sql",
+        "    select case when s.is_called then s.last_value else s.last_value - 1 end into",
+        "    select case when s.is_called then s.last_value else 0 end into",
+        f"{SEQUENCE}::test_whatever_is_known_of_positions_has_to_be_behind_the_sequence"
+        "[select setval('dovecote.outbox_position', 7, false)-]",
     ),
     Mutant(
         "a batch does not wait for a standby",
         "dovecote/relay/leader.py",
         "        self._standby.await_flush()\n        sent = 0\n",
         "        sent = 0\n",
-        STANDBY,
+        f"{STANDBY}::test_nothing_is_published_that_no_standby_has",
     ),
     Mutant(
         "what nobody flushes is waited for",
         "dovecote/relay/standby_flush.py",
         "                self._records.execute(_FLUSH)\n",
         "",
-        STANDBY,
+        f"{STANDBY}::test_nothing_is_published_that_no_standby_has",
     ),
     Mutant(
         "an older relay takes the marker back",
@@ -215,7 +247,21 @@ GOING_BACK = (
         "        self._confirmed_heartbeat = self._claim.heartbeat\n"
         "        relay_state.remember_redis(self._connection, self.epoch, self._known_redis)\n"
         "        if self._sends_again:\n",
-        RELAY,
+        f"{HISTORY}::test_a_redis_is_known_only_when_all_that_it_lost_is_sent_again",
+    ),
+    Mutant(
+        "any event of that id is the event",
+        "dovecote/migrations/sql/0003_relay.up.sql",
+        'where (select o."position" = event."position" and o.event_type = event.type',
+        'where (select o."position" = event."position" ',
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
+    ),
+    Mutant(
+        "an event at another position is the event",
+        "dovecote/migrations/sql/0003_relay.up.sql",
+        'where (select o."position" = event."position" and o.event_type = event.type',
+        "where (select o.event_type = event.type",
+        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
     ),
     Mutant(
         "what does not say its run is of this one",
@@ -230,6 +276,13 @@ GOING_BACK = (
         "where (select is_other from run) is not false\n",
         "where true\n",
         f"{LOOKUP}::test_the_outbox_is_not_asked_about_what_was_sent_in_this_run_of_postgres",
+    ),
+    Mutant(
+        "a copy of the database is the same run",
+        "dovecote/migrations/sql/0003_relay.up.sql",
+        "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
+        "''",
+        f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",
     ),
     Mutant(
         "what a hand has written into a message is asked as it is",
@@ -258,54 +311,5 @@ GOING_BACK = (
         "select dovecote.outbox_run() <> %(sent_in)s::text, {DURABLE}",
         "select dovecote.outbox_run() <> %(sent_in)s::text, null",
         f"{LOOKUP}::test_what_a_message_is_acknowledged_for_is_committed_durably",
-    ),
-    Mutant(
-        "recovering does not wait for who has written, and sessions keep their blocks",
-        SEQUENCE_SQL,
-        "    alter sequence dovecote.outbox_position cache 1;\n",
-        "",
-        SEQUENCE,
-    ),
-    Mutant(
-        "events keep the positions that hide them",
-        SEQUENCE_SQL,
-        "update dovecote.outbox o set position = found.position from found where o.id = found.event_id;",
-        "update dovecote.outbox o set position = o.position from found where o.id = found.event_id;",
-        SEQUENCE,
-    ),
-    Mutant(
-        "an event that was read gets a new position too",
-        SEQUENCE_SQL,
-        "and coalesce(not batch.was_read, o.position",
-        "and (true or o.position",
-        SEQUENCE,
-    ),
-    Mutant(
-        "a sequence that was not called yet has handed out nothing",
-        RELAY_SQL,
-        "    select case when s.is_called then s.last_value else s.last_value - 1 end into",
-        "    select case when s.is_called then s.last_value else 0 end into",
-        SEQUENCE,
-    ),
-    Mutant(
-        "any event of that id is the event",
-        RELAY_SQL,
-        """where (select o."position" = event."position" and o.event_type = event.type""",
-        """where (select o."position" = event."position" """,
-        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
-    ),
-    Mutant(
-        "an event at another position is the event",
-        RELAY_SQL,
-        """where (select o."position" = event."position" and o.event_type = event.type""",
-        """where (select o.event_type = event.type""",
-        f"{LOOKUP}::test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not",
-    ),
-    Mutant(
-        "a copy of the database is the same run",
-        RELAY_SQL,
-        "pg_catalog.pg_relation_filepath('dovecote.relay_state'::regclass)",
-        "''",
-        f"{LOOKUP}::test_a_copy_of_the_database_is_another_run",
     ),
 )

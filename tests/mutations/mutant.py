@@ -1,5 +1,6 @@
-"""What a mutant is; the table is in mutants.py."""
+"""What a mutant is; mutants.py has all of them."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -12,3 +13,8 @@ class Mutant:
     old: str
     new: str
     tests: str
+
+    @property
+    def named(self) -> list[str]:
+        """The tests, one by one. The id of a parametrized one may have spaces."""
+        return re.split(r" (?=tests/)", self.tests)

@@ -1,45 +1,47 @@
 """Mutants of what keeps writers, sessions and full queues from stopping each other."""
 
 from tests.mutations.mutant import Mutant
-from tests.mutations.sql_files import ORDER_SQL, OUTBOX_SQL, PROGRESS_SQL, REPLAYS_SQL, RETENTION_SQL
 
 HOSTILE = "tests/dovecote/settings/test_hostile_settings.py"
+CIRCLE = "test_the_whole_circle_under"
 FULL_NOTIFY = "tests/dovecote/relay/test_full_notify_queue.py"
 
 POSTPONED = "tests/dovecote/relay/test_postponer.py"
 NEW_HANDLER = "tests/dovecote/relay/test_new_handler.py"
 MISSING = "tests/dovecote/relay/test_recovery.py"
 
+POSTPONED_SQL = "migrations/sql/0020_postponed.up.sql"
+WAKEUP_SQL = "migrations/sql/0018_wakeup.up.sql"
 
 QUEUES = (
     # Wake-ups -----------------------------------------------------------------------------------
     Mutant(
         "a writer notifies a full queue",
-        OUTBOX_SQL,
+        "dovecote/migrations/sql/0002_outbox.up.sql",
         "        if float8lt(pg_notification_queue_usage(), 0.5) then\n",
         "        if true then\n",
-        FULL_NOTIFY,
+        f"{FULL_NOTIFY}::test_everybody_is_taken_while_the_queue_is_full",
     ),
     Mutant(
         "consumers and operators notify a full queue",
-        OUTBOX_SQL,
+        "dovecote/migrations/sql/0002_outbox.up.sql",
         "0.5) then\n        perform pg_catalog.pg_notify(channel",
         "1.5) then\n        perform pg_catalog.pg_notify(channel",
-        FULL_NOTIFY,
+        f"{FULL_NOTIFY}::test_an_operator_s_retry_is_taken",
     ),
     Mutant(
         "a relay does not start while the queue of notifications is full",
         "dovecote/relay/relay.py",
         "            except psycopg.errors.ProgramLimitExceeded as error:",
         "            except ZeroDivisionError as error:",
-        FULL_NOTIFY,
+        f"{FULL_NOTIFY}::test_a_relay_starts_while_the_queue_is_full_and_doctor_says_who_holds_it",
     ),
     Mutant(
         "nobody frees the queue of notifications",
         "dovecote/relay/leader.py",
         '            self._connection.execute("select pg_notification_queue_usage()")\n',
         "",
-        FULL_NOTIFY,
+        f"{FULL_NOTIFY}::test_the_relay_frees_the_queue_when_its_cause_is_gone",
     ),
     # Where a new handler begins -----------------------------------------------------------------
     Mutant(
@@ -47,56 +49,56 @@ QUEUES = (
         "dovecote/store/subscriptions.py",
         "coalesce(before.published_above, published.above)",
         "'{}'",
-        NEW_HANDLER,
+        f"{NEW_HANDLER}::test_what_a_dawdling_writer_commits_is_the_new_handler_s_and_nothing_before[any order]",
     ),
     Mutant(
         "a new version of a fact begins now",
         "dovecote/store/subscriptions.py",
         "    ) before on true",
         "    ) before on false",
-        NEW_HANDLER,
+        f"{NEW_HANDLER}::test_a_new_version_of_a_fact_begins_where_the_fact_did",
     ),
     Mutant(
         "what was published before a handler's time is missing",
         "dovecote/store/progress.py",
         "      and not w.published_above @> found.position\n",
         "",
-        MISSING,
+        f"{MISSING}::test_what_a_handler_does_not_want_is_not_missing_among_what_it_wants",
     ),
     Mutant(
         "what was published before a handler's time is waited for",
-        ORDER_SQL,
+        "dovecote/migrations/sql/0006_order.up.sql",
         "not s.published_above @> o.position)\n          and not exists",
         "true)\n          and not exists",
-        NEW_HANDLER,
+        f"{NEW_HANDLER}::test_only_what_is_the_handler_s_is_waited_for",
     ),
     Mutant(
         "what was published before a handler's time keeps a week",
-        RETENTION_SQL,
+        "dovecote/migrations/sql/0010_retention.up.sql",
         "and not s.published_above @> o.position and o.position > s.low_water_mark\n",
         "and o.position > s.low_water_mark\n",
-        NEW_HANDLER,
+        f"{NEW_HANDLER}::test_what_a_dawdling_writer_commits_is_the_new_handler_s_and_nothing_before[any order]",
     ),
     Mutant(
         "what was published before a handler's time is never quiet",
         "tests/support/exact_counts.py",
         "      and (s.published_above is null or not s.published_above @> o.position)\n",
         "",
-        NEW_HANDLER,
+        f"{NEW_HANDLER}::test_what_a_dawdling_writer_commits_is_the_new_handler_s_and_nothing_before[any order]",
     ),
     Mutant(
         "what was published before a handler's time is unprocessed",
-        PROGRESS_SQL,
+        "dovecote/migrations/sql/0005_progress.up.sql",
         "          and (isempty(w.published_above) or not w.published_above @> f.position)\n",
         "",
-        NEW_HANDLER,
+        f"{NEW_HANDLER}::test_what_a_dawdling_writer_commits_is_the_new_handler_s_and_nothing_before[any order]",
     ),
     Mutant(
         "a replay as missing may begin before a handler's time",
-        REPLAYS_SQL,
+        "dovecote/migrations/sql/0008_replays.up.sql",
         "greatest(s.since_position, upper(s.published_above) - 1)",
         "s.since_position",
-        NEW_HANDLER,
+        f"{NEW_HANDLER}::test_a_replay_of_missing_events_says_where_its_order_begins",
     ),
     # Full queues --------------------------------------------------------------------------------
     Mutant(
@@ -178,35 +180,45 @@ QUEUES = (
     ),
     # Sessions -----------------------------------------------------------------------------------
     *(
-        Mutant(f"our sessions have no {name} of their own", "dovecote/store/connections.py", old, "", HOSTILE)
-        for name, old in {
-            "DateStyle": '    "datestyle": "ISO",\n',
-            "IntervalStyle": '    "intervalstyle": "postgres",\n',
-            "idle_session_timeout": '    "idle_session_timeout": 0,\n',
-            "idle_in_transaction_session_timeout": '    "idle_in_transaction_session_timeout": 0,\n',
-            "transaction_timeout": '    "transaction_timeout": 0,\n',
-            "client_encoding": ', "client_encoding": "utf8"',
-        }.items()
+        Mutant(
+            f"our sessions have no {name} of their own", "dovecote/store/connections.py", old, "", f"{HOSTILE}::{test}"
+        )
+        for name, old, test in [
+            ("DateStyle", '    "datestyle": "ISO",\n', f"{CIRCLE}[datestyle = 'German, DMY']"),
+            ("IntervalStyle", '    "intervalstyle": "postgres",\n', f"{CIRCLE}[intervalstyle = 'iso_8601']"),
+            (
+                "idle_session_timeout",
+                '    "idle_session_timeout": 0,\n',
+                "test_a_silence_costs_neither_a_leadership_nor_a_writer_s_unit_of_work",
+            ),
+            (
+                "idle_in_transaction_session_timeout",
+                '    "idle_in_transaction_session_timeout": 0,\n',
+                f"{CIRCLE}[idle_in_transaction_session_timeout = '50ms']",
+            ),
+            ("transaction_timeout", '    "transaction_timeout": 0,\n', f"{CIRCLE}[transaction_timeout = '100ms']"),
+            ("client_encoding", ', "client_encoding": "utf8"', f"{CIRCLE}[client_encoding = 'LATIN1']"),
+        ]
     ),
     Mutant(
         "a dead connection is handed out",
         "dovecote/store/connections.py",
         "if idle_since is not None and time",
         "if False and time",
-        HOSTILE,
+        f"{HOSTILE}::test_a_connection_that_ended_while_it_was_idle_is_replaced_before_anybody_has_it",
     ),
     Mutant(
         "a handler's own transaction_timeout is an outage",
         "dovecote/telemetry/failures.py",
         "isinstance(cause, psycopg.errors.TransactionTimeout)",
         "isinstance(cause, ZeroDivisionError)",
-        HOSTILE,
+        f"{HOSTILE}::test_a_transaction_timeout_that_a_handler_sets_is_its_failure_and_no_outage",
     ),
     Mutant(
         "what cannot be written is called an outage",
         "dovecote/consumer/retrying.py",
         "    if is_transient(error):\n        log.warning(",
         "    if True:\n        log.warning(",
-        HOSTILE,
+        f"{HOSTILE}::test_a_record_that_cannot_be_written_is_held_and_says_why",
     ),
 )

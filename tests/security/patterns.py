@@ -11,9 +11,9 @@ from re import _parser  # type: ignore[attr-defined] # typeshed does not have it
 from types import ModuleType
 from typing import Any
 
-PACKAGES = ("domain", "workers", "benchmarks")
-# What starts a process, or needs a package that is not there everywhere.
-_NOT_IMPORTED = ("__main__", "peers", "plots")
+PACKAGES = ("dovecote", "domain", "workers", "benchmarks")
+# What starts a process, is run by Alembic, or needs a package that is not there everywhere.
+_NOT_IMPORTED = ("__main__", "env", "peers", "plots")
 
 COMMON = (
     *(

@@ -73,7 +73,10 @@ def answer_to(port: int, said: bytes) -> bytes:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("said", [b"", b"GET /", b"GET / HTTP/1.1\r\nX: "], ids=["nothing", "half a line", "a header"])
-def test_hundreds_who_dawdle_take_no_thread_and_a_scrape_is_answered(port: int, said: bytes) -> None:
+def test_hundreds_who_dawdle_take_no_thread_and_a_scrape_is_answered(
+    port: int, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "DEADLINE_SECONDS", 60)  # what sends them away is their number
     threads = threading.active_count()
     with ExitStack() as held:
         dawdling = [held.enter_context(connected(port, said)) for _ in range(3 * MAX_CONNECTIONS)]

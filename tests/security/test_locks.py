@@ -292,6 +292,19 @@ def leads_in_epoch(system: System, epoch: int) -> bool:
     return relay.leading and relay.epoch >= epoch
 
 
+def test_the_lock_alone_keeps_a_second_relay_from_leading(connect: Connect) -> None:
+    leader, second = (
+        LeaderLock(lambda: connect("worker"), connect("worker"), StopFlag(), leader_timeout_seconds=15.0) for _ in "12"
+    )
+    with leader, second:
+        assert leader.try_take()
+        leader._working.execute("select pg_advisory_unlock(dovecote.leader_key())")  # it only keeps older relays away
+
+        assert not second.try_take()
+        leader.give_back()
+        assert second.try_take()
+
+
 def test_postgres_takes_the_lock_from_a_leader_that_is_silent_whatever_its_login(connect: Connect) -> None:
     # Before `begin` nobody asks anything in the session with the lock, as in a process that is stopped.
     frozen = LeaderLock(lambda: connect("worker"), connect("worker"), StopFlag(), leader_timeout_seconds=1.0)

@@ -25,7 +25,7 @@ from dovecote import operations
 from dovecote.consumer import middleware as handing_back
 from dovecote.envelope import read_bundle
 from dovecote.envelope.message_reader import MessageReader, Received, RefusedMessage
-from dovecote.envelope.signatures import MessageKey, MessageKeys, key_id_of, newest_key, valid_keys
+from dovecote.envelope.signatures import MessageKey, MessageKeys, SigningKeys, key_id_of, newest_key, valid_keys
 from dovecote.envelope.wire import TAIL_BYTES
 from dovecote.relay.bundler import bundle
 from dovecote.store.poison import CrashCounts, PoisonMessage
@@ -350,6 +350,18 @@ def test_nobody_but_relays_and_consumers_reads_a_secret(attacked: Attacked) -> N
 
 
 @pytest.mark.servers
+def test_a_relay_learns_once_that_a_key_was_revoked(attacked: Attacked) -> None:
+    engine, old = attacked.system.engine, attacked.key
+    with attacked.postgres() as connection:
+        keys = SigningKeys(connection)
+        operations.rotate_message_key(engine, actor="ada", reason="a test")
+        connection.execute("update dovecote.message_keys set made_at = made_at - interval '1 minute'")
+        before = keys.refresh()
+        operations.revoke_message_key(engine, old.id.decode(), actor="ada", reason="stolen")
+
+        assert [before, keys.refresh(), keys.refresh()] == [False, True, False]
+
+
 def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
     attacked: Attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:

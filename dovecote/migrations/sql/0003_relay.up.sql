@@ -323,16 +323,16 @@ return case
         || ',"data":' || event.payload::text || '}'
 end;
 
-create function dovecote.envelopes(ids uuid[], most_bytes bigint)
+create function dovecote.envelopes(ids uuid[], max_bytes bigint)
 returns table (envelope bytea, problem text)
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
--- The envelopes of these events in UTF-8, in this order: at least one, and no more once they have `most_bytes`, or
+-- The envelopes of these events in UTF-8, in this order: at least one, and no more once they have `max_bytes`, or
 -- once twenty could not be made, which may have taken a second.
 -- Where it cannot be made, or would have more bytes than any message has room for, `problem` says why, and the others
 -- are made all the same.
 declare
     -- Of one envelope. What check_event lets in stays far below; this is for what has come past it, as in a restore.
-    most_of_one constant integer := 1000000;
+    max_bytes_of_one constant integer := 1000000;
     made bigint := 0;
     failed integer := 0;
     event dovecote.outbox;
@@ -352,16 +352,16 @@ begin
                 event.payload := event.payload #> '{}';  -- not compressed any more: it is looked at several times
                 -- Less than that becomes no text that would be too much to make.
                 if pg_column_size(event.payload) > 8000
-                   and dovecote.json_text_bytes(event.payload, most_of_one) is null then
-                    problem := format('its payload has more than %s bytes as text', most_of_one);
+                   and dovecote.json_text_bytes(event.payload, max_bytes_of_one) is null then
+                    problem := format('its payload has more than %s bytes as text', max_bytes_of_one);
                 elsif pg_column_size(event.headers) > 100
-                   and dovecote.json_text_bytes(event.headers, most_of_one) is null then
-                    problem := format('its headers have more than %s bytes as text', most_of_one);
+                   and dovecote.json_text_bytes(event.headers, max_bytes_of_one) is null then
+                    problem := format('its headers have more than %s bytes as text', max_bytes_of_one);
                 else
                     envelope := convert_to(dovecote.envelope(event), 'UTF8');
-                    if octet_length(envelope) > most_of_one then
+                    if octet_length(envelope) > max_bytes_of_one then
                         problem := format('its envelope has %s bytes, at most %s are sent',
-                                          octet_length(envelope), most_of_one);
+                                          octet_length(envelope), max_bytes_of_one);
                         envelope := null;
                     elsif envelope is null then
                         problem := 'it has a null where there must be none';
@@ -376,7 +376,7 @@ begin
         return next;
         made := made + coalesce(octet_length(envelope), 0);
         failed := failed + (problem is not null)::integer;
-        exit when made >= most_bytes or failed = 20;
+        exit when made >= max_bytes or failed = 20;
     end loop;
 end $$;
 

@@ -66,7 +66,7 @@ create index deliveries_group_idx on dovecote.deliveries (state, handler_name, e
 
 -- Since when a handler wants events of a type. Those at or below `since_position` are older: they are
 -- none of its business, neither to send again nor to wait for. When the relay first leads with a handler, some events
--- above the checkpoint are published already, and beside them are gaps: positions of writers that are still at work.
+-- above the checkpoint are published already, and beside them are gaps: positions of writers whose transactions are open.
 -- What turns up in a gap is published to the new handler.
 create table dovecote.subscriptions (
     handler_name   text        not null,

@@ -415,7 +415,7 @@ end $$;
 comment on function dovecote.reopen_progress is
     'Make the leading relay examine again everything that handlers want; return for how many handlers.';
 
--- Up to where nothing can stand in a handler's way: its low-water mark, or 0 while something at or below it has failed and is
+-- Up to where nothing blocks a handler: its low-water mark, or 0 while something at or below it has failed and is
 -- neither processed nor discarded.
 create function dovecote.unblocked_up_to(handler text) returns bigint
 language sql stable

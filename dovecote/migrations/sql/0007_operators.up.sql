@@ -1,5 +1,5 @@
 -- Every change by an operator is a function that writes its own line into the audit log, in the same transaction. Logins
--- of operators have no other way to change anything: docs/adr/0037-operators-are-guarded-by-the-database.md.
+-- of operators have no other way to change anything: docs/adr/0037-operators-privileges.md.
 --
 -- Errors: 22023 (invalid_parameter_value) for a request that makes no sense; 55000 (object_not_in_prerequisite_state) for
 -- one that is refused as things are; each with one sentence for the operator.

@@ -6,7 +6,7 @@ drop function dovecote.place_misplaced_rows, dovecote.move_misplaced_rows, dovec
 drop table dovecote.dropped_partitions;
 drop view dovecote.retention_lock;
 
--- The weeks go with their rows, as every table does whose revision is taken back.
+-- The weekly partitions are dropped with their rows, like every table of a downgraded revision.
 do $$
 declare
     part regclass;

@@ -136,9 +136,8 @@ set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO'
 -- The only way a week goes: outbox, processed_events and what belongs to no other week of published_batches, at
 -- once, with a line in dropped_partitions and one in audit_log. Refuses what is still needed, to every caller.
 --
--- The long questions are asked while only the week itself is locked. The parents, where everybody writes, are asked
--- for with a tenth of a second's patience, again and again: DETACH CONCURRENTLY is not to be had beside a default
--- partition.
+-- The long queries run while only the week itself is locked. The parents, where all writers insert, are locked with a
+-- lock_timeout of a tenth of a second, again and again: DETACH CONCURRENTLY is impossible beside a default partition.
 declare
     monday    timestamptz;
     lower_id  uuid;

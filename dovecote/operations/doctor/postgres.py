@@ -45,7 +45,7 @@ _RELAY = """
 """
 
 #: The lowest announcement, who holds it for how long, and how many are held. As in dovecote.low_watermark().
-OLDEST_FLOOR = """
+OLDEST_WRITER = """
     select count(*) over () as held, l.pid, a.usename::text as login,
            case when l.classid::bigint & 32768 = 0 then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end
                as low_water_mark,
@@ -296,7 +296,7 @@ def standby(connection: Connection) -> Finding:
 
 
 def floors(connection: Connection) -> Finding:
-    row = connection.execute(OLDEST_FLOOR).fetchone()
+    row = connection.execute(OLDEST_WRITER).fetchone()
     if row is None:
         return ok("relay.floors", "no transaction holds a floor")
     application = row.application or "no name"

@@ -232,6 +232,16 @@ def test_only_the_newest_epoch_publishes(broker_with: Brokers) -> None:
     assert publisher_of(broker).publish(10, [a_bundle("a")]) == 1
 
 
+def test_an_epoch_that_somebody_has_made_up_is_a_lost_marker_and_no_newer_relay(broker_with: Brokers) -> None:
+    broker = broker_with()
+    publisher = publisher_of(broker)
+    claim(publisher, 3)
+    broker.client.set(f"{broker.namespace}:__relay__", 3 + 1_000_001)
+
+    with pytest.raises(RedisLost):
+        publisher.publish(3, [a_bundle("a")])
+
+
 def test_redis_is_claimed_only_where_it_remembers_what_it_was_told(broker_with: Brokers) -> None:
     broker = broker_with()
     fence = RedisFence(publisher_of(broker))

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+import orjson
 import pytest
 from sqlalchemy import text
 
 from dovecote.envelope import read_bundle
+from dovecote.envelope.stored_json import read_stored
 from dovecote.errors import InvalidEvent
 from dovecote.relay.bundler import Bundler
 from dovecote.settings import Settings
@@ -28,6 +30,16 @@ def a_message(*envelopes: bytes) -> bytes:
     rows = [(n, "pricing.price_quoted.v1", envelope) for n, envelope in enumerate(envelopes)]
     (bundle,) = Bundler(ROUTES).bundles(rows)
     return bundle.message
+
+
+def test_a_row_of_which_no_envelope_can_be_made_is_in_no_message() -> None:
+    message = a_message(an_envelope(1), b"", an_envelope(3))
+
+    assert [int(envelope["position"]) for envelope in orjson.loads(message)["args"][0]] == [1, 3]
+
+
+def test_of_a_number_that_python_cannot_write_a_command_shows_the_beginning() -> None:
+    assert read_stored('{"a": %s, "b": 1}' % ("9" * 5_000)) == {"a": f"{'9' * 40}... (5000 digits)", "b": 1}
 
 
 @pytest.mark.parametrize("extra", UNREADABLE, ids=["too large", "too many digits", "too deep"])

@@ -1,5 +1,6 @@
 """Failures are found, retried and given up; what waits behind them goes on in order, and the audit log tells."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -199,7 +200,8 @@ def test_a_group_is_one_kind_and_the_rest_stays(own_engine: Engine) -> None:
 def test_a_large_change_is_made_in_pieces_each_with_its_audit_line(
     own_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovecote.operations.retry._BATCH", 40)
+    # By its module: the name in the package is the function's.
+    monkeypatch.setattr(sys.modules["dovecote.operations.retry"], "_BATCH", 40)
     some_dead(own_engine, 100)
 
     change = operations.retry(own_engine, Filter(), actor="ada")

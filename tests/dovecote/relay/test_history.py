@@ -25,7 +25,7 @@ from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.postgres_back import PostgresThatGoesBack, postgres_that_goes_back
 from tests.support.processes import a_place_for_servers, eventually
-from tests.support.system import System, system_for
+from tests.support.system import System, publisher_of, system_for
 
 pytestmark = pytest.mark.servers
 
@@ -202,6 +202,25 @@ def test_a_leader_notices_within_a_beat_that_redis_is_not_as_it_left_it(system_o
             eventually(partial(is_not, known), 5, what)
             assert set(queued(system)).isdisjoint(ids), what
             assert len(queued(system)) == len(ids), what
+
+
+def test_a_redis_is_known_only_when_all_that_it_lost_is_sent_again(system_on: SystemOn) -> None:
+    system = system_on()
+    known = "select redis_run_id from dovecote.relay_state"
+
+    def crash_in_between() -> None:
+        raise ZeroDivisionError
+
+    with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:
+        taken = TakenOver(value(system, "select epoch from dovecote.relay_state"), run=server_run(connection))
+        history = History(taken, connection=connection, broker=publisher_of(system.broker))
+        with pytest.raises(ZeroDivisionError):
+            history.verify_redis(crash_in_between)
+        assert value(system, known) is None
+
+        history.verify_redis(lambda: None)
+
+    assert value(system, known) is not None
 
 
 def test_the_epoch_jumps_past_everything_that_redis_has_heard_of(system_on: SystemOn) -> None:

@@ -39,7 +39,7 @@ from tests.support.effects import (
     write_quotes,
 )
 from tests.support.processes import eventually
-from tests.support.system import System, system_for
+from tests.support.system import System, claim, publisher_of, system_for
 
 pytestmark = pytest.mark.servers
 
@@ -245,6 +245,23 @@ def test_a_relay_of_an_old_epoch_cannot_record(
     assert one_value(system, "select checkpoint from dovecote.relay_state") == 0
 
 
+def test_a_relay_whose_record_is_refused_ends(
+    system_with: SystemWith, leader_of_epoch: Callable[[System, int], Leader]
+) -> None:
+    system = system_with()
+    claim(publisher_of(system.broker), 6)
+    with system.engine.begin() as connection:
+        connection.execute(text("update dovecote.relay_state set epoch = 7"))
+    leader = leader_of_epoch(system, 6)
+    write_quotes(system, [1])
+
+    with pytest.raises(NewerRelay):
+        leader._publish(leader._reader.read())  # Redis takes it: nobody has told it of the newer epoch yet
+
+    assert queued_positions(system) == [1]
+    assert leader.published_upto == 0
+
+
 # What it records ----------------------------------------------------------------------------------
 
 
@@ -361,6 +378,25 @@ def test_a_redis_emptied_and_marked_again_by_an_older_relay_is_not_taken_for_the
             if relay == "the next one":
                 after.enter_context(system.relay())
             eventually(lambda: queued_positions(system) == list(range(1, 51)), 5, "everything again")
+
+
+def test_an_event_that_waits_although_the_one_before_it_is_done_is_sent_by_the_relay(system_with: SystemWith) -> None:
+    system = system_with(a_route(ordered=True))
+    write_quotes(system, [1])
+    with system.engine.begin() as connection:
+        connection.execute(
+            text(
+                "insert into dovecote.deliveries"
+                " (handler_name, event_id, position, aggregate_type, aggregate_id, event_type, state)"
+                " select 'test.note', id, position, aggregate_type, aggregate_id, event_type, 'waiting'"
+                " from dovecote.outbox"
+            )
+        )
+
+    with system.running():
+        eventually(lambda: effects_in(system.engine), 10, "the event that waited")
+
+    assert one_value(system, "select count(*) from dovecote.deliveries") == 0
 
 
 def test_a_retry_is_sent_when_it_is_due(system_with: SystemWith) -> None:

@@ -19,8 +19,9 @@ from dovecote.operations.doctor.postgres import sequence as doctor_s_finding
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store import sequence
+from dovecote.store.reader import Reader
 from dovecote.store.runs import outbox_run
-from dovecote.store.sequence import SequenceWatch
+from dovecote.store.sequence import SequenceFault, SequenceWatch
 from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.outbox_rows import insert
@@ -164,6 +165,28 @@ def test_a_leader_ends_where_its_messages_would_all_be_looked_up(
 
     with pytest.raises(NewerRelay, match="is now"):
         watch.look()
+
+
+def test_a_leader_ends_where_the_sequence_was_recovered_under_another_epoch(
+    relays: psycopg.Connection[TupleRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequence, "_POLL_INTERVAL_SECONDS", 0.0)
+    watch = SequenceWatch(relays, 0, outbox_run(relays))
+    watch.look()
+    relays.execute("update dovecote.relay_state set epoch = 1")
+
+    with pytest.raises(NewerRelay, match=r"epoch 0 is over$"):
+        watch.look()
+
+
+def test_a_reader_ends_where_the_sequence_was_set_back(relays: psycopg.Connection[TupleRow]) -> None:
+    relays.execute("select setval('dovecote.outbox_position', 2)")
+    reader = Reader(relays, 0, 100)
+    reader.read()
+    relays.execute("select setval('dovecote.outbox_position', 1)")
+
+    with pytest.raises(SequenceFault, match="was set back from 2 to 1"):
+        reader.read()
 
 
 def test_recovering_sends_what_was_passed_before_anybody_led(
