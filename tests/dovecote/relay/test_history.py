@@ -13,7 +13,6 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
-from dovecote.migrations import schema
 from dovecote.operations.doctor import postgres as doctor
 from dovecote.operations.doctor.finding import Subject
 from dovecote.relay import history as history_module
@@ -360,7 +359,6 @@ def postgres() -> Iterator[PostgresThatGoesBack]:
     # What is committed without asking for more reaches the disk ten seconds later.
     lazy = {"synchronous_commit": "off", "wal_writer_delay": "10s", "bgwriter_delay": "10s", "autovacuum": "off"}
     with a_place_for_servers() as place, postgres_that_goes_back(place, lazy) as postgres:
-        schema.upgrade(postgres.url)
         yield postgres
 
 
