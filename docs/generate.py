@@ -268,11 +268,12 @@ def migrated_database() -> Iterator[str]:
     """Yield the URL of a migrated database on a Postgres of its own."""
     from dovecote.local.servers import servers
     from dovecote.migrations import schema
+    from workers.app import app
 
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="dovecote-docs-") as place:
         Path(place).chmod(0o711)  # root's servers run as another user
         with servers(Path(place) / "servers", postgres_settings={"fsync": "off"}) as (postgres, _):
-            schema.upgrade(postgres.url)
+            schema.upgrade(postgres.url, locations=app.migration_locations)
             yield postgres.url
 
 

@@ -29,6 +29,7 @@ from dovecote.settings import Settings, load_settings
 from dovecote.store.connections import connect, sessions_for
 from tests.support.clusters import TEMPLATE, put_cluster
 from tests.support.keys import KEYS
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers, has_enough_memory
 from tests.support.profiles import THOROUGH
 
@@ -153,7 +154,7 @@ def template(servers: Servers) -> Iterator[str]:
 
     name = f"dovecote_template_{uuid4().hex[:8]}"
     _statement(servers, "create database {}", name)
-    schema.upgrade(servers.database(name))
+    schema.upgrade(servers.database(name), locations=LOCATIONS)
     yield name
     _statement(servers, "drop database {}", name)
 

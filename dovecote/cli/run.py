@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dovecote.cli.options import DryRun
-from dovecote.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
+from dovecote.cli.output import AsJson, add_row, cell, note, print_json, say, say_nothing, show
 from dovecote.cli.system import settings
 from dovecote.processes.terminal import refuse
 
@@ -31,8 +31,9 @@ def up(
     """
     from dovecote.local.supervisor import prefixed, stop_on_signals
     from dovecote.local.system import PROCFILE, STOP_SECONDS, local_system
+    from dovecote.settings.application import find_app
 
-    with stop_on_signals() as stop, local_system(os.environ, say, procfile or PROCFILE) as system:
+    with stop_on_signals() as stop, local_system(os.environ, say, find_app(), procfile or PROCFILE) as system:
         supervisor = system.supervisor(prefixed(system.processes, sys.stdout))
         supervisor.start()
         try:
@@ -70,11 +71,19 @@ def migrate(
     Example: DATABASE_URL=postgresql://... dovecote migrate
     """
     from dovecote.migrations import schema
+    from dovecote.settings.application import app_name, load_app
 
     url = settings(needs_redis=False).database.url.get_secret_value()
-    steps = schema.steps(url, to) if down_to is None else schema.steps_back(url, down_to)
+    named = app_name()
+    if named is None:
+        note("DOVECOTE_APP names no application: only the revisions of the library are known")
+    locations = load_app(named).migration_locations if named else ()
+    if down_to is None:
+        steps = schema.steps(url, to, locations=locations)
+    else:
+        steps = schema.steps_back(url, down_to, locations=locations)
     if not dry_run:
-        (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to)
+        (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to, locations=locations)
     if as_json:
         print_json({"dry_run": dry_run, "revisions": steps})
     elif dry_run:

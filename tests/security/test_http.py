@@ -181,7 +181,7 @@ def test_health_tells_strangers_no_server_login_or_error(tmp_path: Path) -> None
         f"redis://:hunter2@127.0.0.1:{nobody}/0",
         tmp_path,
     )
-    page = health(servers(settings), "ready")
+    page = health(servers(settings, ()), "ready")
     with capture_logs() as logged:
         bodies = [page().body.decode() for _ in range(3)]
 

@@ -67,6 +67,7 @@ def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> d
     from dovecote.local.supervisor import prefixed, stop_on_signals
     from dovecote.local.system import STOP_SECONDS, local_system
     from dovecote.settings import load_settings
+    from workers.app import app
 
     outcome: list[demonstration.Report | BaseException] = []
 
@@ -78,7 +79,7 @@ def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> d
         finally:
             done.set()
 
-    with stop_on_signals() as stop, local_system(os.environ, lambda _: None) as system:
+    with stop_on_signals() as stop, local_system(os.environ, lambda _: None, app) as system:
         settings = load_settings(system.environment)
         supervisor = system.supervisor(prefixed(system.processes, sys.stderr))
         supervisor.start()

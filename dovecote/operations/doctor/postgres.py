@@ -177,7 +177,7 @@ def is_migrated(subject: Subject) -> Finding:
     )
     try:
         with engine.connect() as connection:
-            missing = schema.pending(connection)
+            missing = schema.pending(connection, locations=subject.migration_locations)
     except ValueError as caught:
         # The revision in the database is none that this version knows.
         return error("postgres.schema", f"the schema is newer than this version ({caught})", "Upgrade Dovecote here.")

@@ -26,6 +26,7 @@ from dovecote.operations.doctor.finding import Finding
 from dovecote.settings import Settings
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, make_room_for_effects, write_quotes
+from tests.support.migrations import LOCATIONS
 from tests.support.pooling import PGBOUNCER, pooled_url
 from tests.support.processes import eventually
 from tests.support.system import System, system_for
@@ -149,7 +150,7 @@ def test_a_schema_that_is_missing_or_old_is_an_error(empty_database_url: str, se
     settings = settings_for(empty_database_url, servers.redis_url, tmp_path)
     for revision in (None, "dovecote_0004"):
         if revision:
-            schema.upgrade(empty_database_url, revision)
+            schema.upgrade(empty_database_url, revision, locations=LOCATIONS)
 
         found = {finding.check: finding for finding in doctor.examine(settings, (a_route(),)).findings}
 

@@ -22,7 +22,7 @@ from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.fence import Claim, RedisFence
 from dovecote.relay.history import History
 from dovecote.relay.leader import Leader
-from dovecote.route import Route
+from dovecote.route import Dovecote, Route
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader
 from dovecote.store.relay_state import TakenOver
@@ -172,7 +172,7 @@ def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_wit
 
 def test_both_ends_of_a_relay_s_connection_notice_that_the_other_is_gone(system_with: SystemWith) -> None:
     system = system_with()
-    with relay_for(system.settings, system.routes)._session() as connection:
+    with relay_for(system.settings, Dovecote(routes=system.routes))._session() as connection:
         ends = socket.socket(fileno=os.dup(connection.fileno()))
         theirs = [connection.execute(f"show {name}").fetchone() for name in ("tcp_keepalives_idle", "tcp_user_timeout")]
         ours = ends.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
@@ -188,7 +188,7 @@ def test_a_statement_of_the_relay_may_take_long_whatever_the_database_allows_oth
     with system.engine.begin() as connection:
         connection.execute(text(f'alter database "{database}" set statement_timeout = 1000'))
 
-    with relay_for(system.settings, system.routes)._session() as relay:
+    with relay_for(system.settings, Dovecote(routes=system.routes))._session() as relay:
         assert relay.execute("show statement_timeout").fetchone() == ("0",)
 
 

@@ -17,7 +17,7 @@ from dovecote.operations.deliveries import DeliverySelection as Failures
 from dovecote.operations.deliveries import discard as discard_matching
 from dovecote.operations.deliveries import retry
 from dovecote.operations.replays import Request
-from dovecote.route import Route
+from dovecote.route import Dovecote, Route
 from dovecote.store.replays import ReplaySelection
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
@@ -164,7 +164,7 @@ def relay_once(system: System) -> None:
     """Run a relay in this thread, which ends with an error."""
     from dovecote.bootstrap import relay_for
 
-    relay_for(system.settings, system.routes).run()
+    relay_for(system.settings, Dovecote(routes=system.routes)).run()
 
 
 def test_where_no_handler_wants_it_it_is_passed_and_logged(
