@@ -45,7 +45,7 @@ _STOPPED_WITHIN_SECONDS = 40
 
 
 class Moot(Exception):
-    """A fault finds nothing that it could befall at this moment."""
+    """A fault finds nothing that it could befall now."""
 
 
 class Stage:

@@ -61,6 +61,6 @@ def test_wrong_use_is_one_sentence_and_code_2(
 ) -> None:
     assert main(words) == 2
 
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert sentence in told
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert sentence in printed

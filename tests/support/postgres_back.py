@@ -34,7 +34,7 @@ class PostgresThatGoesBack:
         return self.server.url
 
     def snapshot(self, name: str = "snapshot") -> Path:
-        """Copy the disk of the running server, as a storage would: at one moment, whatever it is doing."""
+        """Copy the disk of the running server, as a storage would: at one point in time, whatever it is doing."""
         snapshot = self._snapshots / name
         with frozen(self.server.pid):
             _copy(self._postgres.data, snapshot)
