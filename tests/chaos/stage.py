@@ -31,11 +31,7 @@ from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.databases import Databases
 from tests.chaos.history import Rewind
-<<<<<<< HEAD
 from tests.support.clusters import put_cluster
-=======
-from tests.support.migrations import LOCATIONS
->>>>>>> 8f2391f7e80256768e59fa95737a7553904a8d1d
 from tests.support.processes import eventually
 from tests.support.proxy import Proxy
 
@@ -76,10 +72,6 @@ class Stage:
             self.postgres_url = self.databases.start()
             stack.callback(self.redis.stop)
             self.redis_url = self.redis.start().url
-<<<<<<< HEAD
-=======
-            schema.upgrade(self.postgres_url, locations=LOCATIONS)
->>>>>>> 8f2391f7e80256768e59fa95737a7553904a8d1d
             with self.connection() as connection:
                 connection.execute(routes.TABLES)
             writers.open_accounts(self.postgres_url)

@@ -18,6 +18,7 @@ import psycopg
 
 from dovecote.local.binaries import find_postgres
 from dovecote.local.servers import Postgres
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def _make(cluster: Path, environ: Mapping[str, str]) -> None:
         postgres = Postgres(place / "postgres", {"fsync": "off"}, environ=environ)
         try:
             url = postgres.start().url
-            schema.upgrade(url)
+            schema.upgrade(url, locations=LOCATIONS)
             with psycopg.connect(url, dbname="postgres", autocommit=True) as connection:
                 connection.execute(f"create database {TEMPLATE} template dovecote")
         finally:

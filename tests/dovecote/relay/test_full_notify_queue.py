@@ -22,7 +22,6 @@ from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import settings_for
 from tests.support.clusters import put_cluster
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
-from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers, eventually
 from tests.support.system import System, system_for
 from workers.gateways import Gateways
@@ -37,7 +36,6 @@ _PAGES = "64"
 def small_queue() -> Iterator[tuple[str, str]]:
     """The URLs of a Postgres whose queue of notifications is full after a moment, and of a Redis."""
     with a_place_for_servers() as place:
-<<<<<<< HEAD
         put_cluster(place / "postgres")
         with (
             servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis),
@@ -46,14 +44,6 @@ def small_queue() -> Iterator[tuple[str, str]]:
             if connection.info.server_version < 170_000:
                 pytest.skip("max_notify_queue_pages is of Postgres 17: before, the queue has 8 GB")
             connection.execute(f"alter system set max_notify_queue_pages = {_PAGES}".encode())
-=======
-        with servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis):
-            with psycopg.connect(postgres.url, autocommit=True) as connection:
-                if connection.info.server_version < 170_000:
-                    pytest.skip("max_notify_queue_pages is of Postgres 17: before, the queue has 8 GB")
-                connection.execute(f"alter system set max_notify_queue_pages = {_PAGES}".encode())
-            schema.upgrade(postgres.url, locations=LOCATIONS)
->>>>>>> 8f2391f7e80256768e59fa95737a7553904a8d1d
         with servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis):
             yield postgres.url, redis.url
 

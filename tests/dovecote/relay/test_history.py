@@ -23,7 +23,6 @@ from dovecote.store.runs import Run, server_run
 from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
-from tests.support.migrations import LOCATIONS
 from tests.support.postgres_back import PostgresThatGoesBack, postgres_that_goes_back
 from tests.support.processes import a_place_for_servers, eventually
 from tests.support.system import System, publisher_of, system_for
@@ -360,10 +359,6 @@ def postgres() -> Iterator[PostgresThatGoesBack]:
     # What is committed without asking for more reaches the disk ten seconds later.
     lazy = {"synchronous_commit": "off", "wal_writer_delay": "10s", "bgwriter_delay": "10s", "autovacuum": "off"}
     with a_place_for_servers() as place, postgres_that_goes_back(place, lazy) as postgres:
-<<<<<<< HEAD
-=======
-        schema.upgrade(postgres.url, locations=LOCATIONS)
->>>>>>> 8f2391f7e80256768e59fa95737a7553904a8d1d
         yield postgres
 
 
