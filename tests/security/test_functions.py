@@ -162,6 +162,7 @@ def test_a_command_of_a_superuser_runs_nobody_s_code(
         owner.execute(f"alter database \"{database}\" set test.armed = 'yes'")
         try:
             environment = {"DATABASE_URL": with_traps["owner"], "REDIS_URL": servers.redis_url}
+            environment["DOVECOTE_APP"] = "workers.app:app"
             done = commands.run_text(command, {**environment, "DOVECOTE_HOME": str(tmp_path)}, tmp_path)
         finally:
             owner.execute(f'alter database "{database}" reset test.armed')

@@ -416,7 +416,7 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
 def test_a_message_that_fails_time_after_time_is_refused_in_the_end(
     attacked: Attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handing_back, "_MAX_HAND_BACKS", 3)
+    monkeypatch.setattr(handing_back, "_MAX_REQUEUES", 3)
     tried: list[int] = []
 
     def fail(*_: object, **__: object) -> None:

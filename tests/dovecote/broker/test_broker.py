@@ -118,6 +118,7 @@ def working(broker: OutboxBroker, threads: int = 1, timeout: int = 100) -> Itera
 # Waiting ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_an_idle_worker_takes_a_message_at_once(broker_with: Brokers) -> None:
     broker = broker_with(poll_interval_ms=1_000)
     taken: list[float] = []
@@ -162,6 +163,7 @@ def test_a_redis_that_has_forgotten_the_scripts_gets_them_again(broker_with: Bro
     assert ids(take(consumer, 1)) == ["a"]
 
 
+@pytest.mark.alone
 def test_a_full_redis_gives_what_it_has_and_is_not_asked_without_a_pause(broker_with: Brokers) -> None:
     broker = broker_with(poll_interval_ms=500)
     publish(broker, a_bundle("a"))
@@ -460,6 +462,7 @@ def test_a_relay_whose_clock_is_ahead_takes_no_living_worker_for_dead(
     assert queued(relay) == []
 
 
+@pytest.mark.alone
 def test_a_busy_worker_with_no_room_for_more_still_says_that_it_lives(broker_with: Brokers) -> None:
     busy, relay = broker_with(), broker_with(heartbeat_timeout=300)
     publish(relay, a_bundle("a"), a_bundle("b"))

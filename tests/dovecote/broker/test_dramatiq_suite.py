@@ -116,6 +116,7 @@ def their_tests() -> str:
         return member.read().decode()
 
 
+@pytest.mark.long
 def test_dramatiq_s_own_tests_pass_with_our_broker(their_tests: str, servers: Servers, tmp_path: Path) -> None:
     package = tmp_path / "theirs"
     package.mkdir()

@@ -13,7 +13,6 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
-from dovecote.migrations import schema
 from dovecote.operations.doctor import postgres as doctor
 from dovecote.operations.doctor.finding import Subject
 from dovecote.relay import history as history_module
@@ -24,7 +23,6 @@ from dovecote.store.runs import Run, server_run
 from dovecote.telemetry.instrumentation import RelayInstrumentation, RelayState
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
-from tests.support.migrations import LOCATIONS
 from tests.support.postgres_back import PostgresThatGoesBack, postgres_that_goes_back
 from tests.support.processes import a_place_for_servers, eventually
 from tests.support.system import System, publisher_of, system_for
@@ -361,7 +359,6 @@ def postgres() -> Iterator[PostgresThatGoesBack]:
     # What is committed without asking for more reaches the disk ten seconds later.
     lazy = {"synchronous_commit": "off", "wal_writer_delay": "10s", "bgwriter_delay": "10s", "autovacuum": "off"}
     with a_place_for_servers() as place, postgres_that_goes_back(place, lazy) as postgres:
-        schema.upgrade(postgres.url, locations=LOCATIONS)
         yield postgres
 
 

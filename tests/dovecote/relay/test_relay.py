@@ -115,6 +115,7 @@ def terminate(system: System, application: str) -> None:
 # Wakeup up ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.once
 def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: SystemWith) -> None:
     system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
@@ -302,6 +303,7 @@ def test_a_batch_is_one_call_to_redis(system_with: SystemWith) -> None:
     assert batches <= made <= batches + 8, "a few more are the reaper's"
 
 
+@pytest.mark.alone
 def test_stopping_ends_after_the_batch_at_hand(system_with: SystemWith) -> None:
     system = system_with(RELAY__BATCH_SIZE=50)
     write_quotes(system, range(5_000))

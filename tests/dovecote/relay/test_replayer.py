@@ -468,6 +468,7 @@ def test_a_rate_is_kept(system_with: SystemWith) -> None:
         assert time.monotonic() - began > 1.5
 
 
+@pytest.mark.alone
 @pytest.mark.once
 def test_live_events_are_not_kept_waiting_by_a_replay(system_with: SystemWith) -> None:
     system = system_with(a_replayable_route(function=slow, bundle_size=100))

@@ -67,7 +67,7 @@ def described(handler: Callable[[], object], envelope: Envelope | None = None) -
     ("one", "another"),
     [
         ("no room for 17", "no room for 230"),
-        (f"event {uuid7()} is late", f"event {uuid4()} is late"),
+        pytest.param(f"event {uuid7()} is late", f"event {uuid4()} is late", id="event ids"),
         ("cannot read 'abc'", "cannot read 'it is\\'nt'"),
         ('unknown "x"', 'unknown "y z"'),
         ("at 2026-11-20T12:00:00+00:00", "at 2027-01-01T00:00:00.5+02:00"),
