@@ -323,15 +323,15 @@ def test_a_decision_is_one_page_with_its_four_parts(path: Path) -> None:
 
     assert re.match(rf"# {path.name[:4]}\. [A-Z]", text)
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
-        "The situation",
-        "What we chose",
-        "What else we weighed",
-        "What it costs us",
+        "Context",
+        "Decision",
+        "Alternatives",
+        "Consequences",
     ]
     assert len(text.splitlines()) <= 80
 
 
-@pytest.mark.parametrize("folder", ["domain", "workers", "migrations", "tests"])
+@pytest.mark.parametrize("folder", ["dovecote", "domain", "workers", "migrations", "tests"])
 def test_every_decision_that_the_code_names_is_there(folder: str) -> None:
     named = {
         name
