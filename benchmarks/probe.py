@@ -22,7 +22,7 @@ from workers.app import app
 
 def ours() -> None:
     """Set up the consumers of production, with a watch before each bulk handler."""
-    bootstrap.start_consumers(replace(app, routes=[_watched(route) for route in app.routes]))
+    bootstrap.start_consumers(app.with_routes([_watched(route) for route in app.routes]))
 
 
 def naive() -> None:

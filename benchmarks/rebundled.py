@@ -7,4 +7,4 @@ from dovecote.bootstrap import run_relay
 from workers.app import app
 
 if __name__ == "__main__":
-    run_relay(replace(app, routes=[replace(route, bundle_size=int(sys.argv[1])) for route in app.routes]))
+    run_relay(app.with_routes([replace(route, bundle_size=int(sys.argv[1])) for route in app.routes]))

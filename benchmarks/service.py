@@ -1,6 +1,7 @@
 """A service's writers: each loads an aggregate, changes it and commits, with or without telling it.
 
-As the README shows it: `unit_of_work`, a repository, a method of the aggregate. A process has one connection.
+As our guide to writing events shows it: `unit_of_work`, a repository, a method of the aggregate. A process has one
+connection.
 """
 
 import json

@@ -1,6 +1,6 @@
 """What an event costs the writer: a domain row only, with an outbox row, with the announcement and the wake-up.
 
-Eight connections, as fast as they can. Measured twice. `service`: processes that write as the README shows, which
+Eight connections, as fast as they can. Measured twice. `service`: processes that write as our guide shows, which
 is what a user pays and what is judged. `bare`: pgbench, whose own work is next to nothing, so that nothing
 hides what Postgres does. `plain` is our outbox with all its checks, but without the trigger `announce`.
 

@@ -34,6 +34,7 @@ _forget_current_directory()
 
 #: The public names, each imported when it is first used: a command that only prints its help needs none of them.
 _MODULES = {
+    "Command": "route",
     "ConcurrentChange": "errors",
     "DomainError": "errors",
     "Dovecote": "route",
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     from dovecote.events import Event, readable_as, sensitive, upcaster
     from dovecote.events.money import Money
     from dovecote.privacy import Keyring
-    from dovecote.route import Dovecote, Route
+    from dovecote.route import Command, Dovecote, Route
     from dovecote.unit_of_work import UnitOfWork, run_unit_of_work, unit_of_work
 else:
 
@@ -98,6 +99,7 @@ else:
 
 
 __all__ = [
+    "Command",
     "ConcurrentChange",
     "DomainError",
     "Dovecote",

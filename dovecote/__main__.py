@@ -1,19 +1,18 @@
-"""`python -m workers` and the `dovecote` command."""
+"""`python -m dovecote` and the `dovecote` command."""
 
-import sys
-
-from dovecote.processes.terminal import write_line
+from dovecote.processes.terminal import refuse
 
 
 def main() -> None:
-    """Run the command line, or say what is missing where only `domain` was installed."""
+    """Run the command line, or say what is missing where only the library was installed."""
     try:
         from dovecote import cli
+
+        cli.main()
     except ModuleNotFoundError as error:
-        sentence = f"the command needs the package {error.name}: pip install 'dovecote[workers]'"
-        write_line(sys.stderr, sentence, before="dovecote: ")
-        raise SystemExit(2) from None
-    cli.main()
+        if (error.name or "").partition(".")[0] in ("dovecote", "domain", "workers"):
+            raise
+        refuse(f"the command needs the package {error.name}: pip install 'dovecote[workers]'")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,12 @@ class MissingPackage(DovecoteError):
     """An optional package is not installed; the message names the extra that brings it."""
 
 
+class WrongRequest(DovecoteError):
+    """What was asked for makes no sense; asked again it makes none either. The message says what would."""
+
+    exit_code = 2
+
+
 class GatewayUnavailable(DovecoteError):
     """An external service does not answer now: try again, with growing pauses."""
 

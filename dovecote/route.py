@@ -14,15 +14,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from dovecote.errors import DomainError, DovecoteError
 from dovecote.events import Event, has_sensitive_fields, readable_as
-from dovecote.unit_of_work import UnitOfWork
-from dovecote.unit_of_work.backoff import Backoff
+
+if TYPE_CHECKING:
+    from dovecote.unit_of_work import UnitOfWork
+    from dovecote.unit_of_work.backoff import Backoff
 
 __all__ = [
+    "Command",
     "Dovecote",
     "InvalidRoute",
     "Purge",
@@ -36,7 +42,7 @@ __all__ = [
 
 #: Removes a bounded number of rows that are over at a time and returns how many; 0 when none is left. It locks rows
 #: that nobody else has locked, so it waits for nobody.
-Purge = Callable[[UnitOfWork, datetime], int]
+Purge = Callable[["UnitOfWork", datetime], int]
 
 # The part of a pause before a retry that is taken off at random: what failed together does not come back together.
 _JITTER = 0.5
@@ -131,7 +137,11 @@ class Route:
         return timedelta(seconds=sum(pauses))
 
     @property
-    def _backoff(self) -> Backoff:
+    def _backoff(self) -> "Backoff":
+        from dovecote.unit_of_work.backoff import (
+            Backoff,
+        )  # SQLAlchemy comes with it, which `dovecote --help` does not need
+
         return Backoff(self.backoff_seconds, self.max_backoff_seconds, _JITTER)
 
     @property
@@ -167,30 +177,81 @@ def _no_gateways(_settings: Any) -> None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Command:
+    """A command of `dovecote`, or a group of them, which is imported when it is called.
+
+    target          "package.module:name" of a function as Typer takes it, or of a typer.Typer with its commands
+    help            one line, for the list of commands; the rest of the help is in the function's docstring
+    passes_options  options that it does not know belong to its arguments
+    """
+
+    target: str
+    help: str
+    passes_options: bool = False
+
+
 class Dovecote:
     """An application: what the library gets from it. `DOVECOTE_APP=package.module:name` says where it is.
 
     routes      every handler there is
     gateways    function(settings) that makes what handlers get as `gateways`, once in each process of consumers
-    commands    modules with a function `register(cli: typer.Typer)` that adds commands to `dovecote`
+    commands    what the application adds to `dovecote`, by name
     migrations  directory with `versions/` and `sql/`: the application's revisions, which depend on the library's
     purges      each removes personal data whose time is over; the leading relay runs them once an hour, and so does
                 `dovecote maintain`
     procfile    what `dovecote up` runs; without one it is ./Procfile
 
-    Errors: InvalidRoute when two routes have one handler name.
+    Routes, gateways and purges may be given as "package.module:name": then they are imported when they are needed, and
+    a command that needs none of them starts at once.
+    Errors: InvalidRoute when two routes have one handler name, and for a text that names nothing.
     """
 
-    routes: Sequence[Route]
-    gateways: Callable[[Any], Any] = _no_gateways
-    commands: Sequence[str] = ()
-    migrations: Path | None = None
-    purges: Sequence[Purge] = ()
-    procfile: Path | None = None
+    def __init__(
+        self,
+        *,
+        routes: Sequence[Route] | str,
+        gateways: Callable[[Any], Any] | str = _no_gateways,
+        commands: Mapping[str, Command] = MappingProxyType({}),
+        migrations: Path | None = None,
+        purges: Sequence[Purge | str] = (),
+        procfile: Path | None = None,
+    ) -> None:
+        self.commands = commands
+        self.migrations = migrations
+        self.procfile = procfile
+        self._routes = routes if isinstance(routes, str) else distinct(routes)
+        self._gateways = gateways
+        self._purges = purges
 
-    def __post_init__(self) -> None:
-        distinct(self.routes)
+    def with_routes(self, routes: Sequence[Route]) -> "Dovecote":
+        """Return the same application with other routes, such as for a benchmark."""
+        return Dovecote(
+            routes=routes,
+            gateways=self._gateways,
+            commands=self.commands,
+            migrations=self.migrations,
+            purges=self._purges,
+            procfile=self.procfile,
+        )
+
+    @cached_property
+    def routes(self) -> Sequence[Route]:
+        return distinct(_imported(self._routes)) if isinstance(self._routes, str) else self._routes
+
+    @cached_property
+    def gateways(self) -> Callable[[Any], Any]:
+        gateways: Callable[[Any], Any] = _imported(self._gateways)
+        return gateways
+
+    @cached_property
+    def purges(self) -> Sequence[Purge]:
+        return [_imported(purge) for purge in self._purges]
+
+    @property
+    def migration_locations(self) -> tuple[Path, ...]:
+        """Return the directories of its revisions, as `dovecote.migrations` wants them."""
+        return () if self.migrations is None else (self.migrations,)
 
 
 def require_name(what: str, name: object) -> None:
@@ -313,3 +374,14 @@ def _a(value: object) -> str:
 def _shown(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 100 else f"{shown[:100]}..."
+
+
+def _imported(given: Any) -> Any:
+    """Return what a text names as "package.module:name"; anything else as it is."""
+    if not isinstance(given, str):
+        return given
+    module, _, name = given.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidRoute(f"the app object names {given[:200]!r}, as package.module:name: {error}") from error

@@ -1,27 +1,44 @@
-"""The README is true: its examples run against a real database, its names exist, its promises are the design's."""
+"""Every example on every page is run: against a real database, a real relay, and real processes where it has them."""
 
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
 from sqlalchemy import make_url
-from typer.testing import CliRunner
 
-from dovecote.cli import app
 from dovecote.local.binaries import find_postgres
 from dovecote.local.supervisor import parse_procfile
 from tests.conftest import Servers
-from tests.support import commands
+from tests.support.pages import PAGES, ROOT, Page
+from tests.support.processes import eventually
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DESIGN = ROOT.parent / "shared" / "DESIGN.md"
+README = Page("README.md")
+WRITING = Page("docs/guides/writing-events.md")
+HANDLERS = Page("docs/guides/handlers.md")
+VERSIONS = Page("docs/guides/versions.md")
+DEPLOYMENT = Page("docs/operations/deployment.md")
+BACKUP = Page("docs/operations/backup-and-failover.md")
+
+# What the tests of this file run. Lines of commands alone, indented or generated, are held against the commands that
+# exist (test_pages.py).
+RUN = {
+    "README.md": Counter(python=1, text=1, sh=1),
+    "docs/guides/writing-events.md": Counter(python=5, sql=1),
+    "docs/guides/handlers.md": Counter(python=3),
+    "docs/guides/versions.md": Counter(python=1),
+    "docs/operations/deployment.md": Counter(sql=1),
+    "docs/operations/backup-and-failover.md": Counter(sh=4, sql=1),
+}
 
 TABLES = """
 create table orders (id text primary key, total_cents bigint not null);
@@ -29,17 +46,12 @@ create table orders_by_day (day date primary key, orders integer not null);
 """
 
 
-def section(title: str) -> str:
-    _, found, rest = README.partition(f"\n## {title}\n")
-    assert found, f"README has no section {title!r}"
-    return rest.partition("\n## ")[0]
-
-
-def blocks(title: str, language: str) -> list[str]:
-    """The fenced code of a section, in order."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", section(title), re.MULTILINE | re.DOTALL)
-    assert found, f"no {language} in {title!r}"
-    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+@pytest.mark.parametrize("page", PAGES, ids=repr)
+def test_every_example_of_a_page_is_run(page: Page) -> None:
+    if page.name == "docs/reference/cli.md":
+        assert {language for language, _ in page.examples()} == {"sh"}
+    else:
+        assert Counter(language for language, _ in page.examples()) == RUN.get(page.name, Counter())
 
 
 def run_as_a_program(place: Path, program: str, **variables: str) -> str:
@@ -83,17 +95,69 @@ def orders_and_events(shop: psycopg.Connection[TupleRow]) -> list[TupleRow]:
     ).fetchall()
 
 
-# Examples ----------------------------------------------------------------------------------------
+# The front door ----------------------------------------------------------------------------------
 
 
-def test_each_way_to_write_from_python_commits_an_order_and_its_fact(
+def test_the_application_of_the_readme_runs_as_it_is_shown(
+    fresh_database_url: str, servers: Servers, tmp_path: Path
+) -> None:
+    (shop,), (procfile,), (shown,) = (README.blocks(language) for language in ("python", "text", "sh"))
+    (tmp_path / "shop.py").write_text(shop)
+    (tmp_path / "Procfile").write_text(procfile)
+    exports, up, *others = (line for line in shown.splitlines() if line)
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DOVECOTE_HOME": str(tmp_path / "state"),
+        "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
+        "DATABASE_URL": fresh_database_url,
+        "REDIS_URL": servers.redis_url,
+        # Where it is not installed, as in a clone that is tested with another's environment, it is in the checkout.
+        **dict(word.split("=") for word in exports.replace("$PWD", f"{tmp_path}:{ROOT}").split()[1:]),
+    }
+
+    running = subprocess.Popen(shlex.split(up), env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert running.stdout is not None
+        assert any("is running" in line for line in running.stdout)
+        subprocess.run(
+            ["/bin/sh", "-e", "-c", "\n".join(others)], env=environment, cwd=tmp_path, check=True, timeout=60
+        )
+        with psycopg.connect(fresh_database_url, autocommit=True) as connection:
+            counted = "select orders from public.orders_by_day"
+            eventually(lambda: connection.execute(counted).fetchall() == [(1,)], 30, "the order is counted")
+    finally:
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=60)
+    assert running.returncode == 0
+
+
+# Guides ------------------------------------------------------------------------------------------
+
+
+AGREE_ON_A_SALARY = """
+from dovecote.events import read_event
+from tests.support.keys import KEYS
+
+KEYRING = Keyring.parse(
+    **{name: KEYS[f"DOVECOTE_PRIVACY__{name.upper()}"] for name in ("hash_key", "encryption_keys", "code_key")}
+)
+agree(KEYRING, "17", Decimal("4200.00"))
+with sessions() as session:
+    row = session.execute(text("select id, payload from dovecote.outbox where aggregate_type = 'employee'")).one()
+    print(repr(read_event("staff.salary_agreed.v1", row.id, row.payload, KEYRING).salary))
+"""
+
+
+def test_each_way_to_write_from_python_commits_an_order_and_its_event(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, tmp_path: Path
 ) -> None:
-    ways = blocks("Write facts from Python", "python")
-    assert len(ways) == 4
+    ways = WRITING.blocks("python")
 
-    run_as_a_program(tmp_path, "\n\n".join(ways), DATABASE_URL=fresh_database_url)
+    printed = run_as_a_program(tmp_path, "\n\n".join([*ways, AGREE_ON_A_SALARY]), DATABASE_URL=fresh_database_url)
 
+    assert printed == "Decimal('4200.00')\n"
+    sealed = shop.execute("select payload ->> 'salary' from dovecote.outbox where aggregate_type = 'employee'")
+    assert "4200" not in str(sealed.fetchall())
     assert orders_and_events(shop) == [
         ("4711", "shop.order_placed.v1", "order", "4711", "1999"),
         ("4712", "shop.order_placed.v1", "order", "4712", "500"),
@@ -106,7 +170,7 @@ def test_each_way_to_write_from_python_commits_an_order_and_its_fact(
 def test_the_way_to_write_from_any_other_language_does_the_same(
     shop: psycopg.Connection[TupleRow], tmp_path: Path
 ) -> None:
-    (statements,) = blocks("Write facts from any other language", "sql")
+    (statements,) = WRITING.blocks("sql")
 
     shop.execute(statements)
 
@@ -135,9 +199,7 @@ with system_for(settings, ROUTES) as system, system.relay(), system.workers():
     print(system.status().handlers["shop.count_orders"].processed)
 """
 
-CAREFUL = (
-    "+ (Route(handler='shop.keep_orders', events=(OrderPlaced,), function=on_order_placed_once, queue='billing'),)"
-)
+CAREFUL = "+ (Route(handler='shop.keep', events=(OrderPlaced,), function=on_order_placed_once, queue='billing'),)"
 
 HELPERS = """
 def registered():
@@ -150,26 +212,26 @@ def place_order_in_a_session(order_id):
 """
 
 
-def test_the_handler_of_the_example_acts_on_the_fact_of_the_example(
+def test_the_handler_of_the_guide_handles_the_event_of_the_guide(
     shop: psycopg.Connection[TupleRow], fresh_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
-    function, route, careful = blocks("Add a handler", "python")
-    writing = "\n\n".join(blocks("Write facts from Python", "python")[:2])
+    function, route, careful = HANDLERS.blocks("python")
+    writing = "\n\n".join(WRITING.blocks("python")[:2])
     program = "\n\n".join([writing, function, careful, HELPERS, RUN_THE_HANDLER.format(route=route + CAREFUL)])
 
-    told = run_as_a_program(tmp_path, program, DATABASE_URL=fresh_database_url, REDIS_URL=servers.redis_url)
+    printed = run_as_a_program(tmp_path, program, DATABASE_URL=fresh_database_url, REDIS_URL=servers.redis_url)
 
     # Those of the first two examples were written before, but no relay had published them yet.
-    assert "3" in told.splitlines()
+    assert "3" in printed.splitlines()
     assert shop.execute("select sum(orders) from orders_by_day").fetchall() == [(3,)]
     # Each order was there already, which the other handler catches in a savepoint.
-    kept = "select count(*) from dovecote.processed_events where handler_name = 'shop.keep_orders'"
+    kept = "select count(*) from dovecote.processed_events where handler_name = 'shop.keep'"
     assert shop.execute(kept).fetchall() == [(3,)]
     assert shop.execute("select * from dovecote.deliveries").fetchall() == []
 
 
 def test_the_queue_of_the_example_is_one_that_the_procfile_serves() -> None:
-    _, route, _ = blocks("Add a handler", "python")
+    _, route, _ = HANDLERS.blocks("python")
     (queue,) = re.findall(r'queue="(\w+)"', route)
 
     commands = parse_procfile((ROOT / "Procfile").read_text(encoding="utf-8"))
@@ -178,11 +240,26 @@ def test_the_queue_of_the_example_is_one_that_the_procfile_serves() -> None:
     )
 
 
+UPCAST = """
+from dovecote.events import upcast
+
+print(upcast("shop.order_placed.v1", {"order_id": "4711"}))
+"""
+
+
+def test_the_upcaster_of_the_guide_reads_the_older_version(tmp_path: Path) -> None:
+    (upcaster,) = VERSIONS.blocks("python")
+
+    printed = run_as_a_program(tmp_path, upcaster + UPCAST)
+
+    assert printed == "('shop.order_placed.v2', {'order_id': '4711', 'channel': 'web'})\n"
+
+
 @pytest.mark.servers
 def test_a_login_with_the_writers_role_appends_and_does_nothing_else(
     shop: psycopg.Connection[TupleRow],
 ) -> None:
-    (grant,) = blocks("Running it for real", "sql")
+    (grant,) = DEPLOYMENT.blocks("sql")
     call = "select dovecote.append_event('order', '1', 'shop.order_placed.v1', '{}')"
 
     with shop.transaction(force_rollback=True):
@@ -197,10 +274,8 @@ def test_a_login_with_the_writers_role_appends_and_does_nothing_else(
     assert written
 
 
-# Pages for operators ------------------------------------------------------------------------------
+# Backup ------------------------------------------------------------------------------------------
 
-OPERATIONS = sorted((ROOT / "docs" / "operations").glob("*.md"))
-BACKUP = ROOT / "docs" / "operations" / "backup-and-failover.md"
 POSTGRES = find_postgres(os.environ).path.parent
 
 
@@ -209,7 +284,7 @@ POSTGRES = find_postgres(os.environ).path.parent
 def test_each_way_to_restore_that_the_page_shows_gives_a_system_that_goes_on(
     fresh_database_url: str, empty_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
-    dump, restore, data_only, _ = re.findall(r"```sh\n(.*?)```", BACKUP.read_text(encoding="utf-8"), re.DOTALL)
+    dump, restore, data_only, _ = BACKUP.blocks("sh")
     migrated = f"{make_url(fresh_database_url).database}_migrated"
     outbox = "select position from dovecote.outbox order by position"
 
@@ -242,108 +317,3 @@ def test_each_way_to_restore_that_the_page_shows_gives_a_system_that_goes_on(
             assert connection.execute("select dovecote.sequence_fault()").fetchone() == (None,)
     with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
         connection.execute(f"drop database {migrated}")
-
-
-@pytest.mark.parametrize("path", OPERATIONS, ids=lambda path: path.stem)
-def test_every_command_and_setting_that_a_page_names_exists(path: Path) -> None:
-    page = path.read_text(encoding="utf-8")
-    commands = set(re.findall(r"`dovecote ([a-z]+)", page))
-    settings = set(re.findall(r"DOVECOTE_\w+__\w+", page))
-
-    assert commands | settings
-    assert [name for name in settings if f"`{name}`" not in README] == []
-    assert [word for word in commands if CliRunner().invoke(app, [word, "--help"]).exit_code != 0] == []
-
-
-SECURITY = ROOT / "docs" / "security-model.md"
-
-
-def test_every_attack_on_the_security_page_has_the_test_that_it_names() -> None:
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?` \|$", SECURITY.read_text(encoding="utf-8"), re.MULTILINE)
-
-    assert len(named) > 30
-    for file, test in named:
-        text = (ROOT / "tests" / "security" / file).read_text(encoding="utf-8")
-        assert re.search(rf"^def {test or 'test_'}", text, re.MULTILINE), (file, test)
-
-
-# Names and words ---------------------------------------------------------------------------------
-
-
-def test_every_file_the_readme_names_is_there() -> None:
-    linked = re.findall(r"\]\(([^)#:]+)\)", README)
-    quoted = re.findall(r"`((?:domain|workers|docs|migrations|tests)/[\w/.]+)`", README)
-
-    assert linked
-    assert quoted
-    assert [name for name in (*linked, *quoted) if not (ROOT / name).exists()] == []
-
-
-def test_every_command_the_readme_names_exists() -> None:
-    named = set(re.findall(r"(?:`|^ +\$? ?|bin/)(?:\./dev|dovecote) ([a-z]+)", README, re.MULTILINE))
-
-    assert {"up", "test", "status", "exec", "ingest", "demo", "settings", "migrate"} <= named
-    not_yet = set(re.findall(r"dovecote (\w+)", section("What is promised")))
-    theirs = {"test", "chaos", "setup", "help"}
-    for word in named - theirs - not_yet:
-        done = commands.run([word, "--help"], os.environ, ROOT)
-        assert done.returncode == 0, word
-    shown = subprocess.run([str(ROOT / "dev"), "help"], capture_output=True, text=True, timeout=30, check=True).stdout
-    for word in theirs:
-        assert f"./dev {word}" in shown
-
-
-def promises(text: str) -> dict[str, str]:
-    """Number and words of each row `| P1 | words | ... |`."""
-    return {number: words.strip() for number, words in re.findall(r"^\| (P\d+) \| ([^|]+)\|", text, re.MULTILINE)}
-
-
-def test_the_readme_makes_twelve_promises() -> None:
-    assert list(promises(README)) == [f"P{number}" for number in range(1, 13)]
-
-
-@pytest.mark.skipif(not DESIGN.exists(), reason="the design is not beside this checkout")
-def test_the_promises_are_the_design_s_word_for_word() -> None:
-    assert promises(README) == promises(DESIGN.read_text(encoding="utf-8"))
-
-
-# Decisions ---------------------------------------------------------------------------------------
-
-DECISIONS = sorted((ROOT / "docs" / "adr").glob("*.md"))
-
-
-def test_decisions_are_numbered_without_a_gap() -> None:
-    assert [path.name[:4] for path in DECISIONS] == [f"{number:04}" for number in range(1, len(DECISIONS) + 1)]
-    assert len(DECISIONS) >= 10
-
-
-@pytest.mark.parametrize("path", DECISIONS, ids=lambda path: path.stem)
-def test_a_decision_is_one_page_with_its_four_parts(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-
-    assert re.match(rf"# {path.name[:4]}\. [A-Z]", text)
-    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
-        "Context",
-        "Decision",
-        "Alternatives",
-        "Consequences",
-    ]
-    assert len(text.splitlines()) <= 80
-
-
-@pytest.mark.parametrize("folder", ["dovecote", "domain", "workers", "migrations", "tests"])
-def test_every_decision_that_the_code_names_is_there(folder: str) -> None:
-    named = {
-        name
-        for file in (ROOT / folder).rglob("*")
-        if file.suffix in (".py", ".sql", ".lua")
-        for name in re.findall(r"docs/adr/[\w-]+\.md", file.read_text(encoding="utf-8"))
-    }
-
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-
-
-def test_the_change_log_has_a_place_for_what_comes_next() -> None:
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-    assert "## Unreleased" in text

@@ -6,13 +6,15 @@ Exit codes: 0 all is well; 1 the work failed or found something wrong; 2 the com
 import io
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
 from dovecote.cli.commands import Commands
+from dovecote.cli.output import fail, note, say
 from dovecote.errors import DovecoteError
-from dovecote.processes.terminal import refuse, write_block, write_line
+from dovecote.processes.terminal import refuse, write_block
 
 # What Typer raises for a wrong word; it has no public name for it.
 _WRONG_COMMAND = cast(type[Exception], typer.BadParameter.__mro__[2])
@@ -42,16 +44,13 @@ def main() -> None:
     except DovecoteError as error:
         refuse(str(error), error.exit_code)
     except Exception as error:
-        sentence = _of_postgres(error)
-        if sentence is None:
-            raise
-        refuse(sentence, 1)
+        if sentence := _what_postgres_says(error):
+            fail(sentence)
+        raise
 
 
-def _of_postgres(error: Exception) -> str | None:
-    """Return what to tell the user about an error of Postgres; None for any other."""
-    if "psycopg" not in sys.modules:
-        return None
+def _what_postgres_says(error: Exception) -> str | None:
+    """Return an error of the database as a sentence, with what to do; None for any other error."""
     import psycopg
     import sqlalchemy.exc
 
@@ -59,7 +58,7 @@ def _of_postgres(error: Exception) -> str | None:
     from dovecote.telemetry.failures import is_transient
 
     cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
-    if not isinstance(cause, psycopg.Error):
+    if not isinstance(error, sqlalchemy.exc.DBAPIError | psycopg.Error):
         return None
     sentence = masked((str(cause).strip() or type(cause).__name__).splitlines()[0], most=1_000)
     if isinstance(cause, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
@@ -75,27 +74,25 @@ def _refuse_command(error: Any) -> NoReturn:
     if type(error).__name__ == "NoArgsIsHelpError":
         raise SystemExit(error.exit_code)  # the help has been printed
     if context is not None:
-        write_line(sys.stderr, context.get_usage())
-        write_line(sys.stderr, f"Try `{context.command_path} --help` for help.")
-    write_line(sys.stderr, error.format_message(), before="dovecote: ")
+        note(context.get_usage(), before="")
+        note(f"Try `{context.command_path} --help` for help.", before="")
+    note(error.format_message())
     raise SystemExit(error.exit_code)
 
 
 def _unexpected(_: type[BaseException], error: BaseException, __: object) -> None:
     """Print an error that is a bug of ours: it may hold anything of an event."""
-    if isinstance(error, KeyboardInterrupt):
-        raise SystemExit(130)
     from dovecote.masking import masked
     from dovecote.telemetry.failures import traceback_of
 
+    if isinstance(error, KeyboardInterrupt):
+        raise SystemExit(130)
     write_block(sys.stderr, masked(traceback_of(error)))
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        write_line(sys.stdout, f"dovecote {version('dovecote')}")
+        say(f"dovecote {version('dovecote')}")
         raise typer.Exit
 
 

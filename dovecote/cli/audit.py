@@ -1,55 +1,46 @@
 """`dovecote audit`: what operators did."""
 
+from __future__ import annotations
+
 import json
 from typing import Annotated
-from uuid import UUID
 
 import typer
-from rich.table import Table
 
-from dovecote.cli.options import Limit, Since, identifier
-from dovecote.cli.output import AsJson, add_row, print_json, print_table, say
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(audit)
+from dovecote import operations
+from dovecote.cli.options import Before, Limit, Since
+from dovecote.cli.output import AsJson, render
+from dovecote.cli.system import database
 
 
 def audit(
     action: Annotated[str | None, typer.Option(help="Only this: deliveries.retry, or all of deliveries.")] = None,
-    actor: Annotated[str | None, typer.Option("--by", help="Only what this name or login did.")] = None,
+    actor: Annotated[str | None, typer.Option(help="Only what this name or login did.")] = None,
     since: Since = None,
     limit: Limit = 50,
-    before: Annotated[str | None, typer.Option(help="Go on where a page ended.")] = None,
+    before: Before = None,
     as_json: AsJson = False,
 ) -> None:
     """Show who did what, why and to how much, newest first.
 
     Example: dovecote audit --action deliveries --since 1d
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.store.engines import engine_during
-
-    cursor: UUID | None = identifier(before) if before else None
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        page = operations.audit(engine, action=action, actor=actor, since=since, before=cursor, limit=limit)
-    if as_json:
-        print_json(page.as_json())
-        return
-    table = Table("when", "who", "login", "what", "how many", "why", "details", box=None, pad_edge=False)
-    for one in page.entries:
-        add_row(
-            table,
-            f"{one.at:%F %T}",
-            one.actor,
-            one.login,
-            one.action,
-            "" if one.affected is None else str(one.affected),
-            one.reason or "",
-            json.dumps(one.details) if one.details else "",
+    with database() as engine:
+        page = operations.audit.list_entries(
+            engine, action=action, actor=actor, since=since, before=before, limit=limit
         )
-    print_table(table, "nothing was done")
-    if page.before:
-        say(f"more: --before {page.before}")
+    render(
+        page,
+        {
+            "when": lambda one: f"{one.at:%F %T}",
+            "who": lambda one: one.actor,
+            "login": lambda one: one.login,
+            "what": lambda one: one.action,
+            "how many": lambda one: one.affected,
+            "why": lambda one: one.reason,
+            "details": lambda one: json.dumps(one.details) if one.details else None,
+        },
+        name="entries",
+        if_empty="nothing was done",
+        as_json=as_json,
+    )

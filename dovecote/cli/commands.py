@@ -1,101 +1,129 @@
-"""The commands by name. A command's module is imported when the command is used, so that help comes at once."""
+"""Which commands there are, and the group that imports one only when it is called, or asked for its own help.
 
-import os
+The list of all commands needs none of them: one line of each stands here
+(tests/dovecote/cli/test_commands.py holds it against the commands themselves).
+"""
+
+from collections import UserDict
+from collections.abc import Iterator, Mapping
 from importlib import import_module
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dovecote.processes.state_directory import StateDirectory
+from dovecote.errors import DovecoteError
+from dovecote.route import Command
+from dovecote.settings.application import find_app
 
-
-class Entry(NamedTuple):
-    """Where a command is, and the line about it in the help of all; a test holds it against the command's own."""
-
-    module: str
-    help: str
-
-
-COMMANDS = {
-    "up": Entry("run", "Run a whole system here until Ctrl-C: servers where none are given, relay, consumers."),
-    "relay": Entry("run", "Move committed events to the queues until SIGTERM; a second one stands by."),
-    "migrate": Entry("run", "Bring the database's schema up to date."),
-    "exec": Entry(
-        "run", "Run a command that finds the system: DATABASE_URL, REDIS_URL and psql's PGHOST ... are set for it."
+COMMANDS: Mapping[str, Command] = {
+    "up": Command(
+        "dovecote.cli.run:up",
+        "Run a whole system here until Ctrl-C: servers where none are given, relay, consumers.",
     ),
-    "status": Entry(
-        "status", "Show how far the relay is and how each handler stands. With --watch --json: one object a line."
+    "relay": Command(
+        "dovecote.cli.run:relay", "Move committed events to the queues until SIGTERM; a second one stands by."
     ),
-    "events": Entry("events", "Look at events."),
-    "deliveries": Entry("deliveries", "Look at what did not go well; retry it or give it up."),
-    "aggregates": Entry("deliveries", "Look at aggregates that stand still."),
-    "handlers": Entry("handlers", "Handlers: look at them, pause and resume them."),
-    "audit": Entry("audit", "Show who did what, why and to how much, newest first."),
-    "replay": Entry("replays", "Send events to a handler again."),
-    "doctor": Entry(
-        "doctor",
+    "migrate": Command("dovecote.cli.run:migrate", "Bring the database's schema up to date."),
+    "exec": Command(
+        "dovecote.cli.run:execute",
+        "Run a command that finds the system: DATABASE_URL, REDIS_URL and psql's PGHOST ... are set for it.",
+        passes_options=True,
+    ),
+    "status": Command(
+        "dovecote.cli.status:status",
+        "Show how far the relay is and how each handler stands. With --watch --json: one object a line.",
+    ),
+    "events": Command("dovecote.cli.events:events", "Look at events."),
+    "deliveries": Command("dovecote.cli.deliveries:deliveries", "Look at failed deliveries; retry or discard them."),
+    "aggregates": Command("dovecote.cli.aggregates:aggregates", "Look at aggregates that stand still."),
+    "handlers": Command("dovecote.cli.handlers:handlers", "Handlers: list them, pause and resume them."),
+    "audit": Command("dovecote.cli.audit:audit", "Show who did what, why and to how much, newest first."),
+    "replay": Command("dovecote.cli.replays:replay", "Send events to a handler again."),
+    "doctor": Command(
+        "dovecote.cli.doctor:doctor",
         "Test both servers, the relay, the queues and the schema, and say what to do. Exit code 1 on an error.",
     ),
-    "recover": Entry(
-        "recover",
+    "recover": Command(
+        "dovecote.cli.recover:recover",
         "Repair the sequence of positions, and have the relay send what it has not seen. Harmless where all is well.",
     ),
-    "keys": Entry("keys", "The keys that messages are signed with."),
-    "settings": Entry("settings", "Print every option with its default, unit and meaning."),
-    "maintain": Entry(
-        "retention",
-        "Make partitions ahead; archive and drop weeks older than those to keep. What is needed is never dropped.",
+    "keys": Command("dovecote.cli.keys:keys", "The keys that messages are signed with."),
+    "settings": Command("dovecote.cli.settings:settings", "Print every option with its default, unit and meaning."),
+    "maintain": Command(
+        "dovecote.cli.retention:maintain",
+        "Make partitions ahead; archive and drop weeks older than those to keep. "
+        "What is still needed is never dropped.",
     ),
-    "partitions": Entry(
-        "retention",
+    "partitions": Command(
+        "dovecote.cli.retention:partitions",
         "Show every week: rows as Postgres estimates them, size, what holds it back; how far ahead partitions reach.",
     ),
 }
 
 
 class Commands(TyperGroup):
-    """The library's commands from the table, and behind them those of the application."""
+    """The commands of Dovecote and of the application. What is asked for by name is imported then."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**{**attributes, "commands": None})
+        self.commands = _Loaded()
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*COMMANDS, *_of_the_application()]
+        return list(self.commands)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        # For a list: nothing is imported for a line of help.
-        if entry := COMMANDS.get(cmd_name):
-            return TyperCommand(cmd_name, help=entry.help)
-        return _of_the_application().get(cmd_name)
+        """Return the name and one line of a command, for the list of all."""
+        found = described(cmd_name)
+        return TyperCommand(cmd_name, help=found.help) if found else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if entry := COMMANDS.get(args[0]):
-            return args[0], _registered_by(f"{__package__}.{entry.module}")[args[0]], args[1:]
-        return super().resolve_command(ctx, args)
+        """Return the command that is called."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, self.commands[name] if found and name else found, rest
 
 
-def _of_the_application() -> dict[str, Any]:
-    if (
-        "DOVECOTE_APP" not in os.environ
-        and not Path(".env").exists()
-        and not StateDirectory.locate(os.environ).running()
-    ):
-        return {}  # nothing names one: no need to import what reads settings
-    from dovecote.settings import SettingsError
-    from dovecote.settings.application import find_app
+def described(name: str) -> Command | None:
+    """Return what is said of a command; None for what is none."""
+    return COMMANDS.get(name) or _of_the_application().get(name)
 
+
+def load(name: str, command: Command) -> Any:
+    """Import a command."""
+    module, _, attribute = command.target.partition(":")
+    target = getattr(import_module(module), attribute)
+    app = typer.Typer(add_completion=False)
+    if isinstance(target, typer.Typer):
+        app.add_typer(target, name=name)
+    else:
+        app.command(name, context_settings={"ignore_unknown_options": command.passes_options})(target)
+        app.callback()(lambda: None)  # with it the app is a group, of one command
+    return typer.main.get_group(app).commands[name]
+
+
+class _Loaded(UserDict[str, Any]):
+    """The commands by name; one is imported when it is taken out."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.data:
+            found = described(name)
+            if found is None:
+                raise KeyError(name)
+            self.data[name] = load(name, found)
+        return self.data[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**COMMANDS, **_of_the_application()})
+
+    def __len__(self) -> int:
+        return len({**COMMANDS, **_of_the_application()})
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and described(name) is not None
+
+
+def _of_the_application() -> Mapping[str, Command]:
     try:
-        modules = find_app().commands
-    except SettingsError:
+        return find_app().commands
+    except DovecoteError:
         return {}  # commands that need an application say so
-    return {name: command for module in modules for name, command in _registered_by(module).items()}
-
-
-def _registered_by(module: str) -> dict[str, Any]:
-    parser = typer.Typer()
-    parser.callback()(_nothing)  # one command alone would not stay a group
-    import_module(module).register(parser)
-    return dict(typer.main.get_group(parser).commands)
-
-
-def _nothing() -> None:
-    pass

@@ -1,4 +1,4 @@
-"""Commands about what did not go well: `deliveries` and `aggregates`."""
+"""`dovecote deliveries`: look at failed deliveries, retry or discard them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
+from dovecote import operations
 from dovecote.cli.options import (
     Actor,
     AggregateId,
     AggregateType,
+    Before,
     DryRun,
     EventType,
     Handler,
@@ -19,16 +20,17 @@ from dovecote.cli.options import (
     Reason,
     complete_handler,
     identifier,
-    moment,
+    time,
 )
-from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_block, say_nothing
+from dovecote.cli.output import AsJson, print_facts, print_json, print_listing, render, say, say_block, say_nothing
+from dovecote.cli.system import database, routes
 from dovecote.processes.terminal import refuse
 from dovecote.store.delivery_state import DeliveryState
 
 if TYPE_CHECKING:
-    from dovecote import operations
-    from dovecote.operations import Change, Failure, Filter
+    from collections.abc import Callable, Mapping
 
+    from dovecote.operations.deliveries import Change, Delivery, DeliverySelection, Groups
 
 StateOption = Annotated[DeliveryState | None, typer.Option(help="Only deliveries of this state.")]
 Fingerprint = Annotated[str | None, typer.Option(help="Only failures of this kind, as `deliveries list` names it.")]
@@ -37,8 +39,8 @@ ChangedSince = Annotated[
     typer.Option(
         "--since",
         help="Only what changed since: ISO 8601, UTC without a zone, or an age such as 15m, 2h, 3d.",
-        parser=moment,
-        metavar="MOMENT",
+        parser=time,
+        metavar="TIME",
     ),
 ]
 OneHandler = Annotated[str | None, typer.Argument(help="The handler of one delivery.", autocompletion=complete_handler)]
@@ -46,17 +48,10 @@ OneEvent = Annotated[str | None, typer.Argument(help="The event of one delivery.
 AllMatching = Annotated[bool, typer.Option("--all-matching", help="Every delivery that the filters leave.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    deliveries = typer.Typer(no_args_is_help=True, help="Look at what did not go well; retry it or give it up.")
-    for name, command in (("list", list_), ("show", show), ("retry", retry), ("discard", discard)):
-        deliveries.command(name)(command)
-    app.add_typer(deliveries, name="deliveries")
-    aggregates = typer.Typer(no_args_is_help=True, help="Look at aggregates that stand still.")
-    aggregates.command("blocked")(blocked)
-    app.add_typer(aggregates, name="aggregates")
+deliveries = typer.Typer(no_args_is_help=True, help="Look at failed deliveries; retry or discard them.")
 
 
+@deliveries.command("list")
 def list_(
     rows: Annotated[bool, typer.Option("--rows", help="One line a delivery instead of one a kind.")] = False,
     handler: Handler = None,
@@ -67,37 +62,31 @@ def list_(
     aggregate_id: AggregateId = None,
     since: ChangedSince = None,
     limit: Limit = 50,
-    before: Annotated[str | None, typer.Option(help="Go on where a page ended.")] = None,
+    before: Before = None,
     as_json: AsJson = False,
 ) -> None:
     """Show failures by kind, the dead ones if no state is given; or one by one, when a filter or --rows asks for it.
 
     Example: dovecote deliveries list --state dead --rows
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
     wanted = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     by_kind = not (rows or before or event_type or aggregate_type or aggregate_id or since)
-    with engine_during(load_settings(needs_redis=False)) as engine:
+    with database() as engine:
         if by_kind:
-            groups = operations.failure_groups(engine, wanted, routes=find_app().routes, limit=limit)
+            groups = operations.deliveries.list_groups(engine, wanted, routes=routes(), limit=limit)
         else:
-            page = operations.failures(engine, wanted, routes=find_app().routes, limit=limit, before=before)
-    if as_json:
-        print_json(groups.as_json() if by_kind else page.as_json())
-    elif by_kind:
+            page = operations.deliveries.list_deliveries(engine, wanted, routes=routes(), limit=limit, before=before)
+    if not by_kind:
+        render(page, _columns(), name="deliveries", if_empty="none", as_json=as_json)
+    elif as_json:
+        print_json(groups)
+    else:
         _show_groups(groups)
         if groups.more:
             say(f"more kinds than these {limit}: --limit, --handler or --fingerprint")
-    else:
-        _show_rows(page.deliveries)
-        if page.before:
-            say(f"more: --before {page.before}")
 
 
+@deliveries.command()
 def show(
     handler: Annotated[str, typer.Argument(help="The handler.", autocompletion=complete_handler)],
     event_id: Annotated[str, typer.Argument(help="The event.")],
@@ -107,39 +96,33 @@ def show(
 
     Example: dovecote deliveries show billing.write_history 019a...
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        story = operations.failure(engine, find_app().routes, handler, identifier(event_id))
+    with database() as engine:
+        found = operations.deliveries.get_delivery(engine, routes(), handler, identifier(event_id))
     if as_json:
-        print_json(story.as_json())
+        print_json(found)
         return
-    one = story.delivery
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in (
-        ("handler", one.handler),
-        ("event", f"{one.event_id}, {one.event_type}, position {one.position}"),
-        ("aggregate", f"{one.aggregate_type} {one.aggregate_id}"),
-        ("state", f"{one.state} after {one.attempts} attempts"),
-        ("next attempt", f"{one.next_attempt_at:%F %T %Z}" if one.next_attempt_at else ""),
-        ("waits for", story.waits_for),
-        ("first failed", f"{one.first_failed_at:%F %T %Z}"),
-        ("last change", f"{one.updated_at:%F %T %Z}"),
-        ("kind", one.fingerprint),
-        ("trace", story.trace_id),
-        ("behind it", f"{story.waiting_behind} waiting" if story.waiting_behind else ""),
-    ):
-        if value:
-            add_row(table, name, value)
-    print_table(table, "")
-    if story.traceback:
+    one = found.delivery
+    print_facts(
+        {
+            "handler": one.handler,
+            "event": f"{one.event_id}, {one.event_type}, position {one.position}",
+            "aggregate": f"{one.aggregate_type} {one.aggregate_id}",
+            "state": f"{one.state} after {one.attempts} attempts",
+            "next attempt": f"{one.next_attempt_at:%F %T %Z}" if one.next_attempt_at else None,
+            "waits for": found.waits_for,
+            "first failed": f"{one.first_failed_at:%F %T %Z}",
+            "last change": f"{one.updated_at:%F %T %Z}",
+            "kind": one.fingerprint,
+            "trace": found.trace_id,
+            "behind it": f"{found.waiting_behind} waiting" if found.waiting_behind else None,
+        }
+    )
+    if found.traceback:
         say_nothing()
-        say_block(story.traceback)
+        say_block(found.traceback)
 
 
+@deliveries.command()
 def retry(
     actor: Actor,
     handler_name: OneHandler = None,
@@ -162,18 +145,16 @@ def retry(
 
     Example: dovecote deliveries retry --all-matching --handler billing.write_history --dry-run
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
     filters = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     wanted = _wanted(handler_name, event_id, all_matching, filters)
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        change = operations.retry(engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=find_app().routes)
-    _tell(change, "sent again", as_json)
+    with database() as engine:
+        change = operations.deliveries.retry(
+            engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=routes()
+        )
+    _report(change, "sent again", as_json)
 
 
+@deliveries.command()
 def discard(
     reason: Annotated[str, typer.Option(help="Why, for the audit log.")],
     actor: Actor,
@@ -194,55 +175,13 @@ def discard(
 
     Example: dovecote deliveries discard --fingerprint 3f2a90c1b7de --reason "test data" --dry-run
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
     filters = _filter(handler, state, fingerprint, event_type, aggregate_type, aggregate_id, since)
     wanted = _wanted(handler_name, event_id, all_matching, filters)
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        change = operations.discard(
-            engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=find_app().routes
+    with database() as engine:
+        change = operations.deliveries.discard(
+            engine, wanted, actor=actor, reason=reason, dry_run=dry_run, routes=routes()
         )
-    _tell(change, "discarded", as_json)
-
-
-def blocked(
-    handler: Handler = None,
-    limit: Limit = 50,
-    after: Annotated[str | None, typer.Option(help="Go on where a page ended.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show aggregates that stand still: which event holds each up, and how many wait behind it.
-
-    Example: dovecote aggregates blocked
-    """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        page = operations.blocked_aggregates(engine, find_app().routes, handler=handler, limit=limit, after=after)
-    if as_json:
-        print_json(page.as_json())
-        return
-    table = Table("handler", "aggregate", "held up by", "state", "waiting", "since", "error", box=None, pad_edge=False)
-    for one in page.aggregates:
-        add_row(
-            table,
-            one.handler,
-            f"{one.aggregate_type} {one.aggregate_id}",
-            str(one.event_id or ""),
-            one.state,
-            f"{one.waiting}{'+' if one.at_least else ''}",
-            f"{one.since:%F %T}",
-            f"{one.fingerprint} {one.error}" if one.error else "",
-        )
-    print_table(table, "no aggregate is blocked")
-    if page.after:
-        say(f"more: --after {page.after}")
+    _report(change, "discarded", as_json)
 
 
 def _filter(
@@ -253,10 +192,8 @@ def _filter(
     aggregate_type: str | None,
     aggregate_id: str | None,
     since: datetime | None,
-) -> Filter:
-    from dovecote.operations import Filter
-
-    return Filter(
+) -> DeliverySelection:
+    return operations.deliveries.DeliverySelection(
         handler=handler,
         state=state.value if state else None,
         fingerprint=fingerprint,
@@ -267,28 +204,28 @@ def _filter(
     )
 
 
-def _wanted(handler: str | None, event_id: str | None, all_matching: bool, filters: Filter) -> Filter:
+def _wanted(
+    handler: str | None, event_id: str | None, all_matching: bool, filters: DeliverySelection
+) -> DeliverySelection:
     """Return what exactly one of the three ways to name deliveries asks for, or end with code 2."""
-    from dovecote.operations import Filter
-
     if handler is not None:
         if event_id is None:
             refuse(f"which event of {handler}? Give HANDLER EVENT_ID, or --all-matching --handler {handler}")
-        if all_matching or filters != Filter():
+        if all_matching or filters != operations.deliveries.DeliverySelection():
             refuse("give either HANDLER EVENT_ID or filters, not both")
-        return Filter(handler=handler, event_id=identifier(event_id))
+        return operations.deliveries.DeliverySelection(handler=handler, event_id=identifier(event_id))
     if not all_matching and filters.fingerprint is None:
         refuse("name one as HANDLER EVENT_ID, a kind by --fingerprint, or say --all-matching with filters or without")
     return filters
 
 
-def _tell(change: Change, done: str, as_json: bool) -> None:
+def _report(change: Change, done: str, as_json: bool) -> None:
     if as_json:
-        print_json(change.as_json())
+        print_json(change)
         return
     if change.dry_run:
         say(f"{change.affected} would be {done}; nothing was changed")
-        _show_rows(change.sample)
+        print_listing(change.sample, _columns(), if_empty="none")
         if change.affected > len(change.sample):
             say(f"and {change.affected - len(change.sample)} more")
         return
@@ -297,37 +234,31 @@ def _tell(change: Change, done: str, as_json: bool) -> None:
     say(f"{change.affected} {done}{released}{busy}")
 
 
-def _show_groups(groups: operations.Groups) -> None:
-    table = Table("count", "handler", "state", "kind", "first", "last", "example", "error", box=None, pad_edge=False)
-    for one in groups.groups:
-        add_row(
-            table,
-            f"{one.count}{'+' if one.at_least else ''}",
-            one.handler,
-            one.state,
-            one.fingerprint,
-            f"{one.first_at:%F %T}",
-            f"{one.last_at:%F %T}",
-            one.example,
-            one.error or one.error_type,
-        )
-    print_table(table, "nothing of that kind")
-
-
-def _show_rows(found: list[Failure]) -> None:
-    table = Table(
-        "event", "handler", "state", "attempts", "next", "aggregate", "kind", "error", box=None, pad_edge=False
+def _show_groups(groups: Groups) -> None:
+    print_listing(
+        groups.groups,
+        {
+            "count": lambda one: f"{one.count}{'+' if one.at_least else ''}",
+            "handler": lambda one: one.handler,
+            "state": lambda one: one.state,
+            "kind": lambda one: one.fingerprint,
+            "first": lambda one: f"{one.first_at:%F %T}",
+            "last": lambda one: f"{one.last_at:%F %T}",
+            "example": lambda one: one.example,
+            "error": lambda one: one.error or one.error_type,
+        },
+        if_empty="nothing of that kind",
     )
-    for one in found:
-        add_row(
-            table,
-            str(one.event_id),
-            one.handler,
-            one.state,
-            str(one.attempts),
-            f"{one.next_attempt_at:%F %T}" if one.next_attempt_at else "",
-            f"{one.aggregate_type} {one.aggregate_id}",
-            one.fingerprint or "",
-            one.error or "",
-        )
-    print_table(table, "none")
+
+
+def _columns() -> Mapping[str, Callable[[Delivery], object]]:
+    return {
+        "event": lambda one: one.event_id,
+        "handler": lambda one: one.handler,
+        "state": lambda one: one.state,
+        "attempts": lambda one: one.attempts,
+        "next": lambda one: f"{one.next_attempt_at:%F %T}" if one.next_attempt_at else None,
+        "aggregate": lambda one: f"{one.aggregate_type} {one.aggregate_id}",
+        "kind": lambda one: one.fingerprint,
+        "error": lambda one: one.error,
+    }

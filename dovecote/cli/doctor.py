@@ -1,15 +1,16 @@
-"""The command that finds out what is wrong."""
+"""`dovecote doctor`: find out what is wrong."""
+
+from __future__ import annotations
 
 import typer
 from rich.table import Table
 
+from dovecote import operations
 from dovecote.cli.output import AsJson, add_row, cell, print_json, print_table
+from dovecote.cli.system import settings
+from dovecote.settings.application import find_app
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(doctor)
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -17,13 +18,10 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: dovecote doctor --json
     """
-    from dovecote.operations import doctor as doctoring
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-
-    found = doctoring.examine(load_settings(), find_app().routes)
+    app = find_app()
+    found = operations.doctor.examine(settings(), app.routes, migration_locations=app.migration_locations)
     if as_json:
-        print_json(found.as_json())
+        print_json(found)
     else:
         table = Table("", "check", "found", box=None, pad_edge=False)
         for finding in found.findings:

@@ -7,26 +7,22 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
+from dovecote import operations
 from dovecote.cli.options import AggregateId, AggregateType, EventType, Limit, Since, Until, identifier
-from dovecote.cli.output import AsJson, add_row, print_json, print_table, say, say_nothing, until_ctrl_c
+from dovecote.cli.output import AsJson, print_facts, print_json, print_listing, say, say_nothing, until_ctrl_c
+from dovecote.cli.system import database, routes, settings
 
 if TYPE_CHECKING:
-    from dovecote.operations import EventLife
-
+    from dovecote.operations.events import EventLife
 
 _TAIL_SECONDS = 0.2
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    events = typer.Typer(no_args_is_help=True, help="Look at events.")
-    for name, command in (("list", list_), ("show", show), ("tail", tail)):
-        events.command(name)(command)
-    app.add_typer(events, name="events")
+events = typer.Typer(no_args_is_help=True, help="Look at events.")
 
 
+@events.command("list")
 def list_(
     event_type: EventType = None,
     aggregate_type: AggregateType = None,
@@ -44,13 +40,7 @@ def list_(
 
     Example: dovecote events list --type billing.payment_recorded.v1 --since 2h
     """
-    from dovecote import operations
-    from dovecote.operations import EventFilter
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    wanted = EventFilter(
+    wanted = operations.events.EventSelection(
         event_type=event_type,
         aggregate_type=aggregate_type,
         aggregate_id=aggregate_id,
@@ -58,22 +48,24 @@ def list_(
         until=until,
     )
     cursors = {"before": identifier(before) if before else None, "after": identifier(after) if after else None}
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        page = operations.events(engine, find_app().routes, wanted, limit=limit, **cursors)
+    with database() as engine:
+        page = operations.events.list_events(engine, routes(), wanted, limit=limit, **cursors)
     if as_json:
-        print_json(page.as_json())
+        print_json(page)
         return
-    table = Table("event", "written", "type", "aggregate", "handlers", box=None, pad_edge=False)
-    for one in page.events:
-        add_row(
-            table,
-            one.id,
-            f"{one.created_at:%F %T}",
-            one.event_type,
-            f"{one.aggregate_type} {one.aggregate_id}",
-            ", ".join(f"{handler} {state}" for handler, state in one.handlers.items()) or "nobody wants it",
-        )
-    print_table(table, "no events")
+    print_listing(
+        page.events,
+        {
+            "event": lambda one: one.id,
+            "written": lambda one: f"{one.created_at:%F %T}",
+            "type": lambda one: one.event_type,
+            "aggregate": lambda one: f"{one.aggregate_type} {one.aggregate_id}",
+            "handlers": lambda one: (
+                ", ".join(f"{handler} {state}" for handler, state in one.handlers.items()) or "nobody wants it"
+            ),
+        },
+        if_empty="no events",
+    )
     if page.looked_back_to:
         say(
             f"looked as far as {page.looked_back_to:%F %T %Z}; --{'after' if after else 'before'} "
@@ -83,61 +75,55 @@ def list_(
         say(f"more: --before {page.before}")
 
 
+@events.command()
 def show(event_id: Annotated[str, typer.Argument(help="The event's id.")], as_json: AsJson = False) -> None:
     """Show one event's whole life: written, published, and what each handler did with it.
 
     Example: dovecote events show 019a...
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        life = operations.event(engine, find_app().routes, identifier(event_id))
+    with database() as engine:
+        life = operations.events.get_event(engine, routes(), identifier(event_id))
     if as_json:
-        print_json(life.as_json())
+        print_json(life)
     else:
         _show_life(life)
 
 
 def _show_life(life: EventLife) -> None:
-    facts = Table(box=None, show_header=False, pad_edge=False)
     published = (
         f"{life.published_at:%F %T.%f %Z}, in a batch of {life.batch_events}, epoch {life.epoch}"
         if life.published_at
         else "not yet"
     )
-    for name, value in (
-        ("event", f"{life.id}, position {life.position}"),
-        ("type", life.event_type),
-        ("aggregate", f"{life.aggregate_type} {life.aggregate_id}"),
-        ("written", f"{life.created_at:%F %T.%f %Z}"),
-        ("published", published),
-        ("payload", json.dumps(life.payload, ensure_ascii=False)),
-        ("headers", json.dumps(life.headers, ensure_ascii=False)),
-    ):
-        add_row(facts, name, value)
-    print_table(facts, "")
-    say_nothing()
-    table = Table(
-        "handler", "state", "processed", "attempts", "next", "replay", "trace", "error", box=None, pad_edge=False
+    print_facts(
+        {
+            "event": f"{life.id}, position {life.position}",
+            "type": life.event_type,
+            "aggregate": f"{life.aggregate_type} {life.aggregate_id}",
+            "written": f"{life.created_at:%F %T.%f %Z}",
+            "published": published,
+            "payload": json.dumps(life.payload, ensure_ascii=False),
+            "headers": json.dumps(life.headers, ensure_ascii=False),
+        }
     )
-    for one in life.handlers:
-        add_row(
-            table,
-            one.handler,
-            one.state,
-            f"{one.processed_at:%F %T.%f}" if one.processed_at else "",
-            one.attempts or "",
-            f"{one.next_attempt_at:%F %T}" if one.next_attempt_at else "",
-            one.replay_id,
-            one.trace_id,
-            one.summary,
-        )
-    print_table(table, "nobody wants it")
+    say_nothing()
+    print_listing(
+        life.handlers,
+        {
+            "handler": lambda one: one.handler,
+            "state": lambda one: one.state,
+            "processed": lambda one: f"{one.processed_at:%F %T.%f}" if one.processed_at else None,
+            "attempts": lambda one: one.attempts or None,
+            "next": lambda one: f"{one.next_attempt_at:%F %T}" if one.next_attempt_at else None,
+            "replay": lambda one: one.replay_id,
+            "trace": lambda one: one.trace_id,
+            "error": lambda one: one.summary,
+        },
+        if_empty="nobody wants it",
+    )
 
 
+@events.command()
 def tail(
     event_type: EventType = None,
     aggregate_type: AggregateType = None,
@@ -145,21 +131,18 @@ def tail(
 ) -> None:
     """Show events as they commit, until Ctrl-C. With --json: one object a line.
 
-    An event whose transaction takes long comes late, not never; those at work when this began may be missing.
+    An event whose transaction takes long comes late, not never; those open when this began may be missing.
 
     Example: dovecote events tail --type pricing.price_quoted.v1
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-
-    url = load_settings(needs_redis=False).database.url.get_secret_value()
+    url = settings(needs_redis=False).database.url.get_secret_value()
     with until_ctrl_c():
         # The pace of a pair of eyes; the database is asked five times a second and never left a lock.
-        for one in operations.follow(url, lambda: time.sleep(_TAIL_SECONDS)):
+        for one in operations.events.follow(url, lambda: time.sleep(_TAIL_SECONDS)):
             if event_type not in (None, one.event_type) or aggregate_type not in (None, one.aggregate_type):
                 continue
             if as_json:
-                print_json(one.as_json(), flush=True)
+                print_json(one, flush=True)
             else:
                 say(
                     f"{one.created_at:%T.%f} {one.id} {one.event_type} {one.aggregate_id} "

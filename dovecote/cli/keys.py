@@ -1,54 +1,45 @@
-"""`dovecote keys`: what relays sign messages with, so that nobody but them can have anything acted on."""
+"""`dovecote keys`: what relays sign messages with, so that handlers act on nothing else."""
+
+from __future__ import annotations
 
 from typing import Annotated
 
 import typer
 
+from dovecote import operations
 from dovecote.cli.options import Actor, DryRun, Reason
-from dovecote.cli.output import AsJson, print_json, say
+from dovecote.cli.output import AsJson, jsonable, print_json, say
+from dovecote.cli.system import database
 
-_keys = typer.Typer(no_args_is_help=True, help="The keys that messages are signed with.")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    app.add_typer(_keys, name="keys")
+keys = typer.Typer(no_args_is_help=True, help="The keys that messages are signed with.")
 
 
-@_keys.command("list")
+@keys.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List the keys, newest first, without their secrets, which nothing shows.
 
     Example: dovecote keys list
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        found = operations.message_keys(engine)
+    with database() as engine:
+        found = operations.keys.list_keys(engine)
     if as_json:
-        print_json({"keys": [key.as_json() for key in found]})
+        print_json({"keys": [jsonable(key) for key in found]})
         return
     for key in found:
         state = f"revoked {key.revoked_at:%F %T}" if key.revoked_at else "signs" if key.signs else "valid"
         say(f"{key.id}  made {key.made_at:%F %T}  {state}")
 
 
-@_keys.command()
+@keys.command()
 def rotate(actor: Actor, reason: Reason = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Make a new key. Relays sign with it from the sixth second on; what older keys have signed stays valid.
 
     Example: dovecote keys rotate --reason "every quarter"
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        made = operations.rotate_message_key(engine, actor=actor, reason=reason, dry_run=dry_run)
+    with database() as engine:
+        made = operations.keys.rotate(engine, actor=actor, reason=reason, dry_run=dry_run)
     if as_json:
-        print_json({"dry_run": dry_run, "key": made.as_json() if made else None})
+        print_json({"dry_run": dry_run, "key": jsonable(made)})
     elif made is None:
         say("would make a new key, which relays would sign with from the sixth second on")
     else:
@@ -57,7 +48,7 @@ def rotate(actor: Actor, reason: Reason = None, dry_run: DryRun = False, as_json
         )
 
 
-@_keys.command()
+@keys.command()
 def revoke(
     id: Annotated[str, typer.Argument(help="The key, as `dovecote keys list` shows it.")],
     actor: Actor,
@@ -71,14 +62,10 @@ def revoke(
 
     Example: dovecote keys revoke 1f0c3a5b7d9e2468 --reason "a backup was stolen"
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        key = operations.revoke_message_key(engine, id, actor=actor, reason=reason, dry_run=dry_run)
+    with database() as engine:
+        key = operations.keys.revoke(engine, id, actor=actor, reason=reason, dry_run=dry_run)
     if as_json:
-        print_json({"dry_run": dry_run, "key": key.as_json()})
+        print_json({"dry_run": dry_run, "key": jsonable(key)})
     elif dry_run:
         say(f"would revoke key {key.id}")
     else:

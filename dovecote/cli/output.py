@@ -7,10 +7,11 @@ is. No module prints by itself (tests/security/test_terminals.py).
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, is_dataclass
 from datetime import datetime
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.cells import cell_len
@@ -23,6 +24,11 @@ from rich.text import Text
 
 from dovecote.errors import cut
 from dovecote.processes import terminal
+
+if TYPE_CHECKING:
+    from dovecote.operations.page import Page
+
+Item = TypeVar("Item")
 
 # A pipe has no width; a table in it must not be folded.
 _NO_WIDTH = 10_000
@@ -95,6 +101,57 @@ def print_table(table: Table, if_empty: str) -> None:
     Console(highlight=False, width=max(out.width, width)).print(Legible(table))
 
 
+def print_listing(
+    items: Sequence[Item],
+    columns: Mapping[str, Callable[[Item], object]],
+    *,
+    if_empty: str,
+    right: Collection[str] = (),
+) -> None:
+    """Print a table with a row for each item; `columns` says what stands in each column, `right` which are numbers."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    for item in items:
+        add_row(table, *(value(item) for value in columns.values()))
+    print_table(table, if_empty)
+
+
+def render(
+    page: "Page[Item]",
+    columns: Mapping[str, Callable[[Item], object]],
+    *,
+    name: str,
+    if_empty: str,
+    as_json: bool,
+    right: Collection[str] = (),
+    option: str = "before",
+) -> None:
+    """Print a page as a table or as one JSON object; `option` is what takes its cursor."""
+    if as_json:
+        print_json({name: [jsonable(item) for item in page.items], option: page.next})
+        return
+    print_listing(page.items, columns, if_empty=if_empty, right=right)
+    if page.next:
+        say(f"more: --{option} {page.next}")
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Print a line for each fact that there is, its name in front."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        if value not in (None, ""):
+            add_row(table, name, value)
+    print_table(table, "")
+
+
+def jsonable(value: Any) -> Any:
+    """Return what `--json` says of a result: its own `as_json`, or its fields."""
+    if hasattr(value, "as_json"):
+        return value.as_json()
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
 def show(screen: RenderableType) -> None:
     """Print a screen made of `cell`s and tables of them."""
     out.print(Legible(screen))
@@ -124,8 +181,8 @@ class Legible:
 
 
 def print_json(value: object, *, flush: bool = False) -> None:
-    """Print one line of JSON, in ASCII; moments as ISO 8601."""
-    terminal.write(sys.stdout, json.dumps(value, default=_as_text) + "\n", flush=flush)
+    """Print one line of JSON, in ASCII; times as ISO 8601."""
+    terminal.write(sys.stdout, json.dumps(jsonable(value), default=_as_text) + "\n", flush=flush)
 
 
 def _as_text(value: object) -> str:

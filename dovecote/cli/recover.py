@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
+from dovecote import operations
 from dovecote.cli.options import Actor, DryRun, Reason
 from dovecote.cli.output import AsJson, print_json, say
+from dovecote.cli.system import database, routes
 
 if TYPE_CHECKING:
-    from dovecote.operations import Recovery
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(recover)
+    from dovecote.operations.recover import Recovery
 
 
 def recover(actor: Actor, reason: Reason = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
@@ -25,20 +20,15 @@ def recover(actor: Actor, reason: Reason = None, dry_run: DryRun = False, as_jso
 
     Example: dovecote recover --dry-run
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        found = operations.recover(engine, find_app().routes, actor=actor, reason=reason, dry_run=dry_run)
+    with database() as engine:
+        found = operations.recover.recover(engine, routes(), actor=actor, reason=reason, dry_run=dry_run)
     if as_json:
-        print_json(found.as_json())
+        print_json(found)
     else:
-        _tell(found)
+        _report(found)
 
 
-def _tell(found: Recovery) -> None:
+def _report(found: Recovery) -> None:
     if found.fault is None and not found.unread:
         say(f"nothing to do: positions are handed out in order, {found.handed_out} was the last, and all were read")
         return

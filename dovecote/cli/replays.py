@@ -1,4 +1,4 @@
-"""Commands that send events again."""
+"""`dovecote replay`: send events to a handler again."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from uuid import UUID
 
 import typer
 from rich.progress import TaskProgressColumn, TimeRemainingColumn
-from rich.table import Table
 
+from dovecote import operations
 from dovecote.cli.options import (
     Actor,
     AggregateId,
     AggregateType,
+    Before,
     DryRun,
     Handler,
     Limit,
@@ -25,15 +26,25 @@ from dovecote.cli.options import (
     complete_event_type,
     complete_handler,
 )
-from dovecote.cli.output import AsJson, add_row, note, print_json, print_table, progress_bar, say, shows_progress
+from dovecote.cli.output import (
+    AsJson,
+    jsonable,
+    note,
+    print_json,
+    print_listing,
+    progress_bar,
+    render,
+    say,
+    shows_progress,
+)
+from dovecote.cli.system import database, routes
 from dovecote.errors import shown
 from dovecote.processes.terminal import plain, refuse
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from dovecote.operations import replays
-
+    from dovecote.operations.replays import Plan, Replay
 
 _WATCH_SECONDS = 0.25
 
@@ -47,21 +58,17 @@ Watch = Annotated[bool, typer.Option("--watch", help="Stay until it is over; Ctr
 Id = Annotated[UUID, typer.Argument(help="The replay's id.")]
 
 
-def register(app: typer.Typer) -> None:
-    replay = typer.Typer(no_args_is_help=True, help="Send events to a handler again.")
-    for command in (start, pause, resume, cancel, show):
-        replay.command()(command)
-    replay.command("list")(list_)
-    app.add_typer(replay, name="replay")
+replay = typer.Typer(no_args_is_help=True, help="Send events to a handler again.")
 
 
+@replay.command()
 def start(
     handler: Annotated[str, typer.Option(help="Which handler is to have them.", autocompletion=complete_handler)],
     reason: Annotated[str, typer.Option(help="Why; it is written into the audit log.")],
     actor: Actor,
     mode: Annotated[
         Mode,
-        typer.Option(help="missing: what it has not acted on. again: have it act once more on what it has."),
+        typer.Option(help="backfill: what it has not acted on. reprocess: have it act once more on what it has."),
     ] = Mode.backfill,
     type: Annotated[
         list[str] | None,
@@ -87,16 +94,10 @@ def start(
 
     Example: dovecote replay start --handler billing.write_history --since 2026-11-20 --reason "INC-7"
     """
-    from dovecote.operations import replays
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-    from dovecote.store.replays import Filter
-
-    request = replays.Request(
+    request = operations.replays.Request(
         handler=handler,
         mode=mode.value,
-        filter=Filter(
+        filter=operations.replays.ReplaySelection(
             event_types=tuple(type) if type else None,
             aggregate_type=aggregate_type,
             aggregate_id=aggregate_id,
@@ -110,19 +111,20 @@ def start(
         reason=reason,
         actor=actor,
     )
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        plan = (replays.plan if dry_run else replays.start)(engine, find_app().routes, request)
+    with database() as engine:
+        plan = (operations.replays.plan if dry_run else operations.replays.start)(engine, routes(), request)
         if as_json:
-            print_json(plan.as_json())
+            print_json(plan)
         else:
             _print_plan(plan, dry_run)
         if plan.replay_id and (watch or (shows_progress() and not as_json)):
             _watch(engine, plan.replay_id, as_json)
 
 
+@replay.command("list")
 def list_(
     handler: Handler = None,
-    before: Annotated[UUID | None, typer.Option(help="Go on where a page ended.")] = None,
+    before: Before = None,
     limit: Limit = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -130,56 +132,50 @@ def list_(
 
     Example: dovecote replay list --handler billing.write_history
     """
-    from dovecote.operations import replays
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        page = replays.listed(engine, routes=find_app().routes, handler=handler, before=before, limit=limit)
-    if as_json:
-        print_json(page.as_json())
-        return
-    table = Table("id", "handler", "mode", "state", box=None, pad_edge=False)
-    for column in ("done", "of", "failed"):
-        table.add_column(column, justify="right")
-    for column in ("began", "by", "reason"):
-        table.add_column(column)
-    for replay in page.replays:
-        failed = replay.retrying + replay.waiting + replay.dead
-        add_row(
-            table,
-            *(replay.id, replay.handler, replay.mode, replay.state, replay.done, replay.total, failed),
-            *(f"{replay.created_at:%F %T}", replay.actor, replay.reason),
-        )
-    print_table(table, "nothing was replayed")
-    if page.before:
-        say(f"more: --before {page.before}")
+    with database() as engine:
+        page = operations.replays.list_replays(engine, routes=routes(), handler=handler, before=before, limit=limit)
+    render(
+        page,
+        {
+            "id": lambda one: one.id,
+            "handler": lambda one: one.handler,
+            "mode": lambda one: one.mode,
+            "state": lambda one: one.state,
+            "done": lambda one: one.done,
+            "of": lambda one: one.total,
+            "failed": lambda one: one.retrying + one.waiting + one.dead,
+            "began": lambda one: f"{one.created_at:%F %T}",
+            "actor": lambda one: one.actor,
+            "reason": lambda one: one.reason,
+        },
+        name="replays",
+        right=("done", "of", "failed"),
+        if_empty="nothing was replayed",
+        as_json=as_json,
+    )
 
 
+@replay.command()
 def show(id: Id, watch: Watch = False, as_json: AsJson = False) -> None:
     """Show one replay; with --watch, come back to its progress.
 
     Example: dovecote replay show 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21 --watch
     """
-    from dovecote.operations import replays
-    from dovecote.settings import load_settings
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        replay = replays.shown(engine, id)
-        if watch and not replay.is_over:
+    with database() as engine:
+        found = operations.replays.get_replay(engine, id)
+        if watch and not found.is_over:
             _watch(engine, id, as_json)
         elif as_json:
-            print_json(replay.as_json())
+            print_json(found)
         else:
-            _print(replay)
+            _print(found)
 
 
 class _Verb(Protocol):
-    def __call__(self, engine: Engine, id: UUID, *, by: str, reason: str | None, dry_run: bool) -> replays.Replay: ...
+    def __call__(self, engine: Engine, id: UUID, *, actor: str, reason: str | None, dry_run: bool) -> Replay: ...
 
 
+@replay.command()
 def pause(
     id: Id,
     actor: Actor,
@@ -191,11 +187,10 @@ def pause(
 
     Example: dovecote replay pause 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21
     """
-    from dovecote.operations import replays
-
-    _change(replays.pause, id, actor, reason, dry_run, as_json)
+    _change(operations.replays.pause, id, actor, reason, dry_run, as_json)
 
 
+@replay.command()
 def resume(
     id: Id,
     actor: Actor,
@@ -207,11 +202,10 @@ def resume(
 
     Example: dovecote replay resume 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21
     """
-    from dovecote.operations import replays
-
-    _change(replays.resume, id, actor, reason, dry_run, as_json)
+    _change(operations.replays.resume, id, actor, reason, dry_run, as_json)
 
 
+@replay.command()
 def cancel(
     id: Id,
     actor: Actor,
@@ -223,51 +217,44 @@ def cancel(
 
     Example: dovecote replay cancel 0198c5f0-7c3e-7b1a-9a52-3f1f0c9d8e21 --reason "wrong day"
     """
-    from dovecote.operations import replays
-
-    _change(replays.cancel, id, actor, reason, dry_run, as_json)
+    _change(operations.replays.cancel, id, actor, reason, dry_run, as_json)
 
 
 def _change(verb: _Verb, id: UUID, actor: str, reason: str | None, dry_run: bool, as_json: bool) -> None:
-    from dovecote.settings import load_settings
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
-        replay = verb(engine, id, by=actor, reason=reason, dry_run=dry_run)
+    with database() as engine:
+        found = verb(engine, id, actor=actor, reason=reason, dry_run=dry_run)
     if as_json:
-        print_json({**replay.as_json(), "dry_run": dry_run})
+        print_json({**jsonable(found), "dry_run": dry_run})
     elif dry_run:
-        say(f"replay {id} is {replay.state}, {replay.done} of {replay.total} done; it would be changed")
+        say(f"replay {id} is {found.state}, {found.done} of {found.total} done; it would be changed")
     else:
-        _print(replay)
+        _print(found)
 
 
 def _watch(engine: Engine, id: UUID, as_json: bool) -> None:
-    from dovecote.operations import replays
-
     bar = progress_bar(as_json, TaskProgressColumn(), TimeRemainingColumn())
     try:
         with bar:
-            replay = replays.shown(engine, id)
-            task = bar.add_task(plain(replay.handler), total=replay.total, completed=replay.done)
-            while not replay.is_over:
+            found = operations.replays.get_replay(engine, id)
+            task = bar.add_task(plain(found.handler), total=found.total, completed=found.done)
+            while not found.is_over:
                 time.sleep(_WATCH_SECONDS)
-                replay = replays.shown(engine, id)
+                found = operations.replays.get_replay(engine, id)
                 bar.update(
                     task,
-                    completed=replay.done,
-                    description=plain(f"{replay.handler} {replay.state}{_standstill(replay)}"),
+                    completed=found.done,
+                    description=plain(f"{found.handler} {found.state}{_standstill(found)}"),
                 )
     except KeyboardInterrupt:
         note(f"left; the replay goes on in the relay. Come back: dovecote replay show {id} --watch")
         return
     if as_json:
-        print_json(replay.as_json())
+        print_json(found)
     else:
-        _print(replay)
+        _print(found)
 
 
-def _print_plan(plan: replays.Plan, dry_run: bool) -> None:
+def _print_plan(plan: Plan, dry_run: bool) -> None:
     say(
         f"{'would replay' if dry_run else 'replaying'} {plan.events} events for {plan.handler} ({plan.mode}), "
         f"positions {plan.first_position} to {plan.last_position}"
@@ -276,14 +263,19 @@ def _print_plan(plan: replays.Plan, dry_run: bool) -> None:
     if plan.replay_id:
         say(f"replay {plan.replay_id}")
         return
-    table = Table("position", "type", "aggregate", "id", box=None, pad_edge=False)
-    for event in plan.sample:
-        aggregate = f"{event.aggregate_type} {event.aggregate_id}"
-        add_row(table, event.position, event.event_type, aggregate, event.event_id)
-    print_table(table, "")
+    print_listing(
+        plan.sample,
+        {
+            "position": lambda event: event.position,
+            "type": lambda event: event.event_type,
+            "aggregate": lambda event: f"{event.aggregate_type} {event.aggregate_id}",
+            "id": lambda event: event.event_id,
+        },
+        if_empty="",
+    )
 
 
-def _print(replay: replays.Replay) -> None:
+def _print(replay: Replay) -> None:
     say(f"replay {replay.id}: {replay.handler}, {replay.mode}, {replay.state}")
     pace = f", {replay.events_per_second:.0f}/s" if replay.events_per_second and replay.done else ""
     say(f"  {replay.done} of {replay.total} done, {replay.acted} acted on{pace}")
@@ -311,7 +303,7 @@ def _ids(file: Path) -> list[UUID]:
     return ids
 
 
-def _standstill(replay: replays.Replay) -> str:
+def _standstill(replay: Replay) -> str:
     if replay.problem is not None:
         return f"; this relay does not understand it: {replay.problem}" if not replay.is_over else f"; {replay.problem}"
     if replay.handler_is_paused and not replay.is_over:

@@ -6,25 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
+from dovecote import operations
 from dovecote.cli.options import Actor, DryRun
-from dovecote.cli.output import AsJson, add_row, print_json, print_table, say
+from dovecote.cli.output import AsJson, jsonable, print_json, print_listing, say
+from dovecote.cli.system import database, routes, settings
+from dovecote.settings.application import find_app
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from dovecote.operations import retention
-
+    from dovecote.operations.retention import Maintenance, PartitionBlocker
 
 KeepWeeks = Annotated[
     int | None, typer.Option(min=0, max=5_200, help="Whole weeks to keep before this one; 0 drops none.")
 ]
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(maintain)
-    app.command()(partitions)
 
 
 def maintain(
@@ -34,49 +30,45 @@ def maintain(
     ] = None,
     keep_weeks: KeepWeeks = None,
     unsubscribe: Annotated[
-        str | None, typer.Option(help="First end the subscriptions of a handler that no route has any more.")
+        str | None,
+        typer.Option(help="First end the subscriptions of a handler that no route has any more.", metavar="NAME"),
     ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make partitions ahead; archive and drop weeks older than those to keep. What is needed is never dropped.
+    """Make partitions ahead; archive and drop weeks older than those to keep. What is still needed is never dropped.
 
     Personal data whose time is over is removed first: expired challenges with their encrypted numbers.
     Exit code 1 when an old week is held back: by what, and what to do, is said.
 
     Example: dovecote maintain --keep-weeks 12 --archive-dir /srv/archive --dry-run
     """
-    from dovecote.operations import retention
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    settings = load_settings(needs_redis=False)
-    with engine_during(settings) as engine:
+    given = settings(needs_redis=False)
+    with database(given) as engine:
         if unsubscribe is not None:
-            ended = retention.unsubscribe_handler(
-                engine, unsubscribe, by=actor, routes=find_app().routes, dry_run=dry_run
+            ended = operations.retention.unsubscribe_handler(
+                engine, unsubscribe, actor=actor, routes=routes(), dry_run=dry_run
             )
             if not as_json:
                 say(f"{ended} subscriptions of {unsubscribe} {'would end' if dry_run else 'ended'}")
         purged = None if dry_run else _purge(engine)
-        done = retention.maintain(
+        done = operations.retention.maintain(
             engine,
-            by=actor,
-            keep_weeks=settings.retention.keep_weeks if keep_weeks is None else keep_weeks,
-            archive_dir=archive_dir or settings.retention.archive_path,
-            weeks_ahead=settings.retention.weeks_ahead,
+            actor=actor,
+            keep_weeks=given.retention.keep_weeks if keep_weeks is None else keep_weeks,
+            archive_dir=archive_dir or given.retention.archive_path,
+            weeks_ahead=given.retention.weeks_ahead,
             dry_run=dry_run,
-            routes=find_app().routes,
+            routes=routes(),
         )
     if as_json:
-        print_json({**done.as_json(), "purged": purged})
+        print_json({**jsonable(done), "purged": purged})
     else:
         if purged is not None:
             say(f"{purged} rows of personal data removed: their time was over")
         elif not dry_run:
             say("no personal data was removed: this login may not; the leading relay does it once an hour")
-        _tell(done)
+        _report(done)
     if done.held:
         raise typer.Exit(1)
 
@@ -87,7 +79,6 @@ def _purge(engine: Engine) -> int | None:
     from sqlalchemy.exc import ProgrammingError
 
     from dovecote.operations.purging import purge
-    from dovecote.settings.application import find_app
 
     try:
         return purge(engine, find_app().purges)
@@ -97,7 +88,7 @@ def _purge(engine: Engine) -> int | None:
         return None
 
 
-def _tell(done: retention.Maintenance) -> None:
+def _report(done: Maintenance) -> None:
     if not done.dry_run:
         say(f"{done.made} weeks of partitions made, {done.moved} rows moved into their weeks")
     if not done.keep_weeks:
@@ -113,7 +104,7 @@ def _tell(done: retention.Maintenance) -> None:
             say(f"  {_blocker(one)}: {one.advice}")
 
 
-def _blocker(one: retention.PartitionBlocker) -> str:
+def _blocker(one: PartitionBlocker) -> str:
     whose = f" for {one.handler}" if one.handler else ""
     return f"{one.events}{'+' if one.at_least else ''} {one.what}{whose} (first {one.example})"
 
@@ -125,30 +116,31 @@ def partitions(keep_weeks: KeepWeeks = None, as_json: AsJson = False) -> None:
 
     Example: dovecote partitions --json
     """
-    from dovecote.operations import retention
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    settings = load_settings(needs_redis=False)
-    keep = settings.retention.keep_weeks if keep_weeks is None else keep_weeks
-    with engine_during(settings) as engine:
-        found = retention.partitions(engine, keep_weeks=keep, routes=find_app().routes)
+    given = settings(needs_redis=False)
+    keep = given.retention.keep_weeks if keep_weeks is None else keep_weeks
+    with database(given) as engine:
+        found = operations.retention.list_partitions(engine, keep_weeks=keep, routes=routes())
     if as_json:
-        print_json(found.as_json())
+        print_json(found)
         return
-    table = Table("week", "from", box=None, pad_edge=False)
-    for column in ("events, about", "processed, about", "MB"):
-        table.add_column(column, justify="right")
-    table.add_column("held back by")
-    for week in found.weeks:
-        held = "; ".join(map(_blocker, week.blockers)) or ("nothing at a glance" if week.is_old else "")
-        add_row(
-            table,
-            *(week.week, f"{week.starts_at:%F}", week.events, week.processed, f"{week.bytes / 1e6:.1f}"),
-            held,
-        )
-    print_table(table, "there are no weeks")
-    say(f"partitions reach {found.headroom_weeks} weeks beyond this one; {found.strays} rows in the default partitions")
+    print_listing(
+        found.weeks,
+        {
+            "week": lambda week: week.week,
+            "from": lambda week: f"{week.starts_at:%F}",
+            "events, about": lambda week: week.events,
+            "processed, about": lambda week: week.processed,
+            "MB": lambda week: f"{week.bytes / 1e6:.1f}",
+            "held back by": lambda week: (
+                "; ".join(map(_blocker, week.blockers)) or ("nothing at a glance" if week.is_old else "")
+            ),
+        },
+        right=("events, about", "processed, about", "MB"),
+        if_empty="there are no weeks",
+    )
+    say(
+        f"partitions reach {found.headroom_weeks} weeks beyond this one; "
+        f"{found.misplaced_rows} rows in the default partitions"
+    )
     for gone in found.dropped:
         say(f"week {gone['week']} was dropped, {gone['events']} events: {gone['archive'] or 'no archive'}")

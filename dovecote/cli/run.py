@@ -12,22 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from dovecote.cli.options import DryRun
-from dovecote.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
+from dovecote.cli.output import AsJson, add_row, cell, note, print_json, say, say_nothing, show
+from dovecote.cli.system import settings
 from dovecote.processes.terminal import refuse
 
 if TYPE_CHECKING:
     from dovecote.local.system import LocalSystem
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(up)
-    app.command()(relay)
-    app.command()(migrate)
-    app.command(name="exec", context_settings={"ignore_unknown_options": True})(execute)
-
-
 def up(
-    procfile: Annotated[Path | None, typer.Option(help="Which processes to run.", exists=True)] = None,
+    procfile: Annotated[
+        Path | None, typer.Option(help="Which processes to run.", exists=True, show_default="that of the application")
+    ] = None,
 ) -> None:
     """Run a whole system here until Ctrl-C: servers where none are given, relay, consumers.
 
@@ -35,8 +31,9 @@ def up(
     """
     from dovecote.local.supervisor import prefixed, stop_on_signals
     from dovecote.local.system import PROCFILE, STOP_SECONDS, local_system
+    from dovecote.settings.application import find_app
 
-    with stop_on_signals() as stop, local_system(os.environ, say, procfile or PROCFILE) as system:
+    with stop_on_signals() as stop, local_system(os.environ, say, find_app(), procfile or PROCFILE) as system:
         supervisor = system.supervisor(prefixed(system.processes, sys.stdout))
         supervisor.start()
         try:
@@ -74,12 +71,19 @@ def migrate(
     Example: DATABASE_URL=postgresql://... dovecote migrate
     """
     from dovecote.migrations import schema
-    from dovecote.settings import load_settings
+    from dovecote.settings.application import app_name, load_app
 
-    url = load_settings(needs_redis=False).database.url.get_secret_value()
-    steps = schema.steps(url, to) if down_to is None else schema.steps_back(url, down_to)
+    url = settings(needs_redis=False).database.url.get_secret_value()
+    named = app_name()
+    if named is None:
+        note("DOVECOTE_APP names no application: only the revisions of the library are known")
+    locations = load_app(named).migration_locations if named else ()
+    if down_to is None:
+        steps = schema.steps(url, to, locations=locations)
+    else:
+        steps = schema.steps_back(url, down_to, locations=locations)
     if not dry_run:
-        (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to)
+        (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to, locations=locations)
     if as_json:
         print_json({"dry_run": dry_run, "revisions": steps})
     elif dry_run:
@@ -95,12 +99,11 @@ def execute(command: Annotated[list[str], typer.Argument(help="Command and its a
     Example: dovecote exec psql -c 'select * from outbox_events limit 5'
     """
     from dovecote.local.clients import environment_for_clients
-    from dovecote.settings import load_settings
 
-    settings = load_settings()
+    given = settings()
     urls = {
-        "DATABASE_URL": settings.database.url.get_secret_value(),
-        "REDIS_URL": settings.redis.url.get_secret_value(),
+        "DATABASE_URL": given.database.url.get_secret_value(),
+        "REDIS_URL": given.redis.url.get_secret_value(),
     }
     try:
         os.execvpe(command[0], command, environment_for_clients(urls, os.environ))  # noqa: S606 - the words are the user's own
@@ -118,7 +121,7 @@ def _introduce(system: LocalSystem) -> None:
             add_row(table, "  " + server.name, server.address, server.origin)
         else:
             add_row(table, "  server", f"the one of {variable}", "")
-    add_row(table, "  home", str(system.home.path), "")
+    add_row(table, "  state directory", str(system.home.path), "")
     if system.servers:
         add_row(table, "  data", str(system.data), "")
     add_row(table, "  processes", ", ".join(system.processes), "")
@@ -129,7 +132,7 @@ def _introduce(system: LocalSystem) -> None:
     command = os.environ.get("DOVECOTE_COMMAND", "dovecote")
     for words, meaning in (
         ("status", "how far everything is"),
-        ("demo --events 1000", "write facts and see them become effects"),
+        ("demo --events 1000", "write events and see them become effects"),
         ("exec psql", "look into the tables"),
     ):
         say(f"  {command} {words:<20} {meaning}")

@@ -1,27 +1,25 @@
 """`dovecote settings`: what can be set, and what is."""
 
+from __future__ import annotations
+
+from operator import itemgetter
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from dovecote.cli.output import AsJson, add_row, document, print_json, print_table, say
-
-
-def register(app: typer.Typer) -> None:
-    app.command(name="settings")(show_settings)
+from dovecote.cli.output import AsJson, document, print_json, print_listing, say
 
 
-def show_settings(
+def settings(
     as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option(help="As the README's table.")] = False,
+    markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False,
     in_force: Annotated[bool, typer.Option(help="The values in force, secrets masked.")] = False,
 ) -> None:
     """Print every option with its default, unit and meaning.
 
     Example: dovecote settings --in-force
     """
-    from dovecote.settings import load_settings, options, shown
+    from dovecote.settings import load_settings, options, shown  # slow to import
 
     if in_force:
         values = shown(load_settings())
@@ -37,17 +35,15 @@ def show_settings(
     elif markdown:
         document(settings_table())
     else:
-        table = Table("variable", "default", "unit", "meaning", box=None, pad_edge=False)
-        for option in options():
-            add_row(table, option["variable"], option["default"], option["unit"], option["meaning"])
-        print_table(table, "")
+        columns = {name: itemgetter(name) for name in ("variable", "default", "unit", "meaning")}
+        print_listing(list(options()), columns, if_empty="")
         say("")
         say("NAME_FILE, the path of a file that holds the value, stands for NAME.")
 
 
 def settings_table() -> str:
-    """Return the options as a Markdown table; the README holds a copy that a test keeps true."""
-    from dovecote.settings import options
+    """Return the options as a Markdown table."""
+    from dovecote.settings import options  # slow to import
 
     lines = ["| variable | default | unit | meaning |", "| --- | --- | --- | --- |"]
     for option in options():

@@ -11,24 +11,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dovecote import operations
 from dovecote.cli.output import AsJson, Legible, add_row, cell, live_screen, out, print_json, show, until_ctrl_c
+from dovecote.cli.system import database, routes
 
 if TYPE_CHECKING:
-    from dovecote import operations
-    from dovecote.operations import HandlerStatus, Status
-
+    from dovecote.operations.status import HandlerStatus, RelayStatus, Status
 
 # Lines for types without a route: a writer may invent any number.
 _MAX_UNROUTED = 20
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(status)
-
-
 def status(
-    watch: Annotated[bool, typer.Option("--watch", help="Go on looking until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
     every_seconds: Annotated[float, typer.Option(min=0.2, help="Pause between two looks of --watch.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
@@ -36,20 +31,15 @@ def status(
 
     Example: dovecote status --watch
     """
-    from dovecote import operations
-    from dovecote.settings import load_settings
-    from dovecote.settings.application import find_app
-    from dovecote.store.engines import engine_during
-
-    with engine_during(load_settings(needs_redis=False)) as engine:
+    with database() as engine:
 
         def look() -> Status:
-            return operations.status(engine, find_app().routes)
+            return operations.status.get_status(engine, routes())
 
         if not watch:
             found = look()
             if as_json:
-                print_json(found.as_json())
+                print_json(found)
             else:
                 show(_screen(found))
             return
@@ -60,7 +50,7 @@ def status(
 def _watch(look: Callable[[], Status], every_seconds: float, as_json: bool) -> None:
     if as_json:
         for found in _looks(look, every_seconds):
-            print_json(found.as_json(), flush=True)
+            print_json(found, flush=True)
         return
     if not out.is_terminal:
         for found in _looks(look, every_seconds):
@@ -95,7 +85,7 @@ def _screen(found: Status) -> RenderableType:
     return Group(first, *fault, *strangers, *_history(relay), _handlers(found), *_pauses(found), *_unrouted(found))
 
 
-def _history(relay: operations.RelayStatus) -> Iterator[Text]:
+def _history(relay: RelayStatus) -> Iterator[Text]:
     from dovecote.store.runs import Run
 
     if relay.history:
@@ -132,8 +122,8 @@ def _handlers(found: Status) -> Table:
 def _pauses(found: Status) -> Iterator[Text]:
     for name, handler in found.handlers.items():
         if pause := handler.paused:
-            yield cell(f"paused: {name}, by {pause.by} since {pause.since:%F %T %Z}: {pause.reason}", "yellow")
+            yield cell(f"paused: {name}, by {pause.actor} since {pause.since:%F %T %Z}: {pause.reason}", "yellow")
 
 
-def _count(of: HandlerStatus | operations.RelayStatus, name: str) -> str:
+def _count(of: HandlerStatus | RelayStatus, name: str) -> str:
     return f"{getattr(of, name)}{'+' if name in of.at_least else ''}"

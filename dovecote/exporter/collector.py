@@ -21,10 +21,10 @@ from sqlalchemy import Connection
 from dovecote import operations
 from dovecote.broker.redis_client import connect_redis
 from dovecote.operations.aggregates import count_blocked
-from dovecote.operations.doctor.postgres import NOTIFY_QUEUE, OLDEST_WRITER, PARTITIONS, POSTPONED
 from dovecote.operations.snapshot import snapshot
 from dovecote.route import Route, queues
 from dovecote.settings import Settings
+from dovecote.store.checks import NOTIFY_QUEUE, OLDEST_WRITER, PARTITIONS, POSTPONED
 from dovecote.store.connections import NO_TIME_LIMITS, ONLY_OUR_NAMES, connect
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import ForeignLock
@@ -105,7 +105,7 @@ class SystemCollector(Collector):
         ]
 
     def _ask_postgres(self, ahead_seconds: dict[str, float]) -> list[Metric]:
-        status = operations.status(self._engine, self._routes)
+        status = operations.status.get_status(self._engine, self._routes)
         with snapshot(self._engine) as connection:
             before = time.time()
             there = connection.exec_driver_sql("select extract(epoch from clock_timestamp())::float8").scalar_one()
@@ -142,7 +142,7 @@ class SystemCollector(Collector):
             client.close()
 
 
-def _of_relay(status: operations.Status) -> list[Metric]:
+def _of_relay(status: operations.status.Status) -> list[Metric]:
     relay = status.relay
     return [
         _gauge("dovecote_leader_present", "Whether a relay leads.", {"": relay.leading}),
@@ -169,7 +169,7 @@ def _foreign_locks(found: Sequence[ForeignLock]) -> Metric:
     return _gauge("dovecote_foreign_locks", "Locks of ours held by sessions with no use for them.", held, "purpose")
 
 
-def _of_handlers(handlers: Mapping[str, operations.HandlerStatus], blocked: Mapping[str, int]) -> list[Metric]:
+def _of_handlers(handlers: Mapping[str, operations.status.HandlerStatus], blocked: Mapping[str, int]) -> list[Metric]:
     now = datetime.now(UTC)
     deliveries = GaugeMetricFamily(
         "dovecote_deliveries", "What did not go well, by state; at least.", labels=["handler", "state"]

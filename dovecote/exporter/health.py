@@ -7,9 +7,10 @@ A report is JSON: {"status", "missing": [names], "dependencies": {name: {"status
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,6 +22,7 @@ from dovecote.errors import DovecoteError
 from dovecote.exporter.http import Page
 from dovecote.masking import masked
 from dovecote.migrations import schema
+from dovecote.processes.threads import begin
 from dovecote.settings import Settings
 from dovecote.store.connections import connection_parameters
 
@@ -55,9 +57,7 @@ class Dependency:
         with self._lock:
             is_asking = self._asked is not None and not self._asked.done()
             if not is_asking and time.monotonic() - self._asked_at >= _KEPT_SECONDS:
-                self._asked, self._asked_at = Future(), time.monotonic()
-                # A daemon: a server that never answers holds up nobody's end.
-                threading.Thread(target=self._find_out, args=(self._asked,), daemon=True, name="health").start()
+                self._asked, self._asked_at = begin(self._find_out, "health"), time.monotonic()
 
     def answer(self, until: float) -> dict[str, str]:
         """Return what was found, waiting for it until this time.monotonic()."""
@@ -76,12 +76,12 @@ class Dependency:
             shown = {"detail": detail} if detail and status == "up" else {}
             return {"status": status, "since": self._since, **shown}
 
-    def _find_out(self, asked: "Future[tuple[str, str]]") -> None:
+    def _find_out(self) -> tuple[str, str]:
         try:
-            asked.set_result(("up", self._check()))
+            return "up", self._check()
         except Exception as error:
             sentence = str(error).strip() or type(error).__name__
-            asked.set_result(("down", masked(sentence.splitlines()[0])))
+            return "down", masked(sentence.splitlines()[0])
 
 
 def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable[[], Page]:
@@ -105,7 +105,7 @@ def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable
     return page
 
 
-def servers(settings: Settings) -> dict[str, Callable[[], str]]:
+def servers(settings: Settings, migration_locations: Sequence[Path]) -> dict[str, Callable[[], str]]:
     """Return the checks of what every process needs; each makes a connection of its own and ends it."""
     parameters = connection_parameters(settings.database.url.get_secret_value(), {}, application_name="dovecote health")
     is_current = False
@@ -122,7 +122,7 @@ def servers(settings: Settings) -> dict[str, Callable[[], str]]:
     def schema_() -> str:
         nonlocal is_current
         if not is_current:  # it never gets older
-            pending = schema.pending_for(ask(schema.HEADS))
+            pending = schema.pending_for(ask(schema.HEADS), locations=migration_locations)
             if pending:
                 raise Missing(f"not applied: {', '.join(pending)}; run `dovecote migrate`")
             is_current = True

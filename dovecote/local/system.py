@@ -12,6 +12,7 @@ from dovecote.local.servers import Postgres, Redis, Server
 from dovecote.local.supervisor import Output, Supervisor, parse_procfile
 from dovecote.migrations import schema
 from dovecote.processes.state_directory import StateDirectory
+from dovecote.route import Dovecote
 from dovecote.settings import given_variables, load_settings
 from dovecote.settings.variables import is_option, without_options
 
@@ -53,7 +54,7 @@ class LocalSystem:
 
 @contextmanager
 def local_system(
-    environ: Mapping[str, str], say: Callable[[str], None], procfile: Path = PROCFILE
+    environ: Mapping[str, str], say: Callable[[str], None], app: Dovecote, procfile: Path = PROCFILE
 ) -> Iterator[LocalSystem]:
     """Start what is missing, bring the schema up to date and announce the system in its home.
 
@@ -85,7 +86,8 @@ def local_system(
         ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
         system = {**ours, **given}
         say("bringing the schema up to date")
-        schema.upgrade(system.get("DOVECOTE_DATABASE__URL") or system["DATABASE_URL"])
+        url = system.get("DOVECOTE_DATABASE__URL") or system["DATABASE_URL"]
+        schema.upgrade(url, locations=app.migration_locations)
         if "DATABASE_URL" in servers:
             schema.keep_strangers_out(ours["DATABASE_URL"])
         home.announce(system)

@@ -1,15 +1,15 @@
 """Aggregates that stand still: one line each, not one for every event behind."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, text
 
+from dovecote.operations.page import Page, read_cursor
 from dovecote.operations.snapshot import snapshot
-from dovecote.operations.validation import BadCursor, WrongRequest, require_handler
+from dovecote.operations.validation import WrongRequest, require_handler
 from dovecote.route import Route
 
 _MAX_COUNTED = 10_000
@@ -19,8 +19,8 @@ _MAX_COUNTED = 10_000
 class Blocked:
     """One aggregate that one handler cannot go on with.
 
-    event_id  the event that holds it up; None once the way is free and the next look of the relay will see it
-    state     dead, retrying, or under way when a worker or the queue has it
+    event_id  the event that holds it up; None once nothing does and the relay has not noticed yet
+    state     dead, retrying, or under way when a consumer or the queue has it
     waiting   events behind it; a lower bound where `at_least` says so
     since     when the event failed first, or the first one behind began to wait
     """
@@ -37,17 +37,6 @@ class Blocked:
     waiting: int
     at_least: bool
     since: datetime
-
-
-@dataclass(frozen=True)
-class BlockedPage:
-    """By handler and aggregate; `after` is what to go on from, None at the end."""
-
-    aggregates: list[Blocked]
-    after: str | None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # From one aggregate to the next by the index of waiting events, however many wait behind each.
@@ -88,33 +77,29 @@ _BLOCKED = text(
 _COUNT_BLOCKED = text(f"{_STUCK} select count(*) from stuck")  # noqa: S608 - as above
 
 
-def blocked_aggregates(
+def list_blocked(
     engine: Engine,
     routes: Sequence[Route],
     *,
     handler: str | None = None,
     limit: int = 50,
     after: str | None = None,
-) -> BlockedPage:
-    """Return aggregates with events that wait. `after` is a page's `after`: <handler>/<type>/<id>.
+) -> Page[Blocked]:
+    """Return aggregates with events that wait. `after` is a page's `next`.
 
     Errors: BadCursor; WrongRequest for a handler that is not there, or that keeps no order.
     """
     require_handler(handler, routes)
-    parts = after.split("/", 2) if after else ["", "", ""]
-    if len(parts) != 3:
-        raise BadCursor(
-            f"--after takes what the page before gave, such as {routes[0].handler}/membership/42; got {after}"
-        )
+    after_handler, *after_aggregate = read_cursor(after, str, str, str, first=["", "", ""])
     found: list[Blocked] = []
     ordered = sorted((route for route in routes if route.ordered), key=lambda route: route.handler)
     if handler is not None and handler not in {route.handler for route in ordered}:
         raise WrongRequest(f"{handler} keeps no order, so nothing of it waits: see `dovecote deliveries list`")
     with snapshot(engine) as connection:
         for route in ordered:
-            if route.handler < parts[0] or handler not in (None, route.handler) or len(found) > limit:
+            if route.handler < after_handler or handler not in (None, route.handler) or len(found) > limit:
                 continue
-            after_type, after_id = parts[1:] if route.handler == parts[0] else ("", "")
+            after_type, after_id = after_aggregate if route.handler == after_handler else ("", "")
             rows = connection.execute(
                 _BLOCKED,
                 {
@@ -127,8 +112,7 @@ def blocked_aggregates(
                 },
             )
             found += [Blocked(**row._mapping) for row in rows]
-    last = found[limit - 1] if len(found) > limit else None
-    return BlockedPage(found[:limit], f"{last.handler}/{last.aggregate_type}/{last.aggregate_id}" if last else None)
+    return Page.of(found, limit, lambda one: [one.handler, one.aggregate_type, one.aggregate_id])
 
 
 def count_blocked(connection: Connection, routes: Sequence[Route], most: int = 1_000) -> dict[str, int]:

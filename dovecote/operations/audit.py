@@ -1,18 +1,16 @@
 """The audit log: who did what, why, to how much. A verb's function writes its line with its change (migration 0029).
 
-The database adds the moment and the login itself, and lets nobody but the owner change a line.
+The database adds the time and the login itself, and lets nobody but the owner change a line.
 """
 
-import getpass
-import os
-import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Engine, text
 
+from dovecote.operations.page import Page, read_cursor
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import require_range
 
@@ -31,17 +29,6 @@ class AuditEntry:
     details: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class AuditPage:
-    """Lines, newest first; `before` is the id to go on from, None at the end."""
-
-    entries: list[AuditEntry]
-    before: UUID | None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 _LIST = text(
     """
     select id, at, actor, login, action, reason, affected, details from dovecote.audit_log
@@ -54,32 +41,23 @@ _LIST = text(
 )
 
 
-def whoever() -> str:
-    """Return who sits here, as the operating system knows it: user@host."""
-    try:
-        name = getpass.getuser()
-    except (OSError, KeyError):  # a container may run as a number that no name belongs to; KeyError before Python 3.13
-        name = f"uid {os.getuid()}"
-    return f"{name}@{socket.gethostname()}"
-
-
-def audit(
+def list_entries(
     engine: Engine,
     *,
     action: str | None = None,
     actor: str | None = None,
     since: datetime | None = None,
-    before: UUID | None = None,
+    before: str | None = None,
     limit: int = 50,
-) -> AuditPage:
+) -> Page[AuditEntry]:
     """Return lines, newest first. `action` may be a subject (`deliveries`), `actor` a given name or a login.
 
-    Errors: WrongRequest.
+    Errors: WrongRequest; BadCursor where `before` is not a page's `next`.
     """
     require_range(since, None)
+    [before_id] = read_cursor(before, UUID, first=[None])
     with snapshot(engine) as connection:
         found = connection.execute(
-            _LIST, {"action": action, "actor": actor, "since": since, "before": before, "limit": limit + 1}
+            _LIST, {"action": action, "actor": actor, "since": since, "before": before_id, "limit": limit + 1}
         ).all()
-    entries = [AuditEntry(**row._mapping) for row in found[:limit]]
-    return AuditPage(entries, entries[-1].id if len(found) > limit else None)
+    return Page.of([AuditEntry(**row._mapping) for row in found], limit, lambda entry: [entry.id])

@@ -1,5 +1,9 @@
-"""What did not go well: by kind, one by one, and each with its whole story. Nothing is changed here."""
+"""Failed deliveries: by kind, one by one, and each in full; and what operators do about them: retry or discard.
 
+The database changes them, batch by batch, each batch with its line in the audit log (migration 0029).
+"""
+
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -9,13 +13,23 @@ from uuid import UUID
 from sqlalchemy import Engine, text
 
 from dovecote.errors import DovecoteError
+from dovecote.operations.page import Page, position, read_cursor
 from dovecote.operations.snapshot import snapshot
-from dovecote.operations.validation import BadCursor, require_handler, require_range
+from dovecote.operations.validation import changing, require_handler, require_range, require_who_and_why
 from dovecote.route import Route
 from dovecote.store.delivery_state import DeliveryState
+from dovecote.store.unsendable import EventIsGone
 
 # Rows looked at for one count; more of them are "at least".
 _MAX_COUNTED = 10_000
+# Rows of one transaction, and the most that the functions take: it holds their locks for some 200 ms.
+_BATCH = 5_000
+
+
+class CannotChange(DovecoteError):
+    """The delivery is in no state for this; the message says what to do instead."""
+
+
 _STATES_WITH_ERROR = (DeliveryState.RETRYING, DeliveryState.DEAD, DeliveryState.DISCARDED)
 
 
@@ -24,7 +38,7 @@ class NotThere(DovecoteError):
 
 
 @dataclass(frozen=True)
-class Filter:
+class DeliverySelection:
     """Which deliveries. What is None is not asked; `since` is about the last change."""
 
     handler: str | None = None
@@ -45,7 +59,7 @@ class Filter:
 
 
 @dataclass(frozen=True)
-class Failure:
+class Delivery:
     """One event that one handler has not done. `error` is the headline: type and message."""
 
     handler: str
@@ -62,17 +76,6 @@ class Failure:
     error: str | None
     first_failed_at: datetime
     updated_at: datetime
-
-
-@dataclass(frozen=True)
-class FailurePage:
-    """Newest events first; `before` is what to go on from, None at the end."""
-
-    deliveries: list[Failure]
-    before: str | None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -101,26 +104,38 @@ class Groups:
     groups: list[Group]
     more: bool
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Story:
+class DeliveryDetail:
     """One delivery with all that is known of it.
 
     waiting_behind  events of its aggregate that wait behind it; a lower bound from 10,000 on
     waits_for       the event it waits behind
     """
 
-    delivery: Failure
+    delivery: Delivery
     traceback: str | None
     trace_id: str | None
     waiting_behind: int
     waits_for: UUID | None
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Change:
+    """What a retry or a discard did, or would do.
+
+    affected  deliveries changed; in a dry run, the exact number that would be
+    busy      deliveries left alone because a worker was trying them at that moment
+    released  events that waited behind what was discarded and are on their way now
+    sample    some of them
+    """
+
+    verb: str
+    dry_run: bool
+    affected: int
+    busy: int
+    released: int
+    sample: list[Delivery]
 
 
 ROW = """
@@ -214,21 +229,37 @@ _SHOW = text(
 _BLOCKER = text("select dovecote.blocker(:handler, :event_types, :aggregate_type, :aggregate_id, :position)")
 
 
-def failures(
+_COUNT_CHANGEABLE = text(
+    "select asked_at, states, matching from dovecote.count_changeable(:verb, cast(:filter as jsonb))"
+)
+# The same deliveries that the verb's function changes.
+_CHANGEABLE = "dovecote.is_changeable(d, :verb, cast(:filter as jsonb), cast(:states as text[]))"
+_SAMPLE = text(
+    f"select {ROW} from dovecote.deliveries d where {_CHANGEABLE} order by d.position desc limit 5"  # noqa: S608 - put together from constants
+)
+_BUSY = text(
+    f"select count(*) from dovecote.deliveries d where {_CHANGEABLE} and d.updated_at <= :began"  # noqa: S608 - put together from constants
+)
+_ASKED = "(:actor, :reason, cast(:filter as jsonb), :began, :batch)"
+_CHANGE = {
+    "retry": text(f"select affected, released from dovecote.retry_deliveries{_ASKED}"),  # noqa: S608 - put together from constants
+    "discard": text(f"select affected, released from dovecote.discard_deliveries{_ASKED}"),  # noqa: S608 - put together from constants
+}
+
+
+def list_deliveries(
     engine: Engine,
-    wanted: Filter,
+    wanted: DeliverySelection,
     *,
     routes: Sequence[Route] = (),
     limit: int = 50,
     before: str | None = None,
-) -> FailurePage:
-    """Return deliveries, newest event first. `before` is a page's `before`: <position>:<handler>.
+) -> Page[Delivery]:
+    """Return deliveries, newest event first. `before` is a page's `next`.
 
     Errors: BadCursor; WrongRequest for a handler that is neither in `routes` nor has deliveries.
     """
-    position, _, handler = (before or "").partition(":")
-    if before and not _is_position(position):
-        raise BadCursor(f"--before takes what the page before gave, such as 4711:billing.write_history; got {before}")
+    before_position, before_handler = read_cursor(before, position, str, first=[2**63 - 1, ""])
     require_range(wanted.since, None)
     with snapshot(engine) as connection:
         rows = connection.execute(
@@ -236,19 +267,17 @@ def failures(
             {
                 # What waits has no error: it need not be searched for one.
                 **parameters_of(wanted, _STATES_WITH_ERROR if wanted.fingerprint else list(DeliveryState)),
-                "before_position": int(position) if before else 2**63 - 1,
-                "before_handler": handler,
+                "before_position": before_position,
+                "before_handler": before_handler,
                 "limit": limit + 1,
             },
         ).all()
     if not rows:
         require_handler(wanted.handler, routes)
-    found = [Failure(**row._mapping) for row in rows]
-    last = found[limit - 1] if len(found) > limit else None
-    return FailurePage(found[:limit], f"{last.position}:{last.handler}" if last else None)
+    return Page.of([Delivery(**row._mapping) for row in rows], limit, lambda one: [one.position, one.handler])
 
 
-def failure_groups(engine: Engine, wanted: Filter, *, routes: Sequence[Route] = (), limit: int = 50) -> Groups:
+def list_groups(engine: Engine, wanted: DeliverySelection, *, routes: Sequence[Route] = (), limit: int = 50) -> Groups:
     """Return failures by handler and kind, the largest first; of the dead, unless another state is asked for.
 
     Only handler, state and fingerprint of the filter are looked at.
@@ -262,32 +291,127 @@ def failure_groups(engine: Engine, wanted: Filter, *, routes: Sequence[Route] = 
     return Groups([Group(**row._mapping) for row in rows[:limit]], more=len(rows) > limit)
 
 
-def failure(engine: Engine, routes: Sequence[Route], handler: str, event_id: UUID) -> Story:
+def get_delivery(engine: Engine, routes: Sequence[Route], handler: str, event_id: UUID) -> DeliveryDetail:
     """Return all that is known of one delivery. Errors: NotThere."""
     with snapshot(engine) as connection:
         row = connection.execute(_SHOW, {"handler": handler, "event_id": event_id, "most": _MAX_COUNTED}).one_or_none()
         if row is None:
             raise NotThere(
-                f"{handler} has no trouble with {event_id}; `dovecote events show {event_id}` tells how it went"
+                f"no failed delivery of {event_id} for {handler}; `dovecote events show {event_id}` shows how it went"
             )
         facts = dict(row._mapping)
         traceback, trace_id, behind = (facts.pop(name) for name in ("traceback", "trace_id", "waiting_behind"))
-        found = Failure(**facts)
+        found = Delivery(**facts)
         waits_for = None
         if found.state == DeliveryState.WAITING:
             route = next((route for route in routes if route.handler == handler), None)
             waits_for = connection.execute(
                 _BLOCKER, {**asdict(found), "event_types": route.event_types if route else [found.event_type]}
             ).scalar_one()
-    return Story(found, traceback, trace_id, behind, waits_for)
+    return DeliveryDetail(found, traceback, trace_id, behind, waits_for)
 
 
-def parameters_of(wanted: Filter, states: Sequence[str]) -> dict[str, Any]:
+def retry(
+    engine: Engine,
+    wanted: DeliverySelection,
+    *,
+    actor: str,
+    reason: str | None = None,
+    dry_run: bool = False,
+    routes: Sequence[Route] = (),
+) -> Change:
+    """Send dead deliveries again at once, with all of their route's attempts before them.
+
+    With a state of `retrying` in the filter: those that wait for their next attempt, at once. Those that are dead
+    because their event is gone stay as they are, unless it is back.
+    Errors: WrongRequest; NotThere and CannotChange for a single one.
+    """
+    require_who_and_why(actor, reason)
+    return _change(engine, wanted, "retry", actor, reason, dry_run, routes)
+
+
+def discard(
+    engine: Engine,
+    wanted: DeliverySelection,
+    *,
+    actor: str,
+    reason: str,
+    dry_run: bool = False,
+    routes: Sequence[Route] = (),
+) -> Change:
+    """Give deliveries up for good; what waited behind them goes on in order.
+
+    Dead ones, or with that state in the filter, retrying ones that have been tried at least once. Of a handler that no
+    route has: with their state in the filter, all retrying and waiting ones.
+    Errors: WrongRequest; NotThere and CannotChange for a single one.
+    """
+    require_who_and_why(actor, reason, why="a discard needs a reason: what is given up is not done by anybody later")
+    return _change(engine, wanted, "discard", actor, reason, dry_run, routes)
+
+
+def _change(
+    engine: Engine,
+    wanted: DeliverySelection,
+    verb: str,
+    actor: str,
+    reason: str | None,
+    dry_run: bool,
+    routes: Sequence[Route],
+) -> Change:
+    require_range(wanted.since, None)
+    asked = wanted.as_json()
+    if verb == "discard" and routes and wanted.handler not in {None, *(route.handler for route in routes)}:
+        # Nobody acts on what comes after, so all of it can be given up.
+        asked["without_route"] = True
+    parameters: dict[str, Any] = {"verb": verb, "filter": json.dumps(asked)}
+    with changing(engine, CannotChange) as connection:
+        began, states, matching = connection.execute(_COUNT_CHANGEABLE, parameters).one()
+        parameters["states"] = states
+        sample = [Delivery(**row._mapping) for row in connection.execute(_SAMPLE, parameters)]
+    if wanted.event_id is not None and not matching:
+        _explain(engine, wanted, verb)
+    if not matching:
+        require_handler(wanted.handler, routes)
+    if dry_run:
+        return Change(verb, True, matching, 0, 0, sample)
+    parameters |= {"actor": actor, "reason": reason, "began": began, "batch": _BATCH}
+    affected = released = 0
+    while True:
+        with changing(engine, CannotChange) as connection:
+            done = connection.execute(_CHANGE[verb], parameters).one()
+        affected += done.affected
+        released += done.released
+        if done.affected < _BATCH:
+            break
+    with engine.connect() as connection:
+        busy = connection.execute(_BUSY, parameters).scalar_one()
+    if wanted.event_id is not None and not affected:
+        _explain(engine, wanted, verb)
+    return Change(verb, False, affected, busy, released, sample)
+
+
+def _explain(engine: Engine, wanted: DeliverySelection, verb: str) -> None:
+    """Say why a single one was left as it is. Errors: NotThere, CannotChange."""
+    assert wanted.handler is not None, "a single delivery is named by handler and event"
+    assert wanted.event_id is not None
+    found = get_delivery(engine, (), wanted.handler, wanted.event_id)
+    advice = {
+        "waiting": f"it waits behind an earlier event of {found.delivery.aggregate_type} "
+        f"{found.delivery.aggregate_id}: {verb} that one (`dovecote aggregates blocked`)",
+        "discarded": "it was given up; a replay sends it again",
+        "retrying": "it has not been tried yet; wait for its first attempt",
+        "dead": "somebody else changed it at this moment; look again",
+    }[found.delivery.state]
+    if verb == "retry" and found.delivery.error_type == EventIsGone.__qualname__:
+        advice = (
+            "the event is not in the outbox any more, so nobody can act on it: discard it, or put the row back there "
+            "with this id and retry"
+        )
+    raise CannotChange(f"{wanted.handler} {wanted.event_id} is {found.delivery.state}: {advice}")
+
+
+def parameters_of(wanted: DeliverySelection, states: Sequence[str]) -> dict[str, Any]:
     """Return what MATCHES takes, and the filter's state or else these states."""
     facts = asdict(wanted)
     state = facts.pop("state")
     return {**facts, "states": [state] if state else list(states)}
-
-
-def _is_position(given: str) -> bool:
-    return given.isascii() and given.isdigit() and int(given) < 2**63

@@ -1,22 +1,28 @@
-"""Events: listed newest first, shown with their whole life, followed as they commit.
+"""Events: listed newest first, shown in full, followed as they commit.
 
 No index serves a filter by type alone, so a page looks at a bounded number of rows and says how far back it got.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import psycopg
 from sqlalchemy import Connection, Engine, text
 
+from dovecote.envelope import payload_of, read_head
+from dovecote.envelope.stored_json import read_stored
 from dovecote.errors import DovecoteError
 from dovecote.masking import masked_payload
 from dovecote.operations.retention import require_present
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import WrongRequest, require_aggregate_type, require_range
 from dovecote.route import Route
+from dovecote.store.connections import connection_parameters
+from dovecote.store.reader import Reader
 
 # Rows a page looks at: 50 ms at worst.
 _MAX_LOOKED_AT = 20_000
@@ -27,7 +33,7 @@ class NoSuchEvent(DovecoteError):
 
 
 @dataclass(frozen=True)
-class EventFilter:
+class EventSelection:
     """Which events. What is None is not asked. An aggregate's id needs its type."""
 
     event_type: str | None = None
@@ -58,16 +64,13 @@ class EventPage:
     """Newest first.
 
     before, after   ids to go on from: towards older ones, None at the end; towards newer ones
-    looked_back_to  the moment the search got to before its limit of rows; None when it came to the end
+    looked_back_to  the time the search got to before its limit of rows; None when it came to the end
     """
 
     events: list[EventLine]
     before: UUID | None
     after: UUID | None
     looked_back_to: datetime | None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class EventLife:
-    """Everything that is known of one event. The payload is as it is in the row: what is sealed stays sealed.
+    """Everything that is known of one event. The payload is as it is in the row: what is encrypted stays encrypted.
 
     published_at  when the relay recorded the batch of `batch_events` events it went out with; None before that
     """
@@ -109,8 +112,18 @@ class EventLife:
     epoch: int | None
     handlers: list[Outcome]
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Followed:
+    """One event as it committed."""
+
+    id: UUID
+    position: int
+    event_type: str
+    aggregate_type: str
+    aggregate_id: str
+    created_at: datetime
+    payload: dict[str, Any]
 
 
 _FOUND = "id, position, event_type, aggregate_type, aggregate_id, created_at"
@@ -161,10 +174,10 @@ _TROUBLE = text(
 )
 
 
-def events(
+def list_events(
     engine: Engine,
     routes: Sequence[Route],
-    wanted: EventFilter,
+    wanted: EventSelection,
     *,
     limit: int = 50,
     before: UUID | None = None,
@@ -210,7 +223,7 @@ def events(
 class _Walk:
     """One walk along an index, from a cursor, over a bounded number of rows."""
 
-    def __init__(self, connection: Connection, wanted: EventFilter, cursor: UUID | None, forward: bool) -> None:
+    def __init__(self, connection: Connection, wanted: EventSelection, cursor: UUID | None, forward: bool) -> None:
         self._connection = connection
         by_aggregate = wanted.aggregate_id is not None
         start: object = UUID(int=0 if forward else 2**128 - 1)
@@ -233,7 +246,7 @@ class _Walk:
         return self._connection.execute(text(query), {**self._parameters, "limit": limit}).all()
 
     def edge(self) -> tuple[datetime | None, UUID | None]:
-        """Return moment and id of the last row within the limit; None when there are no more rows than that."""
+        """Return time and id of the last row within the limit; None when there are no more rows than that."""
         query = f"{self._walk.format(columns='o.id, dovecote.uuid_v7_time(o.id) as at')} offset :looked_at - 1 limit 1"
         row = self._connection.execute(text(query), self._parameters).one_or_none()
         return (row.at, row.id) if row else (None, None)
@@ -258,7 +271,7 @@ def _states(connection: Connection, routes: Sequence[Route], ids: Sequence[UUID]
     return states
 
 
-def event(engine: Engine, routes: Sequence[Route], event_id: UUID) -> EventLife:
+def get_event(engine: Engine, routes: Sequence[Route], event_id: UUID) -> EventLife:
     """Return one event's whole life. Errors: NoSuchEvent; Archived when its week was dropped."""
     with snapshot(engine) as connection:
         row = connection.execute(_EVENT, {"id": event_id}).one_or_none()
@@ -297,6 +310,37 @@ def event(engine: Engine, routes: Sequence[Route], event_id: UUID) -> EventLife:
     )
 
 
+def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
+    """Yield events as they commit, for ever; `wait` is called whenever there is nothing new. Nothing is recorded.
+
+    It reads as the relay reads, so an event whose transaction ends late is not missed, only late. Events of
+    transactions that were open when it began may be missing.
+    """
+    parameters = connection_parameters(url, {}, application_name="dovecote events tail")
+    # Closed, not rolled back: Ctrl-C may come in the middle of a query.
+    with closing(psycopg.connect(autocommit=True, **parameters)) as connection:
+        connection.execute("set search_path = pg_catalog, pg_temp; set timezone = 'UTC'")
+        connection.execute("set enable_seqscan = off; set jit = off")
+        row = connection.execute("select last_position from dovecote.low_watermark()").fetchone()
+        assert row is not None
+        reader = Reader(connection, row[0], 500)
+        while True:
+            batch = reader.read()
+            for position, event_type, content in batch.rows:
+                envelope = read_head(content)
+                yield Followed(
+                    id=UUID(envelope["id"]),
+                    position=position,
+                    event_type=event_type,
+                    aggregate_type=envelope["source"].rsplit("/", 1)[1],
+                    aggregate_id=envelope["subject"],
+                    created_at=datetime.fromisoformat(envelope["time"]),
+                    payload=without_numbers(read_stored(payload_of(content))),
+                )
+            if not batch.rows:
+                wait()
+
+
 def _refuse(connection: Connection, event_id: UUID) -> None:
     if event_id.version == 7:
         at = connection.execute(text("select dovecote.uuid_v7_time(:id)"), {"id": event_id}).scalar_one()
@@ -305,5 +349,5 @@ def _refuse(connection: Connection, event_id: UUID) -> None:
 
 def without_numbers(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON with phone numbers masked."""
-    # A number that a foreign writer put into its payload in the clear is nobody's business here either.
+    # A foreign writer may have put one into its payload in the clear.
     return masked_payload(value)

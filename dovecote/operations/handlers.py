@@ -1,15 +1,52 @@
-"""Pause a handler and let it go on. Its events are kept: held as they come, resumed in order."""
+"""Handlers: list, pause and resume them; and what is left of those that no route has any more.
+
+A paused handler's events are kept: held as they come, and resumed in order.
+"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
 from dovecote.errors import DovecoteError
+from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import changing, require_handler, require_who_and_why
 from dovecote.route import Route
+from dovecote.store.delivery_state import DeliveryState
+
+# Rows counted of each state: what has more says so.
+_MAX_COUNTED = 10_000
+
+#: Takes `routed`, the handlers that have a route, and `most`. The names come from the indexes alone.
+WITHOUT_ROUTE = """
+    with recursive failed (name) as (
+        (select handler_name from dovecote.deliveries order by handler_name limit 1)
+        union all
+        select (select d.handler_name from dovecote.deliveries d where d.handler_name > failed.name
+                order by d.handler_name limit 1) from failed where failed.name is not null
+    ), known as (
+        select name from failed where name is not null
+        union select handler_name from dovecote.subscriptions
+        union select handler_name from dovecote.paused_handlers
+        union select handler_name from dovecote.postponed
+    )
+    select known.name,
+           (select count(*) from (select from dovecote.deliveries d where d.handler_name = known.name
+                                  and d.state = 'retrying' limit %(most)s) few) as retrying,
+           (select count(*) from (select from dovecote.deliveries d where d.handler_name = known.name
+                                  and d.state = 'waiting' limit %(most)s) few) as waiting,
+           (select count(*) from (select from dovecote.deliveries d where d.handler_name = known.name
+                                  and d.state = 'dead' limit %(most)s) few) as dead,
+           (select count(*) from (select from dovecote.deliveries d where d.handler_name = known.name
+                                  and d.state = 'discarded' limit %(most)s) few) as discarded,
+           array(select s.event_type from dovecote.subscriptions s where s.handler_name = known.name order by 1)
+               as event_types,
+           exists (select from dovecote.paused_handlers p where p.handler_name = known.name) as is_paused,
+           exists (select from dovecote.postponed p where p.handler_name = known.name) as is_postponed
+    from known where known.name <> all(%(routed)s::text[]) order by known.name
+"""
 
 
 class CannotPause(DovecoteError):
@@ -20,7 +57,7 @@ class CannotPause(DovecoteError):
 class Pause:
     """Who paused a handler, why, since when."""
 
-    by: str
+    actor: str
     reason: str
     since: datetime
 
@@ -39,8 +76,24 @@ class Handler:
     time_limit_seconds: float
     paused: Pause | None
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class HandlerWithoutRoute:
+    """What Postgres keeps for a handler that no route has.
+
+    event_types  its subscriptions: what of these it has not processed keeps weeks from being dropped
+    at_least     which counts of deliveries may be larger
+    """
+
+    name: str
+    retrying: int
+    waiting: int
+    dead: int
+    discarded: int
+    event_types: list[str]
+    is_paused: bool
+    is_postponed: bool
+    at_least: list[str]
 
 
 _PAUSED = text("select handler_name, actor, reason, paused_at from dovecote.paused_handlers")
@@ -52,7 +105,7 @@ def paused(connection: Connection) -> dict[str, Pause]:
     return {row.handler_name: Pause(row.actor, row.reason, row.paused_at) for row in connection.execute(_PAUSED)}
 
 
-def handlers(engine: Engine, routes: Sequence[Route]) -> list[Handler]:
+def list_handlers(engine: Engine, routes: Sequence[Route]) -> list[Handler]:
     """Return every handler, in the order of the routes."""
     with engine.connect() as connection:
         pauses_of = paused(connection)
@@ -69,6 +122,24 @@ def handlers(engine: Engine, routes: Sequence[Route]) -> list[Handler]:
             paused=pauses_of.get(route.handler),
         )
         for route in routes
+    ]
+
+
+def parameters_without_route(routes: Sequence[Route], most: int = _MAX_COUNTED) -> dict[str, Any]:
+    """Return what WITHOUT_ROUTE takes."""
+    return {"routed": [route.handler for route in routes], "most": most}
+
+
+def list_without_route(engine: Engine, routes: Sequence[Route]) -> list[HandlerWithoutRoute]:
+    """Return the handlers that Postgres knows and no route has, by name."""
+    with snapshot(engine) as connection:
+        rows = connection.exec_driver_sql(WITHOUT_ROUTE, parameters_without_route(routes)).all()
+    return [
+        HandlerWithoutRoute(
+            **row._mapping,
+            at_least=[state for state in DeliveryState if row._mapping[state] == _MAX_COUNTED],
+        )
+        for row in rows
     ]
 
 
@@ -111,20 +182,20 @@ def _change(
     dry_run: bool,
 ) -> Handler:
     require_handler(name, routes)
-    before = next(one for one in handlers(engine, routes) if one.name == name)
+    before = next(one for one in list_handlers(engine, routes) if one.name == name)
     if (before.paused is not None) == (verb == "pause"):
         raise CannotPause(_nothing_to_do(before))
     if dry_run:
         return before
     with changing(engine, CannotPause) as connection:
         connection.execute(_CHANGE[verb], {"handler": name, "actor": actor, "reason": reason})
-    return next(one for one in handlers(engine, routes) if one.name == name)
+    return next(one for one in list_handlers(engine, routes) if one.name == name)
 
 
 def _nothing_to_do(handler: Handler) -> str:
     if handler.paused is None:
         return f"{handler.name} is not paused"
     return (
-        f"{handler.name} is paused already, by {handler.paused.by} since {handler.paused.since:%F %T %Z}: "
+        f"{handler.name} is paused already, by {handler.paused.actor} since {handler.paused.since:%F %T %Z}: "
         f"{handler.paused.reason}"
     )

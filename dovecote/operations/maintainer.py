@@ -65,7 +65,7 @@ class Maintainer:
         wanted = self._settings.retention
         done = retention.maintain(
             engine,
-            by=f"relay@{socket.gethostname()}",
+            actor=f"relay@{socket.gethostname()}",
             keep_weeks=wanted.keep_weeks,
             archive_dir=wanted.archive_path,
             weeks_ahead=wanted.weeks_ahead,

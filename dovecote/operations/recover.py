@@ -1,8 +1,7 @@
 """Repair the sequence of positions after Postgres was restored, replicated or altered, and send what was not seen."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import psycopg
 import sqlalchemy.exc
@@ -43,9 +42,6 @@ class Recovery:
     sent_again: dict[str, int]
     at_least: list[str]
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 _STATE = text("select handed_out, highest_known, dovecote.sequence_fault() as fault from dovecote.sequence_state()")
 _UNREAD = text(
@@ -80,7 +76,7 @@ def recover(
             if isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise CannotRecover(
                     "a transaction that has written to the outbox stays open, and what it wrote has to be seen: end it "
-                    "(`dovecote doctor` shows who it is at relay.floors), then run this again; nothing was changed"
+                    "(`dovecote doctor` shows who it is at relay.writers), then run this again; nothing was changed"
                 ) from error
             raise
     return found if renumbered is None else replace(found, changed=True, unread=max(found.unread, renumbered))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -14,7 +14,7 @@ from dovecote.events.ids import made_at
 from dovecote.operations import retention
 from dovecote.operations.validation import WrongRequest, require_aggregate_type, require_handler, require_range
 from dovecote.route import Route
-from dovecote.store.replays import Filter, Mode
+from dovecote.store.replays import Mode, ReplaySelection
 
 #: The dry run counts exactly, however many there are; a table of 10 million events takes some seconds.
 _COUNT_TIMEOUT_MS = 600_000
@@ -31,7 +31,7 @@ class Request:
 
     handler: str
     mode: Mode
-    filter: Filter = field(default_factory=Filter)
+    filter: ReplaySelection = field(default_factory=ReplaySelection)
     event_ids: Sequence[UUID] | None = None
     rate: int | None = None
     reason: str
@@ -65,9 +65,6 @@ class Plan:
     last_position: int
     sample: list[SampleEvent]
     replay_id: UUID | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _REQUEST = """

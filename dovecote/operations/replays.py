@@ -8,24 +8,25 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine, RowMapping
 
+from dovecote.operations.page import Page, read_cursor
 from dovecote.operations.replay_plans import Plan, ReplayRefused, Request, planned, run
 from dovecote.operations.snapshot import snapshot
 from dovecote.operations.validation import changing, require_handler, require_who_and_why
 from dovecote.route import Route
-from dovecote.store.replays import Mode
+from dovecote.store.replays import Mode, ReplaySelection
 
 __all__ = [
     "Plan",
     "Replay",
-    "ReplayPage",
     "ReplayRefused",
+    "ReplaySelection",
     "Request",
     "cancel",
-    "listed",
+    "get_replay",
+    "list_replays",
     "pause",
     "plan",
     "resume",
-    "shown",
     "start",
 ]
 
@@ -79,17 +80,6 @@ class Replay:
         return {**asdict(self), "acted": self.acted}
 
 
-@dataclass(frozen=True)
-class ReplayPage:
-    """Replays, the newest first; `before` is the id to go on from, None at the end."""
-
-    replays: list[Replay]
-    before: UUID | None
-
-    def as_json(self) -> dict[str, Any]:
-        return {"replays": [replay.as_json() for replay in self.replays], "before": self.before}
-
-
 _LIST = """
     select r.id, r.handler_name as handler, r.mode, r.filter, r.state, coalesce(r.total, 0) as total, r.done,
            r.rate, r.actor, r.reason, r.created_at, r.updated_at, r.finished_at, f.*,
@@ -138,26 +128,27 @@ def start(engine: Engine, routes: Sequence[Route], request: Request) -> Plan:
         return planned(connection, routes, request, start=True)
 
 
-def listed(
+def list_replays(
     engine: Engine,
     *,
     routes: Sequence[Route] = (),
     handler: str | None = None,
-    before: UUID | None = None,
+    before: str | None = None,
     limit: int = 50,
-) -> ReplayPage:
-    """Return replays, the newest first; `before` is a page's `before`.
+) -> Page[Replay]:
+    """Return replays, the newest first; `before` is a page's `next`.
 
     Errors: WrongRequest for a handler that is neither in `routes` nor was ever replayed.
     """
+    [before_id] = read_cursor(before, UUID, first=[None])
     with snapshot(engine) as connection:
-        found = _replays(connection, handler=handler, before=before, limit=limit + 1)
+        found = _replays(connection, handler=handler, before=before_id, limit=limit + 1)
     if not found:
         require_handler(handler, routes)
-    return ReplayPage(found[:limit], found[limit - 1].id if len(found) > limit else None)
+    return Page.of(found, limit, lambda replay: [replay.id])
 
 
-def shown(engine: Engine, id: UUID) -> Replay:
+def get_replay(engine: Engine, id: UUID) -> Replay:
     """Return one replay.
 
     Errors: ReplayRefused when there is none.
@@ -166,28 +157,28 @@ def shown(engine: Engine, id: UUID) -> Replay:
         return _replay(connection, id)
 
 
-def pause(engine: Engine, id: UUID, *, by: str, reason: str | None = None, dry_run: bool = False) -> Replay:
+def pause(engine: Engine, id: UUID, *, actor: str, reason: str | None = None, dry_run: bool = False) -> Replay:
     """Have the relay send no more of it; what is on the queue is still acted on.
 
     Errors: ReplayRefused when it does not run.
     """
-    return _change(engine, id, "pause", ("pending", "running"), by, reason, dry_run)
+    return _change(engine, id, "pause", ("pending", "running"), actor, reason, dry_run)
 
 
-def resume(engine: Engine, id: UUID, *, by: str, reason: str | None = None, dry_run: bool = False) -> Replay:
+def resume(engine: Engine, id: UUID, *, actor: str, reason: str | None = None, dry_run: bool = False) -> Replay:
     """Go on from where it was paused.
 
     Errors: ReplayRefused when it is not paused.
     """
-    return _change(engine, id, "resume", ("paused",), by, reason, dry_run)
+    return _change(engine, id, "resume", ("paused",), actor, reason, dry_run)
 
 
-def cancel(engine: Engine, id: UUID, *, by: str, reason: str | None = None, dry_run: bool = False) -> Replay:
-    """End it: nothing more is sent, and its retries are forgotten. What was acted on stays.
+def cancel(engine: Engine, id: UUID, *, actor: str, reason: str | None = None, dry_run: bool = False) -> Replay:
+    """End it: nothing more is sent, and its retries are dropped. What was acted on stays.
 
     Errors: ReplayRefused when it is over.
     """
-    return _change(engine, id, "cancel", ("pending", "running", "paused"), by, reason, dry_run)
+    return _change(engine, id, "cancel", ("pending", "running", "paused"), actor, reason, dry_run)
 
 
 # Looking and changing ------------------------------------------------------------------------------
@@ -221,16 +212,16 @@ def _change(
     id: UUID,
     verb: str,
     from_states: Sequence[str],
-    by: str,
+    actor: str,
     reason: str | None,
     dry_run: bool,
 ) -> Replay:
-    require_who_and_why(by, reason)
+    require_who_and_why(actor, reason)
     with changing(engine, ReplayRefused) as connection:
         before = _replay(connection, id)
         if before.state not in from_states:
             raise ReplayRefused(f"replay {id} is {before.state}: there is nothing to {verb}")
         if dry_run:
             return before
-        run(connection, _CHANGE[verb], {"actor": by, "reason": reason, "id": id})
+        run(connection, _CHANGE[verb], {"actor": actor, "reason": reason, "id": id})
         return _replay(connection, id)

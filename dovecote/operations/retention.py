@@ -6,7 +6,7 @@ under lock: no caller can drop what is still needed. docs/adr/0011-dropping-week
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,6 @@ class Maintenance:
     dropped: Sequence[DroppedWeek] = field(default=())
     held: Sequence[HeldWeek] = field(default=())
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Week:
@@ -101,15 +98,16 @@ class Week:
 
 @dataclass(frozen=True)
 class Partitions:
-    """headroom_weeks: how many whole weeks after this one have partitions; strays: rows in the default partitions."""
+    """Weeks, and what is beside them.
+
+    headroom_weeks  how many whole weeks after this one have partitions
+    misplaced_rows  rows in the default partitions
+    """
 
     weeks: Sequence[Week]
     headroom_weeks: int
-    strays: int
+    misplaced_rows: int
     dropped: Sequence[dict[str, Any]]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _WEEKS = text(
@@ -165,7 +163,7 @@ _AT_A_GLANCE = text(
     """  # noqa: S608 - put together from constants
 )
 _SUBSCRIBED = text("select count(*) from dovecote.subscriptions where handler_name = :handler")
-_STRAYS = text(
+_MISPLACED = text(
     """
     select coalesce(sum(greatest(c.reltuples, s.n_live_tup, 0)), 0)::bigint
     from pg_class c left join pg_stat_all_tables s on s.relid = c.oid
@@ -218,14 +216,14 @@ _IN_WEEK = {
 def maintain(
     engine: Engine,
     *,
-    by: str,
+    actor: str,
     keep_weeks: int,
     archive_dir: Path | None = None,
     weeks_ahead: int = 4,
     dry_run: bool = False,
     routes: Sequence[Route] = (),
 ) -> Maintenance:
-    """Make partitions ahead, put strays into their weeks, and drop weeks older than `keep_weeks` whole ones.
+    """Make partitions ahead, move misplaced rows into their weeks, and drop weeks older than `keep_weeks` whole ones.
 
     `keep_weeks` 0 drops nothing. Each week goes in a transaction of its own, archived first where there is a directory.
     A kill at any point leaves the partition, or a complete archive, or both. A week that something still needs is
@@ -250,14 +248,14 @@ def maintain(
             elif dry_run:
                 dropped.append(DroppedWeek(week.week, week.events, None, None))
             else:
-                dropped.append(_drop(connection, week, by, archive_dir))
+                dropped.append(_drop(connection, week, actor, archive_dir))
     return Maintenance(dry_run, keep_weeks, made, moved, dropped, held)
 
 
-def partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ()) -> Partitions:
+def list_partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ()) -> Partitions:
     """Return every week that has partitions, and what is seen at a glance to hold those back that are over.
 
-    A dry run of `maintain` tells it exactly, and reads the old weeks for that.
+    A dry run of `maintain` finds out exactly, and reads the old weeks for that.
     """
     now = datetime.now(UTC)
     with snapshot(engine) as connection:
@@ -275,9 +273,9 @@ def partitions(engine: Engine, *, keep_weeks: int, routes: Sequence[Route] = ())
             )
             for row in connection.execute(_WEEKS).all()
         ]
-        strays = connection.execute(_STRAYS).scalar_one()
+        misplaced = connection.execute(_MISPLACED).scalar_one()
         dropped = [dict(row._mapping) for row in connection.execute(_DROPPED)]
-    return Partitions(weeks, sum(1 for week in weeks if week.starts_at > now), strays, dropped)
+    return Partitions(weeks, sum(1 for week in weeks if week.starts_at > now), misplaced, dropped)
 
 
 def require_present(
@@ -306,14 +304,14 @@ def require_present(
 
 
 def unsubscribe_handler(
-    engine: Engine, handler: str, *, by: str, routes: Sequence[Route] = (), dry_run: bool = False
+    engine: Engine, handler: str, *, actor: str, routes: Sequence[Route] = (), dry_run: bool = False
 ) -> int:
     """End the subscriptions of a handler that is gone for good; return how many there were.
 
     What it has not processed holds no week back any more. What failed in it stays until it is discarded.
     Errors: WrongRequest for a handler that `routes` still have, or that has no subscription.
     """
-    require_who_and_why(by, None)
+    require_who_and_why(actor, None)
     if handler in {route.handler for route in routes}:
         raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before it is unsubscribed")
     with changing(engine, WrongRequest) as connection:
@@ -322,7 +320,7 @@ def unsubscribe_handler(
             raise WrongRequest(f"no handler {handler!r} has subscriptions")
         if not dry_run:
             connection.execute(
-                text("select dovecote.unsubscribe_handler(:handler, :by)"), {"handler": handler, "by": by}
+                text("select dovecote.unsubscribe_handler(:handler, :by)"), {"handler": handler, "by": actor}
             )
     return subscribed
 
@@ -342,14 +340,14 @@ def _place_misplaced_rows(engine: Engine) -> int:
     return moved
 
 
-def _drop(connection: Connection, week: Any, by: str, archive_dir: Path | None) -> DroppedWeek:
+def _drop(connection: Connection, week: Any, actor: str, archive_dir: Path | None) -> DroppedWeek:
     """Drop a week that this transaction holds."""
     packed = _archive(connection, week, archive_dir) if archive_dir else None
     gone = connection.execute(
         text("select * from dovecote.drop_partition(:week, :by, :archive, :checksum, :events, :processed)"),
         {
             "week": week.week,
-            "by": by,
+            "by": actor,
             "archive": str(packed.path.absolute()) if packed else None,
             "checksum": packed.checksum if packed else None,
             "events": packed.rows["outbox"] if packed else None,
@@ -411,8 +409,8 @@ def _blockers(
 
 
 def _advice(handler: str | None, blocker: str, routes: Sequence[Route]) -> str:
-    forgotten = routes and handler not in {route.handler for route in routes}
-    if forgotten and blocker in ("unprocessed", "unknown version"):
+    is_gone = routes and handler not in {route.handler for route in routes}
+    if is_gone and blocker in ("unprocessed", "unknown version"):
         return f"no route has this handler: bring it back, or `dovecote maintain --unsubscribe {handler}`"
     match blocker:
         case "unpublished":

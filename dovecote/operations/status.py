@@ -5,8 +5,7 @@ counts that may be larger than they say; `count_everything` is exact and takes a
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, Engine, text
 
@@ -16,7 +15,7 @@ from dovecote.operations.unprocessed import unprocessed
 from dovecote.route import Route
 from dovecote.store.delivery_state import DeliveryState
 from dovecote.store.foreign_locks import QUERY, ForeignLock, foreign_locks
-from dovecote.store.unrouted import UnroutedType, unrouted
+from dovecote.store.unrouted import UnroutedType, list_unrouted
 
 # Rows looked at. They set what `status` costs: some 100 ms all together with ten million events on a busy machine.
 _MAX_UNPUBLISHED = 20_000
@@ -37,7 +36,7 @@ class RelayStatus:
     lag_events   committed and not yet published
     lag_seconds  age of the oldest of them; 0 when there is none
     leading      not while the relay stands back
-    history      in which Redis was told what it holds, None before the first greeting
+    history      the one that Redis belongs to; None before the first handshake
     instance     the run of Postgres of that history
     stands_back_for  run of the newer Postgres whose relay uses our Redis; None for none
     published    events published so far
@@ -89,9 +88,6 @@ class Status:
     relay: RelayStatus
     handlers: dict[str, HandlerStatus]
     unrouted: list[UnroutedType] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _POSITIONS = text(
@@ -189,10 +185,12 @@ _AGE = text(
 )
 
 
-def status(engine: Engine, routes: Sequence[Route]) -> Status:
+def get_status(engine: Engine, routes: Sequence[Route]) -> Status:
     """Return how far relay and handlers are, from one snapshot."""
     with snapshot(engine) as connection:
-        return Status(relay=_relay(connection), handlers=_handlers(connection, routes), unrouted=unrouted(connection))
+        return Status(
+            relay=_relay(connection), handlers=_handlers(connection, routes), unrouted=list_unrouted(connection)
+        )
 
 
 def _relay(connection: Connection) -> RelayStatus:

@@ -9,17 +9,24 @@ from psycopg import errors
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from dovecote.errors import DovecoteError
+from dovecote.errors import DovecoteError, WrongRequest
 from dovecote.route import Route
+
+__all__ = [
+    "BadCursor",
+    "NoActor",
+    "NoReason",
+    "NotPermitted",
+    "WrongRequest",
+    "changing",
+    "require_aggregate_type",
+    "require_handler",
+    "require_range",
+    "require_who_and_why",
+]
 
 # Ids tell their time from 1970 on; a year before this one is a slip of the finger.
 _NOTHING_BEFORE = datetime(2000, 1, 1, tzinfo=UTC)
-
-
-class WrongRequest(DovecoteError):
-    """What was asked for makes no sense; asked again it makes none either. The message says what would."""
-
-    exit_code = 2
 
 
 class NoReason(WrongRequest):

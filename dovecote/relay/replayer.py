@@ -25,7 +25,7 @@ from dovecote.store.envelopes import past_unreadable
 from dovecote.store.leases import MAX_BUNDLE_BYTES
 from dovecote.store.published_batches import batches_of
 from dovecote.store.reader import Connection, Reader
-from dovecote.store.replays import KNOWN_BY_KEY, Filter, is_finished, is_matched
+from dovecote.store.replays import KNOWN_BY_KEY, ReplaySelection, is_finished, is_matched
 from dovecote.store.unsendable import Unreadable, record_unreadable
 
 log = structlog.get_logger()
@@ -92,7 +92,7 @@ class _Wave:
 class _Run:
     replay: ActiveReplay
     route: Route
-    asked: Filter
+    asked: ReplaySelection
     fields: dict[str, Any]
     cursor: int
     size: int

@@ -14,7 +14,7 @@ from psycopg.rows import class_row
 
 from dovecote.route import Route
 from dovecote.store.envelopes import Connection
-from dovecote.store.replays import Filter, NotUnderstood, is_mode
+from dovecote.store.replays import NotUnderstood, ReplaySelection, is_mode
 
 log = structlog.get_logger()
 
@@ -89,7 +89,7 @@ class ActiveReplay:
     problem: str | None = None
     ends_in_future: bool = False
 
-    def understood(self, route: Route) -> Filter:
+    def understood(self, route: Route) -> ReplaySelection:
         """Return which events the replay selects. Errors: NotUnderstood, which names the field."""
         if not is_mode(self.mode):
             raise NotUnderstood(f"unknown mode {self.mode[:40]!a}")
@@ -99,7 +99,7 @@ class ActiveReplay:
             raise NotUnderstood(f"its cursor is at position {self.cursor_position}")
         if self.ends_in_future:
             raise NotUnderstood(f"it ends at position {self.upto_position}, which no event has yet")
-        asked = Filter.from_json(self.filter)
+        asked = ReplaySelection.from_json(self.filter)
         for event_type in asked.event_types or ():
             if event_type not in route.event_types:
                 raise NotUnderstood(f"{route.handler} does not take {event_type[:200]!a}")
@@ -119,7 +119,7 @@ class ActiveReplays:
         with self._connection.cursor(row_factory=class_row(ActiveReplay)) as cursor:
             return {replay.id: replay for replay in cursor.execute(_ACTIVE)}
 
-    def asked(self, replay: ActiveReplay, route: Route) -> Filter | None:
+    def asked(self, replay: ActiveReplay, route: Route) -> ReplaySelection | None:
         """Return which events the replay selects; None where it must not run, for a reason that is recorded."""
         try:
             asked = replay.understood(route)

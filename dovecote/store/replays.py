@@ -1,7 +1,7 @@
 """Which events a replay is about: the table `replays` and the SQL that finds its events.
 
-Two modes. *missing* sends again what the handler has neither acted on nor has in `deliveries`. *again* has
-it act once more on what it has acted on. What is in `deliveries` already is in neither: it has a schedule of its
+Two modes. `backfill` sends what the handler has neither acted on nor has in `deliveries`. `reprocess` has it act once
+more on what it has acted on. What is in `deliveries` already is in neither: it has a schedule of its
 own, or waits for an operator's word.
 """
 
@@ -26,7 +26,7 @@ class NotUnderstood(DovecoteError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filter:
+class ReplaySelection:
     """What must be true of an event; what is None is not asked.
 
     since, until           when its id was made; until is not in it
@@ -50,7 +50,7 @@ class Filter:
         }
 
     @classmethod
-    def from_json(cls, stored: object) -> "Filter":
+    def from_json(cls, stored: object) -> "ReplaySelection":
         """Return the filter of a row, which anybody with a right on the table may have written.
 
         Errors: NotUnderstood, for whatever `as_json` does not write.

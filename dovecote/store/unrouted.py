@@ -45,10 +45,10 @@ _UNROUTED = text(
 
 @dataclass(frozen=True)
 class UnroutedType:
-    """A type the relay met that no handler wants.
+    """An event type that the relay has met and no handler subscribes to.
 
     events     how many, about: an event published twice counts twice
-    wanted_by  handlers that want another version of the same event; they get it once code that knows this one runs
+    wanted_by  handlers of another version of this event: deploy code that knows this version, and they get it
     """
 
     event_type: str
@@ -60,8 +60,8 @@ class UnroutedType:
     wanted_by: list[str]
 
 
-def unrouted(connection: sqlalchemy.Connection) -> list[UnroutedType]:
-    """Return the types that nobody subscribes to, the one met last first: at most 1,000."""
+def list_unrouted(connection: sqlalchemy.Connection) -> list[UnroutedType]:
+    """Return the types that no handler subscribes to, the one met last first: at most MAX_TYPES."""
     return [UnroutedType(**row._mapping) for row in connection.execute(_UNROUTED, {"most": MAX_TYPES})]
 
 

@@ -4,7 +4,7 @@ from dovecote.migrations.files import run_as_owner
 
 revision = "application_0001"
 down_revision = None
-depends_on = "dovecote_0013"
+depends_on = "dovecote_0014"
 branch_labels = ("application",)
 
 

@@ -6,7 +6,6 @@ is as in production, settings included.
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy import make_url
@@ -33,12 +32,12 @@ def enter(role: str) -> Path:
 def consumers() -> None:
     """Called by Dramatiq in each worker process."""
     enter("workers")
-    bootstrap.start_consumers(replace(app, routes=ROUTES))
+    bootstrap.start_consumers(app.with_routes(ROUTES))
 
 
 def relay() -> None:
     enter("relay")
-    bootstrap.run_relay(replace(app, routes=ROUTES))
+    bootstrap.run_relay(app.with_routes(ROUTES))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_killing_every_process_in_a_replay_neither_loses_nor_doubles_nor_reorder
     assert id is not None
 
     def has_done(events: int) -> bool:
-        return replays.shown(system.engine, id).done >= events
+        return replays.get_replay(system.engine, id).done >= events
 
     for round in range(1, 5):
         eventually(lambda round=round: has_done(round * 250), 60, "some more of the replay")  # type: ignore[misc]  # bound at once
@@ -88,10 +88,10 @@ def test_killing_every_process_in_a_replay_neither_loses_nor_doubles_nor_reorder
         workers.kill()
         workers = start("consumers")
         write_quotes(system, range(_LIVE + round * 10, _LIVE + round * 10 + 10), "S7")
-    eventually(lambda: replays.shown(system.engine, id).is_over, 90, "the end of the replay")
+    eventually(lambda: replays.get_replay(system.engine, id).is_over, 90, "the end of the replay")
     system.until_quiet(60)
 
-    done = replays.shown(system.engine, id)
+    done = replays.get_replay(system.engine, id)
     assert (done.state, done.done, done.acted) == ("done", 1_500, 1_500)
     effects = effects_in(system.engine)
     times = Counter((effect.symbol, effect.price) for effect in effects)

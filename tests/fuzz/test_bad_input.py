@@ -188,7 +188,18 @@ ENDS += [["handlers", verb] for verb in ("list", "pause", "resume")]
 ENDS += [["replay", verb] for verb in ("start", "pause", "resume", "cancel", "show", "list")]
 OPTIONS = ["--json", "--help", "--version", "--in-force", "--markdown", "--to", "--dry-run", "--format", "--symbol"]
 OPTIONS += ["--per-transaction", "--strict", "--archive-dir", "--keep-weeks", "--weeks-ahead", "--", "-", "-x"]
-OPTIONS += ["--handler", "--reason", "--since", "--until", "--event", "--rate", "--yes", "--state", "--by", "--limit"]
+OPTIONS += [
+    "--handler",
+    "--reason",
+    "--since",
+    "--until",
+    "--event",
+    "--rate",
+    "--yes",
+    "--state",
+    "--actor",
+    "--limit",
+]
 ARGUMENTS = st.lists(
     st.sampled_from(OPTIONS) | st.text(max_size=8).filter(lambda word: "\0" not in word) | st.integers().map(str),
     max_size=5,

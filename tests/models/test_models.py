@@ -12,9 +12,13 @@ import pytest
 
 MODELS = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("spin") or not shutil.which("gcc"), reason="no Spin here: apt-get install spin gcc libc6-dev"
-)
+# They hang on nothing but the files beside this one, and take a minute of a processor.
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not shutil.which("spin") or not shutil.which("gcc"), reason="no Spin here: apt-get install spin gcc libc6-dev"
+    ),
+]
 # A minute or two more, and up to 2 GB of memory.
 thorough = pytest.mark.skipif(
     os.environ.get("HYPOTHESIS_PROFILE") != "thorough", reason="only with HYPOTHESIS_PROFILE=thorough"

@@ -22,6 +22,7 @@ from sqlalchemy import make_url
 from dovecote.local.servers import servers
 from dovecote.migrations import schema
 from tests.mutations.mutant import Mutant
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +151,7 @@ def lanes(count: int) -> Iterator[list[Lane]]:
             with psycopg.connect(postgres.url, autocommit=True) as connection:
                 connection.execute(f"create database {_TEMPLATE}")
             url = make_url(postgres.url).set(database=_TEMPLATE)
-            schema.upgrade(url.render_as_string(hide_password=False))
+            schema.upgrade(url.render_as_string(hide_password=False), locations=LOCATIONS)
             lane = Lane(
                 place, {"DATABASE_URL": postgres.url, "REDIS_URL": cache.url, "DOVECOTE_TEST_ORIGIN": "embedded"}
             )

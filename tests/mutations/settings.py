@@ -75,7 +75,7 @@ SETTINGS_AND_CONNECTIONS = (
     ),
     Mutant(
         "a weak key is taken",
-        "dovecote/settings/__init__.py",
+        "dovecote/settings/model.py",
         "if why := keys.weakness(given):",
         "if False:",
         f"{SETTINGS}::test_a_weak_key_is_refused_and_not_shown",

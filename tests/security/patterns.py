@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 PACKAGES = ("dovecote", "domain", "workers", "benchmarks")
-# What starts a process, or needs a package that is not there everywhere.
-_NOT_IMPORTED = ("__main__", "peers", "plots")
+# What starts a process, is run by Alembic, or needs a package that is not there everywhere.
+_NOT_IMPORTED = ("__main__", "env", "peers", "plots")
 
 COMMON = (
     *(

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from dovecote.operations.audit import whoever
+from dovecote.cli.options import default_actor
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -175,7 +175,7 @@ def test_an_operator_is_told_where_the_container_s_user_has_no_name(monkeypatch:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
 
-    assert whoever().startswith(f"uid {os.getuid()}@")
+    assert default_actor().startswith(f"uid {os.getuid()}@")
 
 
 def test_only_what_the_image_is_made_of_is_sent_to_be_built() -> None:

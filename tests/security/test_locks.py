@@ -349,6 +349,7 @@ def test_the_engine_s_other_turns_are_nobody_s_to_take(connect: Connect) -> None
     assert moved is not None
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("mode", ["", "_shared"])
 def test_a_stranger_with_the_release_key_holds_up_no_consumer(connect: Connect, mode: str) -> None:
     stranger, worker = connect("stranger"), connect("worker")

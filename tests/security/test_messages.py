@@ -354,10 +354,10 @@ def test_a_relay_learns_once_that_a_key_was_revoked(attacked: Attacked) -> None:
     engine, old = attacked.system.engine, attacked.key
     with attacked.postgres() as connection:
         keys = SigningKeys(connection)
-        operations.rotate_message_key(engine, actor="ada", reason="a test")
+        operations.keys.rotate(engine, actor="ada", reason="a test")
         connection.execute("update dovecote.message_keys set made_at = made_at - interval '1 minute'")
         before = keys.refresh()
-        operations.revoke_message_key(engine, old.id.decode(), actor="ada", reason="stolen")
+        operations.keys.revoke(engine, old.id.decode(), actor="ada", reason="stolen")
 
         assert [before, keys.refresh(), keys.refresh()] == [False, True, False]
 
@@ -367,9 +367,9 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
 ) -> None:
     monkeypatch.setattr("dovecote.envelope.signatures._POLL_INTERVAL_SECONDS", 0.2)
     engine, old = attacked.system.engine, attacked.key
-    with pytest.raises(operations.WrongRequest, match="the only one"):
-        operations.revoke_message_key(engine, old.id.decode(), actor="ada", reason="stolen")
-    made = operations.rotate_message_key(engine, actor="ada", reason="a test")
+    with pytest.raises(operations.validation.WrongRequest, match="the only one"):
+        operations.keys.revoke(engine, old.id.decode(), actor="ada", reason="stolen")
+    made = operations.keys.rotate(engine, actor="ada", reason="a test")
     assert made is not None
     with attacked.postgres() as connection:
         assert newest_key(connection) == old, "consumers may not know the new one yet"
@@ -388,7 +388,7 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
     held = f"{attacked.prefix}test.held.{NOTE.handler}"
     eventually(lambda: attacked.redis.llen(held), 10, "a message that waits")
 
-    operations.revoke_message_key(engine, old.id.decode(), actor="ada", reason="stolen")
+    operations.keys.revoke(engine, old.id.decode(), actor="ada", reason="stolen")
     with attacked.postgres() as connection:
         assert set(valid_keys(connection)) == {made.id.encode()}
         connection.execute("delete from dovecote.paused_handlers")
@@ -399,7 +399,7 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
         lambda: attacked.refusals_of(lambda: attacked.put("test", old_message)) == {"unknown_key"}, 5, "the revocation"
     )
     eventually(lambda: 77 in [effect.price for effect in effects_in(engine)], 10, "the event that waited")
-    lines = [(line.action, line.reason) for line in operations.audit(engine, action="keys").entries]
+    lines = [(line.action, line.reason) for line in operations.audit.list_entries(engine, action="keys").items]
     assert lines == [("keys.revoke", "stolen"), ("keys.rotate", "a test")]
     with attacked.postgres() as connection:
         assert connection.execute(
@@ -416,7 +416,7 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
 def test_a_message_that_fails_time_after_time_is_refused_in_the_end(
     attacked: Attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handing_back, "_MAX_HAND_BACKS", 3)
+    monkeypatch.setattr(handing_back, "_MAX_REQUEUES", 3)
     tried: list[int] = []
 
     def fail(*_: object, **__: object) -> None:

@@ -15,10 +15,11 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Engine, text
 
 from dovecote import operations
-from dovecote.operations import Filter, replays
+from dovecote.operations import replays
+from dovecote.operations.deliveries import DeliverySelection
 from dovecote.route import Route
 from dovecote.store.connections import connect
-from dovecote.store.replays import Filter as ReplayFilter
+from dovecote.store.replays import ReplaySelection as ReplayFilter
 from tests.conftest import Servers, settings_for
 from tests.security.logins import (
     CLAIMED,
@@ -179,8 +180,8 @@ def test_a_verb_that_is_held_open_makes_the_next_one_wait_for_a_bounded_time(dat
             held.execute("select dovecote.pause_handler('mallory', 'for ever', 'test.note')")
             engine = connect(database.url_of("operator"))
             try:
-                with pytest.raises(operations.CannotPause, match="somebody else is changing the same"):
-                    operations.pause_handler(engine, [a_route(HANDLER)], HANDLER, actor="ada", reason="why")
+                with pytest.raises(operations.handlers.CannotPause, match="somebody else is changing the same"):
+                    operations.handlers.pause(engine, [a_route(HANDLER)], HANDLER, actor="ada", reason="why")
             finally:
                 engine.dispose()
             with database.session("worker") as worker:
@@ -305,11 +306,11 @@ def test_who_lacks_the_role_is_told_so(database: Database) -> None:
     worker, operator = connect(database.url_of("worker")), connect(database.url_of("operator"))
     refused = f"login {database.name('worker')} may not do this: grant dovecote_operator to it"
     try:
-        with pytest.raises(operations.NotPermitted, match=refused):
-            operations.retry(worker, Filter(), actor="ada")
-        with pytest.raises(operations.NotPermitted, match=refused):
-            operations.pause_handler(worker, [a_route(HANDLER)], HANDLER, actor="ada", reason="why")
-        assert operations.retry(operator, Filter(), actor="ada", dry_run=True).affected == 4
+        with pytest.raises(operations.validation.NotPermitted, match=refused):
+            operations.deliveries.retry(worker, DeliverySelection(), actor="ada")
+        with pytest.raises(operations.validation.NotPermitted, match=refused):
+            operations.handlers.pause(worker, [a_route(HANDLER)], HANDLER, actor="ada", reason="why")
+        assert operations.deliveries.retry(operator, DeliverySelection(), actor="ada", dry_run=True).affected == 4
     finally:
         worker.dispose()
         operator.dispose()
@@ -352,22 +353,22 @@ def test_relay_and_consumers_need_no_more_than_the_worker_s_role(
 def _go_through_it_all(
     system: System, database: Database, admin: Engine, operator: Engine, routes: list[Route], broken: dict[int, bool]
 ) -> None:
-    def status() -> operations.HandlerStatus:
-        return operations.status(admin, routes).handlers[HANDLER]
+    def status() -> operations.status.HandlerStatus:
+        return operations.status.get_status(admin, routes).handlers[HANDLER]
 
     with system.running():
         write_quotes(system, [1, 2, 3, 4])
         eventually(lambda: (status().dead, status().waiting) == (1, 2), 20, "a dead one and two behind it")
         broken.clear()
-        operations.retry(operator, Filter(handler=HANDLER), actor="ada")
+        operations.deliveries.retry(operator, DeliverySelection(handler=HANDLER), actor="ada")
         system.until_quiet()
         asked = replays.Request(handler=HANDLER, mode="reprocess", filter=ReplayFilter(), reason="why", actor="ada")
         id = replays.start(operator, routes, asked).replay_id
         assert id is not None
-        eventually(lambda: replays.shown(admin, id).state == "done", 20, "the end of the replay")
-        operations.pause_handler(operator, routes, HANDLER, actor="ada", reason="why")
+        eventually(lambda: replays.get_replay(admin, id).state == "done", 20, "the end of the replay")
+        operations.handlers.pause(operator, routes, HANDLER, actor="ada", reason="why")
         write_quotes(system, [5])
-        operations.resume_handler(operator, routes, HANDLER, actor="ada")
+        operations.handlers.resume(operator, routes, HANDLER, actor="ada")
         system.until_quiet()
         with database.session() as session:
             told = session.execute("select distinct replayable, ordered from dovecote.subscriptions").fetchall()

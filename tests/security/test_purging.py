@@ -100,7 +100,10 @@ def test_the_relay_removes_it_by_itself(
     ask(sessions, "over", OVER)
     ask(sessions, "kept", KEPT)
 
-    with system_for(settings_for(fresh_database_url, servers.redis_url, tmp_path), []) as system, system.relay():
+    with (
+        system_for(settings_for(fresh_database_url, servers.redis_url, tmp_path), []) as system,
+        system.relay(purges=application.purges),
+    ):
         eventually(lambda: left(engine) == (["kept"], 2), 30, "the expired challenge removed by the relay")
 
 

@@ -17,7 +17,7 @@ import pytest
 from domain import billing, pricing, verification
 from dovecote import operations
 from dovecote.events.money import Money
-from dovecote.operations.tail import follow
+from dovecote.operations.events import follow
 from dovecote.privacy import Keyring
 from dovecote.store.connections import connect, sessions_for
 from dovecote.store.engines import engine_during
@@ -354,7 +354,7 @@ def test_a_writer_of_types_without_end_fills_no_table(
     assert len(relay._written) <= MAX_TYPES + 100
     settings = settings_for(urls["viewer"], servers.redis_url, tmp_path)
     with engine_during(settings) as engine:
-        newest = operations.status(engine, ()).unrouted
+        newest = operations.status.get_status(engine, ()).unrouted
     assert (newest[0].event_type, len(newest)) == (f"made.up_{MAX_TYPES + 500}.v1", MAX_TYPES)
     shown = dovecote("viewer", "status").stdout
     assert shown.count("no route for") == 21

@@ -16,7 +16,7 @@ from dovecote.operations import replays
 from dovecote.operations.doctor import examine
 from dovecote.store.active_replays import ActiveReplay
 from dovecote.store.loaders import loads_anything
-from dovecote.store.replays import Filter, NotUnderstood
+from dovecote.store.replays import NotUnderstood, ReplaySelection
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.processes import eventually
@@ -87,13 +87,13 @@ def test_a_replay_that_is_not_understood_is_left_alone_and_shown(
             "update dovecote.replays set created_at = 'infinity', updated_at = '-infinity' where id = %s", (id,)
         )
 
-        eventually(lambda: replays.shown(system.engine, id).problem is not None, 10, "a problem")
+        eventually(lambda: replays.get_replay(system.engine, id).problem is not None, 10, "a problem")
         write_quotes(system, [2])
         system.until_quiet()
 
-    shown = replays.shown(system.engine, id)
+    shown = replays.get_replay(system.engine, id)
     assert (shown.state, shown.problem) == ("pending", problem)
-    assert [one.problem for one in replays.listed(system.engine).replays] == [problem]
+    assert [one.problem for one in replays.list_replays(system.engine).items] == [problem]
     found = {finding.check: finding for finding in examine(system.settings, system.routes).findings}
     assert problem in found["rows.replays"].found
 
@@ -107,7 +107,7 @@ def test_other_replays_go_on_beside_one_that_is_not_understood(system: System, r
         add(rows, handler="test.once", filter='{"colour": 1}')
         good = add(rows, mode="reprocess", filter="{}", upto=1)
 
-        eventually(lambda: replays.shown(system.engine, good).state == "done", 10, "the other replay")
+        eventually(lambda: replays.get_replay(system.engine, good).state == "done", 10, "the other replay")
 
     assert len(effects_in(system.engine)) == before + 1
 
@@ -122,9 +122,9 @@ def test_a_replay_that_acts_again_is_refused_by_the_relay_where_the_route_does_n
         before = effects_in(system.engine)
         id = add(rows, mode="reprocess", handler="test.once")
 
-        eventually(lambda: replays.shown(system.engine, id).state == "cancelled", 10, "the refusal")
+        eventually(lambda: replays.get_replay(system.engine, id).state == "cancelled", 10, "the refusal")
 
-    assert "may not act again" in (replays.shown(system.engine, id).problem or "")
+    assert "may not act again" in (replays.get_replay(system.engine, id).problem or "")
     assert effects_in(system.engine) == before
     assert rows.execute("select action, affected from dovecote.audit_log").fetchall() == [("replay.refuse", 0)]
 
@@ -175,7 +175,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = st.sampled_from([*Filter.__dataclass_fields__, "colour", "", "\x1b[2J"])
+KEYS = st.sampled_from([*ReplaySelection.__dataclass_fields__, "colour", "", "\x1b[2J"])
 ROUTE = a_route()
 
 
@@ -200,5 +200,5 @@ def test_any_row_is_understood_or_refused_in_a_sentence(filter: Any, mode: str, 
         assert len(problem) < 400
         assert problem.isprintable()
     else:
-        assert Filter.from_json(json.loads(json.dumps(asked.as_json()))) == asked
+        assert ReplaySelection.from_json(json.loads(json.dumps(asked.as_json()))) == asked
         assert set(asked.event_types or ()) <= set(ROUTE.event_types)

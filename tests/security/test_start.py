@@ -37,14 +37,14 @@ STARTED = ("Consumer encountered a connection error", "postgres is away", "waiti
 def imported_by(modules: str) -> set[str]:
     command = [sys.executable, "-c", IMPORTED.format(modules)]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {*told.split()} - {"__main__", "__mp_main__", "workers"}
+    return {*told.split()} - {"__main__", "__mp_main__", "dovecote"}
 
 
 def spoiled(place: Path, names: set[str]) -> Path:
     """Fill a directory: whatever is imported from it writes its name into `marker`."""
     for name in names:
         (place / f"{name}.py").write_text(SPOILED.format(marker=str(place / "marker")))
-    (place / "workers").mkdir()  # a namespace package, which must not hide ours
+    (place / "dovecote").mkdir()  # a namespace package, which must not hide ours
     return place
 
 

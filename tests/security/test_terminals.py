@@ -39,9 +39,12 @@ from dovecote.cli import recover as recovering
 from dovecote.cli import replays as replaying
 from dovecote.cli import retention as maintaining
 from dovecote.local.supervisor import prefixed
-from dovecote.operations import EventLife, Failure, Groups, Recovery, Status
+from dovecote.operations.deliveries import Delivery, Groups
+from dovecote.operations.events import EventLife
+from dovecote.operations.recover import Recovery
 from dovecote.operations.replays import Plan, Replay
 from dovecote.operations.retention import Maintenance
+from dovecote.operations.status import Status
 from dovecote.processes.terminal import block, plain, write_line
 from dovecote.settings import Telemetry
 from dovecote.telemetry.configure import configure
@@ -142,12 +145,12 @@ def shown_by(kind: Any, show: Callable[[Any], object]) -> st.SearchStrategy[Call
 SHOWN = st.one_of(
     shown_by(EventLife, events._show_life),
     shown_by(Groups, deliveries._show_groups),
-    shown_by(list[Failure], deliveries._show_rows),
+    shown_by(list[Delivery], lambda found: output.print_listing(found, deliveries._columns(), if_empty="none")),
     shown_by(Status, lambda found: output.show(status._screen(found))),
     shown_by(Replay, replaying._print),
     shown_by(Plan, lambda plan: replaying._print_plan(plan, dry_run=True)),
-    shown_by(Maintenance, maintaining._tell),
-    shown_by(Recovery, recovering._tell),
+    shown_by(Maintenance, maintaining._report),
+    shown_by(Recovery, recovering._report),
     st.builds(Refusal, LEAVES[int], TEXTS).map(lambda one: lambda: ingesting._print_summary(Summary(refused=[one]))),
     TEXTS.map(lambda text: lambda: output.print_json({text: text})),
     TEXTS.map(lambda text: lambda: output.note(text)),

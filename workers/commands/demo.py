@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from workers import demo as demonstration
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(demo)
-
-
 def demo(
     events: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many events.")] = 1_000,
     timeout_seconds: Annotated[float, typer.Option(min=1, help="How long to wait for the last effect.")] = 300.0,
@@ -42,7 +37,7 @@ def demo(
     else:
         report = _demo_in_own_system(events, timeout_seconds, as_json)
     if as_json:
-        print_json(report.as_json())
+        print_json(report)
     else:
         say(
             f"{report.written} written, {report.published} published, {report.processed} processed, "
@@ -72,6 +67,7 @@ def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> d
     from dovecote.local.supervisor import prefixed, stop_on_signals
     from dovecote.local.system import STOP_SECONDS, local_system
     from dovecote.settings import load_settings
+    from workers.app import app
 
     outcome: list[demonstration.Report | BaseException] = []
 
@@ -83,7 +79,7 @@ def _demo_in_own_system(events: int, timeout_seconds: float, as_json: bool) -> d
         finally:
             done.set()
 
-    with stop_on_signals() as stop, local_system(os.environ, lambda _: None) as system:
+    with stop_on_signals() as stop, local_system(os.environ, lambda _: None, app) as system:
         settings = load_settings(system.environment)
         supervisor = system.supervisor(prefixed(system.processes, sys.stderr))
         supervisor.start()
@@ -116,5 +112,5 @@ def _is_led() -> bool:
         suppress(psycopg.errors.UndefinedTable, sqlalchemy.exc.ProgrammingError),
         engine_during(load_settings()) as engine,
     ):
-        return operations.status(engine, ()).relay.leading
+        return operations.status.get_status(engine, ()).relay.leading
     return False

@@ -21,13 +21,10 @@ class Format(Enum):
     jsonl = "jsonl"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    ingest = typer.Typer(no_args_is_help=True, help="Take in data from files.")
-    ingest.command("prices")(ingest_prices)
-    app.add_typer(ingest, name="ingest")
+ingest = typer.Typer(no_args_is_help=True, help="Take in data from files.")
 
 
+@ingest.command("prices")
 def ingest_prices(
     file: Annotated[str, typer.Argument(help="CSV or JSON lines; - reads standard input.")],
     symbol: Annotated[str, typer.Option(help="Column or key of the symbol.")] = "symbol",
@@ -80,7 +77,7 @@ def ingest_prices(
             )
             raise
     if as_json:
-        print_json(summary.as_json())
+        print_json(summary)
     else:
         _print_summary(summary)
     if strict and summary.refused:

@@ -27,7 +27,7 @@ def postgres(connection: psycopg.Connection[Any]) -> Finding:
         return ok("postgres.encrypted", "a socket of this machine")
     if _is_loopback(info.hostaddr or info.host):
         return ok("postgres.encrypted", "on the loopback of this machine")
-    told = {option.keyword: (option.val or b"").decode() for option in connection.pgconn.info}
+    described = {option.keyword: (option.val or b"").decode() for option in connection.pgconn.info}
     # Behind a pooler the server's session is another one; both ways have to be encrypted.
     row = connection.execute(
         "select coalesce((select ssl from pg_catalog.pg_stat_ssl where pid = pg_catalog.pg_backend_pid()), false)"
@@ -42,7 +42,7 @@ def postgres(connection: psycopg.Connection[Any]) -> Finding:
         where = "to the server" if not connection.pgconn.ssl_in_use else "from a pooler to the server"
         found = f"not encrypted {where}: whoever is on the way reads and changes everything"
         return warning("postgres.encrypted", found, _POSTGRES_ADVICE)
-    mode, binding = told.get(b"sslmode", ""), told.get(b"channel_binding", "")
+    mode, binding = described.get(b"sslmode", ""), described.get(b"channel_binding", "")
     if mode in _VERIFIED or binding == "require":
         return ok("postgres.encrypted", f"TLS, sslmode={mode}{', channel_binding=require' * (binding == 'require')}")
     found = f"TLS, but sslmode={mode} takes any server for ours, and the next connection may have no TLS at all"
@@ -51,11 +51,11 @@ def postgres(connection: psycopg.Connection[Any]) -> Finding:
 
 def redis(clients: Mapping[str, Any]) -> Finding:
     """Judge the connections of these clients, by the variable that names the server."""
-    told = {variable: _redis(client.connection_pool) for variable, client in clients.items()}
-    wrong = [f"{variable}: {found}" for variable, (is_safe, found) in told.items() if not is_safe]
+    described = {variable: _redis(client.connection_pool) for variable, client in clients.items()}
+    wrong = [f"{variable}: {found}" for variable, (is_safe, found) in described.items() if not is_safe]
     if wrong:
         return warning("redis.encrypted", "; ".join(wrong), _REDIS_ADVICE)
-    return ok("redis.encrypted", "; ".join(dict.fromkeys(found for _, found in told.values())))
+    return ok("redis.encrypted", "; ".join(dict.fromkeys(found for _, found in described.values())))
 
 
 def _redis(pool: Any) -> tuple[bool, str]:

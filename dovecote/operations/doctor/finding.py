@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from dovecote.route import Route
@@ -39,6 +40,7 @@ class Subject:
     settings: Settings
     routes: Sequence[Route]
     now: Callable[[], float]
+    migration_locations: Sequence[Path] = ()
 
 
 def ok(check: str, found: str) -> Finding:

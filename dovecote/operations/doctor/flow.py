@@ -11,8 +11,9 @@ from dovecote.broker.redis_client import connect_redis, is_wrong_type
 from dovecote.masking import masked
 from dovecote.operations.doctor import leftovers
 from dovecote.operations.doctor.finding import Finding, Subject, error, ok, warning
-from dovecote.operations.doctor.postgres import POSTPONED, session
+from dovecote.operations.doctor.postgres import session
 from dovecote.route import queues
+from dovecote.store.checks import POSTPONED
 
 _SOCKET_SECONDS = 5.0
 _LOOK_AGAIN_SECONDS = 1.0
@@ -99,18 +100,18 @@ def postponed(client: Any, subject: Subject) -> list[Finding]:
     except psycopg.Error:
         return []
     queue_of = {route.handler: route.queue for route in subject.routes}
-    told = [
+    described = [
         f"{row.handler_name} for {row.seconds:.0f} s ({_bytes(client, subject, queue_of[row.handler_name]):,} bytes on "
         f"{queue_of[row.handler_name]})"
         for row in rows
         if row.handler_name in queue_of
     ]
-    if not told:
+    if not described:
         return [ok("queues.postponed", "no queue is full")]
     return [
         warning(
             "queues.postponed",
-            f"handlers whose queue is full, and whose events stay in the outbox for now: {', '.join(told)}",
+            f"handlers whose queue is full, and whose events stay in the outbox for now: {', '.join(described)}",
             "Start its consumers, or more of them; what was left out follows, in order, when the queue has room. With "
             "memory to spare, raise DOVECOTE_RELAY__QUEUE_BYTES, or Redis's maxmemory: each queue has a share of it.",
         )

@@ -9,7 +9,7 @@ from dramatiq.common import dq_name
 
 from dovecote.envelope.wire import EVENT_IDS_PATTERN
 from dovecote.operations.doctor.finding import Finding, Subject, error, ok, warning
-from dovecote.operations.leftovers import WITHOUT_ROUTE, parameters
+from dovecote.operations.handlers import WITHOUT_ROUTE, parameters_without_route
 from dovecote.route import queues
 from dovecote.store.unsendable import EventIsGone
 from dovecote.telemetry.failures import fingerprint
@@ -69,7 +69,7 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
     left_held = sorted(name for name, handler in held.items() if handler not in queue_of)
     if not strangers and not left_held:
         return ok("queues.known", "each queue belongs to a route, and so do all messages on it")
-    told, has_ours, has_others = [], False, bool(left_held)
+    described, has_ours, has_others = [], False, bool(left_held)
     for queue in strangers[:_MAX_NAMED]:
         key = f"{_prefix(subject)}{queue}.msgs"
         counts = _handlers_of(client, key)
@@ -80,10 +80,10 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
             + (f", whose queue is {queue_of[handler]} today" if handler in queue_of else "")
             for handler, number in counts.most_common(_MAX_NAMED)
         )
-        told.append(f"{queue} ({client.hlen(key)}: {of})")
+        described.append(f"{queue} ({client.hlen(key)}: {of})")
     for name in left_held[:_MAX_NAMED]:
         number = client.llen(f"{_prefix(subject)}{name}")
-        told.append(f"{name.partition(_HELD)[0]} ({number} held for {held[name]}, which no route has)")
+        described.append(f"{name.partition(_HELD)[0]} ({number} held for {held[name]}, which no route has)")
     advice = []
     if has_ours:
         advice.append(
@@ -96,7 +96,7 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
             "handler is gone for good, delete the queue's keys. If its events are wanted after all, "
             "`dovecote replay start --mode backfill` sends those that were not processed again, once a route has it."
         )
-    return warning("queues.known", f"queues with messages that no route has: {'; '.join(told)}", " ".join(advice))
+    return warning("queues.known", f"queues with messages that no route has: {'; '.join(described)}", " ".join(advice))
 
 
 def dead_letters(client: Any, subject: Subject) -> Finding:
@@ -104,18 +104,18 @@ def dead_letters(client: Any, subject: Subject) -> Finding:
     names = sorted(name for name in _queues(client, subject) if name.endswith(".XQ"))
     if not names:
         return ok("queues.dead_letters", "no message is dead")
-    told = []
+    described = []
     for name in names[:_MAX_NAMED]:
         key = f"{_prefix(subject)}{name}.msgs"
         _, page = client.hscan(key, count=_MAX_NAMED)
         events = [id.decode() for message in page.values() for id in EVENT_IDS_PATTERN.findall(message)]
         handlers = ", ".join(name or "unreadable" for name in _handlers_of(client, key))
         some = f", with events such as {', '.join(events[:_MAX_NAMED])}" if events else ""
-        told.append(f"{name.removesuffix('.XQ')} ({client.hlen(key)}, of {handlers}{some})")
+        described.append(f"{name.removesuffix('.XQ')} ({client.hlen(key)}, of {handlers}{some})")
     keys = f"{_prefix(subject)}<queue>.XQ and {_prefix(subject)}<queue>.XQ.msgs"
     return warning(
         "queues.dead_letters",
-        f"dead messages in Redis: {'; '.join(told)}",
+        f"dead messages in Redis: {'; '.join(described)}",
         "Postgres has the events: `dovecote replay start --handler HANDLER --mode backfill` sends again what the "
         "handler has not processed, which makes such a message superfluous. Why one was refused is in the consumers' "
         "log: no relay signed it as it is. Another program writes here, or somebody who has the password and should "
@@ -126,17 +126,17 @@ def dead_letters(client: Any, subject: Subject) -> Finding:
 
 def handlers(connection: psycopg.Connection[Any], subject: Subject) -> Finding:
     """Handlers that Postgres knows and no route has. Nobody waits for their rows."""
-    rows = connection.execute(WITHOUT_ROUTE, parameters(subject.routes)).fetchall()
+    rows = connection.execute(WITHOUT_ROUTE, parameters_without_route(subject.routes)).fetchall()
     if not rows:
         return ok("handlers.known", "each handler that Postgres knows has a route")
-    told = [
+    described = [
         f"{row.name} ({row.retrying + row.waiting} waiting, {row.dead} dead, {len(row.event_types)} subscriptions)"
         for row in rows[:_MAX_NAMED]
     ]
     more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
     return warning(
         "handlers.known",
-        f"handlers that no route has: {', '.join(told)}{more}",
+        f"handlers that no route has: {', '.join(described)}{more}",
         "Their deliveries wait, and go on when code that has the handler leads again. What such a handler has not "
         "processed keeps weeks from being dropped. If it is gone for good: `dovecote deliveries discard --all-matching "
         "--handler NAME --state retrying --reason ...`, the same with `waiting` and `dead`, then "

@@ -15,6 +15,7 @@ from dovecote.masking import masked
 from dovecote.migrations import schema
 from dovecote.operations.doctor import encryption, leftovers, progress, rights, rows
 from dovecote.operations.doctor.finding import Finding, Subject, error, ok, skew, warning
+from dovecote.store.checks import NOTIFY_QUEUE, OLDEST_WRITER, PARTITIONS
 from dovecote.store.connections import ONLY_OUR_NAMES, connect, connection_parameters, hears_notifications
 from dovecote.store.loaders import load_anything
 from dovecote.store.runs import Run
@@ -26,7 +27,7 @@ _CONNECT_SECONDS = 5
 _STATEMENT_MS = 5_000
 _HEARD_WITHIN_SECONDS = 3.0
 _OLDEST_POSTGRES = 150_000
-_LONG_FLOOR_SECONDS = 60.0
+_LONG_WRITER_SECONDS = 60.0
 _SILENT_SECONDS = 10.0
 _RECENT_EVENTS = 10_000
 # From half of the queue on, nothing of ours notifies (migration 0018).
@@ -44,47 +45,6 @@ _RELAY = """
     ) leader on true
 """
 
-#: The lowest announcement, who holds it for how long, and how many are held. As in dovecote.low_watermark().
-OLDEST_WRITER = """
-    select count(*) over () as held, l.pid, a.usename::text as login,
-           case when l.classid::bigint & 32768 = 0 then ((l.classid::bigint & 65535) << 32) | l.objid::bigint else 0 end
-               as low_water_mark,
-           coalesce(a.application_name, '') as application, coalesce(left(a.query, 200), '') as query,
-           coalesce(extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 as seconds,
-           p.gid
-    from pg_locks l
-    left join pg_stat_activity a on a.pid = l.pid
-    left join pg_prepared_xacts p on l.pid is null and exists (
-        select from pg_locks t where t.locktype = 'transactionid' and t.transactionid = p.transaction
-                                 and t.virtualtransaction = l.virtualtransaction)
-    where l.locktype = 'advisory' and l.objsubid = 1 and l.classid::bigint >> 16 = 17602 and l.mode = 'ShareLock'
-      and l.database = (select oid from pg_database where datname = current_database())
-      and l.virtualtransaction in (
-          select i.virtualtransaction from pg_locks i
-          where i.locktype = 'relation' and i.relation = 'dovecote.outbox'::regclass and i.mode = 'RowExclusiveLock')
-    order by low_water_mark, seconds desc limit 1
-"""
-
-#: How many of the next four weeks have partitions, how long those last, and which default partitions are in use.
-PARTITIONS = """
-    select (select count(*) from generate_series(1, 4) week
-            where to_regclass('dovecote.outbox_' || to_char(
-                date_trunc('week', now() at time zone 'UTC') + make_interval(weeks => week::integer),
-                'IYYY"w"IW')) is not null) as ahead,
-           (select greatest(0, extract(epoch from min(monday) - now() at time zone 'UTC'))::float8
-            from generate_series(0, 60) week,
-                 lateral (select date_trunc('week', now() at time zone 'UTC')
-                                 + make_interval(weeks => week::integer) as monday) of_week
-            where to_regclass('dovecote.outbox_' || to_char(monday, 'IYYY"w"IW')) is null) as headroom_seconds,
-           (select string_agg(c.relname, ', ') from pg_class c
-            where c.oid in (to_regclass('dovecote.outbox_default'), to_regclass('dovecote.processed_events_default'),
-                            to_regclass('dovecote.published_batches_default'))
-              and pg_relation_size(c.oid) > 0) as defaults
-"""
-
-#: Which part of the queue of notifications is in use, 0 to 1. Asking frees what everybody has read.
-NOTIFY_QUEUE = "select pg_notification_queue_usage() as used"
-
 # The queue is the cluster's. Who listens is not shown; a listener reads when its transaction ends. The oldest first.
 _IN_TRANSACTION = """
     select pid, coalesce(datname, '') as database, coalesce(application_name, '') as application, state,
@@ -92,12 +52,6 @@ _IN_TRANSACTION = """
     from pg_stat_activity
     where xact_start is not null and pid <> pg_backend_pid() and backend_type = 'client backend'
     order by xact_start limit 3
-"""
-
-#: Since when which handler has had a full queue.
-POSTPONED = """
-    select handler_name, extract(epoch from clock_timestamp() - since)::float8 as seconds
-    from dovecote.postponed order by handler_name
 """
 
 # The newest only: nobody waits for a look through ten million.
@@ -124,7 +78,7 @@ def findings(subject: Subject) -> list[Finding]:
                     relay(connection, subject),
                     progress.relay(connection),
                     progress.handlers(connection, subject.routes),
-                    floors(connection),
+                    writers(connection),
                     rights.foreign(connection),
                     rights.public(connection),
                     rows.replays(connection, subject.routes),
@@ -223,7 +177,7 @@ def is_migrated(subject: Subject) -> Finding:
     )
     try:
         with engine.connect() as connection:
-            missing = schema.pending(connection)
+            missing = schema.pending(connection, locations=subject.migration_locations)
     except ValueError as caught:
         # The revision in the database is none that this version knows.
         return error("postgres.schema", f"the schema is newer than this version ({caught})", "Upgrade Dovecote here.")
@@ -295,20 +249,20 @@ def standby(connection: Connection) -> Finding:
     )
 
 
-def floors(connection: Connection) -> Finding:
+def writers(connection: Connection) -> Finding:
     row = connection.execute(OLDEST_WRITER).fetchone()
     if row is None:
-        return ok("relay.floors", "no transaction holds a floor")
+        return ok("relay.writers", "no transaction is writing events")
     application = row.application or "no name"
     who = f"prepared transaction {row.gid!r}" if row.gid else f"pid {row.pid} (login {row.login}, {application})"
     query = f", last statement: {masked(' '.join(row.query.split()))}" if row.query else ""
-    found = f"oldest floor {row.low_water_mark}, held for {row.seconds:.0f} s by {who}{query}"
-    if row.seconds > _LONG_FLOOR_SECONDS:
-        advice = "The checkpoint waits for this writer, nobody's events do. End its transaction: commit, or " + (
+    found = f"the oldest writer has its low-water mark at {row.low_water_mark}, for {row.seconds:.0f} s: {who}{query}"
+    if row.seconds > _LONG_WRITER_SECONDS:
+        advice = "The checkpoint waits for this writer; events do not. End its transaction: commit, or " + (
             "`rollback prepared`." if row.gid else f"`select pg_terminate_backend({row.pid})`."
         )
-        return warning("relay.floors", found, advice)
-    return ok("relay.floors", found)
+        return warning("relay.writers", found, advice)
+    return ok("relay.writers", found)
 
 
 def partitions(connection: Connection) -> Finding:
@@ -331,23 +285,23 @@ def routes(connection: Connection, subject: Subject) -> list[Finding]:
     seen = sum(recent.values())
     unwanted = {event_type: events for event_type, events in recent.items() if event_type not in wanted}
     idle = [route.handler for route in subject.routes if not recent.keys() & set(route.event_types)]
-    told = f"of the newest {seen} events"
+    described = f"of the newest {seen} events"
     if unwanted:
         events = warning(
             "routes.events",
-            f"{told} no route wants " + ", ".join(f"{name} ({events})" for name, events in unwanted.items()),
-            "Add a Route in workers/routes.py, or have the writer stop; they are kept, and can be replayed as missing.",
+            f"{described} no route wants " + ", ".join(f"{name} ({events})" for name, events in unwanted.items()),
+            "Add a Route in workers/routes.py, or have the writer stop; they are kept, and can be replayed later.",
         )
     else:
-        events = ok("routes.events", f"each {told} has a route")
+        events = ok("routes.events", f"each {described} has a route")
     if seen and idle:
         handlers = warning(
             "routes.handlers",
-            f"{told} none is for {', '.join(idle)}",
-            "As it should be for rare facts; else look whether the writer writes them, and under which type.",
+            f"{described} none is for {', '.join(idle)}",
+            "As it should be for rare events; else look whether the writer writes them, and under which type.",
         )
     else:
-        handlers = ok("routes.handlers", f"each handler has events {told}" if seen else "there are no events yet")
+        handlers = ok("routes.handlers", f"each handler has events {described}" if seen else "there are no events yet")
     return [events, handlers]
 
 
@@ -368,7 +322,7 @@ def _kept(subject: Subject) -> timedelta | None:
 
 @contextmanager
 def session(subject: Subject) -> Iterator[Connection]:
-    """Give a connection of its own to a check."""
+    """Yield a connection of its own for a check."""
     # Set later, where options are refused, they would stay in a pool for the next client. `examine` has a limit of its
     # own, and the login's may be shorter than a check on a busy server takes.
     try:

@@ -57,7 +57,7 @@ def handlers(connection: Connection, routes: Sequence[Route]) -> Finding:
     """Look for a handler that stands still, however many events others have behind it."""
     names = [route.handler for route in routes]
     rows = connection.execute(_BEFORE_HANDLERS, {"handlers": names, "most": _MAX_EVENTS}).fetchall()
-    told = ", ".join(
+    described = ", ".join(
         f"{row.handler_name} has {'at least ' if row.at_least else ''}{row.events:,} events before it, the oldest "
         f"{row.seconds:,.0f} s old{' (paused)' if row.is_paused else ''}"
         for row in rows
@@ -65,11 +65,11 @@ def handlers(connection: Connection, routes: Sequence[Route]) -> Finding:
     if any(row.seconds > _BEHIND_SECONDS and not row.is_paused for row in rows):
         return warning(
             "handlers.progress",
-            told,
+            described,
             "It is too slow, has too few workers, or none: `dovecote status --watch` shows whether it gets on, and "
             "queues.served whether anybody serves its queue.",
         )
-    return ok("handlers.progress", told or "no handler has an event before it")
+    return ok("handlers.progress", described or "no handler has an event before it")
 
 
 def relay(connection: Connection) -> Finding:

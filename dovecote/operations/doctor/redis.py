@@ -40,9 +40,11 @@ def findings(subject: Subject) -> list[Finding]:
 
 def version(info: dict[str, Any]) -> Finding:
     # Valkey says which Redis it is compatible with.
-    told = str(info.get("redis_version", "0"))
-    found = f"Valkey {info['valkey_version']} (as Redis {told})" if "valkey_version" in info else f"Redis {told}"
-    if tuple(int(part) for part in told.split(".")[:2]) < _OLDEST_REDIS:
+    described = str(info.get("redis_version", "0"))
+    found = (
+        f"Valkey {info['valkey_version']} (as Redis {described})" if "valkey_version" in info else f"Redis {described}"
+    )
+    if tuple(int(part) for part in described.split(".")[:2]) < _OLDEST_REDIS:
         return error("redis.version", found, "Upgrade to Redis 6.2 or newer: consumers wait with BLMOVE.")
     return ok("redis.version", found)
 
@@ -69,7 +71,7 @@ def eviction(info: dict[str, Any]) -> Finding:
         return ok("redis.eviction", "maxmemory-policy noeviction")
     return error(
         "redis.eviction",
-        f"maxmemory-policy {policy}: a full Redis throws messages away, and nobody is told",
+        f"maxmemory-policy {policy}: a full Redis throws messages away, without a word",
         "Set `maxmemory-policy noeviction`: a full Redis then refuses, and the relay waits.",
     )
 

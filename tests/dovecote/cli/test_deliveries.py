@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from dovecote import operations
-from dovecote.operations import Filter
+from dovecote.operations.deliveries import DeliverySelection
 from dovecote.store.connections import connect
 from tests.dovecote.cli.test_cli import assert_one_sentence, dovecote, environment
 
@@ -46,9 +46,9 @@ def run(tmp_path: Path, fresh_database_url: str, own_engine: Engine) -> Any:
 def test_failures_are_listed_by_kind_rehearsed_retried_and_audited(run: Any) -> None:
     groups = json.loads(run("deliveries", "list", "--json").stdout)["groups"]
     rehearsal = run("deliveries", "retry", "--fingerprint", "aaa1", "--dry-run").stdout
-    change = json.loads(run("deliveries", "retry", "--fingerprint", "aaa1", "--as", "ada", "--json").stdout)
+    change = json.loads(run("deliveries", "retry", "--fingerprint", "aaa1", "--actor", "ada", "--json").stdout)
     rows = json.loads(run("deliveries", "list", "--state", "dead", "--rows", "--json").stdout)["deliveries"]
-    (entry,) = json.loads(run("audit", "--by", "ada", "--json").stdout)["entries"]
+    (entry,) = json.loads(run("audit", "--actor", "ada", "--json").stdout)["entries"]
 
     assert [(group["fingerprint"], group["count"]) for group in groups] == [("aaa0", 5), ("aaa1", 5)]
     assert rehearsal.startswith("5 would be sent again; nothing was changed\n")
@@ -61,11 +61,18 @@ def test_failures_are_listed_by_kind_rehearsed_retried_and_audited(run: Any) -> 
     )
 
 
+def _first(run: Any, before: str) -> str:
+    """Return the event of the first line behind a page."""
+    found: str = json.loads(run("deliveries", "list", "--before", before, "--json").stdout)["deliveries"][0]["event_id"]
+    return found
+
+
 def test_people_read_the_same_in_tables(run: Any) -> None:
     assert "no [/markup]" in run("deliveries", "list").stdout
     event_id = run("deliveries", "list", "--rows", "--limit", "1").stdout.splitlines()[1].split()[0]
     assert f"{event_id}, pricing.price_quoted.v1, position 10" in run("deliveries", "show", HANDLER, event_id).stdout
-    assert "more: --before 10:pricing.apply_quotes" in run("deliveries", "list", "--rows", "--limit", "1").stdout
+    *_, more = run("deliveries", "list", "--rows", "--limit", "1").stdout.split("more: --before ")
+    assert "position 9" in run("deliveries", "show", HANDLER, _first(run, more.strip())).stdout
     done = run("deliveries", "discard", HANDLER, event_id, "--reason", "test data")
     assert (done.returncode, done.stdout) == (0, "1 discarded\n")
     assert "deliveries.discard" in run("audit").stdout
@@ -78,15 +85,15 @@ def test_people_read_the_same_in_tables(run: Any) -> None:
         (["deliveries", "retry"], 2, "--all-matching"),
         (["deliveries", "retry", HANDLER], 2, "which event"),
         (["deliveries", "retry", HANDLER, "x", "--all-matching"], 2, "not both"),
-        (["deliveries", "retry", HANDLER, "00000000-0000-7000-8000-000000000000"], 1, "has no trouble with"),
+        (["deliveries", "retry", HANDLER, "00000000-0000-7000-8000-000000000000"], 1, "no failed delivery of"),
         (["deliveries", "retry", "--all-matching", "--state", "waiting"], 1, "no retry of waiting"),
         (["deliveries", "discard", "--all-matching", "--reason", " "], 2, "needs a reason"),
-        (["deliveries", "list", "--rows", "--before", "x"], 2, "--before takes"),
-        (["deliveries", "list", "--rows", "--before", "\u00b2"], 2, "--before takes"),
+        (["deliveries", "list", "--rows", "--before", "x"], 2, "is no cursor of this listing"),
+        (["deliveries", "list", "--rows", "--before", "\u00b2"], 2, "is no cursor of this listing"),
         (["deliveries", "list", "--handler", "pricing.apply_quote"], 2, "there is no handler 'pricing.apply_quote'"),
         (["deliveries", "retry", "--all-matching", "--handler", "nobody"], 2, "there is no handler 'nobody'"),
-        (["deliveries", "retry", "--all-matching", "--as", ""], 2, "who does this?"),
-        (["aggregates", "blocked", "--after", "x"], 2, "--after takes"),
+        (["deliveries", "retry", "--all-matching", "--actor", ""], 2, "who does this?"),
+        (["aggregates", "blocked", "--after", "x"], 2, "is no cursor of this listing"),
         (["aggregates", "blocked", "--handler", "nobody"], 2, "there is no handler 'nobody'"),
         (["aggregates", "blocked", "--handler", HANDLER], 2, "keeps no order"),
         (["events", "list", "--aggregate-id", "EUR"], 2, "needs its type too"),
@@ -117,7 +124,7 @@ def test_what_waits_is_a_kind_of_its_own_and_no_more_kinds_are_shown_than_asked_
 
 
 def test_a_narrow_terminal_cuts_no_id(own_engine: Engine, fresh_database_url: str, tmp_path: Path) -> None:
-    event_id = operations.failures(own_engine, Filter(), limit=1).deliveries[0].event_id
+    event_id = operations.deliveries.list_deliveries(own_engine, DeliverySelection(), limit=1).items[0].event_id
     variables = {"DATABASE_URL": fresh_database_url, "COLUMNS": "40", "TERM": "xterm"}
     ours, theirs = pty.openpty()
 

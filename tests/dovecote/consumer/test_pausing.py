@@ -13,7 +13,8 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from dovecote import cli, operations
-from dovecote.operations import CannotPause, NoReason, WrongRequest
+from dovecote.operations.handlers import CannotPause
+from dovecote.operations.validation import NoReason, WrongRequest
 from dovecote.route import Route
 from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import Servers, settings_for
@@ -40,12 +41,12 @@ def system_with(fresh_database_url: str, servers: Servers, tmp_path: Path) -> It
         yield build
 
 
-def pause(system: System, handler: str = "test.note") -> operations.Handler:
-    return operations.pause_handler(system.engine, system.routes, handler, actor="tester", reason="INC-1")
+def pause(system: System, handler: str = "test.note") -> operations.handlers.Handler:
+    return operations.handlers.pause(system.engine, system.routes, handler, actor="tester", reason="INC-1")
 
 
-def resume(system: System, handler: str = "test.note") -> operations.Handler:
-    return operations.resume_handler(system.engine, system.routes, handler, actor="tester")
+def resume(system: System, handler: str = "test.note") -> operations.handlers.Handler:
+    return operations.handlers.resume(system.engine, system.routes, handler, actor="tester")
 
 
 def prices(system: System, handler: str = "test.note") -> list[int]:
@@ -145,12 +146,12 @@ def test_pausing_is_audited_needs_a_reason_and_can_be_tried_dry(system_with: Sys
     system = system_with(a_route())
 
     with pytest.raises(NoReason):
-        operations.pause_handler(system.engine, system.routes, "test.note", actor="tester", reason=" ")
+        operations.handlers.pause(system.engine, system.routes, "test.note", actor="tester", reason=" ")
     with pytest.raises(WrongRequest, match=r"no handler 'test\.nope'; there are test\.note"):
         pause(system, "test.nope")
     with pytest.raises(CannotPause, match="is not paused"):
         resume(system)
-    dry = operations.pause_handler(
+    dry = operations.handlers.pause(
         system.engine, system.routes, "test.note", actor="tester", reason="a try", dry_run=True
     )
     done = pause(system)
@@ -160,9 +161,9 @@ def test_pausing_is_audited_needs_a_reason_and_can_be_tried_dry(system_with: Sys
 
     assert dry.paused is None
     assert done.paused is not None
-    assert (done.paused.by, done.paused.reason) == ("tester", "INC-1")
+    assert (done.paused.actor, done.paused.reason) == ("tester", "INC-1")
     assert resumed.paused is None
-    entries = operations.audit(system.engine, action="handlers").entries
+    entries = operations.audit.list_entries(system.engine, action="handlers").items
     assert [(one.action, one.actor, one.reason, one.details["handler"]) for one in entries] == [
         ("handlers.resume", "tester", None, "test.note"),
         ("handlers.pause", "tester", "INC-1", "test.note"),
@@ -183,7 +184,7 @@ def test_the_command_line_pauses_lists_and_resumes(
 
     assert run("pause", handler, "--reason", "INC-2", "--dry-run")["dry_run"] is True
     assert [one["paused"] for one in run("list")["handlers"]] == [None] * len(ROUTES)
-    run("pause", handler, "--reason", "INC-2", "--as", "anna")
+    run("pause", handler, "--reason", "INC-2", "--actor", "anna")
     paused = {one["name"]: one["paused"] for one in run("list")["handlers"]}
     assert paused[handler]["by"] == "anna"
     assert CliRunner().invoke(cli.app, ["status"]).stdout.count(f"paused: {handler}, by anna") == 1
@@ -208,11 +209,11 @@ def test_handlers_that_no_route_has_are_listed_with_what_is_left_of_them(
     monkeypatch.setenv("DATABASE_URL", system.settings.database.url.get_secret_value())
 
     left = json.loads(CliRunner().invoke(cli.app, ["handlers", "list", "--json"]).stdout)["without_route"]
-    told = CliRunner().invoke(cli.app, ["handlers", "list"]).stdout
+    printed = CliRunner().invoke(cli.app, ["handlers", "list"]).stdout
 
     assert [(one["name"], one["dead"], one["event_types"], one["is_paused"]) for one in left] == [
         ("gone.handler", 0, ["pricing.price_quoted.v1"], True),
         ("older.handler", 3, [], False),
     ]
-    assert "no route has these any more" in told
-    assert "older.handler" in told
+    assert "no route has these any more" in printed
+    assert "older.handler" in printed

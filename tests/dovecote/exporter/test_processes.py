@@ -100,7 +100,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def write(engine: Engine, trace_id: str, span_id: str) -> None:
-    """Commit a quote and a fact that no handler can read, both from one sampled span."""
+    """Commit a quote and an event that no handler can read, both from one sampled span."""
     headers = {"traceparent": f"00-{trace_id}-{span_id}-01", "correlation_id": "request-17"}
     with unit_of_work(sessions_for(engine), headers=headers) as uow:
         uow.emit(a_quote("EUR", 1))
@@ -109,7 +109,7 @@ def write(engine: Engine, trace_id: str, span_id: str) -> None:
 
 
 def until_quiet(engine: Engine) -> None:
-    eventually(lambda: operations.status(engine, ROUTES).relay.leading, 30, "a relay that leads")
+    eventually(lambda: operations.status.get_status(engine, ROUTES).relay.leading, 30, "a relay that leads")
     eventually(lambda: count_everything(engine, ROUTES).is_quiet, 30, "a quiet system")
 
 
@@ -222,7 +222,9 @@ def test_a_collector_that_never_answers_neither_floods_the_log_nor_holds_a_proce
         }
         write(engine, "5" * 32, "7" * 16)
         with running(RELAY, settings, tmp_path / "relay.log", **variables) as relay:
-            eventually(lambda: operations.status(engine, ROUTES).relay.published == 2, 30, "two published events")
+            eventually(
+                lambda: operations.status.get_status(engine, ROUTES).relay.published == 2, 30, "two published events"
+            )
 
             # The exporter itself would wait ten seconds for an answer, and its processor thirty.
             assert relay.end(within_seconds=8) == 0

@@ -19,13 +19,14 @@ from dovecote import operations
 from dovecote.cli import app
 from dovecote.migrations import schema
 from dovecote.operations import doctor
-from dovecote.operations.deliveries import Filter
+from dovecote.operations.deliveries import DeliverySelection
 from dovecote.operations.doctor import flow, postgres
 from dovecote.operations.doctor import redis as redis_checks
 from dovecote.operations.doctor.finding import Finding
 from dovecote.settings import Settings
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, make_room_for_effects, write_quotes
+from tests.support.migrations import LOCATIONS
 from tests.support.pooling import PGBOUNCER, pooled_url
 from tests.support.processes import eventually
 from tests.support.system import System, system_for
@@ -149,7 +150,7 @@ def test_a_schema_that_is_missing_or_old_is_an_error(empty_database_url: str, se
     settings = settings_for(empty_database_url, servers.redis_url, tmp_path)
     for revision in (None, "dovecote_0004"):
         if revision:
-            schema.upgrade(empty_database_url, revision)
+            schema.upgrade(empty_database_url, revision, locations=LOCATIONS)
 
         found = {finding.check: finding for finding in doctor.examine(settings, (a_route(),)).findings}
 
@@ -240,15 +241,15 @@ def test_a_relay_that_holds_its_lock_and_does_nothing_is_found(system: System, m
         assert "it has asked nothing for" in examined(system)["relay.alive"].found
 
 
-def test_the_oldest_floor_is_told_with_who_holds_it(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert examined(system)["relay.floors"].found == "no transaction holds a floor"
-    monkeypatch.setattr(postgres, "_LONG_FLOOR_SECONDS", 0.0)
+def test_the_oldest_writer_is_shown_with_who_it_is(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examined(system)["relay.writers"].found == "no transaction is writing events"
+    monkeypatch.setattr(postgres, "_LONG_WRITER_SECONDS", 0.0)
     with psycopg.connect(
         system.settings.database.url.get_secret_value(), application_name="the writer of a test"
     ) as writer:
         writer.execute("select dovecote.append_event('price', 'EUR', 'pricing.price_quoted.v1', '{}')")
 
-        finding = examined(system)["relay.floors"]
+        finding = examined(system)["relay.writers"]
 
         assert finding.level == "warning"
         assert f"pid {writer.info.backend_pid} (login {writer.info.user}, the writer of a test)" in finding.found
@@ -343,12 +344,12 @@ def test_what_is_left_of_handlers_and_of_events_that_are_gone_is_found(system: S
     found = examined(system)
     assert "gone.handler (2 waiting, 0 dead, 0 subscriptions)" in found["handlers.known"].found
     assert "1 deliveries whose event is not in the outbox: test.note" in found["deliveries.events"].found
-    (left,) = operations.handlers_without_route(system.engine, system.routes)
+    (left,) = operations.handlers.list_without_route(system.engine, system.routes)
     assert (left.name, left.retrying, left.at_least) == ("gone.handler", 2, [])
 
     # As the advice says.
-    given_up = Filter(handler="gone.handler", state="retrying")
-    change = operations.discard(system.engine, given_up, actor="ada", reason="gone", routes=system.routes)
+    given_up = DeliverySelection(handler="gone.handler", state="retrying")
+    change = operations.deliveries.discard(system.engine, given_up, actor="ada", reason="gone", routes=system.routes)
     assert change.affected == 2
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import psycopg
@@ -16,7 +17,7 @@ from sqlalchemy import Engine, text
 from domain.pricing import PriceQuoted
 from dovecote import operations
 from dovecote.errors import Refused
-from dovecote.operations import EventFilter, NoSuchEvent
+from dovecote.operations.events import EventSelection, NoSuchEvent
 from dovecote.settings import Settings
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
@@ -31,7 +32,7 @@ from workers.routes import ROUTES
 
 pytestmark = pytest.mark.servers
 
-# `operations.events` is the verb; this is the module it lives in.
+
 module = import_module("dovecote.operations.events")
 
 QUOTED = "pricing.price_quoted.v1"
@@ -59,21 +60,21 @@ def foreign(engine: Engine, event_type: str = "shop.order_placed.v1", payload: s
         return UUID(str(found.scalar_one()))
 
 
-@pytest.mark.parametrize("wanted", [EventFilter(), EventFilter(aggregate_type="price", aggregate_id="EUR")])
-def test_pages_show_each_event_once_in_both_directions(own_engine: Engine, wanted: EventFilter) -> None:
+@pytest.mark.parametrize("wanted", [EventSelection(), EventSelection(aggregate_type="price", aggregate_id="EUR")])
+def test_pages_show_each_event_once_in_both_directions(own_engine: Engine, wanted: EventSelection) -> None:
     for price in range(1, 12):
         write(own_engine, price)
-    everything = [one.id for one in operations.events(own_engine, ROUTES, wanted).events]
+    everything = [one.id for one in operations.events.list_events(own_engine, ROUTES, wanted).events]
 
     backwards: list[UUID] = []
     before: UUID | None = None
     while True:
-        page = operations.events(own_engine, ROUTES, wanted, limit=4, before=before)
+        page = operations.events.list_events(own_engine, ROUTES, wanted, limit=4, before=before)
         backwards += [one.id for one in page.events]
         before = page.before
         if before is None:
             break
-    newer = operations.events(own_engine, ROUTES, wanted, limit=4, after=everything[-1])
+    newer = operations.events.list_events(own_engine, ROUTES, wanted, limit=4, after=everything[-1])
 
     assert len(everything) == 11
     assert backwards == everything
@@ -85,25 +86,36 @@ def test_filters_leave_what_matches(own_engine: Engine) -> None:
     write(own_engine, 3, symbol="USD")
     order = foreign(own_engine)
 
-    def found(**wanted: str) -> list[str]:
-        return [one.aggregate_id for one in operations.events(own_engine, ROUTES, EventFilter(**wanted)).events]  # type: ignore[arg-type]
+    def found(**wanted: Any) -> list[str]:
+        return [
+            one.aggregate_id
+            for one in operations.events.list_events(own_engine, ROUTES, EventSelection(**wanted)).events
+        ]
 
     assert found(event_type=QUOTED) == ["USD", "EUR", "EUR"]
     assert found(aggregate_type="order") == ["4711"]
     assert found(aggregate_type="price", aggregate_id="USD") == ["USD"]
-    at = operations.event(own_engine, ROUTES, order).created_at
-    assert operations.events(own_engine, ROUTES, EventFilter(until=at.replace(year=at.year - 1))).events == []
-    assert len(operations.events(own_engine, ROUTES, EventFilter(since=at.replace(year=at.year - 1))).events) == 4
+    at = operations.events.get_event(own_engine, ROUTES, order).created_at
+    assert (
+        operations.events.list_events(own_engine, ROUTES, EventSelection(until=at.replace(year=at.year - 1))).events
+        == []
+    )
+    assert (
+        len(
+            operations.events.list_events(own_engine, ROUTES, EventSelection(since=at.replace(year=at.year - 1))).events
+        )
+        == 4
+    )
 
 
 def test_a_rare_type_is_searched_piece_by_piece(own_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_LOOKED_AT", 5)
     order = foreign(own_engine)
     write(own_engine, *range(1, 9))
-    wanted = EventFilter(event_type="shop.order_placed.v1")
+    wanted = EventSelection(event_type="shop.order_placed.v1")
 
-    first = operations.events(own_engine, ROUTES, wanted)
-    second = operations.events(own_engine, ROUTES, wanted, before=first.before)
+    first = operations.events.list_events(own_engine, ROUTES, wanted)
+    second = operations.events.list_events(own_engine, ROUTES, wanted, before=first.before)
 
     assert (first.events, first.looked_back_to is not None) == ([], True)
     assert ([one.id for one in second.events], second.before, second.looked_back_to) == ([order], None, None)
@@ -119,9 +131,9 @@ def test_an_event_is_shown_with_its_whole_life(settings: Settings) -> None:
         with system.running():
             write_quotes(system, [1])
             system.until_quiet()
-        (line,) = operations.events(system.engine, routes, EventFilter()).events
+        (line,) = operations.events.list_events(system.engine, routes, EventSelection()).events
 
-        life = operations.event(system.engine, routes, line.id)
+        life = operations.events.get_event(system.engine, routes, line.id)
 
     assert line.handlers == {"test.note": "processed", "test.refuse": "dead"}
     assert life.published_at is not None
@@ -135,12 +147,12 @@ def test_an_event_is_shown_with_its_whole_life(settings: Settings) -> None:
 def test_a_phone_number_in_a_foreign_payload_is_masked(own_engine: Engine) -> None:
     order = foreign(own_engine, payload='{"phone": "+12015550123"}')
 
-    assert operations.event(own_engine, ROUTES, order).payload == {"phone": "+***23"}
+    assert operations.events.get_event(own_engine, ROUTES, order).payload == {"phone": "+***23"}
 
 
 def test_an_unknown_event_is_named(own_engine: Engine) -> None:
     with pytest.raises(NoSuchEvent, match="never committed"):
-        operations.event(own_engine, ROUTES, UUID("01900000-0000-7000-8000-000000000000"))
+        operations.events.get_event(own_engine, ROUTES, UUID("01900000-0000-7000-8000-000000000000"))
 
 
 def test_no_listing_reads_the_outbox_from_end_to_end(own_engine: Engine) -> None:
@@ -148,13 +160,13 @@ def test_no_listing_reads_the_outbox_from_end_to_end(own_engine: Engine) -> None
     order = foreign(own_engine)
 
     with no_whole_table_is_read(own_engine):
-        operations.events(own_engine, ROUTES, EventFilter())
-        operations.events(own_engine, ROUTES, EventFilter(event_type=QUOTED))
-        operations.events(own_engine, ROUTES, EventFilter(aggregate_type="price", aggregate_id="EUR"))
-        operations.event(own_engine, ROUTES, order)
-        operations.blocked_aggregates(own_engine, ROUTES)
-        operations.failures(own_engine, operations.Filter())
-        operations.failure_groups(own_engine, operations.Filter())
+        operations.events.list_events(own_engine, ROUTES, EventSelection())
+        operations.events.list_events(own_engine, ROUTES, EventSelection(event_type=QUOTED))
+        operations.events.list_events(own_engine, ROUTES, EventSelection(aggregate_type="price", aggregate_id="EUR"))
+        operations.events.get_event(own_engine, ROUTES, order)
+        operations.aggregates.list_blocked(own_engine, ROUTES)
+        operations.deliveries.list_deliveries(own_engine, operations.deliveries.DeliverySelection())
+        operations.deliveries.list_groups(own_engine, operations.deliveries.DeliverySelection())
 
 
 @pytest.mark.once

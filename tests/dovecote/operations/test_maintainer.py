@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 from typer.testing import CliRunner, Result
 
 from dovecote.cli import app
-from dovecote.operations import WrongRequest
+from dovecote.operations.validation import WrongRequest
 from dovecote.store.connections import connect
 from tests.conftest import Servers, settings_for
 from tests.support.past_weeks import an_old_id, fail, process, publish_all, subscribe, suffix, write_old

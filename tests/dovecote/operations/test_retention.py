@@ -43,7 +43,7 @@ def an_old_week(engine: Engine, weeks_ago: int = 6, events: int = 5) -> list[UUI
 def maintain(
     engine: Engine, archive_dir: Path | None = None, keep_weeks: int = 2, dry_run: bool = False
 ) -> Maintenance:
-    return retention.maintain(engine, by="a test", keep_weeks=keep_weeks, archive_dir=archive_dir, dry_run=dry_run)
+    return retention.maintain(engine, actor="a test", keep_weeks=keep_weeks, archive_dir=archive_dir, dry_run=dry_run)
 
 
 def count(engine: Engine, table: str) -> int:
@@ -212,7 +212,7 @@ def test_a_forgotten_handler_holds_nothing_back(engine: Engine) -> None:
     subscribe(engine, "test.gone")
     assert held_by(engine) == [("test.gone", "unprocessed", 5)]
 
-    assert retention.unsubscribe_handler(engine, "test.gone", by="a test") == 1
+    assert retention.unsubscribe_handler(engine, "test.gone", actor="a test") == 1
 
     assert len(maintain(engine).dropped) == 1
 
@@ -462,7 +462,7 @@ def test_the_relay_and_operators_may_do_all_of_it(engine: Engine, role: str, tmp
         connection.execute(text(f"create role {login} login password 'p' in role {role}"))
     own = connect(engine.url.set(username=login, password="p").render_as_string(False))
     try:
-        assert retention.partitions(own, keep_weeks=2).headroom_weeks == 4
+        assert retention.list_partitions(own, keep_weeks=2).headroom_weeks == 4
         assert len(maintain(own, tmp_path).dropped) == 1
         with pytest.raises(DBAPIError, match=r"permission denied|must be owner"), own.begin() as connection:
             connection.execute(text(f"drop table dovecote.outbox_{suffix(0)}"))
@@ -482,7 +482,7 @@ def test_partitions_tells_what_is_there(engine: Engine) -> None:
     def analyzed() -> retention.Partitions:
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("analyze"))
-        return retention.partitions(engine, keep_weeks=2)
+        return retention.list_partitions(engine, keep_weeks=2)
 
     # A session tells the statistics some seconds later what it inserted: until the next look it counts twice.
     eventually(lambda: (analyzed().weeks[0].events, analyzed().weeks[0].processed) == (6, 5), 30, "true statistics")
@@ -492,4 +492,4 @@ def test_partitions_tells_what_is_there(engine: Engine) -> None:
     assert (old.week, old.is_old) == (suffix(6), True)
     assert old.bytes > 0
     assert [(one.what, one.events, one.at_least) for one in old.blockers] == [("unpublished", 1, False)]
-    assert (found.headroom_weeks, found.strays) == (4, 0)
+    assert (found.headroom_weeks, found.misplaced_rows) == (4, 0)

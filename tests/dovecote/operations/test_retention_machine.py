@@ -166,12 +166,12 @@ class Weeks(RuleBasedStateMachine):
         free = {suffix(event.week) for event in old} - owed
         if dry_run:  # it sees partitions only; what has none yet is seen by the next real one
             before = self.present()
-            done = retention.maintain(self.engine, by="a test", keep_weeks=KEEP_WEEKS, dry_run=True)
+            done = retention.maintain(self.engine, actor="a test", keep_weeks=KEEP_WEEKS, dry_run=True)
             assert not owed & {week.week for week in done.dropped}
             assert self.present() == before
             return
 
-        done = retention.maintain(self.engine, by="a test", keep_weeks=KEEP_WEEKS, archive_dir=self.place)
+        done = retention.maintain(self.engine, actor="a test", keep_weeks=KEEP_WEEKS, archive_dir=self.place)
 
         assert {week.week for week in done.dropped if week.events} == free
         assert {week.week for week in done.held} == owed

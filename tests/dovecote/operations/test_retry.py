@@ -12,7 +12,8 @@ from sqlalchemy import Engine, text
 from domain.pricing import PriceQuoted
 from dovecote import operations
 from dovecote.errors import Refused
-from dovecote.operations import CannotChange, Filter, NoReason, NotThere
+from dovecote.operations.deliveries import CannotChange, DeliverySelection, NotThere
+from dovecote.operations.validation import NoReason
 from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store.connections import connect
@@ -58,11 +59,11 @@ def prices(system: System) -> list[int]:
 
 
 def actions(engine: Engine) -> list[tuple[str, str, int | None]]:
-    return [(one.action, one.actor, one.affected) for one in operations.audit(engine).entries]
+    return [(one.action, one.actor, one.affected) for one in operations.audit.list_entries(engine).items]
 
 
-def the_dead(system: System) -> list[operations.Failure]:
-    return operations.failures(system.engine, Filter(state="dead")).deliveries
+def the_dead(system: System) -> list[operations.deliveries.Delivery]:
+    return operations.deliveries.list_deliveries(system.engine, DeliverySelection(state="dead")).items
 
 
 def test_a_mended_failure_is_found_retried_and_releases_what_waits_in_order(ordered: System, mood: Mood) -> None:
@@ -71,13 +72,17 @@ def test_a_mended_failure_is_found_retried_and_releases_what_waits_in_order(orde
         write_quotes(ordered, [1, 2, 3, 4])
         eventually(lambda: ordered.status().handlers[HANDLER].waiting == 2, 20, "two that wait behind the second")
 
-        (group,) = operations.failure_groups(ordered.engine, Filter()).groups
-        (blocked,) = operations.blocked_aggregates(ordered.engine, ordered.routes).aggregates
-        story = operations.failure(ordered.engine, ordered.routes, HANDLER, group.example)
+        (group,) = operations.deliveries.list_groups(ordered.engine, DeliverySelection()).groups
+        (blocked,) = operations.aggregates.list_blocked(ordered.engine, ordered.routes).items
+        story = operations.deliveries.get_delivery(ordered.engine, ordered.routes, HANDLER, group.example)
         mood.broken.clear()
-        rehearsal = operations.retry(ordered.engine, Filter(handler=HANDLER), actor="ada", dry_run=True)
+        rehearsal = operations.deliveries.retry(
+            ordered.engine, DeliverySelection(handler=HANDLER), actor="ada", dry_run=True
+        )
         before = actions(ordered.engine)
-        change = operations.retry(ordered.engine, Filter(handler=HANDLER), actor="ada", reason="reopened")
+        change = operations.deliveries.retry(
+            ordered.engine, DeliverySelection(handler=HANDLER), actor="ada", reason="reopened"
+        )
         ordered.until_quiet()
 
     assert (group.count, group.state, group.error_type) == (1, "dead", "Refused")
@@ -98,15 +103,15 @@ def test_a_discarded_failure_lets_those_behind_it_go_on_in_order(ordered: System
         eventually(lambda: ordered.status().handlers[HANDLER].waiting == 3, 20, "three that wait")
         (dead,) = the_dead(ordered)
 
-        change = operations.discard(
-            ordered.engine, Filter(handler=HANDLER, event_id=dead.event_id), actor="ada", reason="test data"
+        change = operations.deliveries.discard(
+            ordered.engine, DeliverySelection(handler=HANDLER, event_id=dead.event_id), actor="ada", reason="test data"
         )
         ordered.until_quiet()
 
     assert (change.affected, change.released) == (1, 3)
     assert prices(ordered) == [2, 3, 4]
     assert ordered.status().handlers[HANDLER].discarded == 1
-    (entry,) = operations.audit(ordered.engine, action="deliveries").entries
+    (entry,) = operations.audit.list_entries(ordered.engine, action="deliveries").items
     assert (entry.action, entry.reason, entry.affected) == ("deliveries.discard", "test data", 1)
     assert entry.details["filter"] == {"handler": HANDLER, "event_id": str(dead.event_id)}
 
@@ -116,10 +121,10 @@ def test_what_waits_is_neither_retried_nor_discarded_alone(ordered: System, mood
     with ordered.running():
         write_quotes(ordered, [1, 2])
         eventually(lambda: ordered.status().handlers[HANDLER].waiting == 1, 20, "one that waits")
-    (waiting,) = operations.failures(ordered.engine, Filter(state="waiting")).deliveries
-    one = Filter(handler=HANDLER, event_id=waiting.event_id)
+    (waiting,) = operations.deliveries.list_deliveries(ordered.engine, DeliverySelection(state="waiting")).items
+    one = DeliverySelection(handler=HANDLER, event_id=waiting.event_id)
 
-    for verb in (operations.retry, operations.discard):
+    for verb in (operations.deliveries.retry, operations.deliveries.discard):
         with pytest.raises(CannotChange, match="waits behind an earlier event"):
             verb(ordered.engine, one, actor="ada", reason="why not")
 
@@ -132,7 +137,9 @@ def test_a_released_event_that_was_never_tried_is_not_discarded(ordered: System)
         uow.emit(a_quote("EUR", 1))
     never_tried(ordered.engine)
 
-    change = operations.discard(ordered.engine, Filter(state="retrying"), actor="ada", reason="why not")
+    change = operations.deliveries.discard(
+        ordered.engine, DeliverySelection(state="retrying"), actor="ada", reason="why not"
+    )
 
     assert change.affected == 0
 
@@ -151,12 +158,14 @@ def never_tried(engine: Engine) -> None:
 
 def test_a_single_one_that_is_not_there_is_named(ordered: System) -> None:
     with pytest.raises(NotThere, match="dovecote events show"):
-        operations.retry(ordered.engine, Filter(handler=HANDLER, event_id=UUID(int=7)), actor="ada")
+        operations.deliveries.retry(
+            ordered.engine, DeliverySelection(handler=HANDLER, event_id=UUID(int=7)), actor="ada"
+        )
 
 
 def test_a_discard_needs_a_reason(ordered: System) -> None:
     with pytest.raises(NoReason):
-        operations.discard(ordered.engine, Filter(), actor="ada", reason="  ")
+        operations.deliveries.discard(ordered.engine, DeliverySelection(), actor="ada", reason="  ")
 
 
 # Many at once --------------------------------------------------------------------------------------
@@ -186,23 +195,26 @@ def own_engine(fresh_database_url: str) -> Iterator[Engine]:
 def test_a_group_is_one_kind_and_the_rest_stays(own_engine: Engine) -> None:
     some_dead(own_engine, 30, ["aaa", "bbb", "ccc"])
 
-    operations.retry(own_engine, Filter(fingerprint="bbb"), actor="ada")
+    operations.deliveries.retry(own_engine, DeliverySelection(fingerprint="bbb"), actor="ada")
 
-    assert {(group.fingerprint, group.count) for group in operations.failure_groups(own_engine, Filter()).groups} == {
+    assert {
+        (group.fingerprint, group.count)
+        for group in operations.deliveries.list_groups(own_engine, DeliverySelection()).groups
+    } == {
         ("aaa", 10),
         ("ccc", 10),
     }
-    again = operations.failures(own_engine, Filter(state="retrying")).deliveries
+    again = operations.deliveries.list_deliveries(own_engine, DeliverySelection(state="retrying")).items
     assert {(one.fingerprint, one.attempts) for one in again} == {("bbb", 0)}
 
 
 def test_a_large_change_is_made_in_pieces_each_with_its_audit_line(
     own_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovecote.operations.retry._BATCH", 40)
+    monkeypatch.setattr("dovecote.operations.deliveries._BATCH", 40)
     some_dead(own_engine, 100)
 
-    change = operations.retry(own_engine, Filter(), actor="ada")
+    change = operations.deliveries.retry(own_engine, DeliverySelection(), actor="ada")
 
     assert change.affected == 100
     assert sorted(affected or 0 for _, _, affected in actions(own_engine)) == [20, 40, 40]
@@ -214,9 +226,9 @@ def test_a_failed_audit_line_takes_the_change_back(own_engine: Engine) -> None:
         connection.execute(text("alter table dovecote.audit_log add constraint nobody check (actor <> 'mallory')"))
 
     with pytest.raises(Exception, match="nobody"):
-        operations.retry(own_engine, Filter(), actor="mallory")
+        operations.deliveries.retry(own_engine, DeliverySelection(), actor="mallory")
 
-    assert operations.failure_groups(own_engine, Filter()).groups[0].count == 3
+    assert operations.deliveries.list_groups(own_engine, DeliverySelection()).groups[0].count == 3
 
 
 def test_a_group_leaves_alone_what_a_worker_tries_at_that_moment(own_engine: Engine, fresh_database_url: str) -> None:
@@ -224,20 +236,20 @@ def test_a_group_leaves_alone_what_a_worker_tries_at_that_moment(own_engine: Eng
     with psycopg.connect(fresh_database_url) as worker:
         worker.execute("select from dovecote.deliveries where position = 3 for update")
 
-        change = operations.discard(own_engine, Filter(), actor="ada", reason="test data")
+        change = operations.deliveries.discard(own_engine, DeliverySelection(), actor="ada", reason="test data")
 
         assert (change.affected, change.busy) == (4, 1)
 
 
 def test_a_single_one_waits_for_the_worker_that_tries_it(own_engine: Engine, fresh_database_url: str) -> None:
     some_dead(own_engine, 1)
-    (dead,) = operations.failures(own_engine, Filter()).deliveries
+    (dead,) = operations.deliveries.list_deliveries(own_engine, DeliverySelection()).items
     outcome: list[Any] = []
 
     def discard() -> None:
         try:
-            one = Filter(handler=HANDLER, event_id=dead.event_id)
-            outcome.append(operations.discard(own_engine, one, actor="ada", reason="test data"))
+            one = DeliverySelection(handler=HANDLER, event_id=dead.event_id)
+            outcome.append(operations.deliveries.discard(own_engine, one, actor="ada", reason="test data"))
         except NotThere as error:
             outcome.append(error)
 
@@ -275,9 +287,9 @@ def test_pages_of_deliveries_show_each_one_once(own_engine: Engine) -> None:
     before: str | None = None
 
     while True:
-        page = operations.failures(own_engine, Filter(), limit=4, before=before)
-        seen += [(one.position, one.handler) for one in page.deliveries]
-        before = page.before
+        page = operations.deliveries.list_deliveries(own_engine, DeliverySelection(), limit=4, before=before)
+        seen += [(one.position, one.handler) for one in page.items]
+        before = page.next
         if before is None:
             break
 
@@ -291,12 +303,12 @@ def test_pages_of_blocked_aggregates_show_each_one_once(ordered: System, mood: M
         for price, symbol in ((1, "EUR"), (2, "USD"), (3, "GBP")):
             write_quotes(ordered, [price, 10, 11], symbol)
         eventually(lambda: ordered.status().handlers[HANDLER].waiting == 6, 20, "six that wait")
-    first = operations.blocked_aggregates(ordered.engine, ordered.routes, limit=2)
+    first = operations.aggregates.list_blocked(ordered.engine, ordered.routes, limit=2)
 
-    second = operations.blocked_aggregates(ordered.engine, ordered.routes, limit=2, after=first.after)
+    second = operations.aggregates.list_blocked(ordered.engine, ordered.routes, limit=2, after=first.next)
 
-    assert [one.aggregate_id for one in (*first.aggregates, *second.aggregates)] == ["EUR", "GBP", "USD"]
-    assert second.after is None
+    assert [one.aggregate_id for one in (*first.items, *second.items)] == ["EUR", "GBP", "USD"]
+    assert second.next is None
 
 
 def test_an_error_is_listed_by_its_headline_without_its_traceback(own_engine: Engine) -> None:
@@ -306,8 +318,8 @@ def test_an_error_is_listed_by_its_headline_without_its_traceback(own_engine: En
         stored = {"headline": headline, "error": f"Traceback (most recent call last):\n{headline}"}
         connection.execute(text("update dovecote.deliveries set headline = :headline, error = :error"), stored)
 
-    (one,) = operations.failures(own_engine, Filter()).deliveries
-    (kind,) = operations.failure_groups(own_engine, Filter()).groups
+    (one,) = operations.deliveries.list_deliveries(own_engine, DeliverySelection()).items
+    (kind,) = operations.deliveries.list_groups(own_engine, DeliverySelection()).groups
 
     assert (one.error, kind.error) == (headline[:300], headline[:300])
 
@@ -332,14 +344,16 @@ def test_an_operator_needs_no_more_than_the_role(operator_engine: Engine, own_en
     some_dead(own_engine, 4)
     routes: Sequence[Route] = [a_route(HANDLER, ordered=True)]
 
-    operations.status(operator_engine, routes)
-    operations.blocked_aggregates(operator_engine, routes)
-    (newest, *_) = operations.failures(operator_engine, Filter()).deliveries
-    operations.failure(operator_engine, routes, HANDLER, newest.event_id)
-    operations.retry(operator_engine, Filter(handler=HANDLER, event_id=newest.event_id), actor="ada")
-    operations.discard(operator_engine, Filter(), actor="ada", reason="test data")
+    operations.status.get_status(operator_engine, routes)
+    operations.aggregates.list_blocked(operator_engine, routes)
+    (newest, *_) = operations.deliveries.list_deliveries(operator_engine, DeliverySelection()).items
+    operations.deliveries.get_delivery(operator_engine, routes, HANDLER, newest.event_id)
+    operations.deliveries.retry(
+        operator_engine, DeliverySelection(handler=HANDLER, event_id=newest.event_id), actor="ada"
+    )
+    operations.deliveries.discard(operator_engine, DeliverySelection(), actor="ada", reason="test data")
 
-    assert [(one.action, one.actor, one.login) for one in operations.audit(operator_engine).entries] == [
+    assert [(one.action, one.actor, one.login) for one in operations.audit.list_entries(operator_engine).items] == [
         ("deliveries.discard", "ada", "night_shift"),
         ("deliveries.retry", "ada", "night_shift"),
     ]

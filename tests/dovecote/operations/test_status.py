@@ -19,7 +19,7 @@ pytestmark = pytest.mark.servers
 
 HANDLER = "pricing.apply_quotes"
 
-# `operations.status` is the verb; this is the module it lives in.
+
 module = import_module("dovecote.operations.status")
 counting = import_module("dovecote.operations.unprocessed")
 
@@ -66,7 +66,7 @@ def test_lag_is_what_lies_between_the_batches_above_the_checkpoint(own_engine: E
     publish(own_engine, "{[3,5),[7,8)}", 3)
     run(own_engine, "update dovecote.relay_state set checkpoint = 2")
 
-    relay = operations.status(own_engine, ROUTES).relay
+    relay = operations.status.get_status(own_engine, ROUTES).relay
 
     assert (relay.lag_events, relay.published, relay.at_least) == (5, 3, [])
     assert relay.lag_seconds > 0
@@ -77,7 +77,7 @@ def test_a_lag_too_long_to_count_says_so(own_engine: Engine, monkeypatch: pytest
     monkeypatch.setattr(module, "_MAX_UNPUBLISHED", 3)
     write(sessions_for(own_engine), 10)
 
-    relay = operations.status(own_engine, ROUTES).relay
+    relay = operations.status.get_status(own_engine, ROUTES).relay
 
     assert (relay.lag_events, relay.at_least) == (6, ["lag_events"])
 
@@ -88,7 +88,7 @@ def test_positions_of_any_size_can_be_reckoned_with(own_engine: Engine, position
     run(own_engine, "select setval('dovecote.outbox_position', :position)", position=position)
     run(own_engine, "update dovecote.relay_state set checkpoint = :position", position=position)
 
-    relay = operations.status(own_engine, ROUTES).relay
+    relay = operations.status.get_status(own_engine, ROUTES).relay
 
     assert (relay.checkpoint, relay.lag_events) == (position, 0)
 
@@ -104,7 +104,7 @@ def test_unprocessed_is_what_no_handler_has_acted_on_or_given_up(own_engine: Eng
         handler=HANDLER,
     )
 
-    handler = operations.status(own_engine, ROUTES).handlers[HANDLER]
+    handler = operations.status.get_status(own_engine, ROUTES).handlers[HANDLER]
 
     assert (handler.processed, handler.unprocessed, handler.retrying, handler.dead) == (6, 3, 1, 1)
     assert handler.at_least == []
@@ -118,11 +118,11 @@ def test_a_handler_that_is_far_behind_is_not_counted_to_its_end(
     monkeypatch.setattr(counting, "_NEWEST_EVENTS", 20)
     write(sessions_for(own_engine), 50)
     processed(own_engine, 10)
-    behind = operations.status(own_engine, ROUTES).handlers[HANDLER]
+    behind = operations.status.get_status(own_engine, ROUTES).handlers[HANDLER]
     run(own_engine, "delete from dovecote.processed_events")
     processed(own_engine, 45)
 
-    nearly_done = operations.status(own_engine, ROUTES).handlers[HANDLER]
+    nearly_done = operations.status.get_status(own_engine, ROUTES).handlers[HANDLER]
 
     assert (behind.unprocessed, behind.at_least) == (20, ["unprocessed"])
     assert (nearly_done.unprocessed, nearly_done.at_least) == (5, [])
@@ -135,7 +135,7 @@ def test_status_reads_no_table_from_end_to_end(own_engine: Engine) -> None:
     run(own_engine, "update dovecote.relay_state set checkpoint = 449")
 
     with no_whole_table_is_read(own_engine):
-        operations.status(own_engine, ROUTES)
+        operations.status.get_status(own_engine, ROUTES)
 
 
 def subscribe(engine: Engine, since: int = 0) -> None:
@@ -184,7 +184,7 @@ def test_codes_that_nobody_sends_are_seen_behind_thousands_of_prices(own_engine:
     if are_examined:
         move_low_water_marks(own_engine, 4_300)
 
-    told = operations.status(own_engine, ROUTES).handlers
+    told = operations.status.get_status(own_engine, ROUTES).handlers
 
     codes, prices = told["verification.send_code"], told[HANDLER]
     assert (codes.unprocessed, codes.at_least) == (300, [])
@@ -196,11 +196,11 @@ def test_a_paused_handler_s_backlog_is_counted(own_engine: Engine) -> None:
     subscribe(own_engine)
     behind_many_prices(own_engine)
     move_low_water_marks(own_engine, 4_300)
-    operations.pause_handler(own_engine, ROUTES, HANDLER, actor="me", reason="a test")
+    operations.handlers.pause(own_engine, ROUTES, HANDLER, actor="me", reason="a test")
     write(sessions_for(own_engine), 2_500)
     move_low_water_marks(own_engine, 6_800)
 
-    paused = operations.status(own_engine, ROUTES).handlers[HANDLER]
+    paused = operations.status.get_status(own_engine, ROUTES).handlers[HANDLER]
 
     assert (paused.unprocessed, paused.at_least) == (2_500, [])
 
@@ -214,9 +214,9 @@ def test_a_history_that_nobody_has_examined_yet_is_never_said_to_be_done(
     write(sessions_for(own_engine), 10)
     run(own_engine, "delete from dovecote.outbox where position = 4305")  # a gap, as a rollback leaves one
 
-    fresh = operations.status(own_engine, ROUTES).handlers[HANDLER]
+    fresh = operations.status.get_status(own_engine, ROUTES).handlers[HANDLER]
     move_low_water_marks(own_engine, 4_310)
-    examined = operations.status(own_engine, ROUTES).handlers[HANDLER]
+    examined = operations.status.get_status(own_engine, ROUTES).handlers[HANDLER]
 
     assert (fresh.unprocessed, fresh.at_least) == (9, ["unprocessed"])
     assert (examined.unprocessed, examined.at_least) == (9, [])
@@ -233,5 +233,5 @@ def test_status_counts_what_a_count_of_everything_finds(own_engine: Engine) -> N
     counted = count_everything(own_engine, ROUTES)
 
     assert (counted.unprocessed[HANDLER], counted.processed[HANDLER], counted.is_quiet) == (5, 20, False)
-    told = operations.status(own_engine, ROUTES).handlers
+    told = operations.status.get_status(own_engine, ROUTES).handlers
     assert {handler: one.unprocessed for handler, one in told.items()} == counted.unprocessed

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from domain.pricing import PriceQuoted
 from dovecote import operations
 from dovecote.errors import Refused
-from dovecote.operations.deliveries import Filter
+from dovecote.operations.deliveries import DeliverySelection
 from dovecote.relay.bundler import Bundler
 from dovecote.route import Route
 from dovecote.settings import Settings
@@ -183,19 +183,21 @@ def test_a_delivery_whose_event_is_gone_is_dead_and_says_so(
         eventually(lambda: len(effects_in(system.engine)) == 2, 10, "its neighbours")
         eventually(lambda: deliveries(system) == [(NOTE, "dead", 1)], 10, "the one without an event")
 
-    told = [line for line in capsys.readouterr().out.splitlines() if str(gone) in line]
-    assert len(told) == 1
-    assert "is not in the outbox" in told[0]
-    assert NOTE in told[0]
-    story = operations.failure(system.engine, system.routes, NOTE, gone)
-    assert story.delivery.error_type == "EventIsGone"
-    assert "is not in dovecote.outbox any more" in (story.traceback or "")
+    logged = [line for line in capsys.readouterr().out.splitlines() if str(gone) in line]
+    assert len(logged) == 1
+    assert "is not in the outbox" in logged[0]
+    assert NOTE in logged[0]
+    detail = operations.deliveries.get_delivery(system.engine, system.routes, NOTE, gone)
+    assert detail.delivery.error_type == "EventIsGone"
+    assert "is not in dovecote.outbox any more" in (detail.traceback or "")
     # Asked to send it again, we say why not, and change nothing.
-    with pytest.raises(operations.CannotChange, match="not in the outbox any more"):
-        operations.retry(system.engine, Filter(handler=NOTE, event_id=gone), actor="ada")
-    assert operations.retry(system.engine, Filter(handler=NOTE), actor="ada").affected == 0
+    with pytest.raises(operations.deliveries.CannotChange, match="not in the outbox any more"):
+        operations.deliveries.retry(system.engine, DeliverySelection(handler=NOTE, event_id=gone), actor="ada")
+    assert operations.deliveries.retry(system.engine, DeliverySelection(handler=NOTE), actor="ada").affected == 0
     assert deliveries(system) == [(NOTE, "dead", 1)]
-    operations.discard(system.engine, Filter(handler=NOTE, event_id=gone), actor="ada", reason="gone")
+    operations.deliveries.discard(
+        system.engine, DeliverySelection(handler=NOTE, event_id=gone), actor="ada", reason="gone"
+    )
 
 
 @pytest.mark.parametrize("missing", [1, 3])
@@ -218,7 +220,7 @@ def test_what_waits_behind_an_event_that_is_gone_goes_on_in_order(
         eventually(lambda: deliveries(system) == waiting, 10, "one is dead, the others wait")
     first = run(system, "select event_id from dovecote.deliveries where state = 'dead'").scalar_one()
     fails.clear()
-    operations.retry(system.engine, Filter(handler=NOTE, event_id=first), actor="ada")
+    operations.deliveries.retry(system.engine, DeliverySelection(handler=NOTE, event_id=first), actor="ada")
     run(system, "delete from dovecote.outbox where position = :missing", missing=missing)
 
     with system.running():

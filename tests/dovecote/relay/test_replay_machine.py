@@ -33,7 +33,7 @@ from dovecote.store import leases
 from dovecote.store.bundle import Bundle
 from dovecote.store.reader import Reader
 from dovecote.store.relay_state import take_over
-from dovecote.store.replays import Filter
+from dovecote.store.replays import ReplaySelection
 from dovecote.unit_of_work import UnitOfWork
 from tests.support.effects import a_route, write_quotes
 from tests.support.profiles import examples
@@ -223,7 +223,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         @rule(part=st.sampled_from((None, *SYMBOLS)), mode=st.sampled_from(("reprocess", "reprocess", "backfill")))
         def start(self, part: str | None, mode: Any) -> None:
-            asked = Filter(aggregate_type="price", aggregate_id=part) if part else Filter()
+            asked = ReplaySelection(aggregate_type="price", aggregate_id=part) if part else ReplaySelection()
             request = replays.Request(handler=HANDLER, mode=mode, filter=asked, reason="a test", actor="hypothesis")
             try:
                 id = replays.start(system.engine, system.routes, request).replay_id
@@ -241,9 +241,9 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 
         @rule(verb=st.sampled_from((replays.pause, replays.resume, replays.cancel)))
         def change(self, verb: Callable[..., replays.Replay]) -> None:
-            for replay in replays.listed(system.engine, limit=1).replays:
+            for replay in replays.list_replays(system.engine, limit=1).items:
                 try:
-                    verb(system.engine, replay.id, by="hypothesis")
+                    verb(system.engine, replay.id, actor="hypothesis")
                 except replays.ReplayRefused:
                     continue
                 if verb is replays.cancel:
@@ -280,16 +280,16 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
         @rule()
         def all_comes_to_rest(self) -> None:
             stage.failing.clear()
-            for replay in replays.listed(system.engine, limit=1).replays:
+            for replay in replays.list_replays(system.engine, limit=1).items:
                 if replay.state == "paused":
-                    replays.resume(system.engine, replay.id, by="hypothesis")
+                    replays.resume(system.engine, replay.id, actor="hypothesis")
             for _ in range(2_000):
                 self.relay_works()
                 self.retries_are_due()
                 self.consume_all()
                 if self.is_at_rest():
                     break
-            assert self.is_at_rest(), (replays.listed(system.engine, limit=1).replays, self.queued())
+            assert self.is_at_rest(), (replays.list_replays(system.engine, limit=1).items, self.queued())
             effects = self.effects()
             live = Counter(effect.symbol for effect in effects if effect.replay_id is None)
             late = self.run("select event_id from replay_effects where replay_id is null")
@@ -316,7 +316,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 def test_replays_hold_their_promises_whatever_happens(settings: Settings, ordered: bool) -> None:
     def note(event: PriceQuoted, uow: UnitOfWork, _gateways: Gateways) -> None:
         if (event.symbol, int(event.price)) in stage.failing:
-            raise RuntimeError("as told")
+            raise RuntimeError("as asked")
         uow.session.execute(
             text(
                 "insert into replay_effects (event_id, symbol, price, replay_id) select event_id, :symbol, :price,"

@@ -24,7 +24,7 @@ from dovecote.operations.retention import Archived
 from dovecote.operations.validation import WrongRequest
 from dovecote.route import Route
 from dovecote.store.connections import connect
-from dovecote.store.replays import Filter
+from dovecote.store.replays import ReplaySelection
 from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
@@ -58,7 +58,7 @@ def a_replayable_route(**more: Any) -> Route:
 
 def ask(system: System, mode: str = "reprocess", **more: Any) -> Request:
     given: dict[str, Any] = {"handler": "test.note", "reason": "a test", "actor": "tester", **more}
-    return Request(mode=mode, filter=given.pop("filter", Filter()), **given)  # type: ignore[arg-type]  # a word of the test
+    return Request(mode=mode, filter=given.pop("filter", ReplaySelection()), **given)  # type: ignore[arg-type]  # a word of the test
 
 
 def replay(system: System, mode: str = "reprocess", **more: Any) -> UUID:
@@ -68,7 +68,7 @@ def replay(system: System, mode: str = "reprocess", **more: Any) -> UUID:
 
 
 def until_over(system: System, id: UUID, within_seconds: float = 30) -> replays.Replay:
-    shown: Callable[[], replays.Replay] = partial(replays.shown, system.engine, id)
+    shown: Callable[[], replays.Replay] = partial(replays.get_replay, system.engine, id)
     eventually(lambda: shown().is_over, within_seconds, f"the end of the replay: {shown()}")
     return shown()
 
@@ -87,12 +87,12 @@ def change(system: System, query: str, **parameters: object) -> None:
         connection.execute(text(query), parameters)
 
 
-def moment_between(system: System) -> datetime:
-    """A moment that lies between the ids made before and after this call."""
-    time.sleep(0.005)  # an id tells the millisecond
-    moment: datetime = value(system, "select clock_timestamp()")
+def time_between(system: System) -> datetime:
+    """A time that lies between the ids made before and after this call."""
+    time.sleep(0.005)  # an id has the millisecond
+    between: datetime = value(system, "select clock_timestamp()")
     time.sleep(0.005)  # as above
-    return moment
+    return between
 
 
 # What is asked for --------------------------------------------------------------------------------
@@ -106,7 +106,9 @@ def test_the_dry_run_counts_exactly_and_does_nothing(system_with: SystemWith) ->
         system.until_quiet()
 
         plan = replays.plan(
-            system.engine, system.routes, ask(system, filter=Filter(aggregate_type="price", aggregate_id="USD"))
+            system.engine,
+            system.routes,
+            ask(system, filter=ReplaySelection(aggregate_type="price", aggregate_id="USD")),
         )
 
     assert (plan.events, plan.first_position, plan.last_position) == (10, 31, 40)
@@ -120,9 +122,9 @@ def test_each_filter_takes_exactly_its_events(system_with: SystemWith) -> None:
     system = system_with()
     with system.running():
         write_quotes(system, range(5))
-        first = moment_between(system)
+        first = time_between(system)
         write_quotes(system, range(5, 10))
-        second = moment_between(system)
+        second = time_between(system)
         write_quotes(system, range(10, 15), "USD")
         system.until_quiet()
         ids = tuple(
@@ -130,11 +132,11 @@ def test_each_filter_takes_exactly_its_events(system_with: SystemWith) -> None:
         )
 
         asked: list[tuple[dict[str, Any], set[int]]] = [
-            ({"filter": Filter(since=first, until=second)}, {6, 7, 8, 9, 10}),
-            ({"filter": Filter(since=second)}, {11, 12, 13, 14, 15}),
-            ({"filter": Filter(from_position=4, upto_position=6)}, {4, 5, 6}),
-            ({"filter": Filter(aggregate_type="price", aggregate_id="USD", upto_position=12)}, {11, 12}),
-            ({"filter": Filter(event_types=("pricing.price_quoted.v1",), from_position=15)}, {15}),
+            ({"filter": ReplaySelection(since=first, until=second)}, {6, 7, 8, 9, 10}),
+            ({"filter": ReplaySelection(since=second)}, {11, 12, 13, 14, 15}),
+            ({"filter": ReplaySelection(from_position=4, upto_position=6)}, {4, 5, 6}),
+            ({"filter": ReplaySelection(aggregate_type="price", aggregate_id="USD", upto_position=12)}, {11, 12}),
+            ({"filter": ReplaySelection(event_types=("pricing.price_quoted.v1",), from_position=15)}, {15}),
             ({"event_ids": ids}, {2, 15}),
         ]
         for number, (what, positions) in enumerate(asked, 1):
@@ -154,13 +156,13 @@ def test_each_filter_takes_exactly_its_events(system_with: SystemWith) -> None:
     ("what", "error", "words"),
     [
         ({"handler": "test.nobody"}, WrongRequest, "there is no handler 'test.nobody'; there are test.note"),
-        ({"filter": Filter(event_types=("billing.x.v1",))}, WrongRequest, "does not take 'billing.x.v1'"),
-        ({"filter": Filter(from_position=9, upto_position=3)}, WrongRequest, "before it begins"),
-        ({"filter": Filter(aggregate_id="EUR")}, WrongRequest, "needs its type too"),
+        ({"filter": ReplaySelection(event_types=("billing.x.v1",))}, WrongRequest, "does not take 'billing.x.v1'"),
+        ({"filter": ReplaySelection(from_position=9, upto_position=3)}, WrongRequest, "before it begins"),
+        ({"filter": ReplaySelection(aggregate_id="EUR")}, WrongRequest, "needs its type too"),
         ({"rate": 0}, WrongRequest, "at least 1"),
         ({"reason": " "}, WrongRequest, "needs a reason"),
         ({"event_ids": ()}, WrongRequest, "1 to 100,000 event ids"),
-        ({"filter": Filter(aggregate_type="nothing")}, ReplayRefused, "there is nothing to replay"),
+        ({"filter": ReplaySelection(aggregate_type="nothing")}, ReplayRefused, "there is nothing to replay"),
         ({"handler": "test.strict"}, ReplayRefused, "test.strict may not act again: it pays people"),
     ],
 )
@@ -194,7 +196,7 @@ def test_what_was_dropped_is_refused_with_the_name_of_its_archive(system_with: S
         """,
     )
 
-    for what in ({"filter": Filter(until=datetime(2022, 4, 2, tzinfo=UTC))}, {"event_ids": (gone,)}):
+    for what in ({"filter": ReplaySelection(until=datetime(2022, 4, 2, tzinfo=UTC))}, {"event_ids": (gone,)}):
         with pytest.raises(Archived, match="week 2022w13 is in /archives/2022w13"):
             replay(system, **what)
     with pytest.raises(ReplayRefused, match=r"1 of these events are not in the outbox, such as 01900000"):
@@ -212,7 +214,7 @@ def test_a_handler_has_one_replay_at_a_time(system_with: SystemWith) -> None:
     with pytest.raises(ReplayRefused, match=f"has a replay already: {first}"):
         replay(system)
 
-    replays.cancel(system.engine, first, by="tester")
+    replays.cancel(system.engine, first, actor="tester")
     replay(system)
 
 
@@ -358,7 +360,7 @@ def test_what_is_still_queued_is_not_queued_again(system_with: SystemWith) -> No
         write_quotes(system, range(100))
         eventually(lambda: client.llen(key) == 5, 10, "five bundles")
         id = replay(system, "backfill")
-        eventually(lambda: replays.shown(system.engine, id).state == "pending", 1, "a replay")
+        eventually(lambda: replays.get_replay(system.engine, id).state == "pending", 1, "a replay")
         time.sleep(1.0)  # the relay has looked at it by now; there is nothing to be seen of what it does not do
 
         assert client.llen(key) == 5
@@ -384,29 +386,29 @@ def test_pausing_and_cancelling_take_effect_after_one_wave(system_with: SystemWi
         write_quotes(system, range(2_000))
         system.until_quiet()
         id = replay(system, rate=400)
-        eventually(lambda: replays.shown(system.engine, id).done > 50, 20, "a start")
+        eventually(lambda: replays.get_replay(system.engine, id).done > 50, 20, "a start")
 
-        replays.pause(system.engine, id, by="tester", reason="lunch")
+        replays.pause(system.engine, id, actor="tester", reason="lunch")
         time.sleep(1.5)  # "within a second or two"
         paused = len(effects_in(system.engine))
         time.sleep(0.5)  # and stays so
         assert len(effects_in(system.engine)) == paused
 
-        replays.resume(system.engine, id, by="tester")
+        replays.resume(system.engine, id, actor="tester")
         eventually(lambda: len(effects_in(system.engine)) > paused + 100, 20, "some more")
-        replays.cancel(system.engine, id, by="tester", reason="enough")
+        replays.cancel(system.engine, id, actor="tester", reason="enough")
         time.sleep(1.0)  # "within a second or two"
         cancelled = len(effects_in(system.engine))
         time.sleep(0.5)  # and stays so
         assert len(effects_in(system.engine)) == cancelled < 4_000
 
     assert max(Counter(prices(system)).values()) == 2
-    told = value(
+    audited = value(
         system, "select string_agg(action || ':' || coalesce(reason, ''), ' ' order by id) from dovecote.audit_log"
     )
-    assert told == "replay.start:a test replay.pause:lunch replay.resume: replay.cancel:enough"
+    assert audited == "replay.start:a test replay.pause:lunch replay.resume: replay.cancel:enough"
     with pytest.raises(ReplayRefused, match="is cancelled: there is nothing to resume"):
-        replays.resume(system.engine, id, by="tester")
+        replays.resume(system.engine, id, actor="tester")
 
 
 def test_a_replay_waits_while_its_handler_is_paused(system_with: SystemWith) -> None:
@@ -414,13 +416,13 @@ def test_a_replay_waits_while_its_handler_is_paused(system_with: SystemWith) -> 
     with system.running():
         write_quotes(system, range(20))
         system.until_quiet()
-        operations.pause_handler(system.engine, system.routes, "test.note", actor="tester", reason="a test")
+        operations.handlers.pause(system.engine, system.routes, "test.note", actor="tester", reason="a test")
 
         id = replay(system)
         time.sleep(1.5)  # the relay has looked at it by now; there is nothing to be seen of what it does not do
-        waiting = replays.shown(system.engine, id)
+        waiting = replays.get_replay(system.engine, id)
         sent = system.publisher.holds_messages("test")
-        operations.resume_handler(system.engine, system.routes, "test.note", actor="tester")
+        operations.handlers.resume(system.engine, system.routes, "test.note", actor="tester")
         done = until_over(system, id)
 
     assert (waiting.done, waiting.handler_is_paused, sent) == (0, True, False)
@@ -439,16 +441,16 @@ def test_a_login_with_the_operator_s_role_may_do_all_of_it(system_with: SystemWi
     try:
         id = replays.start(engine, system.routes, ask(system)).replay_id
         assert id is not None
-        replays.pause(engine, id, by="somebody")
-        replays.cancel(engine, id, by="somebody", dry_run=True)
-        replays.cancel(engine, id, by="somebody")
+        replays.pause(engine, id, actor="somebody")
+        replays.cancel(engine, id, actor="somebody", dry_run=True)
+        replays.cancel(engine, id, actor="somebody")
         settings = settings_for(url.render_as_string(hide_password=False), "redis://127.0.0.1:1/0", Path("/nowhere"))
         examined = doctor.examine(settings, system.routes)
     finally:
         engine.dispose()
         change(system, f"drop role {login}")
 
-    assert replays.shown(system.engine, id).state == "cancelled"
+    assert replays.get_replay(system.engine, id).state == "cancelled"
     assert value(system, "select count(*) from dovecote.audit_log where login = :login", login=login) == 3
     assert "postgres.partitions" in {finding.check for finding in examined.findings}
 
@@ -466,6 +468,7 @@ def test_a_rate_is_kept(system_with: SystemWith) -> None:
         assert time.monotonic() - began > 1.5
 
 
+@pytest.mark.alone
 @pytest.mark.once
 def test_live_events_are_not_kept_waiting_by_a_replay(system_with: SystemWith) -> None:
     system = system_with(a_replayable_route(function=slow, bundle_size=100))
@@ -473,7 +476,7 @@ def test_live_events_are_not_kept_waiting_by_a_replay(system_with: SystemWith) -
         write_quotes(system, range(3_000))
         system.until_quiet(60)
         id = replay(system)
-        eventually(lambda: replays.shown(system.engine, id).done > 300, 20, "a replay under way")
+        eventually(lambda: replays.get_replay(system.engine, id).done > 300, 20, "a replay under way")
 
         waits = []
         for price in range(10_000, 10_005):
@@ -481,7 +484,7 @@ def test_live_events_are_not_kept_waiting_by_a_replay(system_with: SystemWith) -
             write_quotes(system, [price], "LIVE")
             eventually(lambda price=price: price in prices(system, "LIVE"), 20, "the live effect")  # type: ignore[misc]  # bound at once
             waits.append(time.monotonic() - began)
-        still = replays.shown(system.engine, id)
+        still = replays.get_replay(system.engine, id)
 
     assert not still.is_over, "it must have been under way all the time"
     assert sorted(waits)[2] < 2.0
@@ -504,7 +507,7 @@ def test_losing_redis_or_the_relay_s_connection_in_the_middle_changes_nothing(sy
         system.until_quiet()
         id = replay(system, rate=1_000)
         for part in range(1, 5):
-            eventually(lambda part=part: replays.shown(system.engine, id).done > part * 150, 30, "some more")  # type: ignore[misc]  # bound at once
+            eventually(lambda part=part: replays.get_replay(system.engine, id).done > part * 150, 30, "some more")  # type: ignore[misc]  # bound at once
             if part % 2:
                 wipe(system)
             else:
@@ -528,8 +531,8 @@ def test_a_replay_goes_on_in_the_next_relay(system_with: SystemWith) -> None:
     with system.workers():
         with system.relay():
             id = replay(system, rate=300)
-            eventually(lambda: replays.shown(system.engine, id).done > 50, 20, "a start")
-        between = replays.shown(system.engine, id)
+            eventually(lambda: replays.get_replay(system.engine, id).done > 50, 20, "a start")
+        between = replays.get_replay(system.engine, id)
         with system.relay():
             done = until_over(system, id)
 
@@ -538,9 +541,9 @@ def test_a_replay_goes_on_in_the_next_relay(system_with: SystemWith) -> None:
     assert Counter(prices(system)) == dict.fromkeys(range(400), 2)
 
 
-def test_time_ranges_and_moments_survive_the_row() -> None:
-    asked = Filter(event_types=("a.b.v1",), since=datetime(2026, 11, 20, tzinfo=UTC), upto_position=7)
+def test_time_ranges_and_positions_survive_the_row() -> None:
+    asked = ReplaySelection(event_types=("a.b.v1",), since=datetime(2026, 11, 20, tzinfo=UTC), upto_position=7)
 
-    assert Filter.from_json(asked.as_json()) == asked
+    assert ReplaySelection.from_json(asked.as_json()) == asked
     assert asked.since is not None
     assert asked.since + timedelta(days=1) > asked.since

@@ -18,7 +18,7 @@ from dovecote.route import Route
 from dovecote.settings import Settings
 from dovecote.store.bundle import Bundle
 from dovecote.store.reader import Reader
-from dovecote.store.replays import Filter
+from dovecote.store.replays import ReplaySelection
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
 from tests.support.system import System, system_for
 
@@ -59,7 +59,9 @@ def test_the_events_of_an_aggregate_in_one_wave_are_one_bundle(system: System) -
     with system.engine.connect() as connection:
         written = connection.scalars(text("select dovecote.envelope(o) from dovecote.outbox o order by position"))
         system.consumer.consume(Bundle(ROUTE, [read_envelope(orjson.loads(one)) for one in written]))
-    request = Request(handler=ROUTE.handler, mode="reprocess", filter=Filter(), reason="a test", actor="tester")
+    request = Request(
+        handler=ROUTE.handler, mode="reprocess", filter=ReplaySelection(), reason="a test", actor="tester"
+    )
     id = replays.start(system.engine, [ROUTE], request).replay_id
     assert id is not None
 
@@ -68,7 +70,7 @@ def test_the_events_of_an_aggregate_in_one_wave_are_one_bundle(system: System) -
     for wave in waves:
         bundles_with = [{envelope.aggregate_id for envelope in bundle} for bundle in wave]
         assert sum(map(len, bundles_with)) == len(set().union(*bundles_with)), f"in two bundles: {bundles_with}"
-    # A wave of one bundle would tell nothing.
+    # A wave of one bundle would prove nothing.
     assert max(map(len, waves)) > 1
     assert len(effects_in(system.engine)) == 2 * PRICES * len(SYMBOLS)
 
@@ -97,6 +99,6 @@ def waves_of(system: System, route: Route, id: UUID) -> list[list[list[Envelope]
         )
         for _ in range(100_000):
             replayer.step()
-            if replays.shown(system.engine, id).is_over:
+            if replays.get_replay(system.engine, id).is_over:
                 return broker.waves
     raise AssertionError("the replay came to no end")

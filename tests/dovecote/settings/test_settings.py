@@ -349,17 +349,6 @@ def test_every_option_has_a_meaning_and_a_unit() -> None:
         assert option["unit"], option["variable"]
 
 
-def test_the_readme_s_table_is_what_the_command_prints(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, behind = readme.partition("<!-- settings -->\n")
-    in_readme, end, _ = behind.partition("<!-- /settings -->")
-
-    printed = dovecote(tmp_path, "settings", "--markdown").stdout
-
-    assert end, "README.md has no settings between its markers"
-    assert in_readme.strip() == printed.strip(), "run `dovecote settings --markdown` and put it into README.md"
-
-
 def test_the_env_example_lists_every_option_and_sets_none() -> None:
     lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
     named = [line.removeprefix("#").partition("=")[0].strip() for line in lines if "=" in line]

@@ -16,7 +16,7 @@ from domain.pricing import PriceQuoted
 from dovecote import operations
 from dovecote.envelope import Envelope, read_envelope
 from dovecote.errors import Refused
-from dovecote.operations.deliveries import Filter
+from dovecote.operations.deliveries import DeliverySelection
 from dovecote.operations.handlers import pause, resume
 from dovecote.relay.bundler import Bundler
 from dovecote.route import Route
@@ -91,7 +91,7 @@ def ordered(settings: Settings, mood: Mood) -> Iterator[Make]:
 
 
 def updates_of_deliveries(system: System) -> int:
-    """Row versions that were made by updates; Postgres tells them when the sessions have."""
+    """Row versions that were made by updates; Postgres counts them when the sessions report."""
     with system.engine.connect() as connection:
         return int(
             connection.scalar(
@@ -100,8 +100,8 @@ def updates_of_deliveries(system: System) -> int:
         )
 
 
-def let_sessions_tell(system: System) -> None:
-    """Statistics are told by a session at its next pause, and by one that ends in any case."""
+def end_sessions(system: System) -> None:
+    """A session reports its statistics at its next pause, and at its end in any case."""
     system.engine.dispose()
 
 
@@ -123,11 +123,11 @@ def block(system: System, mood: Mood, events: int) -> None:
             write_quotes(system, range(first, min(events, first + 500)))
         eventually(lambda: states(system) == {"dead": 1, "waiting": events - 1}, 60, f"blocked: {states(system)}")
     mood.broken.clear()
-    let_sessions_tell(system)
+    end_sessions(system)
 
 
 def unblock(system: System) -> None:
-    operations.retry(system.engine, Filter(handler=HANDLER), actor="ada", routes=system.routes)
+    operations.deliveries.retry(system.engine, DeliverySelection(handler=HANDLER), actor="ada", routes=system.routes)
 
 
 # What it costs ------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_released_event_is_written_once_and_sent_in_full_bundles(
         unblock(system)
         eventually(lambda: len(prices(system)) == events, 60, f"all acted on: {states(system)}")
         eventually(lambda: not states(system), 10, "no delivery")
-    let_sessions_tell(system)
+    end_sessions(system)
 
     assert prices(system) == list(range(events))
     bundles = -(-(events - 1) // bundle_size)
@@ -163,7 +163,9 @@ def test_discarding_releases_the_first_and_counts_all(ordered: Make, mood: Mood)
     system = ordered(bundle_size=4)
     block(system, mood, 10)
 
-    change = operations.discard(system.engine, Filter(handler=HANDLER), actor="ada", reason="given up")
+    change = operations.deliveries.discard(
+        system.engine, DeliverySelection(handler=HANDLER), actor="ada", reason="given up"
+    )
     assert change.released == 9
     assert states(system) == {"discarded": 1, "retrying": 1, "waiting": 8}
     with system.running():
@@ -234,7 +236,7 @@ def test_one_that_fails_again_and_again_takes_nothing_along(ordered: Make, mood:
         unblock(system)
         eventually(lambda: states(system) == {"retrying": 1, "waiting": 10}, 10, "tried again")
         eventually(lambda: states(system) == {"dead": 1, "waiting": 10}, 20, "given up")
-    let_sessions_tell(system)
+    end_sessions(system)
 
     # Of itself: asked for, and leased and recorded for each attempt.
     eventually(lambda: updates_of_deliveries(system) - before >= 13, 10, "the statistics")
@@ -247,7 +249,7 @@ def test_a_message_that_was_leased_and_never_sent_goes_out_again_as_it_was(order
     block(system, mood, 11)
     with system.relay(), system.workers():
         pass
-    operations.discard(system.engine, Filter(handler=HANDLER), actor="ada", reason="given up")
+    operations.deliveries.discard(system.engine, DeliverySelection(handler=HANDLER), actor="ada", reason="given up")
     lost = leased(system)
     assert len(lost) == 4
     with psycopg.connect(system.settings.database.url.get_secret_value(), autocommit=True) as connection:

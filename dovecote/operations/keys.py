@@ -3,7 +3,7 @@
 The database guards them: functions that run as the owner, each with its own line in the audit log.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -29,19 +29,14 @@ class KnownKey:
     revoked_at: datetime | None
     signs: bool
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def message_keys(engine: Engine) -> list[KnownKey]:
+def list_keys(engine: Engine) -> list[KnownKey]:
     """Return every key, the newest first."""
     with snapshot(engine) as connection:
         return [KnownKey(**row._mapping) for row in connection.execute(_LIST)]
 
 
-def rotate_message_key(
-    engine: Engine, *, actor: str, reason: str | None = None, dry_run: bool = False
-) -> KnownKey | None:
+def rotate(engine: Engine, *, actor: str, reason: str | None = None, dry_run: bool = False) -> KnownKey | None:
     """Make a key, which relays sign with from the sixth second on; None for a dry run. Older ones stay valid.
 
     Errors: WrongRequest.
@@ -54,7 +49,7 @@ def rotate_message_key(
         return next(key for key in _keys(connection) if key.id == made)
 
 
-def revoke_message_key(engine: Engine, id: str, *, actor: str, reason: str | None, dry_run: bool = False) -> KnownKey:
+def revoke(engine: Engine, id: str, *, actor: str, reason: str | None, dry_run: bool = False) -> KnownKey:
     """Let nothing that this key has signed be acted on, from ten seconds later at the latest; return the key.
 
     A dry run finds out whether the database would do it.
