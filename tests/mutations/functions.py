@@ -96,7 +96,7 @@ FUNCTIONS = (
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers)\n",
         "grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers, created_at)\n",
-        f"{SESSIONS}::test_moment_and_position_are_the_server_s[created_at-1970-01-01-insert-writer]",
+        f"{SESSIONS}::test_time_and_position_are_the_server_s[created_at-1970-01-01-insert-writer]",
     ),
     Mutant(
         "a viewer changes retries",

@@ -78,7 +78,7 @@ LOSSES = (
         RECONCILING_PY,
         "for position in self._unfinished(connection, route, multirange(missing))}",
         "for position in missing}",
-        f"{RECONCILING}::test_what_a_worker_finishes_during_the_look_is_not_lost",
+        f"{RECONCILING}::test_what_a_worker_finishes_during_reconciling_is_not_lost",
     ),
     Mutant(
         "what was published just now is looked for",

@@ -108,14 +108,14 @@ PUBLISHING = (
         "dovecote/relay/wakeup.py",
         "        if not self._silent_writers:\n",
         "        if True:\n",
-        f"{HELD}::test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon",
+        f"{HELD}::test_what_a_writer_commits_that_was_active_when_the_relay_fell_asleep_is_found_soon",
     ),
     Mutant(
         "nobody asks who was at work when the relay fell asleep",
         "dovecote/relay/wakeup.py",
         "        if self._holds_lock and self._silent_writers != frozenset():\n",
         "        if False:\n",
-        f"{HELD}::test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon",
+        f"{HELD}::test_what_a_writer_commits_that_was_active_when_the_relay_fell_asleep_is_found_soon",
     ),
     Mutant(
         "a writer that is held keeps the relay busy",
@@ -137,7 +137,7 @@ PUBLISHING = (
         "(case when pg_try_advisory_lock_shared(dovecote.wakeup_key())\n"
         "             then not pg_advisory_unlock_shared(dovecote.wakeup_key()) else true end)",
         "not pg_try_advisory_xact_lock_shared(dovecote.wakeup_key())",
-        f"{HELD}::test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_rings_once_it_sleeps",
+        f"{HELD}::test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_notifies_once_it_sleeps",
     ),
     Mutant(
         "each batch writes the checkpoint",

@@ -56,7 +56,7 @@ QUEUES = (
         "dovecote/store/subscriptions.py",
         "    ) before on true",
         "    ) before on false",
-        f"{NEW_HANDLER}::test_a_new_version_of_a_fact_begins_where_the_fact_did",
+        f"{NEW_HANDLER}::test_a_new_version_of_an_event_begins_where_the_event_did",
     ),
     Mutant(
         "what was published before a handler's time is missing",

@@ -18,7 +18,7 @@ MUTANTS_OF_READING = (
         "dovecote/migrations/sql/0003_relay.up.sql",
         "safe_position := least(last_position, lowest);",
         "safe_position := last_position;",
-        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_floor_in_place",
+        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place",
     ),
     Mutant(
         "the checkpoint goes to the high-water mark",
@@ -32,14 +32,14 @@ MUTANTS_OF_READING = (
         "dovecote/store/reader.py",
         "above([*still_missing, *new], safe)",
         "[*still_missing, *new]",
-        f"{READING}::test_the_hole_of_a_writer_that_rolled_back_is_forgotten",
+        f"{READING}::test_the_gap_of_a_writer_that_rolled_back_is_forgotten",
     ),
     Mutant(
         "gaps are not looked into",
         "dovecote/store/reader.py",
         "        if not self._gaps:\n            return Read([])",
         "        if True:\n            return Read([])",
-        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_floor_in_place",
+        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place",
     ),
     Mutant(
         "a new reader forgets the gaps above the checkpoint",
@@ -235,13 +235,13 @@ MUTANTS_OF_READING = (
         "where pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())",
         "where not exists (select from pg_locks where transactionid::text::bigint = writer.xid)"
         " and not exists (select from pg_locks where locktype = 'advisory' and classid::bigint >> 16 = 17602)",
-        f"{GAPS}::test_only_what_lies_above_the_floor_of_the_writer_that_ended_is_looked_into",
+        f"{GAPS}::test_only_what_lies_above_the_low_water_mark_of_the_writer_that_ended_is_looked_into",
     ),
     Mutant(
         "the highest number of a transaction is taken for it",
         "dovecote/migrations/sql/0003_relay.up.sql",
         "min(now_xid + (((l.transactionid",
         "max(now_xid + (((l.transactionid",
-        f"{GAPS}::test_a_savepoint_that_is_open_does_not_make_its_transaction_look_over",
+        f"{GAPS}::test_a_savepoint_that_is_open_does_not_make_its_transaction_seem_over",
     ),
 )

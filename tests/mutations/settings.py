@@ -120,7 +120,7 @@ SETTINGS_AND_CONNECTIONS = (
         "dovecote/local/servers.py",
         "if not listens(pid, self._port):",
         "if False:",
-        f"{CONNECTIONS}::test_who_takes_redis_s_port_first_is_not_told_the_password",
+        f"{CONNECTIONS}::test_an_impostor_on_redis_s_port_never_gets_the_password",
     ),
     Mutant(
         "TLS that anybody may answer is good enough",
@@ -148,7 +148,7 @@ SETTINGS_AND_CONNECTIONS = (
         "dovecote/exporter/health.py",
         'if detail and status == "up" else {}',
         "if detail else {}",
-        f"{HTTP}::test_health_tells_strangers_no_server_login_or_error",
+        f"{HTTP}::test_health_shows_strangers_no_server_login_or_error",
     ),
     Mutant(
         "where metrics will be can be guessed",

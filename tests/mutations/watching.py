@@ -15,7 +15,7 @@ WATCHING = (
         "dovecote/exporter/metrics.py",
         "            del self._began[thread]\n",
         "            pass\n",
-        f"{METRICS}::test_idle_and_stuck_are_told_apart",
+        f"{METRICS}::test_idle_and_stuck_are_distinguished",
     ),
     Mutant(
         "a lively thread hides one that is silent",
@@ -71,7 +71,7 @@ WATCHING = (
         "dovecote/relay/leader.py",
         '                self._instrumentation.alive("waiting_for_redis")\n',
         "",
-        f"{TOLD}::test_a_relay_tells_for_which_server_it_waits",
+        f"{TOLD}::test_a_relay_reports_for_which_server_it_waits",
     ),
     Mutant(
         "a server that is away fails the scrape",

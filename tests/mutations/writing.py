@@ -20,7 +20,7 @@ MUTANTS_OF_WRITING = (
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "    if not pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then",
         "    if false then",
-        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_floor_in_place",
+        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place",
     ),
     Mutant(
         "the floor is announced after the position",
@@ -34,7 +34,7 @@ MUTANTS_OF_WRITING = (
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) end;",
         "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1 end;",
-        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_floor_in_place",
+        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place",
     ),
     Mutant(
         "a transaction announces itself once in a session's life",
@@ -55,14 +55,14 @@ MUTANTS_OF_WRITING = (
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "perform pg_notify('dovecote_outbox', '');",
         "null;",
-        f"{RELAY}::test_append_event_rings_the_bell_too",
+        f"{RELAY}::test_append_event_wakes_the_relay_too",
     ),
     Mutant(
         "events get their positions before the aggregate's row is locked",
         EMITTING,
         "                session.flush()\n                self.write(",
         "                self.write(",
-        f"{WRITING}::test_an_event_is_written_after_the_state_it_tells_of",
+        f"{WRITING}::test_an_event_is_written_after_the_state_it_describes",
     ),
     Mutant(
         "a savepoint rolled back keeps the facts told inside it",
@@ -181,7 +181,7 @@ MUTANTS_OF_WRITING = (
         "dovecote/unit_of_work/trace_headers.py",
         "    except Exception:\n        _warn_once()\n",
         "    except ImportError:\n        _warn_once()\n",
-        f"{TRACES}::test_a_propagator_that_fails_is_told_of_once",
+        f"{TRACES}::test_a_propagator_that_fails_is_reported_once",
     ),
     Mutant(
         "the headers of a trace count against the service's own",

@@ -173,7 +173,7 @@ def test_a_head_is_a_get_without_the_page(port: int) -> None:
     assert (answer.status, answer.getheader("Content-Length"), answer.read()) == (200, str(len(LARGE)), b"")
 
 
-def test_health_tells_strangers_no_server_login_or_error(tmp_path: Path) -> None:
+def test_health_shows_strangers_no_server_login_or_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as refusing:
         nobody = refusing.getsockname()[1]
     settings = settings_for(

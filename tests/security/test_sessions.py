@@ -156,7 +156,7 @@ _COLUMNS = {"aggregate_type": "'a'", "aggregate_id": "'b'", "event_type": "'a.b.
 @pytest.mark.parametrize(
     ("column", "value"), [("created_at", "1970-01-01"), ("created_at", "infinity"), ("position", "1")]
 )
-def test_moment_and_position_are_the_server_s(
+def test_time_and_position_are_the_server_s(
     urls: Mapping[str, str], role: str, verb: str, column: str, value: str
 ) -> None:
     names = ", ".join([*_COLUMNS, column])

@@ -242,7 +242,7 @@ def test_an_epoch_that_somebody_has_made_up_is_a_lost_marker_and_no_newer_relay(
         publisher.publish(3, [a_bundle("a")])
 
 
-def test_redis_is_claimed_only_where_it_remembers_what_it_was_told(broker_with: Brokers) -> None:
+def test_redis_is_claimed_only_where_it_remembers_what_was_written_to_it(broker_with: Brokers) -> None:
     broker = broker_with()
     fence = RedisFence(publisher_of(broker))
 
@@ -401,7 +401,7 @@ def test_a_message_that_cannot_be_read_stops_no_other(broker_with: Brokers) -> N
     assert client.zrange(f"{broker.namespace}:{QUEUE}.XQ", 0, -1) == [b"bad"]
 
 
-def test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not(broker_with: Brokers) -> None:
+def test_a_dead_worker_s_messages_are_requeued_and_a_living_one_s_are_not(broker_with: Brokers) -> None:
     dead, living, relay = broker_with(), broker_with(), broker_with(heartbeat_timeout=300)
     publish(relay, *(a_bundle(id) for id in "abcd"))
     take(a_consumer(dead, prefetch=2), 2)
@@ -427,14 +427,14 @@ def test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is
         assert client.hget(f"{relay.namespace}:{QUEUE}.msgs", "a") == message, "every byte is signed"
         return dict(client.hgetall(f"{relay.namespace}:{QUEUE}.crashes"))
 
-    def taken_back() -> bool:
+    def requeued() -> bool:
         publisher_of(relay).reap()
         return queued(relay) == ["a"]
 
     assert crashes() == {}
     for number in (b"1", b"2"):
         take(a_consumer(broker_with()), 1)
-        eventually(taken_back, 5, "the dead worker's message")
+        eventually(requeued, 5, "the dead worker's message")
         assert crashes() == {b"a": number}
 
     consumer = a_consumer(broker_with())

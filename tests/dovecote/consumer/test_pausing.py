@@ -209,11 +209,11 @@ def test_handlers_that_no_route_has_are_listed_with_what_is_left_of_them(
     monkeypatch.setenv("DATABASE_URL", system.settings.database.url.get_secret_value())
 
     left = json.loads(CliRunner().invoke(cli.app, ["handlers", "list", "--json"]).stdout)["without_route"]
-    told = CliRunner().invoke(cli.app, ["handlers", "list"]).stdout
+    printed = CliRunner().invoke(cli.app, ["handlers", "list"]).stdout
 
     assert [(one["name"], one["dead"], one["event_types"], one["is_paused"]) for one in left] == [
         ("gone.handler", 0, ["pricing.price_quoted.v1"], True),
         ("older.handler", 3, [], False),
     ]
-    assert "no route has these any more" in told
-    assert "older.handler" in told
+    assert "no route has these any more" in printed
+    assert "older.handler" in printed

@@ -34,7 +34,7 @@ _PAGES = "64"
 
 @pytest.fixture(scope="module")
 def small_queue() -> Iterator[tuple[str, str]]:
-    """The URLs of a Postgres whose queue of notifications is full after a moment, and of a Redis."""
+    """The URLs of a Postgres whose queue of notifications is soon full, and of a Redis."""
     with a_place_for_servers() as place:
         put_cluster(place / "postgres")
         with (

@@ -34,7 +34,7 @@ Connection = psycopg.Connection[TupleRow]
 
 
 class States(RelayInstrumentation):
-    """Remembers what the relay does at the moment."""
+    """Remembers what the relay does now."""
 
     now: RelayState = "starting"
 
@@ -327,12 +327,12 @@ def test_the_command_says_in_words_and_numbers_what_it_would_do_and_does(
     database.execute("update dovecote.relay_state set checkpoint = 40")
     insert(database)
 
-    def told(*arguments: str) -> str:
+    def run_recover(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["recover", *arguments])
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "would go on after 40" in told("--dry-run")
-    assert '"unread": 1' in told("--dry-run", "--json")
-    assert "1 events that the relay had passed now get new positions" in told("--reason", "restored")
-    assert told().startswith("nothing to do: positions are handed out in order, 41 was the last")
+    assert "would go on after 40" in run_recover("--dry-run")
+    assert '"unread": 1' in run_recover("--dry-run", "--json")
+    assert "1 events that the relay had passed now get new positions" in run_recover("--reason", "restored")
+    assert run_recover().startswith("nothing to do: positions are handed out in order, 41 was the last")
