@@ -120,7 +120,7 @@ SETTINGS_AND_CONNECTIONS = (
         "dovecote/local/servers.py",
         "if not listens(pid, self._port):",
         "if False:",
-        f"{CONNECTIONS}::test_who_takes_redis_s_port_first_does_not_get_the_password",
+        f"{CONNECTIONS}::test_an_impostor_on_redis_s_port_never_gets_the_password",
     ),
     Mutant(
         "TLS that anybody may answer is good enough",
