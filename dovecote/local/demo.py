@@ -9,10 +9,10 @@ from uuid import UUID
 
 from dovecote.events import Event
 from dovecote.route import Command, Dovecote, Route
-from dovecote.unit_of_work import UnitOfWork
 
-if TYPE_CHECKING:
-    from dovecote.local.demonstration import UseCase  # needs a database driver: not for the list of commands
+if TYPE_CHECKING:  # SQLAlchemy and the driver come with these, and the list of commands needs neither
+    from dovecote.local.demonstration import UseCase
+    from dovecote.unit_of_work import UnitOfWork
 
 _AGGREGATES = 10
 
@@ -23,7 +23,7 @@ class PigeonSent(Event, type="dovecote.pigeon_sent.v1", aggregate="pigeon", key=
     flight: int
 
 
-def receive(_event: PigeonSent, _uow: UnitOfWork, _gateways: Any) -> None:
+def receive(_event: PigeonSent, _uow: "UnitOfWork", _gateways: Any) -> None:
     """Do nothing: the row in dovecote.processed_events, which the library writes, is all there is to see."""
 
 
@@ -36,7 +36,7 @@ def use_cases(run_id: UUID) -> "Iterator[UseCase]":
 
 
 def _send(pigeon: str, flight: int) -> "UseCase":
-    def send(uow: UnitOfWork, at: datetime) -> None:
+    def send(uow: "UnitOfWork", at: datetime) -> None:
         uow.emit(PigeonSent(pigeon=pigeon, flight=flight, occurred_at=at))
 
     return send
