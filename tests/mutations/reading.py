@@ -154,7 +154,7 @@ MUTANTS_OF_READING = (
     Mutant(
         "an envelope may be of any size",
         "dovecote/migrations/sql/0003_relay.up.sql",
-        "                    if octet_length(envelope) > most_of_one then\n",
+        "                    if octet_length(envelope) > max_bytes_of_one then\n",
         "                    if false then\n",
         f"{UNREADABLE}::test_a_row_that_cannot_be_read_is_dead_alone_and_says_why[a small row of large numbers]",
     ),

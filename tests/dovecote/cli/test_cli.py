@@ -382,4 +382,4 @@ def test_migrating_can_be_tried_first_and_twice_changes_nothing(tmp_path: Path, 
         assert connection.execute("select count(*) from dovecote.outbox").fetchone() == (0,)
     *_, target, second, last = revisions(locations=LOCATIONS)
     back = dovecote(tmp_path, "migrate", "--down-to", target, "--dry-run", DATABASE_URL=empty_database_url)
-    assert back.stdout == f"would be taken back: {last}, {second}; nothing was changed\n"
+    assert back.stdout == f"would be downgraded: {last}, {second}; nothing was changed\n"
