@@ -127,8 +127,8 @@ VERIFICATION = (
     Mutant(
         "the relay does not remove what is over",
         "dovecote/bootstrap.py",
-        "Maintainer(settings, routes, purges).start",
-        "Maintainer(settings, routes).start",
+        "Maintainer(settings, app.routes, app.purges).start",
+        "Maintainer(settings, app.routes).start",
         f"{PURGING}::test_the_relay_removes_it_by_itself",
     ),
     Mutant(

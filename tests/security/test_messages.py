@@ -399,7 +399,7 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
         lambda: attacked.refusals_of(lambda: attacked.put("test", old_message)) == {"unknown_key"}, 5, "the revocation"
     )
     eventually(lambda: 77 in [effect.price for effect in effects_in(engine)], 10, "the event that waited")
-    lines = [(line.action, line.reason) for line in operations.audit.list_entries(engine, action="keys").items]
+    lines = [(line.action, line.reason) for line in operations.audit.list_audit_entries(engine, action="keys").items]
     assert lines == [("keys.revoke", "stolen"), ("keys.rotate", "a test")]
     with attacked.postgres() as connection:
         assert connection.execute(

@@ -19,7 +19,7 @@ from dovecote.operations import replays
 from dovecote.operations.deliveries import DeliverySelection
 from dovecote.route import Route
 from dovecote.store.connections import connect
-from dovecote.store.replays import ReplaySelection as ReplayFilter
+from dovecote.store.replays import ReplaySelection
 from tests.conftest import Servers, settings_for
 from tests.security.logins import (
     CLAIMED,
@@ -362,7 +362,7 @@ def _go_through_it_all(
         broken.clear()
         operations.deliveries.retry(operator, DeliverySelection(handler=HANDLER), actor="ada")
         system.until_quiet()
-        asked = replays.Request(handler=HANDLER, mode="reprocess", filter=ReplayFilter(), reason="why", actor="ada")
+        asked = replays.Request(handler=HANDLER, mode="reprocess", filter=ReplaySelection(), reason="why", actor="ada")
         id = replays.start(operator, routes, asked).replay_id
         assert id is not None
         eventually(lambda: replays.get_replay(admin, id).state == "done", 20, "the end of the replay")

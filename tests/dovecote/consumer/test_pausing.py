@@ -163,7 +163,7 @@ def test_pausing_is_audited_needs_a_reason_and_can_be_tried_dry(system_with: Sys
     assert done.paused is not None
     assert (done.paused.actor, done.paused.reason) == ("tester", "INC-1")
     assert resumed.paused is None
-    entries = operations.audit.list_entries(system.engine, action="handlers").items
+    entries = operations.audit.list_audit_entries(system.engine, action="handlers").items
     assert [(one.action, one.actor, one.reason, one.details["handler"]) for one in entries] == [
         ("handlers.resume", "tester", None, "test.note"),
         ("handlers.pause", "tester", "INC-1", "test.note"),

@@ -123,12 +123,12 @@ def test_a_relay_refuses_a_sequence_that_is_behind_and_leads_once_it_is_recovere
         assert of("test.new", system) == list(range(100, 105)), "in order, and nothing from before it subscribed"
         assert system.status().relay.fault is None
         assert metric(settings, "dovecote_sequence_fault") == 0
-        (line,) = operations.audit.list_entries(system.engine, action="sequence.recover").items
+        (line,) = operations.audit.list_audit_entries(system.engine, action="sequence.recover").items
         assert (line.reason, line.affected, line.details["handed_out"]) == ("restored", 5, 5)
 
         again = recover(system)
         assert (again.fault, again.unread, again.changed) == (None, 0, False)
-        assert len(operations.audit.list_entries(system.engine, action="sequence").items) == 1
+        assert len(operations.audit.list_audit_entries(system.engine, action="sequence").items) == 1
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_recovering_waits_for_who_has_written_and_then_gives_up(settings: Settin
         with pytest.raises(CannotRecover, match="stays open"):
             recover(system)
 
-        assert operations.audit.list_entries(system.engine).items == []
+        assert operations.audit.list_audit_entries(system.engine).items == []
         database.execute("alter function dovecote.recover_sequence set lock_timeout = '10s'")
         with ThreadPoolExecutor(1) as pool:
             recovering = pool.submit(recover, system)
