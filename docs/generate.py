@@ -284,8 +284,8 @@ def decisions_page() -> str:
     """Return the list of all decision records."""
     text = """# Decisions
 
-Each is one page: the situation, what we chose, what else we weighed, what it costs us. A decision is never edited once
-it is accepted; a later one replaces it.
+Each is one page: context, decision, alternatives, consequences. An accepted decision is changed only by a later one,
+which supersedes it; its words follow the names in the code.
 
 """
     for path in sorted((DOCS / "adr").glob("[0-9]*.md")):

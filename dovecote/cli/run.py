@@ -92,7 +92,7 @@ def migrate(
     if as_json:
         print_json({"dry_run": dry_run, "revisions": steps})
     elif dry_run:
-        verb = "would be applied" if down_to is None else "would be taken back"
+        verb = "would be applied" if down_to is None else "would be undone"
         say(f"{verb}: {', '.join(steps) or 'none'}; nothing was changed")
     else:
         say("the schema is up to date" if (to, down_to) == ("heads", None) else f"schema at {down_to or to}")

@@ -36,15 +36,15 @@ STARTED = ("Consumer encountered a connection error", "postgres is away", "waiti
 
 def imported_by(modules: str) -> set[str]:
     command = [sys.executable, "-c", IMPORTED.format(modules)]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {*told.split()} - {"__main__", "__mp_main__", "workers"}
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {*printed.split()} - {"__main__", "__mp_main__", "dovecote"}
 
 
 def spoiled(place: Path, names: set[str]) -> Path:
     """Fill a directory: whatever is imported from it writes its name into `marker`."""
     for name in names:
         (place / f"{name}.py").write_text(SPOILED.format(marker=str(place / "marker")))
-    (place / "workers").mkdir()  # a namespace package, which must not hide ours
+    (place / "dovecote").mkdir()  # a namespace package, which must not hide ours
     return place
 
 
@@ -130,7 +130,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("command", BY_HAND.values(), ids=BY_HAND)
-def test_ours_are_not_imported_from_there_where_somebody_has_python_look_there_first(
+def test_ours_are_not_imported_from_there_although_python_searches_there_first(
     hostile_to_us: Path, tmp_path: Path, command: str
 ) -> None:
     assert_starts(hostile_to_us, command, tmp_path)

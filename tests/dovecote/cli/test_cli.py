@@ -106,7 +106,7 @@ def test_status_of_a_system_that_nobody_leads_shows_what_waits(tmp_path: Path, f
     assert billing_handler["oldest_unprocessed_seconds"] > 0
 
 
-def test_status_of_a_system_at_work_shows_its_leader_and_what_is_done(tmp_path: Path, settings: Settings) -> None:
+def test_status_of_a_running_system_shows_its_leader_and_what_is_done(tmp_path: Path, settings: Settings) -> None:
     url = settings.database.url.get_secret_value()
 
     with system_for(settings, ROUTES) as system, system.running():
@@ -133,7 +133,9 @@ def test_status_of_a_system_at_work_shows_its_leader_and_what_is_done(tmp_path: 
     assert re.search(r"^billing\.write_history +1 +0\.\d+ +0 +0 +0 +0 *$", people, re.MULTILINE)
 
 
-def test_a_watched_status_is_a_line_a_look_and_ends_well_on_ctrl_c(tmp_path: Path, fresh_database_url: str) -> None:
+def test_a_watched_status_is_one_line_each_time_and_ends_well_on_ctrl_c(
+    tmp_path: Path, fresh_database_url: str
+) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "dovecote", "status", "--watch", "--every-seconds", "0.2", "--json"],
         env=environment(tmp_path, {"DATABASE_URL": fresh_database_url}),
@@ -382,4 +384,4 @@ def test_migrating_can_be_tried_first_and_twice_changes_nothing(tmp_path: Path, 
         assert connection.execute("select count(*) from dovecote.outbox").fetchone() == (0,)
     *_, target, second, last = revisions(locations=LOCATIONS)
     back = dovecote(tmp_path, "migrate", "--down-to", target, "--dry-run", DATABASE_URL=empty_database_url)
-    assert back.stdout == f"would be taken back: {last}, {second}; nothing was changed\n"
+    assert back.stdout == f"would be undone: {last}, {second}; nothing was changed\n"

@@ -41,21 +41,21 @@ def test_a_redis_that_stops_is_named_and_so_is_its_return(
     server = redis.start()
     page = health(servers(settings_for(fresh_database_url, server.url, tmp_path), LOCATIONS), "ready")
 
-    def told() -> Answer:
+    def report() -> Answer:
         answer = page()
         return Answer(answer.status, answer.body.decode())
 
-    def told_with(status: int) -> Answer:
-        found = eventually(lambda: now if (now := told()).status == status else None, 10, f"a report with {status}")
+    def report_with(status: int) -> Answer:
+        found = eventually(lambda: now if (now := report()).status == status else None, 10, f"a report with {status}")
         assert found
         return found
 
-    at_first = told()
+    at_first = report()
     redis.stop()
-    without = told_with(503)
-    still_without = told()
+    without = report_with(503)
+    still_without = report()
     redis.start(server.port)
-    again = told_with(200)
+    again = report_with(200)
 
     assert at_first.report["status"] == again.report["status"] == "ready"
     assert (without.report["status"], without.report["missing"]) == ("not ready", ["redis"])
