@@ -404,7 +404,7 @@ def test_a_system_is_found_until_it_withdraws_or_dies(tmp_path: Path) -> None:
     assert home.running() is None
 
 
-def test_two_systems_cannot_run_in_one_home(tmp_path: Path) -> None:
+def test_two_systems_cannot_run_in_one_state_directory(tmp_path: Path) -> None:
     home = StateDirectory(tmp_path)
     with (
         home.lock(),
