@@ -27,13 +27,18 @@ def up(
 ) -> None:
     """Run a whole system here until Ctrl-C: servers where none are given, relay, consumers.
 
+    The application is that of DOVECOTE_APP; without one it is the built-in demo.
+
     Example: DOVECOTE_HOME=/var/tmp/mine dovecote up
     """
     from dovecote.local.supervisor import prefixed, stop_on_signals
-    from dovecote.local.system import PROCFILE, STOP_SECONDS, local_system
-    from dovecote.settings.application import find_app
+    from dovecote.local.system import STOP_SECONDS, local_system
+    from dovecote.settings.application import BUILT_IN_APP, app_name
 
-    with stop_on_signals() as stop, local_system(os.environ, say, find_app(), procfile or PROCFILE) as system:
+    named = app_name()
+    if named is None:
+        say("DOVECOTE_APP names no application: this runs the built-in demo")
+    with stop_on_signals() as stop, local_system(os.environ, say, named or BUILT_IN_APP, procfile) as system:
         supervisor = system.supervisor(prefixed(system.processes, sys.stdout))
         supervisor.start()
         try:
@@ -130,10 +135,10 @@ def _introduce(system: LocalSystem) -> None:
     show(table)
     say_nothing()
     command = os.environ.get("DOVECOTE_COMMAND", "dovecote")
-    for words, meaning in (
-        ("status", "how far everything is"),
-        ("demo --events 1000", "write events and see them become effects"),
-        ("exec psql", "look into the tables"),
-    ):
+    shown = {"status": "how far everything is"}
+    if "demo" in system.app.commands:
+        shown["demo --events 1000"] = "write events and see them become effects"
+    shown["exec psql"] = "look into the tables"
+    for words, meaning in shown.items():
         say(f"  {command} {words:<20} {meaning}")
     say_nothing()

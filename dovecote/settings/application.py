@@ -10,6 +10,8 @@ from dovecote.route import Dovecote
 from dovecote.settings.variables import SettingsError, dotenv
 
 VARIABLE = "DOVECOTE_APP"
+#: What `dovecote up` runs where none is named.
+BUILT_IN_APP = "dovecote.local.demo:app"
 
 
 def app_name(environ: Mapping[str, str] | None = None, directory: Path | None = None) -> str | None:

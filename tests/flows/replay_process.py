@@ -19,7 +19,7 @@ from tests.support.effects import a_route, note_as
 from tests.support.system import system_for
 from workers.gateways import Gateways
 
-#: The price of an event that is acted on while a test lets go of the advisory lock of that number.
+#: The price of an event that is acted on while a test releases the advisory lock of that number.
 HELD = 4_711
 
 
@@ -27,7 +27,7 @@ def note(event: PriceQuoted, uow: UnitOfWork, _gateways: Gateways) -> None:
     note_as("test.note", event, uow)
     if event.price == HELD:
         uow.session.execute(text(f"select pg_advisory_xact_lock({HELD})"))
-    time.sleep(0.0005)  # so that a kill finds it at work
+    time.sleep(0.0005)  # so that a kill finds it in flight
 
 
 ROUTE = a_route(function=note, ordered=True, replayable=True, bundle_size=50)

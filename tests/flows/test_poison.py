@@ -113,7 +113,7 @@ def test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mate
     with running(settings, ["exits"], starts) as system:
         write(system, mates[0], mates[1], ("exits", DEADLY), mates[2])
 
-        eventually(lambda: dead(system), 60, "a buried event")
+        eventually(lambda: dead(system), 60, "a dead-lettered event")
         eventually(lambda: effects(system, "exits") == mates, 20, "the effects of its mates")
         eventually(lambda: keys_left(system) == [], 20, "nothing left in Redis")
 
@@ -147,12 +147,12 @@ def test_poison_is_found_in_bulk_in_order_and_among_retries_at_once(settings: Se
         assert all(len(deadly.starts_of(handler)) <= 4 for handler in handlers)
 
 
-def test_an_event_that_was_at_work_beside_poison_is_not_buried(settings: Settings, starts: Path) -> None:
+def test_an_event_in_flight_beside_poison_is_not_dead_lettered(settings: Settings, starts: Path) -> None:
     """Slow events of other messages die with the process, time after time, and are innocent."""
     with running(settings, ["exits", "in.order"], starts, threads=4) as system:
         write(system, ("exits", DEADLY), *[(f"S{number}", 5) for number in range(20)])
 
-        eventually(lambda: dead(system), 60, "a buried event")
+        eventually(lambda: dead(system), 60, "a dead-lettered event")
         eventually(lambda: len(effects(system, "in.order")) == 21, 20, "all effects of the other handler")
 
         assert dead(system) == ["exits"]

@@ -73,7 +73,7 @@ def differences(url: str) -> list[object]:
 
 
 def alembic(connection: Connection) -> Config:
-    """What `alembic` is told in a checkout, about this database."""
+    """The configuration of `alembic` in a checkout, for this database."""
     config = Config(ROOT / "alembic.ini")
     config.attributes["connection"] = connection
     return config
@@ -96,7 +96,7 @@ def test_up_and_down_and_up_again(empty_database_url: str) -> None:
     assert len(first) > 50
 
 
-def test_every_revision_takes_back_what_it_made(empty_database_url: str) -> None:
+def test_every_revision_reverts_what_it_made(empty_database_url: str) -> None:
     left = []
     for revision in REVISIONS:
         left.append(inventory(empty_database_url))

@@ -182,7 +182,7 @@ CONSUMING = (
         f"{RELEASING}::test_an_event_whose_predecessor_is_under_way_is_not_released",
     ),
     Mutant(
-        "strays wait for ever",
+        "misplaced rows wait for ever",
         "dovecote/relay/leader.py",
         "            leases.release_unblocked(self._connection, route, self._cursors[route.handler])\n",
         "                pass\n",

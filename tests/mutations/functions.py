@@ -34,7 +34,7 @@ FUNCTIONS = (
         f"{SESSIONS}::test_an_envelope_escapes_each_field_whatever_let_the_row_in",
     ),
     Mutant(
-        "an envelope's moment is in the reader's zone",
+        "an envelope's time is in the reader's zone",
         "dovecote/migrations/sql/0003_relay.up.sql",
         "left(to_json(event.created_at at time zone interval '0')::text, -1) || '+00:00\"'",
         "to_json(event.created_at)::text",
@@ -61,7 +61,7 @@ FUNCTIONS = (
         " lock_timeout = '500ms' as $$\n"
         "-- Make the partitions",
         "set search_path = pg_catalog, pg_temp set lock_timeout = '500ms' as $$\n-- Make the partitions",
-        f"{BOUNDS}::test_weeks_begin_on_monday_in_utc_whoever_makes_them",
+        f"{BOUNDS}::test_weeks_begin_on_monday_in_utc_in_any_session",
     ),
     Mutant(
         "any number of weeks is made",

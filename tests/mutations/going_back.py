@@ -185,7 +185,7 @@ GOING_BACK = (
         f"{HISTORY}::test_a_new_leader_begins_a_new_history_where_anything_is_not_as_it_was_left",
     ),
     Mutant(
-        "Redis is told of a beat that is not on disk",
+        "Redis gets a heartbeat that is not on disk",
         "dovecote/store/relay_state.py",
         "    select setval('dovecote.relay_heartbeat', %s), {_DURABLY}\n",
         "    select setval('dovecote.relay_heartbeat', %s)\n",

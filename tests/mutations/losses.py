@@ -88,7 +88,7 @@ LOSSES = (
         f"{RECONCILING}::test_only_what_was_published_long_ago_is_looked_for",
     ),
     Mutant(
-        "what may still be at work is looked for",
+        "what may still be in flight is looked for",
         RECONCILING_PY,
         ", route.time_limit_seconds)",
         ")",

@@ -131,7 +131,7 @@ PROGRESS = (
         f"{STATUS}::test_a_history_that_nobody_has_examined_yet_is_never_said_to_be_done",
     ),
     Mutant(
-        "an unfinished count is told as exact",
+        "an unfinished count is reported as exact",
         "dovecote/operations/unprocessed.py",
         "_is_cut(row) or bool(",
         "bool(",

@@ -14,7 +14,7 @@ FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
 MUTANTS_OF_READING = (
     # Reading ------------------------------------------------------------------------------------
     Mutant(
-        "floors are not asked for",
+        "low-water marks are not asked for",
         "dovecote/migrations/sql/0003_relay.up.sql",
         "safe_position := least(last_position, lowest);",
         "safe_position := last_position;",
@@ -28,7 +28,7 @@ MUTANTS_OF_READING = (
         f"{READING}::test_a_stuck_writer_delays_nobody_and_holds_the_checkpoint",
     ),
     Mutant(
-        "a gap that is settled is kept for ever",
+        "a gap below the safe position is kept for ever",
         "dovecote/store/reader.py",
         "above([*still_missing, *new], safe)",
         "[*still_missing, *new]",

@@ -222,6 +222,10 @@ def _is_in(character: str, members: Any) -> bool:
 
 
 def _in_category(character: str, category: str) -> bool:
-    told = {"DIGIT": character.isdigit(), "SPACE": character.isspace(), "WORD": character.isalnum() or character == "_"}
+    is_in = {
+        "DIGIT": character.isdigit(),
+        "SPACE": character.isspace(),
+        "WORD": character.isalnum() or character == "_",
+    }
     name = category.removeprefix("CATEGORY_")
-    return not told[name.removeprefix("NOT_")] if name.startswith("NOT_") else told[name]
+    return not is_in[name.removeprefix("NOT_")] if name.startswith("NOT_") else is_in[name]

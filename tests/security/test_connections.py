@@ -304,7 +304,7 @@ TLS = {
 
 
 @pytest.mark.parametrize(("words", "finding"), TLS.items())
-def test_doctor_tells_what_the_session_is_and_how_to_mend_it(
+def test_doctor_says_what_the_session_is_and_how_to_mend_it(
     with_tls: tuple[str, Path], words: str, finding: tuple[str, str], tmp_path: Path
 ) -> None:
     url, authority = with_tls

@@ -168,7 +168,7 @@ def test_a_command_of_a_superuser_runs_nobody_s_code(
             owner.execute(f'alter database "{database}" reset test.armed')
 
     assert "trapped" not in done.stdout + done.stderr
-    # doctor: no relay is at work here.
+    # doctor: no relay runs here.
     assert done.returncode == (1 if command == ["doctor"] else 0), done.stderr
 
 

@@ -108,13 +108,13 @@ def test_a_byte_now_and_then_does_not_keep_a_connection(port: int) -> None:
 
 def test_who_does_not_read_the_answer_is_sent_away_too(port: int) -> None:
     with ExitStack() as held:
-        deaf = [held.enter_context(connected(port, b"GET /large HTTP/1.1\r\n\r\n")) for _ in range(20)]
+        not_reading = [held.enter_context(connected(port, b"GET /large HTTP/1.1\r\n\r\n")) for _ in range(20)]
         answer = get(port, "/")
         assert answer
         assert answer.body == "here"
 
         def all_end() -> bool:
-            return all(len(drained(stream)) < len(LARGE) for stream in deaf)
+            return all(len(drained(stream)) < len(LARGE) for stream in not_reading)
 
         time.sleep(2)  # the deadline itself: reading earlier would be listening
         assert all_end()
@@ -189,7 +189,7 @@ def test_health_shows_strangers_no_server_login_or_error(tmp_path: Path) -> None
         assert '"missing":["postgres","schema","redis"]' in body
         assert not [word for word in ("127.0.0.1", str(nobody), "a_login", "a_database", "refused") if word in body]
     assert {line["what"] for line in logged} == {"postgres", "schema", "redis"}
-    assert len(logged) == 3, "it is told once, however often strangers ask"
+    assert len(logged) == 3, "it is logged once, however often strangers ask"
     assert str(nobody) in str(logged)
 
 

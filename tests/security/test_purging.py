@@ -123,16 +123,16 @@ def test_maintain_removes_it_or_says_that_it_may_not(
 
     try:
         assert "personal data" not in maintain("--dry-run")
-        told = maintain()
+        printed = maintain()
     finally:
         with engine.begin() as connection:
             connection.execute(text(f"drop role {login}"))
 
     if role == "dovecote_worker":
-        assert "3 rows of personal data removed" in told
+        assert "3 rows of personal data removed" in printed
         assert left(engine) == ([], 0)
     else:
-        assert "no personal data was removed: this login may not" in told
+        assert "no personal data was removed: this login may not" in printed
         assert left(engine) == (["over"], 2)
 
 

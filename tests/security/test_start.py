@@ -36,8 +36,8 @@ STARTED = ("Consumer encountered a connection error", "postgres is away", "waiti
 
 def imported_by(modules: str) -> set[str]:
     command = [sys.executable, "-c", IMPORTED.format(modules)]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {*told.split()} - {"__main__", "__mp_main__", "dovecote"}
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {*printed.split()} - {"__main__", "__mp_main__", "dovecote"}
 
 
 def spoiled(place: Path, names: set[str]) -> Path:
@@ -130,7 +130,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("command", BY_HAND.values(), ids=BY_HAND)
-def test_ours_are_not_imported_from_there_where_somebody_has_python_look_there_first(
+def test_ours_are_not_imported_from_there_although_python_searches_there_first(
     hostile_to_us: Path, tmp_path: Path, command: str
 ) -> None:
     assert_starts(hostile_to_us, command, tmp_path)

@@ -70,9 +70,9 @@ def _make(cluster: Path, environ: Mapping[str, str]) -> None:
                 connection.execute(f"create database {TEMPLATE} template dovecote")
         finally:
             postgres.stop()
-        aside = cluster.with_name(f"new-{cluster.name}")
-        subprocess.run(["/bin/cp", "-a", str(postgres.directory), str(aside)], check=True)
-        aside.rename(cluster)
+        unfinished = cluster.with_name(f"new-{cluster.name}")
+        subprocess.run(["/bin/cp", "-a", str(postgres.directory), str(unfinished)], check=True)
+        unfinished.rename(cluster)
 
 
 def _version(environ: Mapping[str, str]) -> str:

@@ -222,7 +222,7 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], code: int, *says
 def test_without_a_system_a_command_says_what_is_missing(tmp_path: Path, command: list[str]) -> None:
     done = dovecote(tmp_path, *command)
 
-    assert_one_sentence(done, 2, "DATABASE_URL is missing", "./dev up")
+    assert_one_sentence(done, 2, "DATABASE_URL is missing", "`dovecote up`")
 
 
 @pytest.mark.parametrize("command", [["status"], ["migrate"], ["demo"], ["ingest", "prices", "a.csv"]], ids=" ".join)
