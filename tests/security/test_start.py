@@ -44,7 +44,8 @@ def spoiled(place: Path, names: set[str]) -> Path:
     """Fill a directory: whatever is imported from it writes its name into `marker`."""
     for name in names:
         (place / f"{name}.py").write_text(SPOILED.format(marker=str(place / "marker")))
-    (place / "workers").mkdir()  # a namespace package, which must not hide ours
+    for ours in {"dovecote", "workers"} - names:
+        (place / ours).mkdir()  # a namespace package, which must not hide ours
     return place
 
 
@@ -60,7 +61,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile_to_us(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the names of all packages that our own modules import, and that are not imported before."""
     # Dramatiq looks there first for Python's own as well, before it comes to us: only `--path` keeps it from that.
-    names = imported_by(OURS) - imported_by(BEFORE_US) - sys.stdlib_module_names
+    names = imported_by(OURS) - imported_by(BEFORE_US) - sys.stdlib_module_names - {"dovecote"}
     assert {"orjson", "redis", "domain", "psycopg", "structlog"} <= names
     return spoiled(tmp_path_factory.mktemp("hostile_to_us"), names)
 

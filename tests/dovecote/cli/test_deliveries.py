@@ -28,7 +28,7 @@ def own_engine(fresh_database_url: str) -> Iterator[Engine]:
         connection.execute(
             text(
                 "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id,"
-                " event_type, state, attempts, error_type, error_fingerprint, error)"
+                " event_type, state, attempts, error_type, error_fingerprint, headline)"
                 " select :handler, dovecote.uuid_v7(), n, 'price', 's' || n, 'pricing.price_quoted.v1', 'dead', 8,"
                 " 'Refused', 'aaa' || n % 2, 'no [/markup]' from generate_series(1, 10) n"
             ),
