@@ -110,7 +110,7 @@ def test_what_waits_is_a_kind_of_its_own_and_no_more_kinds_are_shown_than_asked_
     with own_engine.begin() as connection:
         connection.execute(
             text(
-                "update dovecote.deliveries set state = 'waiting', error_fingerprint = null, error = null"
+                "update dovecote.deliveries set state = 'waiting', error_fingerprint = null, headline = null"
                 " where position <= 3"
             )
         )
