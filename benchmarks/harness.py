@@ -22,6 +22,7 @@ from sqlalchemy import make_url
 from benchmarks.scene import BenchmarkFailed, Process, Scene
 from dovecote.local.servers import servers as embedded_servers
 from dovecote.migrations import schema
+from workers.app import app
 
 __all__ = ["BenchmarkFailed", "Options", "Process", "Scene", "Stage", "stage"]
 
@@ -56,7 +57,7 @@ class Stage:
         self._collector = collector
         self._template = f"bench_template_{uuid4().hex[:8]}"
         self._statement("create database {}", self._template)
-        schema.upgrade(self._database(self._template))
+        schema.upgrade(self._database(self._template), locations=app.migration_locations)
 
     @contextmanager
     def scene(self) -> Iterator[Scene]:

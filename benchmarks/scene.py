@@ -104,7 +104,7 @@ class Scene:
 
     def start_consumers(
         self,
-        module: str = "dovecote.bootstrap:consumers",
+        module: str = "workers.consumers:start",
         *,
         queues: str = "pricing",
         processes: int = 1,

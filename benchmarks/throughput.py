@@ -122,7 +122,7 @@ def _from_the_queue(stage: Stage, options: Options, name: str, load: Load, event
 
 def consumed(scene: Scene, events: int, load: Load = QUOTES, processes: int = 1, probe: Path | None = None) -> float:
     """Return the seconds that our consumers took for what is queued; with a probe they note when."""
-    module = "benchmarks.probe:ours" if probe else "dovecote.bootstrap:consumers"
+    module = "benchmarks.probe:ours" if probe else "workers.consumers:start"
     more = {"BENCH_PROBE": str(probe)} if probe else {}
     return _from_appearing(
         scene,

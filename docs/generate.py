@@ -268,11 +268,12 @@ def migrated_database() -> Iterator[str]:
     """Yield the URL of a migrated database on a Postgres of its own."""
     from dovecote.local.servers import servers
     from dovecote.migrations import schema
+    from workers.app import app
 
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="dovecote-docs-") as place:
         Path(place).chmod(0o711)  # root's servers run as another user
         with servers(Path(place) / "servers", postgres_settings={"fsync": "off"}) as (postgres, _):
-            schema.upgrade(postgres.url)
+            schema.upgrade(postgres.url, locations=app.migration_locations)
             yield postgres.url
 
 
@@ -283,8 +284,8 @@ def decisions_page() -> str:
     """Return the list of all decision records."""
     text = """# Decisions
 
-Each is one page: the situation, what we chose, what else we weighed, what it costs us. A decision is never edited once
-it is accepted; a later one replaces it.
+Each is one page: context, decision, alternatives, consequences. An accepted decision is changed only by a later one,
+which supersedes it; its words follow the names in the code.
 
 """
     for path in sorted((DOCS / "adr").glob("[0-9]*.md")):

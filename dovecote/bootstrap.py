@@ -34,7 +34,7 @@ from dovecote.operations.maintainer import Maintainer
 from dovecote.processes.children import die_with_parent
 from dovecote.processes.terminal import refuse
 from dovecote.relay.relay import Relay
-from dovecote.route import Dovecote, InvalidRoute, Purge, Route, distinct, queues
+from dovecote.route import Dovecote, InvalidRoute, Route, distinct, queues
 from dovecote.settings import Settings, SettingsError, load_settings, secrets
 from dovecote.settings.application import find_app
 from dovecote.store.bundle import Bundle
@@ -66,7 +66,7 @@ def start_consumers(app: Dovecote) -> None:
     # A killed master must not leave its workers behind.
     die_with_parent(signal.SIGTERM)
     stopping = threading.Event()
-    instrumentation = _consumer_instrumentation(settings, routes)
+    instrumentation = _consumer_instrumentation(settings, app)
     middleware = [_RequiresKeys(settings, routes), _StopsWaiting(stopping), RequeueWhatFails(), _SendsLastSpans()]
     broker = broker_for(settings, middleware, instrumentation)
     engine = consumer_engine(settings, routes)
@@ -75,7 +75,7 @@ def start_consumers(app: Dovecote) -> None:
         app.gateways(settings),
         stopping,
         settings.consumers.outage_max_backoff_seconds,
-        partial(waiting.await_current, engine, stopping),
+        partial(waiting.await_current, engine, stopping, app.migration_locations),
         instrumentation,
         keyring=settings.keyring_if_given(),
     )
@@ -113,11 +113,10 @@ def declare_handlers(broker: Broker, consumer: Consumer, routes: Sequence[Route]
 
 def run_relay(app: Dovecote) -> None:
     """Be a relay until SIGTERM or SIGINT."""
-    routes = app.routes
     settings = settings_or_exit()
     configure(settings.telemetry, "relay")
     log_uncaught()
-    running = relay_for(settings, routes, _relay_instrumentation(settings, routes), app.purges)
+    running = relay_for(settings, app, _relay_instrumentation(settings, app))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
     try:
@@ -126,15 +125,15 @@ def run_relay(app: Dovecote) -> None:
         end_traces()
 
 
-def relay_for(
-    settings: Settings,
-    routes: Sequence[Route],
-    instrumentation: RelayInstrumentation | None = None,
-    purges: Sequence[Purge] = (),
-) -> Relay:
+def relay_for(settings: Settings, app: Dovecote, instrumentation: RelayInstrumentation | None = None) -> Relay:
     """Return a relay that is not running yet."""
     return Relay(
-        settings, publisher_for(settings, routes), routes, instrumentation, Maintainer(settings, routes, purges).start
+        settings,
+        publisher_for(settings, app.routes),
+        app.routes,
+        instrumentation,
+        Maintainer(settings, app.routes, app.purges).start,
+        app.migration_locations,
     )
 
 
@@ -206,20 +205,20 @@ def publisher_for(settings: Settings, routes: Sequence[Route]) -> Publisher:
     )
 
 
-def _consumer_instrumentation(settings: Settings, routes: Sequence[Route]) -> ConsumerInstrumentation | None:
+def _consumer_instrumentation(settings: Settings, app: Dovecote) -> ConsumerInstrumentation | None:
     if not settings.telemetry.http_port:
         return None
     from dovecote.exporter.server import show_consumers  # slow to import
 
-    return show_consumers(settings, routes)
+    return show_consumers(settings, app)
 
 
-def _relay_instrumentation(settings: Settings, routes: Sequence[Route]) -> RelayInstrumentation | None:
+def _relay_instrumentation(settings: Settings, app: Dovecote) -> RelayInstrumentation | None:
     if not settings.telemetry.http_port:
         return None
     from dovecote.exporter.server import show_relay  # slow to import
 
-    return show_relay(settings, routes)
+    return show_relay(settings, app)
 
 
 def _actor_function(consumer: Consumer, broker: Broker, route: Route | None = None) -> Callable[[Received], None]:

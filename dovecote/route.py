@@ -248,16 +248,10 @@ class Dovecote:
     def purges(self) -> Sequence[Purge]:
         return [_imported(purge) for purge in self._purges]
 
-
-def _imported(given: Any) -> Any:
-    """Return what a text names as "package.module:name"; anything else as it is."""
-    if not isinstance(given, str):
-        return given
-    module, _, name = given.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidRoute(f"the app object names {given[:200]!r}, as package.module:name: {error}") from error
+    @property
+    def migration_locations(self) -> tuple[Path, ...]:
+        """Return the directories of its revisions, as `dovecote.migrations` wants them."""
+        return () if self.migrations is None else (self.migrations,)
 
 
 def require_name(what: str, name: object) -> None:
@@ -380,3 +374,14 @@ def _a(value: object) -> str:
 def _shown(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 100 else f"{shown[:100]}..."
+
+
+def _imported(given: Any) -> Any:
+    """Return what a text names as "package.module:name"; anything else as it is."""
+    if not isinstance(given, str):
+        return given
+    module, _, name = given.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidRoute(f"the app object names {given[:200]!r}, as package.module:name: {error}") from error

@@ -1,12 +1,17 @@
 """Real servers for every test: given ones, else containers, else embedded. A fresh database per module.
 
+With `-n` (pytest-xdist), every worker has servers of its own: no test finds the connections, locks, transactions or
+keys of one that runs beside it. Tests marked `alone` measure the machine: `./dev test` runs them when nothing else
+runs. Tests marked `long` need `--long`, or to be named.
+
 Every test runs on the wheels' servers. On Debian's, older ones, run again those marked `servers` and not `once`: whose
 outcome hangs on our SQL or Lua or on what the servers answer. What tries Python with a database beside it, starts
 processes or servers of its own, kills, measures time or goes at random for long runs once.
 """
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +25,13 @@ from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from dovecote.local.servers import servers as embedded_servers
-from dovecote.migrations import schema
 from dovecote.settings import Settings, load_settings
 from dovecote.store.connections import connect, sessions_for
+from tests.support.clusters import TEMPLATE, put_cluster
 from tests.support.keys import KEYS
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers, has_enough_memory
+from tests.support.profiles import THOROUGH
 
 # Processes that tests start belong to the application of this repository.
 os.environ.setdefault("DOVECOTE_APP", "workers.app:app")
@@ -32,6 +39,36 @@ os.environ.setdefault("DOVECOTE_APP", "workers.app:app")
 # Those of docker-compose.yml.
 _POSTGRES_IMAGE = os.environ.get("DOVECOTE_TEST_POSTGRES_IMAGE", "postgres:18.6-trixie")
 _REDIS_IMAGE = os.environ.get("DOVECOTE_TEST_REDIS_IMAGE", "redis:8.10.1-trixie")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked `long`, too")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without collecting garbage: what is made here stays, and to look through it takes a third of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = any("::" in word for word in config.args)
+    if config.getoption("--long") or named or "long" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(scope="session")
+def is_long(request: pytest.FixtureRequest) -> bool:
+    """Tell if there is time: tests that get stronger by their length ask this."""
+    return THOROUGH or bool(request.config.getoption("--long"))
 
 
 @dataclass(frozen=True)
@@ -61,6 +98,7 @@ def servers() -> Iterator[Servers]:
             yield found
         else:
             place = stack.enter_context(a_place_for_servers())
+            put_cluster(place / "postgres")
             postgres, redis = stack.enter_context(
                 embedded_servers(place, postgres_settings={"fsync": "off", "max_prepared_transactions": "10"})
             )
@@ -74,6 +112,9 @@ def _containers(stack: ExitStack) -> Servers | None:
     """
     if os.environ.get("DOVECOTE_TEST_EMBEDDED"):
         return None
+    socket = Path("/var/run/docker.sock")
+    if not (os.environ.get("DOVECOTE_TEST_CONTAINERS") or os.environ.get("DOCKER_HOST") or socket.exists()):
+        return None  # before the imports, which take a second
     try:
         import docker
         from testcontainers.community.postgres import PostgresContainer
@@ -106,9 +147,14 @@ def template(servers: Servers) -> Iterator[str]:
     if given := os.environ.get("DOVECOTE_TEST_TEMPLATE"):
         yield given
         return
+    if servers.origin == "embedded":
+        yield TEMPLATE
+        return
+    from dovecote.migrations import schema  # Alembic takes half a second to import
+
     name = f"dovecote_template_{uuid4().hex[:8]}"
     _statement(servers, "create database {}", name)
-    schema.upgrade(servers.database(name))
+    schema.upgrade(servers.database(name), locations=LOCATIONS)
     yield name
     _statement(servers, "drop database {}", name)
 

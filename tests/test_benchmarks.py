@@ -87,7 +87,7 @@ def test_without_matplotlib_a_sentence_says_how_to_get_pictures(
 
 @pytest.mark.servers
 def test_a_batch_costs_three_statements_and_one_script(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading, publishing and recording a batch more: horizon, rows, record; and one EVALSHA."""
+    """Reading, publishing and recording a batch more: low watermark, rows, record; and one EVALSHA."""
     # What is done by the clock would be counted with the batches on a slow machine.
     monkeypatch.setattr(leading, "_TICK_SECONDS", 3_600.0)
     monkeypatch.setattr(replaying, "_POLL_INTERVAL_SECONDS", 3_600.0)
@@ -147,7 +147,7 @@ def _lead_through(settings: Settings, batches: int) -> _Counted:
             history=history,
         ).lead()
     counted.scripts = _scripts(broker) - scripts
-    # A session tells the statistics what it did when it ends.
+    # A session reports to the statistics when it ends.
     eventually(lambda: _rows_read(url) >= read + batches * _BATCH, 10, "the rows read are counted")
     counted.rows_read = _rows_read(url) - read
     return counted

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from dovecote.local.supervisor import parse_procfile
+from dovecote.migrations import schema
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -76,6 +77,26 @@ try:
     UnitOfWork(Session(), keys=keys).emit(ParcelSent(parcel_id="p-1", recipient="Ada", occurred_at=datetime.now(UTC)))
 except MissingPackage as error:
     print(error)
+"""
+
+APPLICATION = """
+from pathlib import Path
+from dovecote import Dovecote
+app = Dovecote(routes=(), migrations=Path(__file__).parent / "shop_migrations")
+"""
+
+REVISION = f"""
+from alembic import op
+revision = "shop_0001"
+down_revision = None
+depends_on = "{schema.revisions(locations=())[-1]}"
+branch_labels = ("application",)
+
+def upgrade() -> None:
+    op.execute("create table public.shop_parcels (id text primary key)")
+
+def downgrade() -> None:
+    op.execute("drop table public.shop_parcels")
 """
 
 
@@ -201,6 +222,23 @@ def test_the_command_of_the_wheel_works_beside_them(neighbour: str) -> None:
 
     assert {"up", "relay", "status", "migrate"} <= set(re.findall(r"^│ (\w+) ", shown, re.MULTILINE))
     assert PYPROJECT["project"]["version"] in run(command, "--version")
+
+
+def test_the_wheel_migrates_an_application_that_is_not_beside_it(
+    neighbour: str, empty_database_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "shop.py").write_text(APPLICATION)
+    versions = tmp_path / "shop_migrations" / "versions"
+    versions.mkdir(parents=True)
+    (versions / "0001_parcels.py").write_text(REVISION)
+    command = str(Path(neighbour).with_name("dovecote"))
+    variables = {"PYTHONPATH": str(tmp_path), "DATABASE_URL": empty_database_url}
+
+    run(command, "migrate", variables=variables)
+    run(command, "migrate", variables={**variables, "DOVECOTE_APP": "shop:app"})
+
+    with psycopg.connect(empty_database_url) as connection:
+        assert connection.execute("select count(*) from public.shop_parcels").fetchone() == (0,)
 
 
 # The containers ----------------------------------------------------------------------------------

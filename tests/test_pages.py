@@ -252,10 +252,10 @@ def test_decisions_are_numbered_without_a_gap() -> None:
 def test_a_decision_is_one_page_with_its_four_parts(page: Page) -> None:
     assert re.match(rf"# {page.path.name[:4]}\. [A-Z]", page.text)
     assert re.findall(r"^## (.+)$", page.text, re.MULTILINE) == [
-        "The situation",
-        "What we chose",
-        "What else we weighed",
-        "What it costs us",
+        "Context",
+        "Decision",
+        "Alternatives",
+        "Consequences",
     ]
     assert len(page.text.splitlines()) <= 80
 

@@ -26,7 +26,9 @@ def blocked(
     Example: dovecote aggregates blocked
     """
     with database() as engine:
-        page = operations.aggregates.list_blocked(engine, routes(), handler=handler, limit=limit, after=after)
+        page = operations.aggregates.list_blocked_aggregates(
+            engine, routes(), handler=handler, limit=limit, after=after
+        )
     render(
         page,
         {

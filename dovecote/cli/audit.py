@@ -26,7 +26,7 @@ def audit(
     Example: dovecote audit --action deliveries --since 1d
     """
     with database() as engine:
-        page = operations.audit.list_entries(
+        page = operations.audit.list_audit_entries(
             engine, action=action, actor=actor, since=since, before=before, limit=limit
         )
     render(

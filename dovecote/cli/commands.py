@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dovecote.errors import DovecoteError
 from dovecote.route import Command
-from dovecote.settings.application import find_app
+from dovecote.settings.application import BUILT_IN_APP, app_name, load_app
 
 COMMANDS: Mapping[str, Command] = {
     "up": Command(
@@ -124,6 +124,6 @@ class _Loaded(UserDict[str, Any]):
 
 def _of_the_application() -> Mapping[str, Command]:
     try:
-        return find_app().commands
+        return (load_app(app_name() or BUILT_IN_APP)).commands
     except DovecoteError:
         return {}  # commands that need an application say so

@@ -22,7 +22,7 @@ from dovecote.cli.options import (
     identifier,
     time,
 )
-from dovecote.cli.output import AsJson, print_facts, print_json, print_listing, render, say, say_block, say_nothing
+from dovecote.cli.output import AsJson, print_fields, print_json, print_listing, render, say, say_block, say_nothing
 from dovecote.cli.system import database, routes
 from dovecote.processes.terminal import refuse
 from dovecote.store.delivery_state import DeliveryState
@@ -73,7 +73,7 @@ def list_(
     by_kind = not (rows or before or event_type or aggregate_type or aggregate_id or since)
     with database() as engine:
         if by_kind:
-            groups = operations.deliveries.list_groups(engine, wanted, routes=routes(), limit=limit)
+            groups = operations.deliveries.list_delivery_groups(engine, wanted, routes=routes(), limit=limit)
         else:
             page = operations.deliveries.list_deliveries(engine, wanted, routes=routes(), limit=limit, before=before)
     if not by_kind:
@@ -102,7 +102,7 @@ def show(
         print_json(found)
         return
     one = found.delivery
-    print_facts(
+    print_fields(
         {
             "handler": one.handler,
             "event": f"{one.event_id}, {one.event_type}, position {one.position}",
@@ -230,7 +230,7 @@ def _report(change: Change, done: str, as_json: bool) -> None:
             say(f"and {change.affected - len(change.sample)} more")
         return
     released = f"; {change.released} that waited behind go on" if change.released else ""
-    busy = f"; {change.busy} were being tried at that moment and were left alone" if change.busy else ""
+    busy = f"; {change.busy} were being tried just then and were left alone" if change.busy else ""
     say(f"{change.affected} {done}{released}{busy}")
 
 

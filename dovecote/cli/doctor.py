@@ -7,7 +7,8 @@ from rich.table import Table
 
 from dovecote import operations
 from dovecote.cli.output import AsJson, add_row, cell, print_json, print_table
-from dovecote.cli.system import routes, settings
+from dovecote.cli.system import settings
+from dovecote.settings.application import find_app
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -17,7 +18,8 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: dovecote doctor --json
     """
-    found = operations.doctor.examine(settings(), routes())
+    app = find_app()
+    found = operations.doctor.examine(settings(), app.routes, migration_locations=app.migration_locations)
     if as_json:
         print_json(found)
     else:

@@ -10,7 +10,7 @@ import typer
 
 from dovecote import operations
 from dovecote.cli.options import AggregateId, AggregateType, EventType, Limit, Since, Until, identifier
-from dovecote.cli.output import AsJson, print_facts, print_json, print_listing, say, say_nothing, until_ctrl_c
+from dovecote.cli.output import AsJson, print_fields, print_json, print_listing, say, say_nothing, until_ctrl_c
 from dovecote.cli.system import database, routes, settings
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _show_life(life: EventLife) -> None:
         if life.published_at
         else "not yet"
     )
-    print_facts(
+    print_fields(
         {
             "event": f"{life.id}, position {life.position}",
             "type": life.event_type,
@@ -138,7 +138,7 @@ def tail(
     url = settings(needs_redis=False).database.url.get_secret_value()
     with until_ctrl_c():
         # The pace of a pair of eyes; the database is asked five times a second and never left a lock.
-        for one in operations.events.follow(url, lambda: time.sleep(_TAIL_SECONDS)):
+        for one in operations.events.tail_events(url, lambda: time.sleep(_TAIL_SECONDS)):
             if event_type not in (None, one.event_type) or aggregate_type not in (None, one.aggregate_type):
                 continue
             if as_json:

@@ -34,7 +34,7 @@ def list_(as_json: AsJson = False) -> None:
     """
     with database() as engine:
         found = operations.handlers.list_handlers(engine, routes())
-        left = operations.handlers.list_without_route(engine, routes())
+        left = operations.handlers.list_handlers_without_route(engine, routes())
     if as_json:
         print_json({"handlers": [jsonable(one) for one in found], "without_route": [jsonable(one) for one in left]})
         return

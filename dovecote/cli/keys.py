@@ -21,7 +21,7 @@ def list_(as_json: AsJson = False) -> None:
     Example: dovecote keys list
     """
     with database() as engine:
-        found = operations.keys.list_keys(engine)
+        found = operations.keys.list_message_keys(engine)
     if as_json:
         print_json({"keys": [jsonable(key) for key in found]})
         return

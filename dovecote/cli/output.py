@@ -136,10 +136,10 @@ def render(
         say(f"more: --{option} {page.next}")
 
 
-def print_facts(facts: Mapping[str, object]) -> None:
-    """Print a line for each fact that there is, its name in front."""
+def print_fields(fields: Mapping[str, object]) -> None:
+    """Print a line for each field that has a value, its name in front."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in facts.items():
+    for name, value in fields.items():
         if value not in (None, ""):
             add_row(table, name, value)
     print_table(table, "")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dovecote.cli.options import DryRun
-from dovecote.cli.output import AsJson, add_row, cell, print_json, say, say_nothing, show
+from dovecote.cli.output import AsJson, add_row, cell, note, print_json, say, say_nothing, show
 from dovecote.cli.system import settings
 from dovecote.processes.terminal import refuse
 
@@ -27,12 +27,18 @@ def up(
 ) -> None:
     """Run a whole system here until Ctrl-C: servers where none are given, relay, consumers.
 
+    The application is that of DOVECOTE_APP; without one it is the built-in demo.
+
     Example: DOVECOTE_HOME=/var/tmp/mine dovecote up
     """
     from dovecote.local.supervisor import prefixed, stop_on_signals
-    from dovecote.local.system import PROCFILE, STOP_SECONDS, local_system
+    from dovecote.local.system import STOP_SECONDS, local_system
+    from dovecote.settings.application import BUILT_IN_APP, app_name
 
-    with stop_on_signals() as stop, local_system(os.environ, say, procfile or PROCFILE) as system:
+    named = app_name()
+    if named is None:
+        say("DOVECOTE_APP names no application: this runs the built-in demo")
+    with stop_on_signals() as stop, local_system(os.environ, say, named or BUILT_IN_APP, procfile) as system:
         supervisor = system.supervisor(prefixed(system.processes, sys.stdout))
         supervisor.start()
         try:
@@ -70,15 +76,23 @@ def migrate(
     Example: DATABASE_URL=postgresql://... dovecote migrate
     """
     from dovecote.migrations import schema
+    from dovecote.settings.application import app_name, load_app
 
     url = settings(needs_redis=False).database.url.get_secret_value()
-    steps = schema.steps(url, to) if down_to is None else schema.steps_back(url, down_to)
+    named = app_name()
+    if named is None:
+        note("DOVECOTE_APP names no application: only the revisions of the library are known")
+    locations = load_app(named).migration_locations if named else ()
+    if down_to is None:
+        steps = schema.steps(url, to, locations=locations)
+    else:
+        steps = schema.steps_back(url, down_to, locations=locations)
     if not dry_run:
-        (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to)
+        (schema.upgrade if down_to is None else schema.downgrade)(url, down_to or to, locations=locations)
     if as_json:
         print_json({"dry_run": dry_run, "revisions": steps})
     elif dry_run:
-        verb = "would be applied" if down_to is None else "would be taken back"
+        verb = "would be applied" if down_to is None else "would be undone"
         say(f"{verb}: {', '.join(steps) or 'none'}; nothing was changed")
     else:
         say("the schema is up to date" if (to, down_to) == ("heads", None) else f"schema at {down_to or to}")
@@ -121,10 +135,10 @@ def _introduce(system: LocalSystem) -> None:
     show(table)
     say_nothing()
     command = os.environ.get("DOVECOTE_COMMAND", "dovecote")
-    for words, meaning in (
-        ("status", "how far everything is"),
-        ("demo --events 1000", "write events and see them become effects"),
-        ("exec psql", "look into the tables"),
-    ):
+    shown = {"status": "how far everything is"}
+    if "demo" in system.app.commands:
+        shown["demo --events 1000"] = "write events and see them become effects"
+    shown["exec psql"] = "look into the tables"
+    for words, meaning in shown.items():
         say(f"  {command} {words:<20} {meaning}")
     say_nothing()

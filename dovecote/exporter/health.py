@@ -7,9 +7,10 @@ A report is JSON: {"status", "missing": [names], "dependencies": {name: {"status
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -104,7 +105,7 @@ def health(dependencies: Mapping[str, Callable[[], str]], well: str) -> Callable
     return page
 
 
-def servers(settings: Settings) -> dict[str, Callable[[], str]]:
+def servers(settings: Settings, migration_locations: Sequence[Path]) -> dict[str, Callable[[], str]]:
     """Return the checks of what every process needs; each makes a connection of its own and ends it."""
     parameters = connection_parameters(settings.database.url.get_secret_value(), {}, application_name="dovecote health")
     is_current = False
@@ -121,7 +122,7 @@ def servers(settings: Settings) -> dict[str, Callable[[], str]]:
     def schema_() -> str:
         nonlocal is_current
         if not is_current:  # it never gets older
-            pending = schema.pending_for(ask(schema.HEADS))
+            pending = schema.pending_for(ask(schema.HEADS), locations=migration_locations)
             if pending:
                 raise Missing(f"not applied: {', '.join(pending)}; run `dovecote migrate`")
             is_current = True

@@ -3,7 +3,7 @@
 Imported by the composition root where there is a port, because prometheus_client takes its time to import.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
@@ -21,7 +21,7 @@ from dovecote.exporter.metrics import (
     shared_directory,
 )
 from dovecote.processes.state_directory import StateDirectoryError
-from dovecote.route import Route
+from dovecote.route import Dovecote
 from dovecote.settings import Settings
 from dovecote.telemetry.instrumentation import ConsumerInstrumentation
 
@@ -31,11 +31,11 @@ log = structlog.get_logger()
 _WORKING = ("leading", "standing_by", "sending_again")
 
 
-def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
+def show_relay(settings: Settings, app: Dovecote) -> RelayMetrics:
     """Serve the pages of a relay from now on; return its instrumentation."""
     registry = CollectorRegistry()
     metrics = RelayMetrics(registry)
-    registry.register(SystemCollector(settings, routes))
+    registry.register(SystemCollector(settings, app.routes))
 
     def alive() -> str:
         if metrics.state == "sending_again":
@@ -49,21 +49,21 @@ def show_relay(settings: Settings, routes: Sequence[Route]) -> RelayMetrics:
         alive()
         return state
 
-    _serve(settings, lambda: registry, {"heartbeat": alive}, {**servers(settings), "relay": relay})
+    _serve(settings, lambda: registry, {"heartbeat": alive}, {**_servers(settings, app), "relay": relay})
     return metrics
 
 
-def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerInstrumentation:
+def show_consumers(settings: Settings, app: Dovecote) -> ConsumerInstrumentation:
     """Serve the pages of all workers of this Dramatiq master, or stand by for the process that does.
 
     Without a place for the metrics there are none. Events are acted on all the same.
     """
     try:
         directory = shared_directory(settings.database.url.get_secret_value())
-        metrics = ConsumerMetrics(route.handler for route in routes)
+        metrics = ConsumerMetrics(route.handler for route in app.routes)
     except (StateDirectoryError, OSError) as error:
         log.warning("metrics have no place, so there are none: name another one in TMPDIR", error=str(error))
-        return _show_without_metrics(settings)
+        return _show_without_metrics(settings, app)
 
     def workers() -> str:
         alive = heartbeats(directory)
@@ -77,19 +77,28 @@ def show_consumers(settings: Settings, routes: Iterable[Route]) -> ConsumerInstr
         settings,
         lambda: merged_registry(directory),
         {"workers": workers},
-        {**servers(settings), "workers": workers},
+        {**_servers(settings, app), "workers": workers},
     )
     return metrics
 
 
-def _show_without_metrics(settings: Settings) -> OwnHeartbeat:
+def _show_without_metrics(settings: Settings, app: Dovecote) -> OwnHeartbeat:
     own = OwnHeartbeat()
 
     def alive() -> str:
         return require_fresh("the worker that answers", own.heartbeat)
 
-    _serve(settings, CollectorRegistry, {"workers": alive}, {**servers(settings), "workers": alive})
+    _serve(
+        settings,
+        CollectorRegistry,
+        {"workers": alive},
+        {**_servers(settings, app), "workers": alive},
+    )
     return own
+
+
+def _servers(settings: Settings, app: Dovecote) -> dict[str, Callable[[], str]]:
+    return servers(settings, app.migration_locations)
 
 
 def _serve(

@@ -11,13 +11,16 @@ import psycopg
 from dovecote.local.servers import Postgres, Redis, Server
 from dovecote.local.supervisor import Output, Supervisor, parse_procfile
 from dovecote.migrations import schema
+from dovecote.processes.ownership import NotOurs, read_ours
 from dovecote.processes.state_directory import StateDirectory
-from dovecote.settings import given_variables, load_settings
+from dovecote.route import Dovecote
+from dovecote.settings import SettingsError, given_variables, load_settings
+from dovecote.settings.application import VARIABLE as APP_VARIABLE
+from dovecote.settings.application import load_app
 from dovecote.settings.variables import is_option, without_options
 
-# Beside us in an installed wheel, at the top level in a checkout.
-_PACKAGED = Path(__file__).parent / "Procfile"
-PROCFILE = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[2] / "Procfile"
+# A relay and consumers of every queue: right for any application.
+_PACKAGED_PROCFILE = Path(__file__).parent / "Procfile"
 
 # SIGTERM lets a consumer finish its bundle; Dramatiq is given 20 s for that in the Procfile.
 STOP_SECONDS = 25.0
@@ -35,6 +38,7 @@ class LocalSystem:
     ports      where each process shows its metrics and health; empty when they are turned off
     """
 
+    app: Dovecote
     home: StateDirectory
     data: Path
     environment: Mapping[str, str]
@@ -53,14 +57,15 @@ class LocalSystem:
 
 @contextmanager
 def local_system(
-    environ: Mapping[str, str], say: Callable[[str], None], procfile: Path = PROCFILE
+    environ: Mapping[str, str], say: Callable[[str], None], app_name: str, procfile: Path | None = None
 ) -> Iterator[LocalSystem]:
     """Start what is missing, bring the schema up to date and announce the system in its home.
 
     At the end the servers started here are stopped; their data stays.
-    Errors: StateDirectoryError, ServerError, NoBinary, ProcfileError, those of the migration.
+    Errors: StateDirectoryError, ServerError, NoBinary, SettingsError, ProcfileError, those of the migration.
     """
-    processes = parse_procfile(procfile.read_text())
+    app = load_app(app_name)
+    processes = parse_procfile(_procfile(app, procfile))
     home = StateDirectory.locate(environ)
     home.create()
     with ExitStack() as stack:
@@ -83,9 +88,11 @@ def local_system(
         # The keys stay with the data that they encrypted, wherever that is.
         ours |= StateDirectory(data if "DATABASE_URL" in servers else home.path).secrets()
         ours["DOVECOTE_SMS__HANDSET_PATH"] = str(home.path / "handset.txt")
-        system = {**ours, **given}
+        # Announced with the rest: the commands beside us work on the same application.
+        system = {**ours, **given, APP_VARIABLE: app_name}
         say("bringing the schema up to date")
-        schema.upgrade(system.get("DOVECOTE_DATABASE__URL") or system["DATABASE_URL"])
+        url = system.get("DOVECOTE_DATABASE__URL") or system["DATABASE_URL"]
+        schema.upgrade(url, locations=app.migration_locations)
         if "DATABASE_URL" in servers:
             schema.keep_strangers_out(ours["DATABASE_URL"])
         home.announce(system)
@@ -94,6 +101,7 @@ def local_system(
         ports = stack.enter_context(_ports(processes, settings.telemetry.http_host, wanted))
         defaults = {"DOVECOTE_TELEMETRY__LOG_FORMAT": "console"}
         yield LocalSystem(
+            app=app,
             home=home,
             data=data,
             environment={**defaults, **without_options(environ), **system, "DOVECOTE_HOME": str(home.path)},
@@ -101,6 +109,20 @@ def local_system(
             processes=processes,
             ports=ports,
         )
+
+
+def _procfile(app: Dovecote, chosen: Path | None) -> str:
+    """Return the text of the Procfile that is asked for, or the application's, or the directory's, or the packaged one.
+
+    Errors: SettingsError for one in this directory that others may write: it names the programs that run.
+    """
+    if given := chosen or app.procfile:
+        return given.read_text()
+    try:
+        found = read_ours(Path.cwd() / "Procfile")
+    except NotOurs as error:
+        raise SettingsError(f"./Procfile is not read, because {error}.") from None
+    return _PACKAGED_PROCFILE.read_text() if found is None else found
 
 
 def _started(stack: ExitStack, program: Postgres | Redis) -> tuple[Server, Postgres | Redis]:

@@ -1,7 +1,8 @@
 """Bring a database to a revision, and say which revisions it lacks.
 
 There are two branches in one version table: the library's revisions, in here, and those of an application, which stand
-on them. `locations` names the directories of the latter: each has `versions/` and `sql/`, as this one.
+on them. `locations` names the directories of the latter (`app.migration_locations`): each has `versions/` and `sql/`,
+as this one. Without any, the library's revisions are all there are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +25,6 @@ from dovecote.migrations.environment import VERSION_TABLE
 from dovecote.store.connections import ONLY_OUR_NAMES, connect
 
 LIBRARY = Path(__file__).parent
-
-
-def _application() -> tuple[Path, ...]:
-    """Return where the application's revisions are in a checkout: at the top level. An installed library has none."""
-    beside = LIBRARY.parents[1] / "migrations"
-    return (beside,) if (beside / "versions").is_dir() else ()
-
-
-#: Unless the caller hands over others, such as `app.migrations`.
-APPLICATION = _application()
 
 #: One row with one array: what is applied, as the version table has it.
 HEADS = f"select array_agg(version_num) from {SCHEMA}.{VERSION_TABLE}"  # noqa: S608 - two constants
@@ -58,22 +49,22 @@ _KEEP_STRANGERS_OUT = """
 """
 
 
-def upgrade(url: str, revision: str = "heads", locations: Sequence[Path] = APPLICATION) -> None:
+def upgrade(url: str, revision: str = "heads", *, locations: Sequence[Path]) -> None:
     """Apply what is missing, each revision in a transaction of its own. Errors: SchemaError."""
     _with_connection(url, locations, lambda config: command.upgrade(config, revision))
 
 
-def downgrade(url: str, revision: str, locations: Sequence[Path] = APPLICATION) -> None:
+def downgrade(url: str, revision: str, *, locations: Sequence[Path]) -> None:
     """Downgrade to this revision; "base" removes all revisions, "application@base" the application's."""
     _with_connection(url, locations, lambda config: command.downgrade(config, revision))
 
 
-def steps(url: str, revision: str = "heads", locations: Sequence[Path] = APPLICATION) -> list[str]:
+def steps(url: str, revision: str = "heads", *, locations: Sequence[Path]) -> list[str]:
     """Return the revisions that `upgrade` would apply, in its order. Errors: SchemaError for an unknown revision."""
     return _above(_applied(url), tuple(locations), revision)
 
 
-def steps_back(url: str, revision: str, locations: Sequence[Path] = APPLICATION) -> list[str]:
+def steps_back(url: str, revision: str, *, locations: Sequence[Path]) -> list[str]:
     """Return the revisions that `downgrade` would remove, in its order. Errors: SchemaError for an unknown one."""
     applied: Any = _applied(url)
     with _one_sentence():
@@ -81,19 +72,19 @@ def steps_back(url: str, revision: str, locations: Sequence[Path] = APPLICATION)
         return [step.revision.revision for step in _script(tuple(locations))._downgrade_revs(revision, applied)]
 
 
-def revisions(locations: Sequence[Path] = APPLICATION) -> list[str]:
+def revisions(*, locations: Sequence[Path]) -> list[str]:
     """Return all that this code knows, in the order they are applied. The first call reads and imports each of them."""
     return _above((), tuple(locations))
 
 
-def pending(connection: Connection, locations: Sequence[Path] = APPLICATION) -> list[str]:
+def pending(connection: Connection, *, locations: Sequence[Path]) -> list[str]:
     """Return the revisions that are not applied yet, in their order; empty when the schema is up to date."""
-    return pending_for(_heads(connection), locations)
+    return pending_for(_heads(connection), locations=locations)
 
 
-def pending_for(applied: Sequence[str] | None, locations: Sequence[Path] = APPLICATION) -> list[str]:
+def pending_for(applied: Sequence[str] | None, *, locations: Sequence[Path]) -> list[str]:
     """Return the revisions above these, of HEADS; none where a newer deploy's is one we do not know."""
-    known = set(revisions(locations))
+    known = set(revisions(locations=locations))
     return _above(tuple(applied or ()), tuple(locations)) if known.issuperset(applied or ()) else []
 
 

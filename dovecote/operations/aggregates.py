@@ -77,7 +77,7 @@ _BLOCKED = text(
 _COUNT_BLOCKED = text(f"{_STUCK} select count(*) from stuck")  # noqa: S608 - as above
 
 
-def list_blocked(
+def list_blocked_aggregates(
     engine: Engine,
     routes: Sequence[Route],
     *,

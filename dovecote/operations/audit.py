@@ -41,7 +41,7 @@ _LIST = text(
 )
 
 
-def list_entries(
+def list_audit_entries(
     engine: Engine,
     *,
     action: str | None = None,

@@ -51,7 +51,7 @@ class DeliverySelection:
     event_id: UUID | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return what is asked, as the verbs take it: moments as ISO 8601 with their zone, UTC where there is none."""
+        """Return what is asked, as the verbs take it: times as ISO 8601 with their zone, UTC where there is none."""
         asked = {name: value for name, value in asdict(self).items() if value is not None}
         if self.since is not None:
             asked["since"] = (self.since if self.since.tzinfo else self.since.replace(tzinfo=UTC)).isoformat()
@@ -125,7 +125,7 @@ class Change:
     """What a retry or a discard did, or would do.
 
     affected  deliveries changed; in a dry run, the exact number that would be
-    busy      deliveries left alone because a worker was trying them at that moment
+    busy      deliveries left alone because a worker was trying them just then
     released  events that waited behind what was discarded and are on their way now
     sample    some of them
     """
@@ -277,7 +277,9 @@ def list_deliveries(
     return Page.of([Delivery(**row._mapping) for row in rows], limit, lambda one: [one.position, one.handler])
 
 
-def list_groups(engine: Engine, wanted: DeliverySelection, *, routes: Sequence[Route] = (), limit: int = 50) -> Groups:
+def list_delivery_groups(
+    engine: Engine, wanted: DeliverySelection, *, routes: Sequence[Route] = (), limit: int = 50
+) -> Groups:
     """Return failures by handler and kind, the largest first; of the dead, unless another state is asked for.
 
     Only handler, state and fingerprint of the filter are looked at.
@@ -299,9 +301,9 @@ def get_delivery(engine: Engine, routes: Sequence[Route], handler: str, event_id
             raise NotThere(
                 f"no failed delivery of {event_id} for {handler}; `dovecote events show {event_id}` shows how it went"
             )
-        facts = dict(row._mapping)
-        traceback, trace_id, behind = (facts.pop(name) for name in ("traceback", "trace_id", "waiting_behind"))
-        found = Delivery(**facts)
+        fields = dict(row._mapping)
+        traceback, trace_id, behind = (fields.pop(name) for name in ("traceback", "trace_id", "waiting_behind"))
+        found = Delivery(**fields)
         waits_for = None
         if found.state == DeliveryState.WAITING:
             route = next((route for route in routes if route.handler == handler), None)
@@ -400,7 +402,7 @@ def _explain(engine: Engine, wanted: DeliverySelection, verb: str) -> None:
         f"{found.delivery.aggregate_id}: {verb} that one (`dovecote aggregates blocked`)",
         "discarded": "it was given up; a replay sends it again",
         "retrying": "it has not been tried yet; wait for its first attempt",
-        "dead": "somebody else changed it at this moment; look again",
+        "dead": "somebody else has just changed it; look again",
     }[found.delivery.state]
     if verb == "retry" and found.delivery.error_type == EventIsGone.__qualname__:
         advice = (
@@ -412,6 +414,6 @@ def _explain(engine: Engine, wanted: DeliverySelection, verb: str) -> None:
 
 def parameters_of(wanted: DeliverySelection, states: Sequence[str]) -> dict[str, Any]:
     """Return what MATCHES takes, and the filter's state or else these states."""
-    facts = asdict(wanted)
-    state = facts.pop("state")
-    return {**facts, "states": [state] if state else list(states)}
+    given = asdict(wanted)
+    state = given.pop("state")
+    return {**given, "states": [state] if state else list(states)}

@@ -114,7 +114,7 @@ class EventLife:
 
 
 @dataclass(frozen=True)
-class Followed:
+class TailedEvent:
     """One event as it committed."""
 
     id: UUID
@@ -310,7 +310,7 @@ def get_event(engine: Engine, routes: Sequence[Route], event_id: UUID) -> EventL
     )
 
 
-def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
+def tail_events(url: str, wait: Callable[[], None]) -> Iterator[TailedEvent]:
     """Yield events as they commit, for ever; `wait` is called whenever there is nothing new. Nothing is recorded.
 
     It reads as the relay reads, so an event whose transaction ends late is not missed, only late. Events of
@@ -328,7 +328,7 @@ def follow(url: str, wait: Callable[[], None]) -> Iterator[Followed]:
             batch = reader.read()
             for position, event_type, content in batch.rows:
                 envelope = read_head(content)
-                yield Followed(
+                yield TailedEvent(
                     id=UUID(envelope["id"]),
                     position=position,
                     event_type=event_type,

@@ -130,7 +130,7 @@ def parameters_without_route(routes: Sequence[Route], most: int = _MAX_COUNTED) 
     return {"routed": [route.handler for route in routes], "most": most}
 
 
-def list_without_route(engine: Engine, routes: Sequence[Route]) -> list[HandlerWithoutRoute]:
+def list_handlers_without_route(engine: Engine, routes: Sequence[Route]) -> list[HandlerWithoutRoute]:
     """Return the handlers that Postgres knows and no route has, by name."""
     with snapshot(engine) as connection:
         rows = connection.exec_driver_sql(WITHOUT_ROUTE, parameters_without_route(routes)).all()

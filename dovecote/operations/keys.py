@@ -30,7 +30,7 @@ class KnownKey:
     signs: bool
 
 
-def list_keys(engine: Engine) -> list[KnownKey]:
+def list_message_keys(engine: Engine) -> list[KnownKey]:
     """Return every key, the newest first."""
     with snapshot(engine) as connection:
         return [KnownKey(**row._mapping) for row in connection.execute(_LIST)]

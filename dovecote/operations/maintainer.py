@@ -46,7 +46,7 @@ class Maintainer:
         )
         # Each whatever becomes of the other: no trouble with a week may keep personal data, nor the other way round.
         try:
-            for work in (self._purge, self._look_after_weeks):
+            for work in (self._purge, self._maintain_partitions):
                 try:
                     work(engine)
                 except Exception as error:
@@ -61,7 +61,7 @@ class Maintainer:
         if removed := purge(engine, self._purges):
             log.info("personal data removed: its time was over", rows=removed)
 
-    def _look_after_weeks(self, engine: Engine) -> None:
+    def _maintain_partitions(self, engine: Engine) -> None:
         wanted = self._settings.retention
         done = retention.maintain(
             engine,

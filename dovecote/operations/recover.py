@@ -60,7 +60,7 @@ def recover(
 ) -> Recovery:
     """Let positions be handed out above all that are known, one by one, and what was not read be read.
 
-    Writers wait while it is at work. The relay that leads, if one does, begins anew within ten seconds.
+    Writers wait until it ends. A leading relay begins anew within ten seconds.
     On a system that is well nothing is changed.
     Errors: WrongRequest; CannotRecover while a transaction that has written stays open.
     """

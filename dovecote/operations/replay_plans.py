@@ -141,9 +141,9 @@ def _require_present(connection: Connection, request: Request) -> None:
     if not request.event_ids:
         return
     absent: list[UUID] = list(run(connection, _ABSENT, {"event_ids": list(request.event_ids)}).scalars())
-    moments = [made_at(id) for id in absent if id.version == 7]
-    if moments:
-        retention.require_present(connection, since=min(moments), until=max(moments) + timedelta(milliseconds=1))
+    times = [made_at(id) for id in absent if id.version == 7]
+    if times:
+        retention.require_present(connection, since=min(times), until=max(times) + timedelta(milliseconds=1))
     if absent:
         raise ReplayRefused(f"{len(absent)} of these events are not in the outbox, such as {absent[0]}")
 

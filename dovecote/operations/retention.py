@@ -135,7 +135,7 @@ _BLOCKERS = text(
     "select handler_name, blocker, events, example, false as at_least"
     " from dovecote.partition_blockers(:lower_id, :upper_id) order by 1, 2"
 )
-# What an index tells at once. Whether every handler has acted on every event is not among it.
+# What an index answers at once. Whether every handler has acted on every event is not among it.
 _AT_A_GLANCE = text(
     f"""
     select null as handler_name, 'unpublished' as blocker, count(*) as events, min(few.id::text)::uuid as example,
@@ -313,7 +313,7 @@ def unsubscribe_handler(
     """
     require_who_and_why(actor, None)
     if handler in {route.handler for route in routes}:
-        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before it is unsubscribed")
+        raise WrongRequest(f"{handler} has a route: take that out of workers/routes.py before you unsubscribe it")
     with changing(engine, WrongRequest) as connection:
         subscribed: int = connection.execute(_SUBSCRIBED, {"handler": handler}).scalar_one()
         if not subscribed:

@@ -25,7 +25,7 @@ __all__ = [
     "require_who_and_why",
 ]
 
-# Ids tell their time from 1970 on; a year before this one is a slip of the finger.
+# Ids hold a time from 1970 on; an earlier year is a typing error.
 _NOTHING_BEFORE = datetime(2000, 1, 1, tzinfo=UTC)
 
 
@@ -75,9 +75,9 @@ def changing(engine: Engine, refused: type[DovecoteError]) -> Iterator[Connectio
 
 def require_range(since: datetime | None, until: datetime | None) -> None:
     """Errors: WrongRequest for a range that ends before it begins, or of a time when there were no events."""
-    for moment in (since, until):
-        if moment is not None and moment < _NOTHING_BEFORE:
-            raise WrongRequest(f"{moment:%Y-%m-%d} is before there were events: a year has four digits, such as 2026")
+    for time in (since, until):
+        if time is not None and time < _NOTHING_BEFORE:
+            raise WrongRequest(f"{time:%Y-%m-%d} is before there were events: a year has four digits, such as 2026")
     if since is not None and until is not None and since >= until:
         raise WrongRequest(f"the range of time ends ({until}) before it begins ({since})")
 

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import psycopg
 import structlog
@@ -113,6 +114,7 @@ class Relay:
         routes: Sequence[Route],
         instrumentation: RelayInstrumentation | None = None,
         maintain: Callable[[], None] | None = None,
+        migration_locations: Sequence[Path] = (),
     ) -> None:
         self._settings = settings
         self._instrumentation = instrumentation or RelayInstrumentation()
@@ -122,7 +124,8 @@ class Relay:
         self._maintain = maintain
         self._schema_is_current = False
         self._refused: str | None = None
-        schema.revisions()  # imports take time: not during a leadership
+        self._locations = migration_locations
+        schema.revisions(locations=migration_locations)  # imports take time: not during a leadership
 
     def stop(self) -> None:
         """End after the current batch."""
@@ -198,7 +201,9 @@ class Relay:
         if self._schema_is_current:
             return
         tries = 0
-        while not self._stop.is_set() and (pending := schema.pending_for(_applied(connection))):
+        while not self._stop.is_set() and (
+            pending := schema.pending_for(_applied(connection), locations=self._locations)
+        ):
             if tries % 60 == 0:
                 log.warning(WAITING, newest=pending[-1])
             tries += 1

@@ -10,18 +10,26 @@ from dovecote.route import Dovecote
 from dovecote.settings.variables import SettingsError, dotenv
 
 VARIABLE = "DOVECOTE_APP"
+#: What `dovecote up` runs where none is named.
+BUILT_IN_APP = "dovecote.local.demo:app"
 
 
-def find_app(environ: Mapping[str, str] | None = None, directory: Path | None = None) -> Dovecote:
-    """Import the app object that DOVECOTE_APP names, from the environment, `.env`, or the running `dovecote up`.
-
-    Errors: SettingsError where it is not given, cannot be imported, or is no Dovecote.
-    """
+def app_name(environ: Mapping[str, str] | None = None, directory: Path | None = None) -> str | None:
+    """Return what DOVECOTE_APP names: in the environment, in `.env`, or in the running `dovecote up`. None without."""
     environ = os.environ if environ is None else environ
     named = environ.get(VARIABLE) or dotenv((directory or Path.cwd()) / ".env").get(VARIABLE)
     if not named and (system := StateDirectory.locate(environ).running()):
         named = system.environment.get(VARIABLE)
-    if not named:
+    return named or None
+
+
+def find_app(environ: Mapping[str, str] | None = None, directory: Path | None = None) -> Dovecote:
+    """Import the app object that DOVECOTE_APP names.
+
+    Errors: SettingsError where it is not given, cannot be imported, or is no Dovecote.
+    """
+    named = app_name(environ, directory)
+    if named is None:
         raise SettingsError(f"{VARIABLE} is missing: it wants where the app object is, as package.module:name.")
     return load_app(named)
 

@@ -349,7 +349,7 @@ def _sentence(error: ValidationError, variables: Mapping[str, str]) -> str:
         field = _field([path[0], "url"])
     wanted = field.description.rstrip(".") if field and field.description else "one of the options"
     if first["type"] == "missing":
-        return f"{short} is missing: it wants {wanted} (or start a system of your own with ./dev up)."
+        return f"{short} is missing: it wants {wanted} (or start a system of your own with `dovecote up`)."
     secret = field is not None and "SecretStr" in str(field.annotation)
     given = str(variables.get(variable, first.get("input")))
     got = "a secret value that does not fit" if secret else repr(without_passwords(given))

@@ -66,7 +66,7 @@ _AUDIT_END = """
 """
 
 
-class Progress(NamedTuple):
+class ReplayProgress(NamedTuple):
     """How many events of a replay are done, of how many."""
 
     total: int
@@ -131,7 +131,7 @@ class ActiveReplays:
             return None
         return asked
 
-    def record(self, replay: UUID, cursor: int, events: int, *, finished: bool) -> Progress | None:
+    def record(self, replay: UUID, cursor: int, events: int, *, finished: bool) -> ReplayProgress | None:
         """Record that a replay has finished so many more events, all up to the cursor.
 
         None if nothing was recorded: it was paused or cancelled, or another relay has taken over.
@@ -144,7 +144,7 @@ class ActiveReplays:
         if finished:
             end = {"replay": replay, "handler": handler, "total": total, "done": done}
             self._connection.execute(_AUDIT_END, end)
-        return Progress(total, done)
+        return ReplayProgress(total, done)
 
     def _leave(self, replay: ActiveReplay, problem: str) -> None:
         if self._left.get(replay.id) != problem:

@@ -34,9 +34,9 @@ def main(words: list[str]) -> int:
         reports.append(run(one, options, _say))
         if given.seeds > 1:
             _say(f"seed {one}: {_in_a_line(reports[-1])}")
-    told = report.summary(reports)
-    sys.stdout.write((json.dumps(told) if given.json else report.page(told)) + "\n")
-    return 0 if told["kept_promises"] else 1
+    summary = report.summarize(reports)
+    sys.stdout.write((json.dumps(summary) if given.json else report.page(summary)) + "\n")
+    return 0 if summary["kept_promises"] else 1
 
 
 def _in_a_line(one: Report) -> str:

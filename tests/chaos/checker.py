@@ -51,7 +51,7 @@ def judge(history: History) -> Verdict:
     """Hold the history against the promises P1, P2, P4 and P10 of the design.
 
     What Postgres remembers at the end counts. An effect of an event that it forgot went with it; one that is there was
-    left afterwards. The provider forgets nothing: it may have been asked by a handler that was at work when Postgres
+    left afterwards. The provider forgets nothing: it may have been asked by a handler that was running when Postgres
     went back, and by none that began later.
     """
     counts = Counter((effect.handler, effect.event_id) for effect in history.effects)
@@ -134,7 +134,7 @@ def _wrong_sums(history: History) -> Iterable[str]:
 def longest_stall_seconds(history: History) -> float:
     """Return the longest time without any effect while an event was due, to the last effect there is."""
     done_at = _last_effects(history)
-    # Events by the moment they were done: what is due at any time is a suffix of this.
+    # Events by the time they were done: what is due at any time is a suffix of this.
     due = sorted((done, history.committed[id].at) for id, done in done_at.items())
     if not due:
         return 0.0
@@ -143,8 +143,8 @@ def longest_stall_seconds(history: History) -> float:
     for index in range(len(due) - 1, -1, -1):
         oldest = oldest_due[index] = min(oldest, due[index][1])
     longest, index = 0.0, 0
-    moments = sorted(effect.at for effect in history.effects)
-    for before, after in pairwise([min(event.at for event in history.committed.values()), *moments]):
+    times = sorted(effect.at for effect in history.effects)
+    for before, after in pairwise([min(event.at for event in history.committed.values()), *times]):
         while index < len(due) and due[index][0] <= before:
             index += 1
         if index < len(due):

@@ -1,7 +1,7 @@
 """The proxy of tests/support/proxy.py for Postgres, which can lose exactly the reply to a commit.
 
 A server has committed when it says ReadyForQuery with the status `I`, idle, after a COMMIT or after a
-statement that wrote something in a transaction of its own. Everything from the first message that tells of it
+statement that wrote something in a transaction of its own. Everything from the first message that announces it
 is held back until then: nobody may hear half of the news.
 """
 
@@ -58,8 +58,8 @@ class PostgresProxy(Proxy):
         super().heal()
 
     def _answer(self, data: bytes, link: Link) -> bytes | None:
-        answer, told = self._replies.setdefault(link, Replies()).feed(data, lose=self._commits_to_lose > 0)
-        if told:
+        answer, found = self._replies.setdefault(link, Replies()).feed(data, lose=self._commits_to_lose > 0)
+        if found:
             self._commits_to_lose -= 1
             return None
         return answer

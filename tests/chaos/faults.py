@@ -125,7 +125,7 @@ def _let_postgres(stage: Stage, statement: str) -> None:
 
 @contextmanager
 def _redis_empty(stage: Stage, _fault: Fault) -> Iterator[None]:
-    """A failover to a server that was never told anything."""
+    """A failover to a server without any data."""
     stage.redis.kill()
     shutil.rmtree(stage.redis.data / "appendonlydir")
     yield
@@ -204,7 +204,7 @@ def _cut(way: str, stage: Stage, _fault: Fault) -> Iterator[None]:
 @contextmanager
 def _black_holed(way: str, stage: Stage, fault: Fault) -> Iterator[None]:
     """At the end the bytes arrive after all, or, as often, the connections turn out to be gone."""
-    stage.proxies[way].black_hole()
+    stage.proxies[way].stall()
     yield
     if fault.dice < 0.5:
         stage.proxies[way].cut()

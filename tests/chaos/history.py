@@ -95,7 +95,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Told:
+class Journals:
     """What the writers' journals and the rows in `chaos.transactions` say together."""
 
     committed: dict[str, Committed]
@@ -104,7 +104,7 @@ class Told:
     contradictions: list[str]
 
 
-def read_journals(lines: Iterable[Mapping[str, Any]], marked: set[str], rewinds: Sequence[Rewind] = ()) -> Told:
+def read_journals(lines: Iterable[Mapping[str, Any]], marked: set[str], rewinds: Sequence[Rewind] = ()) -> Journals:
     """Hold the journals against `marked`, the transactions whose row is there at the end.
 
     The row is the answer where the writer never heard one. A commit that was heard of and left no row is forgotten if
@@ -133,7 +133,7 @@ def read_journals(lines: Iterable[Mapping[str, Any]], marked: set[str], rewinds:
         for id in heard.keys() - marked - forgotten_at.keys()
     ]
     contradictions += [f"transaction {id}: committed, and no writer ever asked for it" for id in marked - asked.keys()]
-    return Told(
+    return Journals(
         committed={
             event["id"]: Committed(**event, at=heard.get(id, line["at"]))
             for id, line in asked.items()
@@ -151,7 +151,7 @@ def read_journals(lines: Iterable[Mapping[str, Any]], marked: set[str], rewinds:
 
 
 def _forgotten_at(asked: float, heard: float, rewinds: Iterable[Rewind]) -> float | None:
-    """Return when Postgres went back behind a commit between these two moments; None if it never did.
+    """Return when Postgres went back behind a commit between these two times; None if it never did.
 
     It may have been the first time that it went back after the question, and no other: no commit outlives its
     connection, and what is remembered the first time is also remembered the second time.
@@ -170,7 +170,7 @@ def collect(
     """Read everything, once the system is quiet."""
     lines = [line for file in sorted((directory / "journals").glob("*.jsonl")) for line in _lines(file)]
     marked = {str(id) for (id,) in connection.execute("select id from chaos.transactions")}
-    told = read_journals(lines, marked, rewinds)
+    journals = read_journals(lines, marked, rewinds)
     sums = {account: (seq, cents) for account, seq, cents in connection.execute("table chaos.accounts")}
     effects = connection.execute(
         "select handler, event_id::text, account, seq, step, extract(epoch from at)::float8 from chaos.effects"
@@ -178,8 +178,8 @@ def collect(
     return History(
         handlers=handlers,
         ordered=ordered,
-        committed=told.committed,
-        forgotten=told.forgotten,
+        committed=journals.committed,
+        forgotten=journals.forgotten,
         effects=tuple(Effect(*row) for row in effects),
         ledger={
             account: (step, cents)
@@ -187,24 +187,27 @@ def collect(
         },
         charges=tuple(Charge(line["key"], line["began_at"]) for line in _lines(directory / "provider.jsonl")),
         mistakes=frozenset(
-            (handler, id) for handler in careless.HANDLERS for id in told.committed if careless.is_mishandled(UUID(id))
+            (handler, id)
+            for handler in careless.HANDLERS
+            for id in journals.committed
+            if careless.is_mishandled(UUID(id))
         ),
         reported=frozenset(connection.execute("select handler, event_id::text from chaos.reports").fetchall()),
-        rolled_back=told.rolled_back,
-        contradictions=(*told.contradictions, *_wrong_sums(told.committed.values(), sums)),
+        rolled_back=journals.rolled_back,
+        contradictions=(*journals.contradictions, *_wrong_sums(journals.committed.values(), sums)),
     )
 
 
 def _wrong_sums(committed: Iterable[Committed], accounts: Mapping[str, tuple[int, int]]) -> list[str]:
     """Compare the journals with the writers' own table, so that a gap in the journals is seen."""
-    told: dict[str, tuple[int, int]] = dict.fromkeys(accounts, (0, 0))
+    journaled: dict[str, tuple[int, int]] = dict.fromkeys(accounts, (0, 0))
     for event in committed:
-        count, cents = told.get(event.account, (0, 0))
-        told[event.account] = count + 1, cents + event.cents
+        count, cents = journaled.get(event.account, (0, 0))
+        journaled[event.account] = count + 1, cents + event.cents
     return [
-        f"{account}: the journals tell of {told.get(account)} facts and cents, its row of {row}"
+        f"{account}: the journals say {journaled.get(account)} (events, cents), its row {row}"
         for account, row in accounts.items()
-        if told.get(account) != row
+        if journaled.get(account) != row
     ]
 
 

@@ -23,7 +23,7 @@ _COUNTS = (
 )
 
 
-def summary(reports: Sequence[Report]) -> dict[str, Any]:
+def summarize(reports: Sequence[Report]) -> dict[str, Any]:
     """Return one run as it is, and many as sums and worst cases, with each of them below `runs`."""
     if len(reports) == 1:
         return reports[0].as_json()
@@ -46,26 +46,26 @@ def summary(reports: Sequence[Report]) -> dict[str, Any]:
     }
 
 
-def page(told: dict[str, Any]) -> str:
+def page(summary: dict[str, Any]) -> str:
     """Return the summary as lines of text."""
-    runs = len(told["seed"]) if isinstance(told["seed"], list) else 1
-    faults = sum(told["faults"].values())
+    runs = len(summary["seed"]) if isinstance(summary["seed"], list) else 1
+    faults = sum(summary["faults"].values())
     lines = [
         "",
-        f"seed {told['seed']}: {told['seconds']:g} s, {faults} faults of {len(told['faults'])} kinds"
-        + (f", {sum(told['moot'].values())} more found nothing to befall" if told["moot"] else ""),
+        f"seed {summary['seed']}: {summary['seconds']:g} s, {faults} faults of {len(summary['faults'])} kinds"
+        + (f", {sum(summary['moot'].values())} more found nothing to befall" if summary["moot"] else ""),
         "",
         f"{'fault':<36}{'times':>6}{'worst recovery, s':>20}",
         *(
-            f"{kind:<36}{times:>6}{told['recovery_seconds'].get(kind, 0):>20.2f}"
-            for kind, times in told["faults"].items()
+            f"{kind:<36}{times:>6}{summary['recovery_seconds'].get(kind, 0):>20.2f}"
+            for kind, times in summary["faults"].items()
         ),
         "",
-        *(f"{name.replace('_', ' '):<36}{told[name]:>6}" for name in _COUNTS),
-        f"{'longest stall, s':<36}{told['longest_stall_seconds']:>6.2f}",
+        *(f"{name.replace('_', ' '):<36}{summary[name]:>6}" for name in _COUNTS),
+        f"{'longest stall, s':<36}{summary['longest_stall_seconds']:>6.2f}",
         "",
-        "every promise was kept" if told["kept_promises"] else "A PROMISE BROKE",
+        "every promise was kept" if summary["kept_promises"] else "A PROMISE BROKE",
     ]
-    if runs > 1 and told["broken_seeds"]:
-        lines.append(f"broken with the seeds {told['broken_seeds']}")
+    if runs > 1 and summary["broken_seeds"]:
+        lines.append(f"broken with the seeds {summary['broken_seeds']}")
     return "\n".join(lines)

@@ -71,7 +71,7 @@ def crashed_asynchronously(stage: Stage, _fault: Fault) -> Iterator[None]:
     yield
     _wait_since(began)
     with stage.connection() as connection:
-        # For the server that starts next: this one goes on as it is, for it is not told.
+        # For the server that starts next: this one goes on as it is, for it does not reload.
         for name in _ASYNCHRONOUS:
             connection.execute(f"alter system reset {name}".encode())
     stage.databases.kill()

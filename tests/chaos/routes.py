@@ -1,4 +1,4 @@
-"""What the system under test does: one fact, six handlers, and tables in which every effect can be counted.
+"""What the system under test does: one event type, six handlers, and tables in which every effect can be counted.
 
 Nothing in these tables stops an effect from happening twice, in the wrong order or not at all: that is
 what Dovecote is there for. Run as the processes of the system only; pytest never imports it.
@@ -26,7 +26,7 @@ from workers.gateways import Gateways
 TABLES = (
     """
 create schema chaos;
--- The writers' state: how many facts each account has told, and what they come to.
+-- The writers' state: how many events each account has emitted, and their sum.
 create table chaos.accounts (id text primary key, seq bigint not null default 0, cents bigint not null default 0);
 -- One row for each transaction that committed: the answer where a writer never heard one.
 create table chaos.transactions (id uuid primary key);
@@ -43,7 +43,7 @@ create table chaos.effects (
 
 @dataclass(frozen=True, kw_only=True)
 class AmountMoved(Event, type="chaos.amount_moved.v1", aggregate="chaos_account", key="account"):
-    """The `seq`-th fact of an account, counted from 1 under the lock of its row."""
+    """The `seq`-th event of an account, counted from 1 under the lock of its row."""
 
     account: str
     seq: int
@@ -135,7 +135,7 @@ def charge(directory: Path, idempotency_key: str, cents: int, began_at: float) -
 
 
 def act_carelessly(event: AmountMoved, uow: UnitOfWork, _gateways: Gateways) -> object:
-    """Ends the transaction it was lent, swallows errors, leaves settings behind: with some events, until it is told."""
+    """Ends the transaction it was lent, swallows errors, leaves settings behind: for some events, until corrected."""
     _note_effect("chaos.careless", event, uow)
     return careless.mishandle("chaos.careless", [event.event_id], uow.session)
 

@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is told.
+    """The options of a run.
 
     pause_seconds      mean time between the beginnings of two faults
     only               the kinds of faults to choose from

@@ -21,7 +21,7 @@ class Kind:
     part: str
     shortest_seconds: float = 0.0
     longest_seconds: float = 0.0
-    # Two of them at the same moment would be one.
+    # Two of them at the same time would be one.
     rest_seconds: float = 0.5
 
 

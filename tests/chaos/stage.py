@@ -24,7 +24,6 @@ from sqlalchemy import make_url
 
 from dovecote import operations
 from dovecote.local.servers import Postgres, Redis
-from dovecote.migrations import schema
 from dovecote.processes.children import dying_with_us
 from dovecote.processes.state_directory import StateDirectory
 from dovecote.store.connections import connect
@@ -32,6 +31,7 @@ from tests.chaos import routes, writers
 from tests.chaos.commits import PostgresProxy
 from tests.chaos.databases import Databases
 from tests.chaos.history import Rewind
+from tests.support.clusters import put_cluster
 from tests.support.processes import eventually
 from tests.support.proxy import Proxy
 
@@ -41,7 +41,7 @@ _STOPPED_WITHIN_SECONDS = 40
 
 
 class Moot(Exception):
-    """A fault finds nothing that it could befall at this moment."""
+    """A fault finds nothing that it could befall now."""
 
 
 class Stage:
@@ -67,11 +67,11 @@ class Stage:
             (self.directory / name).mkdir()
         (self.directory / "servers").chmod(0o711)
         with ExitStack() as stack:
+            put_cluster(self.directory / "servers" / "postgres")
             stack.callback(self.databases.stop)
             self.postgres_url = self.databases.start()
             stack.callback(self.redis.stop)
             self.redis_url = self.redis.start().url
-            schema.upgrade(self.postgres_url)
             with self.connection() as connection:
                 connection.execute(routes.TABLES)
             writers.open_accounts(self.postgres_url)

@@ -16,7 +16,7 @@ def charges(*event_ids: str, began_at: float = 1_000.0) -> tuple[Charge, ...]:
 
 
 def a_history() -> History:
-    """Three facts of one account, a second apart, each acted on half a second later by two handlers."""
+    """Three events of one account, a second apart, each acted on half a second later by two handlers."""
     committed = [Committed(f"e{seq}", "a", seq, 100 * seq, at=1_000.0 + seq) for seq in (1, 2, 3)]
     effects = [
         Effect(handler, one.id, "a", one.seq, one.seq if handler == LEDGER else None, one.at + 0.5)
@@ -115,7 +115,7 @@ def test_a_provider_that_was_not_asked_or_asked_for_a_ghost_is_found() -> None:
     )
 
 
-# Postgres went back at 1,002.9 and forgot e4, the third fact of the account at that time. The third fact is now e3.
+# Postgres went back at 1,002.9 and forgot e4, the third event of the account at that time. The third event is now e3.
 FORGOTTEN = {"e4": Forgotten("e4", at=1_002.9, answered=True)}
 
 
@@ -178,28 +178,28 @@ def heard(transaction: str) -> dict[str, object]:
     return {"transaction": transaction, "committed": True, "at": 6.0}
 
 
-def test_a_commit_that_nobody_heard_of_is_told_by_its_row() -> None:
-    told = read_journals([asked("t1"), asked("t2")], {"t1"})
+def test_a_commit_that_nobody_heard_of_is_known_by_its_row() -> None:
+    journals = read_journals([asked("t1"), asked("t2")], {"t1"})
 
-    assert list(told.committed) == ["e-t1"]
-    assert told.committed["e-t1"].at == 5.0
-    assert told.rolled_back == 1
-    assert told.contradictions == []
+    assert list(journals.committed) == ["e-t1"]
+    assert journals.committed["e-t1"].at == 5.0
+    assert journals.rolled_back == 1
+    assert journals.contradictions == []
 
 
 def test_a_commit_that_was_heard_of_counts_from_then() -> None:
-    told = read_journals([asked("t1"), heard("t1"), {"rolled_back": 1}], {"t1"})
+    journals = read_journals([asked("t1"), heard("t1"), {"rolled_back": 1}], {"t1"})
 
-    assert told.committed["e-t1"].at == 6.0
-    assert told.rolled_back == 1
-    assert told.contradictions == []
+    assert journals.committed["e-t1"].at == 6.0
+    assert journals.rolled_back == 1
+    assert journals.contradictions == []
 
 
 def test_a_commit_that_was_heard_of_and_left_no_row_is_a_contradiction_and_still_due() -> None:
-    told = read_journals([asked("t1"), heard("t1")], set())
+    journals = read_journals([asked("t1"), heard("t1")], set())
 
-    assert list(told.committed) == ["e-t1"]
-    assert len(told.contradictions) == 1
+    assert list(journals.committed) == ["e-t1"]
+    assert len(journals.contradictions) == 1
 
 
 def test_a_row_that_no_writer_asked_for_is_a_contradiction() -> None:
@@ -215,12 +215,12 @@ def test_a_row_that_no_writer_asked_for_is_a_contradiction() -> None:
     ],
 )
 def test_an_answered_commit_without_a_row_is_forgotten_when_postgres_went_back(rewind: Rewind) -> None:
-    told = read_journals([asked("t1"), heard("t1")], set(), [rewind, Rewind(20, 21)])
+    journals = read_journals([asked("t1"), heard("t1")], set(), [rewind, Rewind(20, 21)])
 
-    assert told.committed == {}
-    assert told.forgotten == {"e-t1": Forgotten("e-t1", at=rewind.at, answered=True)}
-    assert told.contradictions == []
-    assert told.rolled_back == 0
+    assert journals.committed == {}
+    assert journals.forgotten == {"e-t1": Forgotten("e-t1", at=rewind.at, answered=True)}
+    assert journals.contradictions == []
+    assert journals.rolled_back == 0
 
 
 @pytest.mark.parametrize(
@@ -231,33 +231,33 @@ def test_an_answered_commit_without_a_row_is_forgotten_when_postgres_went_back(r
     ],
 )
 def test_an_answered_commit_without_a_row_is_lost_when_postgres_did_not_go_back_behind_it(rewind: Rewind) -> None:
-    told = read_journals([asked("t1"), heard("t1")], set(), [rewind])
+    journals = read_journals([asked("t1"), heard("t1")], set(), [rewind])
 
-    assert list(told.committed) == ["e-t1"]
-    assert told.forgotten == {}
-    assert told.contradictions == ["transaction t1: the writer heard of a commit that Postgres lost"]
+    assert list(journals.committed) == ["e-t1"]
+    assert journals.forgotten == {}
+    assert journals.contradictions == ["transaction t1: the writer heard of a commit that Postgres lost"]
 
 
 def test_what_is_remembered_the_first_time_must_be_remembered_the_second_time() -> None:
-    told = read_journals([asked("t1"), heard("t1")], set(), [Rewind(6.5, 7), Rewind(4, 9)])
+    journals = read_journals([asked("t1"), heard("t1")], set(), [Rewind(6.5, 7), Rewind(4, 9)])
 
-    assert list(told.committed) == ["e-t1"]
-    assert len(told.contradictions) == 1
+    assert list(journals.committed) == ["e-t1"]
+    assert len(journals.contradictions) == 1
 
 
 def test_a_commit_with_a_row_is_due_whether_postgres_went_back_or_not() -> None:
-    told = read_journals([asked("t1"), heard("t1"), asked("t2")], {"t1", "t2"}, [Rewind(4, 9)])
+    journals = read_journals([asked("t1"), heard("t1"), asked("t2")], {"t1", "t2"}, [Rewind(4, 9)])
 
-    assert list(told.committed) == ["e-t1", "e-t2"]
-    assert told.forgotten == {}
+    assert list(journals.committed) == ["e-t1", "e-t2"]
+    assert journals.forgotten == {}
 
 
 def test_an_unanswered_commit_without_a_row_may_be_forgotten_and_may_be_rolled_back() -> None:
-    told = read_journals([asked("t1")], set(), [Rewind(4, 9)])
+    journals = read_journals([asked("t1")], set(), [Rewind(4, 9)])
 
-    assert told.forgotten == {"e-t1": Forgotten("e-t1", at=9, answered=False)}
-    assert told.rolled_back == 1
-    assert told.contradictions == []
+    assert journals.forgotten == {"e-t1": Forgotten("e-t1", at=9, answered=False)}
+    assert journals.rolled_back == 1
+    assert journals.contradictions == []
 
 
 # Times -------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ INSERTED = b"C\x00\x00\x00\x0fINSERT 0 1\x00" + b"Z\x00\x00\x00\x05T"
 CUTS = list(itertools.combinations(range(1, len(INSERTED + COMMITTED)), 2))
 
 
-def test_messages_that_come_in_pieces_are_told_apart() -> None:
+def test_messages_that_come_in_pieces_are_parsed_one_by_one() -> None:
     stream = INSERTED + COMMITTED
     for cuts in CUTS:
         replies, passed, found = Replies(), b"", False

@@ -11,40 +11,40 @@ def test_a_failover_and_a_restored_copy_forget_what_came_after_them_and_nothing_
         databases = Databases(place, {"fsync": "off"})
         try:
             url = databases.start()
-            said(url, "create table facts (what text)", "insert into facts values ('before')")
+            execute(url, "create table rows (what text)", "insert into rows values ('before')")
 
             databases.add_standby()
-            said(url, "insert into facts values ('streamed')")
+            execute(url, "insert into rows values ('streamed')")
             databases.await_standby()
             databases.stop_streaming()
-            said(url, "insert into facts values ('lost with the primary')")
+            execute(url, "insert into rows values ('lost with the primary')")
             databases.kill()
             url = databases.promote_standby()
 
-            assert facts(url) == ["before", "streamed"]
+            assert rows(url) == ["before", "streamed"]
             assert timeline(url) == 2
 
             databases.copy_to(place / "copy")
-            said(url, "insert into facts values ('after the copy')")
+            execute(url, "insert into rows values ('after the copy')")
             databases.kill()
             databases.put_back(place / "copy")
             url = databases.start()
 
-            assert facts(url) == ["before", "streamed"]
+            assert rows(url) == ["before", "streamed"]
             assert timeline(url) == 2
         finally:
             databases.stop()
 
 
-def said(url: str, *statements: str) -> None:
+def execute(url: str, *statements: str) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         for statement in statements:
             connection.execute(statement.encode())
 
 
-def facts(url: str) -> list[str]:
+def rows(url: str) -> list[str]:
     with psycopg.connect(url) as connection:
-        return [what for (what,) in connection.execute("select what from facts order by what")]
+        return [what for (what,) in connection.execute("select what from rows order by what")]
 
 
 def timeline(url: str) -> int:

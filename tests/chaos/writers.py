@@ -1,4 +1,4 @@
-"""A service that writes facts, and a journal of what it did that owes nothing to the outbox.
+"""A service that writes events, and a journal of what it did that does not depend on the outbox.
 
 Before it asks for a commit it appends what it is about to commit to a file of its own; afterwards, what it
 heard. A writer that is killed, or whose answer got lost, leaves the first line only: then the row in
@@ -126,7 +126,7 @@ class Transaction:
         if self._chance.random() < 0.05:
             _pause.wait(self._chance.expovariate(5))
         if self._chance.random() < 0.002:
-            _pause.wait(3)  # a stuck writer: its floor holds the checkpoint back and may delay nobody else
+            _pause.wait(3)  # a stuck writer: its low-water mark holds the checkpoint back and may delay nobody else
 
 
 _pause = threading.Event()

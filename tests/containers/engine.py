@@ -278,7 +278,7 @@ def _bootstrap(substitute: Substitute, tar: Path) -> None:
 
 
 def _pip_settings() -> list[str]:
-    """Return what pip in the image must be told to reach the index that pip here reaches."""
+    """Return the settings that pip in the image needs to reach the index that pip here reaches."""
     given = [f"ENV {name}={value}" for name, value in os.environ.items() if name in ("PIP_INDEX_URL", "PIP_CERT")]
     return [*given, "ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"]
 

@@ -25,7 +25,7 @@ from dovecote.telemetry.configure import configure
 from dovecote.telemetry.logs import log_uncaught
 
 PASSWORD = "correct-horse-battery"  # known to the process
-TOLD = "hunter2 and more"  # known by its name only
+NAMED = "hunter2 and more"  # known by its name only
 NUMBER = "4915112345678"
 KEY_TEXT = "yBN9EAP/kKycWPliwcZ4mSZawdxtp/5a0o1JXbB+cRY="
 KEY = base64.b64decode(KEY_TEXT)
@@ -53,7 +53,7 @@ def fail() -> None:
         try:
             raise ConnectionError(f"redis://:{PASSWORD}@cache:6379 is away")
         except ConnectionError as error:
-            raise LookupError(f"nobody at +49 151 1234 5678, api_key='{TOLD}'") from error
+            raise LookupError(f"nobody at +49 151 1234 5678, api_key='{NAMED}'") from error
     except LookupError as error:
         failure = ValueError(f"Failing row contains (1, {NUMBER}, {PASSWORD}).")
         failure.add_note(f"the caller was +{NUMBER}, password={PASSWORD}")
@@ -85,19 +85,19 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "positional arguments": lambda: log.warning("calling %s with %s", f"+{NUMBER}", PASSWORD),
     "a number in groups": lambda: log.info("calling +49 (151) 1234-5678"),
     "values": lambda: log.info("x", to=f"+{NUMBER}", url=f"postgresql://u:{PASSWORD}@db/x", query=quote(f"+{NUMBER}")),
-    "names": lambda: log.info("x", phone=NUMBER, mobile=int(NUMBER), password=TOLD, api_key=TOLD, sms_token=TOLD),
-    "bytes": lambda: log.info("x", body=f"+{NUMBER} {PASSWORD}".encode(), password=TOLD.encode()),
+    "names": lambda: log.info("x", phone=NUMBER, mobile=int(NUMBER), password=NAMED, api_key=NAMED, sms_token=NAMED),
+    "bytes": lambda: log.info("x", body=f"+{NUMBER} {PASSWORD}".encode(), password=NAMED.encode()),
     "nested": lambda: log.info(
-        "x", a={"b": [{"password": TOLD}, (f"+{NUMBER}", {PASSWORD})], "phone": {"no": "+" + NUMBER}}
+        "x", a={"b": [{"password": NAMED}, (f"+{NUMBER}", {PASSWORD})], "phone": {"no": "+" + NUMBER}}
     ),
-    "nested names": lambda: log.info("x", headers=MappingProxyType({"Authorization": TOLD, "phone": int(NUMBER)})),
+    "nested names": lambda: log.info("x", headers=MappingProxyType({"Authorization": NAMED, "phone": int(NUMBER)})),
     "names as keys": lambda: log.info("x", seen={f"+{NUMBER}": 1, PASSWORD: 2}),
-    "JSON in JSON": lambda: log.info("x", body=json.dumps({"body": json.dumps({"password": TOLD, "phone": NUMBER})})),
+    "JSON in JSON": lambda: log.info("x", body=json.dumps({"body": json.dumps({"password": NAMED, "phone": NUMBER})})),
     "objects": lambda: log.info("x", account=Account(), loud=[Loud()], error=ValueError(f"{PASSWORD} +{NUMBER}")),
     "keys": lambda: log.info(
         "x", raw=KEY, hex=KEY.hex(), text=KEY_TEXT, url=base64.urlsafe_b64encode(KEY), held=repr(KEY)
     ),
-    "bound": lambda: log.bind(password=TOLD, caller=f"+{NUMBER}").info("x"),
+    "bound": lambda: log.bind(password=NAMED, caller=f"+{NUMBER}").info("x"),
     "an exception": structlog_exception,
     "an exception in a library": library_exception,
     "a thread's end": in_a_thread,
@@ -106,8 +106,8 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     ),
     "a library's named arguments": lambda: library.error("%(a)s %(b)r", {"a": PASSWORD, "b": [f"+{NUMBER}"]}),
     "a library's wrong arguments": lambda: library.error("%d %s", f"+{NUMBER}"),
-    "a library's extra": lambda: library.error("x", extra={"password": TOLD, "caller": f"+{NUMBER}"}),
-    "a library's own words": lambda: library.error("password='%s' phone: %s", TOLD, NUMBER),
+    "a library's extra": lambda: library.error("x", extra={"password": NAMED, "caller": f"+{NUMBER}"}),
+    "a library's own words": lambda: library.error("password='%s' phone: %s", NAMED, NUMBER),
 }
 
 
@@ -173,7 +173,7 @@ def test_nothing_leaks_into_a_trace() -> None:
     attributes: dict[str, Any] = {
         "url": f"redis://:{PASSWORD}@cache",
         "phone": int(NUMBER),
-        "password": TOLD,
+        "password": NAMED,
         "to": [f"+{NUMBER}", PASSWORD],
         "raw": KEY,
     }
@@ -187,6 +187,6 @@ def test_nothing_leaks_into_a_trace() -> None:
     with pytest.raises(ExceptionGroup):
         call()
 
-    (told,) = exporter.get_finished_spans()
-    assert "ExceptionGroup" in told.to_json()
-    assert leaks(json.dumps(json.loads(told.to_json()), ensure_ascii=False)) == []
+    (exported,) = exporter.get_finished_spans()
+    assert "ExceptionGroup" in exported.to_json()
+    assert leaks(json.dumps(json.loads(exported.to_json()), ensure_ascii=False)) == []

@@ -88,11 +88,11 @@ def test_a_keyring_shows_no_key() -> None:
 
 def test_the_keys_of_a_keyring_cannot_be_changed() -> None:
     keys = {"k1": KEY_1}
-    ring = a_keyring(encryption_keys=keys)
+    keyring = a_keyring(encryption_keys=keys)
 
     keys["k2"] = KEY_2
 
-    assert "k2" not in ring.encryption_keys
+    assert "k2" not in keyring.encryption_keys
 
 
 # Encryption-----------------------------------------------------------------------------------

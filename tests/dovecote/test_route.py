@@ -190,7 +190,7 @@ def test_two_routes_of_one_handler_name_are_refused_wherever_a_system_is_put_tog
 
 
 def test_the_whole_name_of_a_handler_is_in_its_messages_ids() -> None:
-    base = "notifications.tell_the_customer_that_the_preferences_of_the_account_"
+    base = "notifications.send_the_customer_that_the_preferences_of_the_account_"
     names = [f"{base}by_mail", f"{base}by_push", base, base[:64], base[:65]]
 
     ids = {bundle(a_route(name), [1], [ENVELOPE]).id for name in names}
@@ -199,7 +199,7 @@ def test_the_whole_name_of_a_handler_is_in_its_messages_ids() -> None:
 
 
 def test_a_short_name_s_message_keeps_its_id() -> None:
-    # As it was before long names were told apart: a deploy must not send again what is queued.
+    # As it was before long names were kept distinct: a deploy must not send again what is queued.
     assert bundle(a_route("test.note"), [1, 2], [ENVELOPE]).id == "b2eb5343593708e20cb2b74a6885bf34c"
 
 

@@ -37,12 +37,12 @@ def agreed() -> SalaryAgreed:
 def test_a_sensitive_field_comes_back_through_the_keys() -> None:
     event = agreed()
 
-    told = event.payload(KEYS)
+    payload = event.payload(KEYS)
 
-    assert "4711" not in str(told)
+    assert "4711" not in str(payload)
     assert "4711" not in repr(event)
-    assert told["contract_id"] == "c-1"
-    assert read_event(event.type, event.event_id, told, KEYS) == event
+    assert payload["contract_id"] == "c-1"
+    assert read_event(event.type, event.event_id, payload, KEYS) == event
 
 
 def test_without_keys_it_is_neither_written_nor_read() -> None:
@@ -56,12 +56,12 @@ def test_without_keys_it_is_neither_written_nor_read() -> None:
 
 def test_with_another_key_or_in_another_event_it_does_not_open() -> None:
     event = agreed()
-    told = event.payload(KEYS)
+    payload = event.payload(KEYS)
 
     with pytest.raises(CannotDecrypt):
-        read_event(event.type, event.event_id, told, OTHER_KEYS)
+        read_event(event.type, event.event_id, payload, OTHER_KEYS)
     with pytest.raises(CannotDecrypt):
-        read_event(event.type, uuid7(), told, KEYS)
+        read_event(event.type, uuid7(), payload, KEYS)
 
 
 def test_a_sensitive_field_that_came_in_the_clear_is_refused_without_repeating_it() -> None:

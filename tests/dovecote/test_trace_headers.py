@@ -81,7 +81,9 @@ def test_baggage_stays_with_the_caller(engine: Engine, sessions: sessionmaker[Se
     assert headers == {"correlation_id": "request-17", "traceparent": carrier["traceparent"]}
 
 
-def test_the_most_that_tracing_may_carry_fails_no_order(engine: Engine, sessions: sessionmaker[Session]) -> None:
+def test_the_largest_headers_that_tracing_may_carry_fail_no_order(
+    engine: Engine, sessions: sessionmaker[Session]
+) -> None:
     propagate.set_global_textmap(CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()]))
     incoming = {
         "traceparent": TRACEPARENT,
@@ -143,7 +145,7 @@ def test_only_a_trace_that_is_one_is_kept(
     assert kept(engine, sessions) == expected
 
 
-def test_a_propagator_that_fails_is_told_of_once(
+def test_a_propagator_that_fails_is_reported_once(
     engine: Engine, sessions: sessionmaker[Session], caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_carrier: Any) -> None:

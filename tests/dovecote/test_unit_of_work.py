@@ -55,7 +55,7 @@ def written(engine: Engine) -> list[str]:
 
 
 @pytest.mark.parametrize("autoflush", [True, False])
-def test_an_event_is_written_after_the_state_it_tells_of(engine: Engine, autoflush: bool) -> None:
+def test_an_event_is_written_after_the_state_it_describes(engine: Engine, autoflush: bool) -> None:
     sessions = sessionmaker(engine, autoflush=autoflush)
     statements: list[str] = []
 
@@ -110,7 +110,7 @@ def test_concurrent_writers_of_one_aggregate_write_its_events_in_the_order_of_it
     assert prices == [str(version) for version in range(1, 161)]
 
 
-def test_a_rolled_back_transaction_tells_nothing(engine: Engine, sessions: sessionmaker[Session]) -> None:
+def test_a_rolled_back_transaction_emits_nothing(engine: Engine, sessions: sessionmaker[Session]) -> None:
     def fail() -> None:
         with unit_of_work(sessions) as uow:
             uow.emit(a_quote())
@@ -417,7 +417,7 @@ def test_append_event_refuses_in_words_what_the_outbox_would_refuse(
     assert connection.execute("select count(*) from dovecote.outbox").fetchone() == (0,)
 
 
-def test_append_event_rings_the_bell_of_a_relay_that_sleeps_and_no_other(
+def test_append_event_wakes_a_relay_that_sleeps_and_notifies_no_other(
     connection: Connection, database_url: str
 ) -> None:
     with psycopg.connect(database_url, autocommit=True) as relay:
@@ -639,10 +639,10 @@ def test_an_aggregate_that_somebody_else_changed_is_loaded_again(
     assert written(engine) == ["EUR"]
 
 
-def test_an_async_story_is_told_again_too(database_url: str, engine: Engine) -> None:
+def test_an_async_use_case_is_retried_too(database_url: str, engine: Engine) -> None:
     tried = []
 
-    async def story() -> str:
+    async def use_case() -> str:
         async_engine = create_async_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
 
         async def work(uow: UnitOfWork, session: AsyncSession) -> str:
@@ -659,6 +659,6 @@ def test_an_async_story_is_told_again_too(database_url: str, engine: Engine) -> 
         finally:
             await async_engine.dispose()
 
-    assert asyncio.run(story()) == "done"
+    assert asyncio.run(use_case()) == "done"
     assert len(tried) == 3
     assert written(engine) == ["async"]

@@ -26,8 +26,8 @@ class Weighed(Event, type="upcast.weighed.v3", aggregate="thing", key="thing"):
 
 @upcaster("upcast.weighed.v1", "upcast.weighed.v2")
 def _in_grams(payload: Mapping[str, Any]) -> dict[str, Any]:
-    told = dict(payload)
-    return {**told, "grams": str(Decimal(told.pop("kilograms")) * 1000)}
+    fields = dict(payload)
+    return {**fields, "grams": str(Decimal(fields.pop("kilograms")) * 1000)}
 
 
 @upcaster("upcast.weighed.v2", "upcast.weighed.v3")
@@ -82,7 +82,7 @@ def test_a_payload_that_is_not_of_its_version_is_invalid(payload: dict[str, Any]
         ("upcast.weighed", "upcast.weighed.v2"),
     ],
 )
-def test_an_upcaster_leads_to_the_next_version_of_the_same_fact(older: str, newer: str) -> None:
+def test_an_upcaster_leads_to_the_next_version_of_the_same_event(older: str, newer: str) -> None:
     with pytest.raises(InvalidEvent):
         upcaster(older, newer)
 

@@ -12,13 +12,14 @@ from sqlalchemy import text
 from domain.pricing import PriceQuoted
 from dovecote.bootstrap import relay_for
 from dovecote.processes.children import die_with_parent
+from dovecote.route import Dovecote
 from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import settings_for
 from tests.support.effects import a_route, note_as
 from tests.support.system import system_for
 from workers.gateways import Gateways
 
-#: The price of an event that is acted on while a test lets go of the advisory lock of that number.
+#: The price of an event that is acted on while a test releases the advisory lock of that number.
 HELD = 4_711
 
 
@@ -26,7 +27,7 @@ def note(event: PriceQuoted, uow: UnitOfWork, _gateways: Gateways) -> None:
     note_as("test.note", event, uow)
     if event.price == HELD:
         uow.session.execute(text(f"select pg_advisory_xact_lock({HELD})"))
-    time.sleep(0.0005)  # so that a kill finds it at work
+    time.sleep(0.0005)  # so that a kill finds it in flight
 
 
 ROUTE = a_route(function=note, ordered=True, replayable=True, bundle_size=50)
@@ -38,7 +39,7 @@ def main(part: str, database_url: str, redis_url: str, namespace: str, home: str
     variables = {"DOVECOTE_REDIS__NAMESPACE": namespace, **dict(word.split("=", 1) for word in more)}
     settings = settings_for(database_url, redis_url, Path(home), **variables)
     if part == "relay":
-        relay_for(settings, (ROUTE,)).run()
+        relay_for(settings, Dovecote(routes=(ROUTE,))).run()
         return
     with system_for(settings, (ROUTE,)) as system:
         dramatiq.Worker(system.broker, queues={ROUTE.queue}, worker_threads=3, worker_timeout=100).start()

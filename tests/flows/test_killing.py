@@ -21,11 +21,12 @@ import sqlalchemy.exc
 from dovecote import operations
 from dovecote.processes.state_directory import StateDirectory
 from dovecote.store.connections import connect
+from tests.support.clusters import put_cluster
 from tests.support.exact_counts import count_everything
 from tests.support.processes import a_place_for_servers, are_there, eventually
 from workers.routes import ROUTES
 
-_ROWS = 6_000
+_ROWS, _ROWS_IF_LONG = 2_000, 6_000
 _SYMBOLS = 30
 
 
@@ -71,16 +72,18 @@ class RunningSystem:
             engine.dispose()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def running() -> Iterator[RunningSystem]:
+    """One for the module, because it takes seven processes; the last test ends it."""
     with a_place_for_servers() as place, _up(place / "home") as system:
         yield system
 
 
 def test_relay_and_workers_killed_in_the_middle_of_an_import_lose_and_double_nothing(
-    running: RunningSystem, tmp_path: Path
+    running: RunningSystem, tmp_path: Path, is_long: bool
 ) -> None:
-    file = _prices(tmp_path)
+    rows = _ROWS_IF_LONG if is_long else _ROWS
+    file = _prices(tmp_path, rows)
     importing = subprocess.Popen(
         [sys.executable, "-m", "dovecote", "ingest", "prices", str(file), "--per-transaction", "10"],
         env=running.environment,
@@ -98,7 +101,7 @@ def test_relay_and_workers_killed_in_the_middle_of_an_import_lose_and_double_not
     assert importing.returncode == 0
     assert kills > 3
     eventually(running.is_quiet, 60, "a quiet system after the kills")
-    assert running.status().handlers["pricing.apply_quotes"].processed == _ROWS
+    assert running.status().handlers["pricing.apply_quotes"].processed == rows
     with psycopg.connect(running.database_url()) as connection:
         applied = connection.execute("select sum(quotes_applied), count(*) from dovecote.latest_prices").fetchone()
         newest = connection.execute(
@@ -108,7 +111,7 @@ def test_relay_and_workers_killed_in_the_middle_of_an_import_lose_and_double_not
                   order by symbol, as_of desc) newest using (symbol, as_of, price)
             """
         ).fetchone()
-    assert applied == (_ROWS, _SYMBOLS)
+    assert applied == (rows, _SYMBOLS)
     assert newest == (_SYMBOLS,)
 
 
@@ -126,6 +129,7 @@ def test_a_killed_system_leaves_no_process_behind_and_finds_its_data_again() -> 
 
 
 def test_servers_that_are_killed_are_started_again(running: RunningSystem) -> None:
+    published = running.status().relay.published
     for words in ("-server - --dir", "postgres -D"):
         (server,) = [one for one in running.ours(words) if one.ppid() == running.process.pid]
 
@@ -134,7 +138,7 @@ def test_servers_that_are_killed_are_started_again(running: RunningSystem) -> No
         eventually(partial(running.ours, words), 20, f"another {words}")
     eventually(lambda: _leads(running), 30, "a relay that leads again")
     _demo(running)
-    assert running.status().relay.published == 100
+    assert running.status().relay.published == published + 100
 
 
 def _leads(system: RunningSystem) -> bool:
@@ -144,15 +148,14 @@ def _leads(system: RunningSystem) -> bool:
         return False
 
 
-def test_ctrl_c_stops_everything() -> None:
-    with a_place_for_servers() as place, _up(place / "home") as system:
-        everything = [child.pid for child in psutil.Process(system.process.pid).children(recursive=True)]
+def test_ctrl_c_stops_everything(running: RunningSystem) -> None:
+    everything = [child.pid for child in psutil.Process(running.process.pid).children(recursive=True)]
 
-        system.process.send_signal(signal.SIGINT)
+    running.process.send_signal(signal.SIGINT)
 
-        assert system.process.wait(30) == 0
-        assert not are_there(everything)
-        assert StateDirectory(place / "home").running() is None
+    assert running.process.wait(30) == 0
+    assert not are_there(everything)
+    assert StateDirectory(running.home).running() is None
 
 
 def _demo(system: RunningSystem) -> None:
@@ -166,6 +169,8 @@ def _demo(system: RunningSystem) -> None:
 
 @contextmanager
 def _up(home: Path) -> Iterator[RunningSystem]:
+    if not home.exists():
+        put_cluster(home / "servers" / "postgres")
     process = subprocess.Popen(
         [sys.executable, "-m", "dovecote", "up"],
         env={**_environment(), "DOVECOTE_HOME": str(home)},
@@ -187,9 +192,9 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
 
 
-def _prices(directory: Path) -> Path:
+def _prices(directory: Path, count: int) -> Path:
     file = directory / "prices.csv"
     began = datetime(2026, 1, 1, tzinfo=UTC)
-    rows = (f"S{n % _SYMBOLS},{n + 1}.5,{(began + timedelta(minutes=n)).isoformat()}" for n in range(_ROWS))
+    rows = (f"S{n % _SYMBOLS},{n + 1}.5,{(began + timedelta(minutes=n)).isoformat()}" for n in range(count))
     file.write_text("symbol,price,at\n" + "\n".join(rows) + "\n")
     return file

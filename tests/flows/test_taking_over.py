@@ -72,6 +72,10 @@ def waits_for_us(system: System) -> bool:
         return bool(connection.execute(query, {"held": HELD}).scalar_one())
 
 
+def live_workers(system: System) -> int:
+    return system.broker.client.zcard(f"{system.settings.redis.namespace}:__heartbeats__")
+
+
 def test_what_a_killed_worker_had_in_hand_is_acted_on_within_15_seconds(system: System, start: Start) -> None:
     start("relay")
     killed = start("consumers")
@@ -80,6 +84,7 @@ def test_what_a_killed_worker_had_in_hand_is_acted_on_within_15_seconds(system: 
         write_quotes(system, [HELD, 1, 2])
         eventually(lambda: waits_for_us(system), 30, "a worker in the middle of its handler")
         start("consumers")
+        eventually(lambda: live_workers(system) == 2, 30, "a worker that can take over")
 
         killed.kill()
         us.execute("select pg_advisory_unlock(%s)", (HELD,))
@@ -88,6 +93,7 @@ def test_what_a_killed_worker_had_in_hand_is_acted_on_within_15_seconds(system: 
     assert [effect.price for effect in effects_in(system.engine)] == [HELD, 1, 2]
 
 
+@pytest.mark.alone
 def test_a_standby_publishes_within_2_seconds_of_the_death_of_the_leader(system: System, start: Start) -> None:
     relays = [start("relay") for _ in range(2)]
     eventually(lambda: leader(system), 30, "a leader")

@@ -1,4 +1,4 @@
-"""A committed fact becomes an effect, exactly once: the three domains through a real relay and real workers."""
+"""A committed event becomes an effect, exactly once: the three domains through a real relay and real workers."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -25,7 +25,7 @@ def system(settings: Settings) -> Iterator[System]:
         yield system
 
 
-def test_a_membership_s_facts_become_its_history_in_order(system: System) -> None:
+def test_a_membership_s_events_become_its_history_in_order(system: System) -> None:
     with unit_of_work(system.sessions) as uow:
         membership = billing.start_membership(uow, "user-1", billing.Tier.MONTHLY, NOON)
     with unit_of_work(system.sessions) as uow:

@@ -221,7 +221,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=examples(60, 20_000))
 def test_whatever_is_typed_the_command_ends_with_a_sentence_and_a_code(home: Path, words: list[str]) -> None:
     nowhere = {"DATABASE_URL": "postgresql://me@127.0.0.1:1/mine", "REDIS_URL": "redis://127.0.0.1:1/0"}
-    told = StringIO()
+    printed = StringIO()
     before = Path.cwd()
     os.chdir(home)
     try:
@@ -233,17 +233,17 @@ def test_whatever_is_typed_the_command_ends_with_a_sentence_and_a_code(home: Pat
             ),
             patch.object(sys, "argv", ["dovecote", *words]),
             patch.object(sys, "stdin", StringIO("")),
-            redirect_stdout(told),
-            redirect_stderr(told),
+            redirect_stdout(printed),
+            redirect_stderr(printed),
             pytest.raises(SystemExit) as ended,
         ):
             cli.main()
     finally:
         os.chdir(before)
 
-    assert ended.value.code in (0, 1, 2, None), told.getvalue()
-    assert "Traceback" not in told.getvalue()
-    assert told.getvalue(), "it ended without a word"
+    assert ended.value.code in (0, 1, 2, None), printed.getvalue()
+    assert "Traceback" not in printed.getvalue()
+    assert printed.getvalue(), "it ended without a word"
 
 
 def test_every_command_is_among_those_that_are_tried() -> None:

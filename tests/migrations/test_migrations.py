@@ -17,10 +17,11 @@ from psycopg.rows import TupleRow
 from sqlalchemy import Connection, create_engine, make_url
 
 from dovecote.migrations import schema
+from tests.support.migrations import LOCATIONS
 
 pytestmark = pytest.mark.servers
 
-REVISIONS = schema.revisions()
+REVISIONS = schema.revisions(locations=LOCATIONS)
 LIBRARY = schema.revisions(locations=())
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def differences(url: str) -> list[object]:
 
 
 def alembic(connection: Connection) -> Config:
-    """What `alembic` is told in a checkout, about this database."""
+    """The configuration of `alembic` in a checkout, for this database."""
     config = Config(ROOT / "alembic.ini")
     config.attributes["connection"] = connection
     return config
@@ -84,25 +85,27 @@ def suffix(week: int) -> str:
 
 
 def test_up_and_down_and_up_again(empty_database_url: str) -> None:
-    schema.upgrade(empty_database_url)
+    schema.upgrade(empty_database_url, locations=LOCATIONS)
     first = inventory(empty_database_url)
 
-    schema.downgrade(empty_database_url, "base")
+    schema.downgrade(empty_database_url, "base", locations=LOCATIONS)
     assert inventory(empty_database_url) == set()
-    schema.upgrade(empty_database_url)
+    schema.upgrade(empty_database_url, locations=LOCATIONS)
 
     assert inventory(empty_database_url) == first
     assert len(first) > 50
 
 
-def test_every_revision_takes_back_what_it_made(empty_database_url: str) -> None:
+def test_every_revision_reverts_what_it_made(empty_database_url: str) -> None:
     left = []
     for revision in REVISIONS:
         left.append(inventory(empty_database_url))
-        schema.upgrade(empty_database_url, revision)
+        schema.upgrade(empty_database_url, revision, locations=LOCATIONS)
 
     for revision, before in list(zip(["base", *REVISIONS], left, strict=False))[::-1]:
-        schema.downgrade(empty_database_url, "application@base" if revision == LIBRARY[-1] else revision)
+        schema.downgrade(
+            empty_database_url, "application@base" if revision == LIBRARY[-1] else revision, locations=LOCATIONS
+        )
         assert inventory(empty_database_url) == before, revision
 
 
@@ -114,7 +117,7 @@ def test_the_library_goes_up_and_down_without_an_application(empty_database_url:
     schema.upgrade(empty_database_url, locations=())
     assert REVISIONS[: len(LIBRARY)] == LIBRARY
     assert schema.steps(empty_database_url, locations=()) == []
-    assert schema.steps(empty_database_url) == REVISIONS[len(LIBRARY) :]
+    assert schema.steps(empty_database_url, locations=LOCATIONS) == REVISIONS[len(LIBRARY) :]
 
     assert schema.steps_back(empty_database_url, "base", locations=()) == LIBRARY[::-1]
     schema.downgrade(empty_database_url, "base", locations=())
@@ -139,31 +142,31 @@ print(schema.steps_back({empty_database_url!r}, "base", locations=()))
 
 
 def test_the_application_stands_on_the_library(fresh_database_url: str) -> None:
-    schema.downgrade(fresh_database_url, "application@base")
-    assert schema.steps(fresh_database_url) == REVISIONS[len(LIBRARY) :]
-    assert schema.steps(fresh_database_url, "library@head") == []
+    schema.downgrade(fresh_database_url, "application@base", locations=LOCATIONS)
+    assert schema.steps(fresh_database_url, locations=LOCATIONS) == REVISIONS[len(LIBRARY) :]
+    assert schema.steps(fresh_database_url, "library@head", locations=LOCATIONS) == []
 
-    schema.upgrade(fresh_database_url)
-    assert schema.steps_back(fresh_database_url, "library@base") == REVISIONS[::-1]
+    schema.upgrade(fresh_database_url, locations=LOCATIONS)
+    assert schema.steps_back(fresh_database_url, "library@base", locations=LOCATIONS) == REVISIONS[::-1]
 
 
 def test_alembic_itself_does_the_same(empty_database_url: str) -> None:
     with create_engine(make_url(empty_database_url).set(drivername="postgresql+psycopg")).connect() as connection:
         command.upgrade(alembic(connection), "heads")
-        assert schema.pending(connection) == []
+        assert schema.pending(connection, locations=LOCATIONS) == []
 
         command.downgrade(alembic(connection), "base")
-        assert schema.pending(connection) == REVISIONS
+        assert schema.pending(connection, locations=LOCATIONS) == REVISIONS
 
 
 def test_a_migrated_database_has_nothing_pending(fresh_database_url: str, empty_database_url: str) -> None:
     def pending(url: str) -> list[str]:
         with create_engine(make_url(url).set(drivername="postgresql+psycopg")).connect() as connection:
-            return schema.pending(connection)
+            return schema.pending(connection, locations=LOCATIONS)
 
     assert pending(fresh_database_url) == []
     assert pending(empty_database_url) == REVISIONS
-    assert schema.pending_for(["of_a_newer_deploy"]) == []
+    assert schema.pending_for(["of_a_newer_deploy"], locations=LOCATIONS) == []
 
 
 # Partitions ---------------------------------------------------------------------------------------

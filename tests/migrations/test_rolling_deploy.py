@@ -18,6 +18,7 @@ from alembic.script import ScriptDirectory
 from dovecote.migrations import schema
 from tests.conftest import Servers
 from tests.support.keys import KEYS
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def contractions(sql: str) -> list[str]:
 
 
 def test_every_migration_above_the_first_release_only_adds() -> None:
-    script = ScriptDirectory.from_config(schema._config(schema.APPLICATION))
+    script = ScriptDirectory.from_config(schema._config(LOCATIONS))
     first = {one.revision for one in script.iterate_revisions(FIRST_RELEASE, (), implicit_base=True)}
     assert {FIRST_RELEASE, "dovecote_0001"} <= first
     for revision in (one for one in script.walk_revisions() if one.revision not in first):
@@ -139,7 +140,7 @@ def count(url: str, query: str) -> int:
 def test_relay_and_consumers_wait_for_a_schema_that_is_older_and_writers_do_not(
     empty_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
-    schema.upgrade(empty_database_url, schema.revisions()[-2])
+    schema.upgrade(empty_database_url, schema.revisions(locations=LOCATIONS)[-2], locations=LOCATIONS)
     variables = {
         "DATABASE_URL": empty_database_url,
         "REDIS_URL": servers.redis_url,
@@ -162,7 +163,7 @@ def test_relay_and_consumers_wait_for_a_schema_that_is_older_and_writers_do_not(
         assert (relay.process.poll(), consumers.process.poll()) == (None, None)
         assert count(empty_database_url, "select count(*) from dovecote.published_batches") == 0
 
-        schema.upgrade(empty_database_url)
+        schema.upgrade(empty_database_url, locations=LOCATIONS)
 
         done = "select count(*) from dovecote.billing_history"
         eventually(lambda: count(empty_database_url, done) == 3 * MEMBERSHIPS, 60, "all of it, once it is migrated")

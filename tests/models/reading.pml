@@ -4,7 +4,7 @@
  * first position. The reader asks for the safe position and the active writers, then for rows above its high-water
  * mark, then which writers have ended, then for rows that have appeared in the gaps that these could fill. It may
  * use the safe position of the read before. It may die after sending a batch and before recording it, and start again.
- * Every step that is one moment in Postgres is one step here, and Spin tries every order of them.
+ * Every step that is atomic in Postgres is one step here, and Spin tries every order of them.
  *
  * In the code:  dovecote/migrations/sql (announce in 0002_outbox, active_writers in 0003_relay), dovecote/store/reader.py
  *               (Reader), dovecote/store/gaps.py (Writers, behind_unread).
@@ -119,7 +119,7 @@ inline read_marks() {
 }
 
 /* A second look, and none where the first has shown that no writer can own a position below the safe one. */
-inline look_at_writers() {
+inline read_writers() {
     d_step {
         p = 0;
         do
@@ -138,7 +138,7 @@ inline look_at_writers() {
 #else
 #define IS_OVER(writer)  HAS(over, writer)
 #endif
-#ifdef LAST_LOOK_ONLY
+#ifdef ONLY_THE_LAST_LOOK
 #define EARLIER(writer)  NONE
 #else
 #define EARLIER(writer)  seen_before[writer]
@@ -263,19 +263,19 @@ start_again: true;
     }
     do
     ::
-#if defined(ROWS_BEFORE_HORIZON)
-        read_beyond(); read_sequence(); read_marks(); look_at_writers(); ask_who_has_ended(); read_late();
-#elif defined(FLOORS_BEFORE_SEQUENCE)
-        read_marks(); read_sequence(); look_at_writers(); read_beyond(); ask_who_has_ended(); read_late();
+#if defined(ROWS_BEFORE_WATERMARK)
+        read_beyond(); read_sequence(); read_marks(); read_writers(); ask_who_has_ended(); read_late();
+#elif defined(MARKS_BEFORE_SEQUENCE)
+        read_marks(); read_sequence(); read_writers(); read_beyond(); ask_who_has_ended(); read_late();
 #elif defined(LATE_BEFORE_BEYOND)
-        read_sequence(); read_marks(); look_at_writers(); ask_who_has_ended(); read_late(); read_beyond();
+        read_sequence(); read_marks(); read_writers(); ask_who_has_ended(); read_late(); read_beyond();
 #elif defined(OVER_BEFORE_BEYOND)
-        read_sequence(); read_marks(); look_at_writers(); ask_who_has_ended(); read_beyond(); read_late();
+        read_sequence(); read_marks(); read_writers(); ask_who_has_ended(); read_beyond(); read_late();
 #else
         if
         :: read_sequence();                    /* the order is the proof */
            read_marks();
-           look_at_writers();
+           read_writers();
            looked = true
 #ifdef AT_ONCE
         :: looked                        /* by the safe position of the read before */
@@ -308,7 +308,7 @@ start_again: true;
             :: else ->
                 safe = (last_position < safe -> last_position : safe);
                 gaps = gaps & ~UPTO(safe);
-#ifdef CHECKPOINT_AT_FRONTIER
+#ifdef CHECKPOINT_AT_HIGH_WATER
                 safe = high_water;
 #endif
                 next_checkpoint = (safe < high_water

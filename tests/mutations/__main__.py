@@ -54,8 +54,8 @@ def main(words: list[str]) -> int:
     say(f"it took {duration(time.monotonic() - began)}, and {duration(used.ru_utime + used.ru_stime)} of processors")
     survivors = [one.name for one in outcomes if not one.noticed]
     if given.json:
-        told = {"mutants": len(outcomes), "survivors": survivors, "outcomes": [asdict(one) for one in outcomes]}
-        sys.stdout.write(json.dumps(told) + "\n")
+        summary = {"mutants": len(outcomes), "survivors": survivors, "outcomes": [asdict(one) for one in outcomes]}
+        sys.stdout.write(json.dumps(summary) + "\n")
     else:
         sys.stdout.write(f"{len(outcomes)} broken, {len(outcomes) - len(survivors)} noticed\n")
         sys.stdout.writelines(

@@ -17,7 +17,7 @@ MUTANTS_OF_BROKER = (
         "dovecote/broker/publisher.py",
         "            for name in names or [name for queue in self.queues for name in (queue, dq_name(queue))]:\n",
         "            for name in ():\n",
-        f"{BROKER}::test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not",
+        f"{BROKER}::test_a_dead_worker_s_messages_are_requeued_and_a_living_one_s_are_not",
     ),
     Mutant(
         "the relay does not reap",

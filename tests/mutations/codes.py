@@ -31,7 +31,7 @@ VERIFICATION = (
         LIMITS_PY,
         "        yield from self.answer_waits()\n",
         "",
-        f"{CODES}::test_a_lock_out_tells_its_end_and_ends_then",
+        f"{CODES}::test_a_lock_out_says_its_end_and_ends_then",
     ),
     Mutant(
         "codes are not counted",
@@ -55,14 +55,14 @@ VERIFICATION = (
         f"{CODES}::test_codes_are_limited_by_the_hour_and_by_the_day",
     ),
     Mutant(
-        "a moment later than the present one does not count",
+        "a time later than the present does not count",
         LIMITS_PY,
         "if until is not None and at < until]",
         "if until is not None and until - HOUR <= at < until]",
         f"{CODES}::test_a_clock_that_is_set_back_does_not_lift_a_limit",
     ),
     Mutant(
-        "the refusal told ends before the others do",
+        "the refusal that is shown ends before the others do",
         LIMITS_PY,
         "max(still, key=lambda wait: wait[0])",
         "min(still, key=lambda wait: wait[0])",
@@ -127,8 +127,8 @@ VERIFICATION = (
     Mutant(
         "the relay does not remove what is over",
         "dovecote/bootstrap.py",
-        "Maintainer(settings, routes, purges).start",
-        "Maintainer(settings, routes).start",
+        "Maintainer(settings, app.routes, app.purges).start",
+        "Maintainer(settings, app.routes).start",
         f"{PURGING}::test_the_relay_removes_it_by_itself",
     ),
     Mutant(

@@ -182,7 +182,7 @@ CONSUMING = (
         f"{RELEASING}::test_an_event_whose_predecessor_is_under_way_is_not_released",
     ),
     Mutant(
-        "strays wait for ever",
+        "misplaced rows wait for ever",
         "dovecote/relay/leader.py",
         "            leases.release_unblocked(self._connection, route, self._cursors[route.handler])\n",
         "                pass\n",
@@ -200,7 +200,7 @@ CONSUMING = (
         "dovecote/consumer/attempts.py",
         "attempts = so_far.attempts + 1",
         "attempts = so_far.attempts or 1",
-        f"{CONSUME}::test_a_refusal_that_may_pass_is_tried_again",
+        f"{CONSUME}::test_a_transient_refusal_is_tried_again",
     ),
     Mutant(
         "a failure is counted again when its record is written again",

@@ -41,7 +41,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             _run(request)
-        ended = _wait(child, request["most_seconds"])
+        ended = _wait(child, request["max_seconds"])
         answers.write(json.dumps({"ended": ended}) + "\n")
         answers.flush()
 
@@ -66,10 +66,10 @@ def _run(request: dict[str, Any]) -> None:
         os._exit(status)  # atexit handlers and threads of a test's are not ours to wait for
 
 
-def _wait(child: int, most_seconds: float) -> bool:
-    """Tell if it ended by itself in time."""
+def _wait(child: int, max_seconds: float) -> bool:
+    """Return whether it ended by itself in time."""
     ended = os.pidfd_open(child)
-    readable, _, _ = select.select([ended, 0], [], [], most_seconds)
+    readable, _, _ = select.select([ended, 0], [], [], max_seconds)
     os.close(ended)
     if ended not in readable:
         os.killpg(child, signal.SIGKILL)

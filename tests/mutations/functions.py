@@ -34,7 +34,7 @@ FUNCTIONS = (
         f"{SESSIONS}::test_an_envelope_escapes_each_field_whatever_let_the_row_in",
     ),
     Mutant(
-        "an envelope's moment is in the reader's zone",
+        "an envelope's time is in the reader's zone",
         "dovecote/migrations/sql/0003_relay.up.sql",
         "left(to_json(event.created_at at time zone interval '0')::text, -1) || '+00:00\"'",
         "to_json(event.created_at)::text",
@@ -61,7 +61,7 @@ FUNCTIONS = (
         " lock_timeout = '500ms' as $$\n"
         "-- Make the partitions",
         "set search_path = pg_catalog, pg_temp set lock_timeout = '500ms' as $$\n-- Make the partitions",
-        f"{BOUNDS}::test_weeks_begin_on_monday_in_utc_whoever_makes_them",
+        f"{BOUNDS}::test_weeks_begin_on_monday_in_utc_in_any_session",
     ),
     Mutant(
         "any number of weeks is made",
@@ -96,7 +96,7 @@ FUNCTIONS = (
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers)\n",
         "grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers, created_at)\n",
-        f"{SESSIONS}::test_moment_and_position_are_the_server_s[created_at-1970-01-01-insert-writer]",
+        f"{SESSIONS}::test_time_and_position_are_the_server_s[created_at-1970-01-01-insert-writer]",
     ),
     Mutant(
         "a viewer changes retries",

@@ -5,7 +5,7 @@ from tests.mutations.mutant import Mutant
 BROKER = "tests/dovecote/broker/test_broker.py"
 CONSUME = "tests/dovecote/consumer/test_consumer.py"
 POISON = "tests/flows/test_poison.py"
-SUSPECTS = "tests/dovecote/consumer/test_poison.py"
+POISON_MESSAGES = "tests/dovecote/consumer/test_poison.py"
 CARELESS = "tests/dovecote/consumer/test_careless_handlers.py"
 ROUTES = "tests/dovecote/test_route.py"
 BAD_EVENTS = "tests/dovecote/consumer/test_bad_events_in_bundles.py"
@@ -38,7 +38,7 @@ HANDLING = (
         "dovecote/consumer/consumer.py",
         "            self._retry(partial(bundle.poison.write, after))\n",
         "            pass\n",
-        f"{SUSPECTS}::test_only_the_event_in_flight_is_counted",
+        f"{POISON_MESSAGES}::test_only_the_event_in_flight_is_counted",
     ),
     Mutant(
         "poison messages are handled beside each other",
@@ -46,21 +46,21 @@ HANDLING = (
         "    while not _one_at_a_time.acquire(timeout=0.2):\n        give_up()\n    try:\n        yield\n"
         "    finally:\n        _one_at_a_time.release()\n",
         "    yield\n",
-        f"{SUSPECTS}::test_one_poison_message_is_handled_at_a_time_and_delays_no_other_message",
+        f"{POISON_MESSAGES}::test_one_poison_message_is_handled_at_a_time_and_delays_no_other_message",
     ),
     Mutant(
         "a poison event is handled for ever",
         "dovecote/consumer/consumer.py",
         "                if crash_count >= MAX_CRASHES:\n",
         "                if False:\n",
-        f"{SUSPECTS}::test_an_event_in_flight_in_three_dying_processes_is_not_handled_again",
+        f"{POISON_MESSAGES}::test_an_event_in_flight_in_three_dying_processes_is_not_handled_again",
     ),
     Mutant(
         "crashes that are explained count against others",
         "dovecote/store/poison.py",
         "self.crashes - counts.explained > known",
         "self.crashes > known",
-        f"{SUSPECTS}::test_crashes_that_a_dead_letter_explains_count_against_no_other",
+        f"{POISON_MESSAGES}::test_crashes_that_a_dead_letter_explains_count_against_no_other",
     ),
     Mutant(
         "a crash count outlives a clean requeue",
@@ -74,7 +74,7 @@ HANDLING = (
         "dovecote/consumer/consumer.py",
         "self._record(alone, {envelope.event_id: _killed(crash_count)}, if_open=True)",
         "self._record(alone, {envelope.event_id: _killed(crash_count)})",
-        f"{SUSPECTS}::test_what_is_done_or_on_record_already_is_not_dead_lettered",
+        f"{POISON_MESSAGES}::test_what_is_done_or_on_record_already_is_not_dead_lettered",
     ),
     Mutant(
         "a handler that swallows its being cut off has succeeded",

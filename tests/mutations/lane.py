@@ -22,6 +22,7 @@ from sqlalchemy import make_url
 from dovecote.local.servers import servers
 from dovecote.migrations import schema
 from tests.mutations.mutant import Mutant
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +30,12 @@ ROOT = Path(__file__).parents[2]
 _MAX_SECONDS = 400
 _TEST_SECONDS = 60.0
 _TEMPLATE = "dovecote_template_of_mutants"
-# Later than the file it replaces and unlike any other time: compiled code is told apart by it.
+# Later than the file it replaces and unlike any other time: compiled code is recognized by it.
 _SECONDS_LATER = 1_000
 
 
 class NotTheTest(Exception):
-    """A tree whose tests cannot even start tells nothing about them."""
+    """A tree whose tests cannot even start proves nothing about them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Lane:
                 "environment": environment,
                 "report": str(report),
                 "output": str(output),
-                "most_seconds": max_seconds,
+                "max_seconds": max_seconds,
             }
         )
         if not ended:
@@ -150,7 +151,7 @@ def lanes(count: int) -> Iterator[list[Lane]]:
             with psycopg.connect(postgres.url, autocommit=True) as connection:
                 connection.execute(f"create database {_TEMPLATE}")
             url = make_url(postgres.url).set(database=_TEMPLATE)
-            schema.upgrade(url.render_as_string(hide_password=False))
+            schema.upgrade(url.render_as_string(hide_password=False), locations=LOCATIONS)
             lane = Lane(
                 place, {"DATABASE_URL": postgres.url, "REDIS_URL": cache.url, "DOVECOTE_TEST_ORIGIN": "embedded"}
             )
@@ -160,7 +161,7 @@ def lanes(count: int) -> Iterator[list[Lane]]:
 
 
 def is_of_the_schema(file: str) -> bool:
-    """Tell if a database that the unbroken code has migrated is another than this one would make."""
+    """Return whether a database that the unbroken code has migrated is another than this one would make."""
     return "migrations" in Path(file).parts or Path(file).name in ("schema.py", "tables.py")
 
 

@@ -74,7 +74,7 @@ LEFTOVERS = (
         "dovecote/relay/renamed_queues.py",
         "                self._broker.reap(names[start : start + _REAPED_QUEUES])\n",
         "                pass\n",
-        f"{RENAMED}::test_what_a_dead_worker_held_of_the_old_queue_is_taken_back_and_remembers_the_crash",
+        f"{RENAMED}::test_what_a_dead_worker_held_of_the_old_queue_is_requeued_and_remembers_the_crash",
     ),
     Mutant(
         "a relay that was replaced moves messages",
@@ -123,6 +123,6 @@ LEFTOVERS = (
         MOVE,
         "                if kept_of_it then",
         "                if false then",
-        f"{RENAMED}::test_what_a_dead_worker_held_of_the_old_queue_is_taken_back_and_remembers_the_crash",
+        f"{RENAMED}::test_what_a_dead_worker_held_of_the_old_queue_is_requeued_and_remembers_the_crash",
     ),
 )

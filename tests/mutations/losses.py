@@ -78,7 +78,7 @@ LOSSES = (
         RECONCILING_PY,
         "for position in self._unfinished(connection, route, multirange(missing))}",
         "for position in missing}",
-        f"{RECONCILING}::test_what_a_worker_finishes_during_the_look_is_not_lost",
+        f"{RECONCILING}::test_what_a_worker_finishes_during_reconciling_is_not_lost",
     ),
     Mutant(
         "what was published just now is looked for",
@@ -88,7 +88,7 @@ LOSSES = (
         f"{RECONCILING}::test_only_what_was_published_long_ago_is_looked_for",
     ),
     Mutant(
-        "what may still be at work is looked for",
+        "what may still be in flight is looked for",
         RECONCILING_PY,
         ", route.time_limit_seconds)",
         ")",
@@ -221,7 +221,7 @@ LOSSES = (
         f"{RECONCILING}::test_a_message_that_somebody_will_get_is_not_put_back",
     ),
     Mutant(
-        "a message in a worker's hands is put back",
+        "a message in flight is requeued",
         REQUEUE_LUA,
         "ARGV[2]) == 1 then\n        return 0\n    end\nend",
         "ARGV[2]) == 2 then\n        return 0\n    end\nend",

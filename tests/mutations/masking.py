@@ -63,7 +63,7 @@ MASKING = (
         f"{GROWTH}::test_what_is_kept_of_an_error_is_bounded_however_large_it_is",
     ),
     Mutant(
-        "all members of a group are told",
+        "all members of a group are shown",
         FAILURES,
         "group.exceptions[: _MAX_MEMBERS if deepest else 0]",
         "group.exceptions",

@@ -113,7 +113,7 @@ OPERATORS = (
         f"{VERBS}::test_an_operator_has_no_other_way",
     ),
     Mutant(
-        "the relay does not tell what a route allows",
+        "the relay does not record what a route allows",
         "dovecote/store/subscriptions.py",
         "    set routed_epoch = excluded.routed_epoch, replayable = excluded.replayable, ordered = excluded.ordered\n",
         "    set routed_epoch = excluded.routed_epoch\n",

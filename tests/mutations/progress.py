@@ -28,7 +28,7 @@ PROGRESS = (
         "dovecote/migrations/sql/0005_progress.up.sql",
         "s.handler_name = any(handlers) and dovecote.event_name(s.event_type) = dovecote.event_name(t.name)",
         "s.handler_name = any(handlers) and s.event_type = t.name",
-        f"{MARKS}::test_a_new_version_of_a_wanted_fact_was_waited_for_before_anybody_knew_it",
+        f"{MARKS}::test_a_new_version_of_a_wanted_event_was_waited_for_before_anybody_knew_it",
     ),
     Mutant(
         "a replaced relay moves marks",
@@ -91,7 +91,7 @@ PROGRESS = (
         "dovecote/migrations/sql/0005_progress.up.sql",
         "case when q.examined - q.low_water_mark <= max_events / 2 then q.low_water_mark else q.examined end",
         "q.low_water_mark",
-        f"{MARKS}::test_every_event_is_looked_at_once_and_a_backlog_costs_a_look_at_its_head",
+        f"{MARKS}::test_every_event_is_read_once_and_a_backlog_costs_a_read_of_its_head",
     ),
     Mutant(
         "what is dead below the mark blocks nothing",
@@ -131,7 +131,7 @@ PROGRESS = (
         f"{STATUS}::test_a_history_that_nobody_has_examined_yet_is_never_said_to_be_done",
     ),
     Mutant(
-        "an unfinished count is told as exact",
+        "an unfinished count is reported as exact",
         "dovecote/operations/unprocessed.py",
         "_is_cut(row) or bool(",
         "bool(",

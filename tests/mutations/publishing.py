@@ -104,18 +104,18 @@ PUBLISHING = (
         "tests/dovecote/relay/test_wakeup.py::test_the_relay_reads_once_more_between_taking_the_lock_and_sleeping",
     ),
     Mutant(
-        "the relay forgets who was at work when it fell asleep",
+        "the relay forgets the active writers when it falls asleep",
         "dovecote/relay/wakeup.py",
         "        if not self._silent_writers:\n",
         "        if True:\n",
-        f"{HELD}::test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon",
+        f"{HELD}::test_what_a_writer_commits_that_was_active_when_the_relay_fell_asleep_is_found_soon",
     ),
     Mutant(
-        "nobody asks who was at work when the relay fell asleep",
+        "nobody asks for the active writers when the relay falls asleep",
         "dovecote/relay/wakeup.py",
         "        if self._holds_lock and self._silent_writers != frozenset():\n",
         "        if False:\n",
-        f"{HELD}::test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon",
+        f"{HELD}::test_what_a_writer_commits_that_was_active_when_the_relay_fell_asleep_is_found_soon",
     ),
     Mutant(
         "a writer that is held keeps the relay busy",
@@ -132,12 +132,12 @@ PUBLISHING = (
         f"{HELD}::test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over",
     ),
     Mutant(
-        "a writer keeps the bell until its end",
+        "a writer keeps the wake-up lock until its end",
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "(case when pg_try_advisory_lock_shared(dovecote.wakeup_key())\n"
         "             then not pg_advisory_unlock_shared(dovecote.wakeup_key()) else true end)",
         "not pg_try_advisory_xact_lock_shared(dovecote.wakeup_key())",
-        f"{HELD}::test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_rings_once_it_sleeps",
+        f"{HELD}::test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_notifies_once_it_sleeps",
     ),
     Mutant(
         "each batch writes the checkpoint",
@@ -162,7 +162,7 @@ PUBLISHING = (
         f"{HELD}::test_a_batch_leaves_no_version_of_the_relay_s_row_nor_of_an_unrouted_type",
     ),
     Mutant(
-        "a writer need not ring once the relay has slept",
+        "a writer need not notify once the relay has slept",
         "dovecote/relay/wakeup.py",
         '            self._connection.execute("select pg_advisory_unlock(dovecote.wakeup_key())")\n',
         "",

@@ -45,18 +45,18 @@ QUEUES = (
     ),
     # Where a new handler begins -----------------------------------------------------------------
     Mutant(
-        "a new handler is told what was published above the checkpoint",
+        "a new handler gets what was published above the checkpoint",
         "dovecote/store/subscriptions.py",
         "coalesce(before.published_above, published.above)",
         "'{}'",
         f"{NEW_HANDLER}::test_what_a_dawdling_writer_commits_is_the_new_handler_s_and_nothing_before[any order]",
     ),
     Mutant(
-        "a new version of a fact begins now",
+        "a new version of an event begins now",
         "dovecote/store/subscriptions.py",
         "    ) before on true",
         "    ) before on false",
-        f"{NEW_HANDLER}::test_a_new_version_of_a_fact_begins_where_the_fact_did",
+        f"{NEW_HANDLER}::test_a_new_version_of_an_event_begins_where_the_event_did",
     ),
     Mutant(
         "what was published before a handler's time is missing",
@@ -158,7 +158,7 @@ QUEUES = (
         f"{POSTPONED}::test_redis_and_relay_may_forget_while_a_handler_is_postponed",
     ),
     Mutant(
-        "a postponed handler is not told of late rows",
+        "a postponed handler does not get late rows",
         "dovecote/relay/bundler.py",
         "if upto and position > upto.get(route.handler, position):",
         "if upto and route.handler in upto:",

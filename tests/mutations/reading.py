@@ -14,11 +14,11 @@ FUNCTIONS_SQL = "migrations/sql/0027_functions.up.sql"
 MUTANTS_OF_READING = (
     # Reading ------------------------------------------------------------------------------------
     Mutant(
-        "floors are not asked for",
+        "low-water marks are not asked for",
         "dovecote/migrations/sql/0003_relay.up.sql",
         "safe_position := least(last_position, lowest);",
         "safe_position := last_position;",
-        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_floor_in_place",
+        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place",
     ),
     Mutant(
         "the checkpoint goes to the high-water mark",
@@ -28,18 +28,18 @@ MUTANTS_OF_READING = (
         f"{READING}::test_a_stuck_writer_delays_nobody_and_holds_the_checkpoint",
     ),
     Mutant(
-        "a gap that is settled is kept for ever",
+        "a gap below the safe position is kept for ever",
         "dovecote/store/reader.py",
         "above([*still_missing, *new], safe)",
         "[*still_missing, *new]",
-        f"{READING}::test_the_hole_of_a_writer_that_rolled_back_is_forgotten",
+        f"{READING}::test_the_gap_of_a_writer_that_rolled_back_is_forgotten",
     ),
     Mutant(
         "gaps are not looked into",
         "dovecote/store/reader.py",
         "        if not self._gaps:\n            return Read([])",
         "        if True:\n            return Read([])",
-        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_floor_in_place",
+        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place",
     ),
     Mutant(
         "a new reader forgets the gaps above the checkpoint",
@@ -154,7 +154,7 @@ MUTANTS_OF_READING = (
     Mutant(
         "an envelope may be of any size",
         "dovecote/migrations/sql/0003_relay.up.sql",
-        "                    if octet_length(envelope) > most_of_one then\n",
+        "                    if octet_length(envelope) > max_bytes_of_one then\n",
         "                    if false then\n",
         f"{UNREADABLE}::test_a_row_that_cannot_be_read_is_dead_alone_and_says_why[a small row of large numbers]",
     ),
@@ -235,13 +235,13 @@ MUTANTS_OF_READING = (
         "where pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())",
         "where not exists (select from pg_locks where transactionid::text::bigint = writer.xid)"
         " and not exists (select from pg_locks where locktype = 'advisory' and classid::bigint >> 16 = 17602)",
-        f"{GAPS}::test_only_what_lies_above_the_floor_of_the_writer_that_ended_is_looked_into",
+        f"{GAPS}::test_only_what_lies_above_the_low_water_mark_of_the_writer_that_ended_is_looked_into",
     ),
     Mutant(
         "the highest number of a transaction is taken for it",
         "dovecote/migrations/sql/0003_relay.up.sql",
         "min(now_xid + (((l.transactionid",
         "max(now_xid + (((l.transactionid",
-        f"{GAPS}::test_a_savepoint_that_is_open_does_not_make_its_transaction_look_over",
+        f"{GAPS}::test_a_savepoint_that_is_open_does_not_make_its_transaction_seem_over",
     ),
 )

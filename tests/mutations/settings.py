@@ -18,7 +18,7 @@ SETTINGS_AND_CONNECTIONS = (
         "dovecote/__init__.py",
         '    sys.path[:] = [entry for entry in sys.path if entry not in ("", ".")]\n',
         "",
-        f"{START}::test_ours_are_not_imported_from_there_where_somebody_has_python_look_there_first[dramatiq]",
+        f"{START}::test_ours_are_not_imported_from_there_although_python_searches_there_first[dramatiq]",
     ),
     Mutant(
         "a supervised child imports from there",
@@ -116,18 +116,18 @@ SETTINGS_AND_CONNECTIONS = (
         f"{CONNECTIONS}::test_a_secret_is_known_and_not_shown_wherever_a_url_has_it",
     ),
     Mutant(
-        "Redis' password is told to a stranger",
+        "Redis' password is sent to a stranger",
         "dovecote/local/servers.py",
         "if not listens(pid, self._port):",
         "if False:",
-        f"{CONNECTIONS}::test_who_takes_redis_s_port_first_is_not_told_the_password",
+        f"{CONNECTIONS}::test_an_impostor_on_redis_s_port_never_gets_the_password",
     ),
     Mutant(
         "TLS that anybody may answer is good enough",
         "dovecote/operations/doctor/encryption.py",
         'if mode in _VERIFIED or binding == "require":',
         "if True:",
-        f"{CONNECTIONS}::test_doctor_tells_what_the_session_is_and_how_to_mend_it[sslmode=prefer-finding1]",
+        f"{CONNECTIONS}::test_doctor_says_what_the_session_is_and_how_to_mend_it[sslmode=prefer-finding1]",
     ),
     Mutant(
         "no end of connections",
@@ -144,11 +144,11 @@ SETTINGS_AND_CONNECTIONS = (
         f"{HTTP}::test_a_byte_now_and_then_does_not_keep_a_connection",
     ),
     Mutant(
-        "health tells strangers what is wrong",
+        "health shows strangers what is wrong",
         "dovecote/exporter/health.py",
         'if detail and status == "up" else {}',
         "if detail else {}",
-        f"{HTTP}::test_health_tells_strangers_no_server_login_or_error",
+        f"{HTTP}::test_health_shows_strangers_no_server_login_or_error",
     ),
     Mutant(
         "where metrics will be can be guessed",

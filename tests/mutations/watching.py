@@ -3,19 +3,19 @@
 from tests.mutations.mutant import Mutant
 
 METRICS = "tests/dovecote/exporter/test_metrics.py"
-TOLD = "tests/dovecote/exporter/test_metric_values.py"
-SURVEY = "tests/dovecote/exporter/test_collector.py"
+VALUES = "tests/dovecote/exporter/test_metric_values.py"
+COLLECTOR = "tests/dovecote/exporter/test_collector.py"
 HEALTH = "tests/dovecote/exporter/test_health.py"
 SERVING = "tests/dovecote/exporter/test_http.py"
 
 WATCHING = (
     # Watching -----------------------------------------------------------------------------------
     Mutant(
-        "a bundle that ended is at work",
+        "a bundle that ended is in flight",
         "dovecote/exporter/metrics.py",
         "            del self._began[thread]\n",
         "            pass\n",
-        f"{METRICS}::test_idle_and_stuck_are_told_apart",
+        f"{METRICS}::test_idle_and_stuck_are_distinguished",
     ),
     Mutant(
         "a lively thread hides one that is silent",
@@ -50,17 +50,17 @@ WATCHING = (
         "dovecote/consumer/consumer.py",
         "        self.instrumentation.acted(bundle.route.handler, outcome.acted, again=bundle.replay is not None)\n",
         "",
-        f"{TOLD}::test_failures_retries_and_what_waits_behind_them_are_counted",
+        f"{VALUES}::test_failures_retries_and_what_waits_behind_them_are_counted",
     ),
     Mutant(
         "calls of an ordinary handler are one",
         "dovecote/consumer/time_limits.py",
         "        self.call_times.append(self.began_at)\n",
         "        self.call_times[:] = self.call_times[:1] or [self.began_at]\n",
-        f"{TOLD}::test_an_ordinary_handler_is_called_once_an_event",
+        f"{VALUES}::test_an_ordinary_handler_is_called_once_an_event",
     ),
     Mutant(
-        "rings are not counted",
+        "wake-ups are not counted",
         "dovecote/relay/wakeup.py",
         "                self._instrumentation.rang()\n",
         "                pass\n",
@@ -71,21 +71,21 @@ WATCHING = (
         "dovecote/relay/leader.py",
         '                self._instrumentation.alive("waiting_for_redis")\n',
         "",
-        f"{TOLD}::test_a_relay_tells_for_which_server_it_waits",
+        f"{VALUES}::test_a_relay_reports_for_which_server_it_waits",
     ),
     Mutant(
         "a server that is away fails the scrape",
         "dovecote/exporter/collector.py",
         "        except redis.RedisError:\n",
         "        except ZeroDivisionError:\n",
-        f"{SURVEY}::test_a_server_that_is_away_is_a_number_and_no_failure",
+        f"{COLLECTOR}::test_a_server_that_is_away_is_a_number_and_no_failure",
     ),
     Mutant(
         "every scrape asks Postgres",
         "dovecote/exporter/collector.py",
         "time.monotonic() - self._found_at >= _KEPT_SECONDS",
         "True",
-        f"{SURVEY}::test_several_scrapers_ask_postgres_once",
+        f"{COLLECTOR}::test_several_scrapers_ask_postgres_once",
     ),
     Mutant(
         "a check that hangs is begun again",

@@ -16,25 +16,25 @@ LOCKS_SQL = "migrations/sql/0032_leader_lock.up.sql"
 MUTANTS_OF_WRITING = (
     # Writing ------------------------------------------------------------------------------------
     Mutant(
-        "no floor is announced",
+        "no low-water mark is announced",
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "    if not pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then",
         "    if false then",
-        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_floor_in_place",
+        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place",
     ),
     Mutant(
-        "the floor is announced after the position",
+        "the low-water mark is announced after the position",
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "create trigger announce before insert",
         "create trigger announce after insert",
         f"{READING}::test_a_rollback_to_a_savepoint_does_not_hide_what_is_written_after_it",
     ),
     Mutant(
-        "the floor is that of the highest position, not of one's own",
+        "the low-water mark is that of the highest position, not of one's own",
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) end;",
         "then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) + 1 end;",
-        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_floor_in_place",
+        f"{READING}::test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place",
     ),
     Mutant(
         "a transaction announces itself once in a session's life",
@@ -51,28 +51,28 @@ MUTANTS_OF_WRITING = (
         f"{READING}::test_a_new_reader_hands_out_only_what_was_not_recorded",
     ),
     Mutant(
-        "nobody rings the bell",
+        "nobody wakes the relay",
         "dovecote/migrations/sql/0002_outbox.up.sql",
         "perform pg_notify('dovecote_outbox', '');",
         "null;",
-        f"{RELAY}::test_append_event_rings_the_bell_too",
+        f"{RELAY}::test_append_event_wakes_the_relay_too",
     ),
     Mutant(
         "events get their positions before the aggregate's row is locked",
         EMITTING,
         "                session.flush()\n                self.write(",
         "                self.write(",
-        f"{WRITING}::test_an_event_is_written_after_the_state_it_tells_of",
+        f"{WRITING}::test_an_event_is_written_after_the_state_it_describes",
     ),
     Mutant(
-        "a savepoint rolled back keeps the facts told inside it",
+        "a savepoint rolled back keeps the events emitted inside it",
         EMITTING,
         "[one for one in self._waiting if not _within(one.emitted_in, transaction)]",
         "list(self._waiting)",
         f"{WRITING}::test_a_rolled_back_savepoint_drops_what_was_emitted_inside",
     ),
     Mutant(
-        "facts outlive the transaction they were told in",
+        "events outlive the transaction they were emitted in",
         EMITTING,
         "        left = self.drop()\n",
         "        left: list[_Waiting] = []\n",
@@ -181,7 +181,7 @@ MUTANTS_OF_WRITING = (
         "dovecote/unit_of_work/trace_headers.py",
         "    except Exception:\n        _warn_once()\n",
         "    except ImportError:\n        _warn_once()\n",
-        f"{TRACES}::test_a_propagator_that_fails_is_told_of_once",
+        f"{TRACES}::test_a_propagator_that_fails_is_reported_once",
     ),
     Mutant(
         "the headers of a trace count against the service's own",

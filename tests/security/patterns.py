@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 PACKAGES = ("dovecote", "domain", "workers", "benchmarks")
-# What starts a process, or needs a package that is not there everywhere.
-_NOT_IMPORTED = ("__main__", "peers", "plots")
+# What starts a process, is run by Alembic, or needs a package that is not there everywhere.
+_NOT_IMPORTED = ("__main__", "env", "peers", "plots")
 
 COMMON = (
     *(
@@ -222,6 +222,10 @@ def _is_in(character: str, members: Any) -> bool:
 
 
 def _in_category(character: str, category: str) -> bool:
-    told = {"DIGIT": character.isdigit(), "SPACE": character.isspace(), "WORD": character.isalnum() or character == "_"}
+    is_in = {
+        "DIGIT": character.isdigit(),
+        "SPACE": character.isspace(),
+        "WORD": character.isalnum() or character == "_",
+    }
     name = category.removeprefix("CATEGORY_")
-    return not told[name.removeprefix("NOT_")] if name.startswith("NOT_") else told[name]
+    return not is_in[name.removeprefix("NOT_")] if name.startswith("NOT_") else is_in[name]

@@ -1,6 +1,6 @@
 """A login that may call a function of the owner's gives it arguments without a bound, or keeps what it has locked.
 
-And weeks begin and end in UTC, whatever the session of whoever has them made says.
+And weeks begin and end in UTC, whatever the session that makes them says.
 """
 
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ def test_nobody_stops_writers_by_leaving_a_call_open(urls: Mapping[str, str], ro
 @pytest.mark.parametrize(
     "setting", ["set timezone = 'Europe/Berlin'", "set timezone = 'Asia/Kolkata'; set datestyle = 'SQL, DMY'"]
 )
-def test_weeks_begin_on_monday_in_utc_whoever_makes_them(fresh_database_url: str, setting: str) -> None:
+def test_weeks_begin_on_monday_in_utc_in_any_session(fresh_database_url: str, setting: str) -> None:
     bounds = """
         select c.relname, pg_get_expr(c.relpartbound, c.oid) from pg_class c
         where c.relispartition and c.relkind = 'r' and c.relname ~ '^published' order by 1

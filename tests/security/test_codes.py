@@ -81,33 +81,33 @@ def the_code(sessions: Sessions, challenge: UUID) -> str:
 
 
 def lock_out(sessions: Sessions, phone: str, at: datetime) -> datetime:
-    """Use up a number's answers with four accounts and return the moment of the last."""
+    """Use up a number's answers with four accounts and return the time of the last."""
     left = 10
     for turn in range(4):
-        user, moment = f"user-{uuid7()}", at + turn * PAUSE
-        challenge = request(sessions, user, phone, moment)
+        user, time = f"user-{uuid7()}", at + turn * PAUSE
+        challenge = request(sessions, user, phone, time)
         for _ in range(min(3, left)):
-            answer(sessions, user, challenge, WRONG, moment)
+            answer(sessions, user, challenge, WRONG, time)
             left -= 1
-    return moment
+    return time
 
 
-def max_within(moments: Sequence[datetime], window: timedelta) -> int:
-    return max((sum(start <= moment < start + window for moment in moments) for start in moments), default=0)
+def max_within(times: Sequence[datetime], window: timedelta) -> int:
+    return max((sum(start <= time < start + window for time in times) for start in times), default=0)
 
 
-def at_once(*stories: Callable[[], None]) -> None:
+def at_once(*calls: Callable[[], None]) -> None:
     """Run them all at the same time; what they raise is raised here."""
-    gate, failed = threading.Barrier(len(stories)), list[Exception]()
+    gate, failed = threading.Barrier(len(calls)), list[Exception]()
 
-    def run(story: Callable[[], None]) -> None:
+    def run(call: Callable[[], None]) -> None:
         gate.wait(10)
         try:
-            story()
+            call()
         except Exception as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=run, args=(story,)) for story in stories]
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -120,7 +120,7 @@ def at_once(*stories: Callable[[], None]) -> None:
 
 
 def test_a_challenge_after_the_other_does_not_give_more_guesses(sessions: Sessions, phone: str) -> None:
-    """t_verify.py had 297 guesses and 99 texts for one number in 8 s. Here accounts and patience cost nothing."""
+    """t_verify.py had 297 guesses and 99 texts for one number in 8 s. Here accounts and waiting cost nothing."""
     sent, judged = list[datetime](), list[datetime]()
 
     for turn in range(130):
@@ -239,7 +239,7 @@ def test_two_users_that_ask_for_each_other_s_numbers_never_wait_for_each_other(s
 # The lock-out ---------------------------------------------------------------------------------
 
 
-def test_a_lock_out_tells_its_end_and_ends_then(sessions: Sessions, phone: str, user: str) -> None:
+def test_a_lock_out_says_its_end_and_ends_then(sessions: Sessions, phone: str, user: str) -> None:
     last = lock_out(sessions, phone, NOON)
     with pytest.raises(TooManyAnswers, match="at 2026-03-01 13:00:00 UTC") as refusal:
         request(sessions, user, phone, last + PAUSE)
@@ -266,7 +266,7 @@ def test_in_a_lock_out_not_even_the_right_answer_is_judged(sessions: Sessions, p
 def test_asking_during_a_lock_out_makes_it_no_longer(sessions: Sessions, phone: str, user: str) -> None:
     last = lock_out(sessions, phone, NOON)
 
-    for turn in range(1, 50):  # also within the pause, which ends sooner and is not what is told
+    for turn in range(1, 50):  # also within the pause, which ends sooner and is not what is said
         with pytest.raises(TooManyAnswers) as refusal:
             request(sessions, user, phone, last + turn * 10 * SECOND)
 

@@ -167,7 +167,7 @@ def test_the_image_runs_as_nobody_and_imports_nothing_from_where_it_starts() -> 
     assert "apt" not in last
 
 
-def test_an_operator_is_told_where_the_container_s_user_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_has_a_name_where_the_container_s_user_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(uid: int) -> NoReturn:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
@@ -233,7 +233,7 @@ def test_make_secrets_makes_each_secret_once_and_shows_none(project: Path) -> No
     assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o444}
 
 
-def test_redis_is_told_digests_and_its_default_user_is_off(project: Path) -> None:
+def test_redis_gets_digests_and_its_default_user_is_off(project: Path) -> None:
     made, _ = make_secrets(project)
 
     lines = made["redis_acl"].splitlines()

@@ -188,7 +188,7 @@ def test_redis_is_connected_to_as_its_url_says(url: str) -> None:
 # The port of a server of ours --------------------------------------------------------------------
 
 
-def test_who_takes_redis_s_port_first_is_not_told_the_password(tmp_path: Path) -> None:
+def test_an_impostor_on_redis_s_port_never_gets_the_password(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as impostor:
         impostor.settimeout(0.2)
         redis = Redis(tmp_path)
@@ -304,7 +304,7 @@ TLS = {
 
 
 @pytest.mark.parametrize(("words", "finding"), TLS.items())
-def test_doctor_tells_what_the_session_is_and_how_to_mend_it(
+def test_doctor_says_what_the_session_is_and_how_to_mend_it(
     with_tls: tuple[str, Path], words: str, finding: tuple[str, str], tmp_path: Path
 ) -> None:
     url, authority = with_tls

@@ -12,11 +12,13 @@ from sqlalchemy import make_url
 
 from dovecote.bootstrap import relay_for
 from dovecote.migrations import schema
+from dovecote.route import Dovecote
 from dovecote.store.engines import engine_during
 from tests.conftest import Servers, settings_for
 from tests.security.traps import TEMPORARY, one, session, trapped, traps_in
 from tests.support import commands
 from tests.support.effects import a_route, write_quotes
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import eventually
 from tests.support.system import system_for
 from workers.routes import ROUTES
@@ -160,12 +162,13 @@ def test_a_command_of_a_superuser_runs_nobody_s_code(
         owner.execute(f"alter database \"{database}\" set test.armed = 'yes'")
         try:
             environment = {"DATABASE_URL": with_traps["owner"], "REDIS_URL": servers.redis_url}
+            environment["DOVECOTE_APP"] = "workers.app:app"
             done = commands.run_text(command, {**environment, "DOVECOTE_HOME": str(tmp_path)}, tmp_path)
         finally:
             owner.execute(f'alter database "{database}" reset test.armed')
 
     assert "trapped" not in done.stdout + done.stderr
-    # doctor: no relay is at work here.
+    # doctor: no relay runs here.
     assert done.returncode == (1 if command == ["doctor"] else 0), done.stderr
 
 
@@ -174,7 +177,11 @@ def test_sessions_of_relay_and_commands_have_no_schema_of_others_on_their_path(
 ) -> None:
     settings = settings_for(urls["owner"], servers.redis_url, tmp_path)
 
-    with relay_for(settings, ROUTES)._session() as relay, engine_during(settings) as engine, engine.connect() as cli:
+    with (
+        relay_for(settings, Dovecote(routes=ROUTES))._session() as relay,
+        engine_during(settings) as engine,
+        engine.connect() as cli,
+    ):
         paths = [one(relay, "show search_path"), cli.exec_driver_sql("show search_path").scalar_one()]
 
     assert {path.replace(" ", "") for path in paths} == {"pg_catalog,pg_temp"}
@@ -186,7 +193,7 @@ def test_a_migration_binds_nothing_of_public(empty_database_url: str) -> None:
             with suppress(psycopg.errors.UndefinedObject):
                 owner.execute(statement)
 
-    schema.upgrade(empty_database_url)
+    schema.upgrade(empty_database_url, locations=LOCATIONS)
 
     with session(empty_database_url) as owner:
         assert owner.execute(_KNOWS_OTHERS).fetchall() == []

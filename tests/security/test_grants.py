@@ -1,7 +1,7 @@
 """Who may do what to which table: all of it, in plain form. A right that is not here is refused; one here is given.
 
 A new table, view or sequence gets a line, a new function that runs as its owner another. Partitions get no rights at
-all: whoever could reach one directly would go round what the parent checks.
+all: a login that could reach one directly would bypass what the parent checks.
 """
 
 from collections.abc import Iterator

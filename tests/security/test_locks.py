@@ -29,8 +29,8 @@ from tests.support.system import System, system_for
 pytestmark = pytest.mark.servers
 
 APPEND = "select dovecote.append_event('order', '1', 'shop.order_placed.v1', '{}')"
-HORIZON = "select last_position, safe_position from dovecote.low_watermark()"
-AT_WORK = "select * from dovecote.active_writers()"
+LOW_WATERMARK = "select last_position, safe_position from dovecote.low_watermark()"
+ACTIVE_WRITERS = "select * from dovecote.active_writers()"
 ANNOUNCE = "select pg_advisory_lock_shared((17602::bigint << 48) | %s)"
 LEADER = "select pid, login from dovecote.leader()"
 
@@ -98,9 +98,9 @@ def test_a_writer_writes_though_a_stranger_holds_every_key_it_would_announce_wit
         writer.execute(APPEND)
         writer.execute(APPEND)
 
-        assert admin.execute(HORIZON).fetchone() == (2, 0)
+        assert admin.execute(LOW_WATERMARK).fetchone() == (2, 0)
         assert admin.execute("select positions from dovecote.active_writers()").fetchone() == ([0],)
-    assert admin.execute(HORIZON).fetchone() == (2, 2)
+    assert admin.execute(LOW_WATERMARK).fetchone() == (2, 2)
 
 
 def test_with_some_keys_taken_a_writer_announces_a_lower_position(connect: Connect) -> None:
@@ -113,9 +113,9 @@ def test_with_some_keys_taken_a_writer_announces_a_lower_position(connect: Conne
     with writer.transaction():
         writer.execute(APPEND)
 
-        (last, settled) = admin.execute(HORIZON).fetchone() or (0, 0)
+        (last, safe) = admin.execute(LOW_WATERMARK).fetchone() or (0, 0)
     assert last == 41
-    assert settled < 39
+    assert safe < 39
 
 
 def test_what_a_stranger_announces_is_not_heeded(connect: Connect) -> None:
@@ -123,14 +123,14 @@ def test_what_a_stranger_announces_is_not_heeded(connect: Connect) -> None:
     writer.execute(APPEND)
     stranger.execute(ANNOUNCE, (0,))
 
-    assert admin.execute(HORIZON).fetchone() == (1, 1)
+    assert admin.execute(LOW_WATERMARK).fetchone() == (1, 1)
     with stranger.transaction():
         stranger.execute("select pg_current_xact_id()")
-        assert admin.execute(AT_WORK).fetchone() == ([], [])
+        assert admin.execute(ACTIVE_WRITERS).fetchone() == ([], [])
     with writer.transaction():
         writer.execute(APPEND)
-        assert admin.execute(HORIZON).fetchone() == (2, 1)
-    assert admin.execute(HORIZON).fetchone() == (2, 2)
+        assert admin.execute(LOW_WATERMARK).fetchone() == (2, 1)
+    assert admin.execute(LOW_WATERMARK).fetchone() == (2, 2)
 
 
 def test_what_a_stranger_prepares_is_not_heeded_and_what_a_writer_prepares_is(connect: Connect) -> None:
@@ -140,12 +140,12 @@ def test_what_a_stranger_prepares_is_not_heeded_and_what_a_writer_prepares_is(co
     stranger.execute("begin")
     stranger.execute("select pg_advisory_xact_lock_shared(17602::bigint << 48)")
     stranger.execute(f"prepare transaction '{theirs}'")
-    assert admin.execute(HORIZON).fetchone() == (1, 1)
+    assert admin.execute(LOW_WATERMARK).fetchone() == (1, 1)
 
     writer.execute("begin")
     writer.execute(APPEND)
     writer.execute(f"prepare transaction '{ours}'")
-    seen = admin.execute(HORIZON).fetchone()
+    seen = admin.execute(LOW_WATERMARK).fetchone()
     in_flight = admin.execute("select positions from dovecote.active_writers()").fetchone()
     named = admin.execute("select prepared from dovecote.foreign_locks()").fetchall()
     for name in (theirs, ours):
@@ -208,35 +208,35 @@ def test_every_way_to_write_is_announced(
     connect: Connect, login: str, write: Callable[[Connection, Connection], Any]
 ) -> None:
     admin = connect("admin")
-    before, _ = admin.execute(HORIZON).fetchone() or (0, 0)
+    before, _ = admin.execute(LOW_WATERMARK).fetchone() or (0, 0)
 
     with write(connect(login), admin):
-        last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
+        last, safe = admin.execute(LOW_WATERMARK).fetchone() or (0, 0)
         in_flight = admin.execute("select cardinality(positions) from dovecote.active_writers()").fetchone()
 
-    assert settled < last
-    assert settled <= before + 1  # what is rolled back to a savepoint had a position
+    assert safe < last
+    assert safe <= before + 1  # what is rolled back to a savepoint had a position
     assert in_flight == (1,)
 
 
 @pytest.mark.parametrize(
-    "told", ["xid", "0", "1", "999999999", "281474976710655", "281474976710656", "-1", "x", "1e3", "9" * 30]
+    "claimed", ["xid", "0", "1", "999999999", "281474976710655", "281474976710656", "-1", "x", "1e3", "9" * 30]
 )
-def test_a_writer_that_says_it_has_announced_announces(connect: Connect, told: str) -> None:
+def test_a_writer_that_says_it_has_announced_announces(connect: Connect, claimed: str) -> None:
     writer, admin = connect("writer"), connect("admin")
     writer.execute(APPEND)
     with writer.transaction():
         writer.execute(
             "select set_config('dovecote.announced',"
             " case %s when 'xid' then pg_current_xact_id()::text else %s end, true)",
-            (told, told),
+            (claimed, claimed),
         )
         writer.execute(APPEND)
 
-        last, settled = admin.execute(HORIZON).fetchone() or (0, 0)
+        last, safe = admin.execute(LOW_WATERMARK).fetchone() or (0, 0)
         in_flight = admin.execute("select cardinality(positions) from dovecote.active_writers()").fetchone()
 
-    assert settled < last
+    assert safe < last
     assert in_flight == (1,)
 
 
@@ -298,7 +298,6 @@ def test_the_lock_alone_keeps_a_second_relay_from_leading(connect: Connect) -> N
     )
     with leader, second:
         assert leader.try_take()
-        leader._working.execute("select pg_advisory_unlock(dovecote.leader_key())")  # it only keeps older relays away
 
         assert not second.try_take()
         leader.give_back()
@@ -349,6 +348,7 @@ def test_the_engine_s_other_turns_are_nobody_s_to_take(connect: Connect) -> None
     assert moved is not None
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("mode", ["", "_shared"])
 def test_a_stranger_with_the_release_key_holds_up_no_consumer(connect: Connect, mode: str) -> None:
     stranger, worker = connect("stranger"), connect("worker")

@@ -66,7 +66,7 @@ def grows_too_fast(work: Callable[[str], object], begun: str, unit: str, few: in
 
     if seconds(of(few), 1) < QUICK_SECONDS:
         return None
-    for _ in range(2):  # once more, should something else have been at work
+    for _ in range(2):  # once more, should something else have been running
         first = seconds(of(few))
         last = seconds(of(4 * few), 1 if first > TOO_SLOW_SECONDS else 3)
         if last < first * MAX_GROWTH**2:
@@ -103,7 +103,7 @@ def of_error(work: Callable[[BaseException], object]) -> Callable[[str], object]
         plain,
         block,
     ],
-    ids=["masked", "hidden", "facts", "payload", "fingerprint", "traceback", "shown", "plain", "block"],
+    ids=["masked", "hidden", "describe", "payload", "fingerprint", "traceback", "shown", "plain", "block"],
 )
 def test_nothing_that_reads_a_hostile_text_is_slower_than_linear(work: Callable[[str], object]) -> None:
     slow = [grown for unit in UNITS if (grown := grows_too_fast(work, "", unit, FEW // 4))]
@@ -147,7 +147,7 @@ def an_envelope(event_type: str, payload: dict[str, Any]) -> Envelope:
     return read_envelope({**attributes, "time": NOW.isoformat(), "data": payload})
 
 
-def tell(kind: type[Event], payload: dict[str, Any]) -> bool:
+def fails_briefly(kind: type[Event], payload: dict[str, Any]) -> bool:
     """Do what a consumer does with an event: read it, judge it, keep why not. Return whether what is kept is short."""
     envelope = an_envelope(kind.type, payload)
     try:
@@ -171,10 +171,10 @@ def test_an_event_with_a_hostile_value_fails_by_itself_within_milliseconds(kind:
     for name in contents:
         for value in HOSTILE:
             payload = {**contents, name: value}
-            assert tell(kind, payload)
-            took = seconds(partial(tell, kind, payload), runs=1)
+            assert fails_briefly(kind, payload)
+            took = seconds(partial(fails_briefly, kind, payload), runs=1)
             if took > 0.02:
-                took = seconds(partial(tell, kind, payload), runs=5)
+                took = seconds(partial(fails_briefly, kind, payload), runs=5)
             assert took < 0.02, f"{name}={shown(value)}: {took:.3f} s"
 
 
@@ -271,7 +271,7 @@ def test_what_is_kept_of_an_error_is_bounded_however_large_it_is(name: str) -> N
     assert failure.type in failure.headline
 
 
-def test_a_traceback_tells_causes_members_and_notes_as_python_does() -> None:
+def test_a_traceback_shows_causes_members_and_notes_as_python_does() -> None:
     try:
         try:
             raise ExceptionGroup("two", [ValueError("one"), KeyError("two")])
@@ -279,10 +279,10 @@ def test_a_traceback_tells_causes_members_and_notes_as_python_does() -> None:
             error.add_note("a note")
             raise RuntimeError("outside") from error
     except RuntimeError as error:
-        told = traceback_of(error)
+        shown_traceback = traceback_of(error)
 
     places = [
-        told.index(words)
+        shown_traceback.index(words)
         for words in (
             "Traceback (most recent call last):",
             "ExceptionGroup: two (2 sub-exceptions)",
@@ -329,12 +329,12 @@ def test_a_secret_that_straddles_a_cut_shows_no_part_of_itself(words: str, monke
     for at in range(most // 2 - len(words) - 3, most // 2 + 3):
         before, behind = "x " * (at // 2) + "\n" * (at % 2), "\n" + "y " * 2_000
         for whole in (f"{before} {words}{behind}", f"{behind} {words} {before}"):
-            told = masked(whole, hidden, most)
-            assert not [part for part in parts if part in told], (at, told[at - 100 : at + 200])
+            shortened = masked(whole, hidden, most)
+            assert not [part for part in parts if part in shortened], (at, shortened[at - 100 : at + 200])
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("my PIN is 4711", "my PIN is ***"),
         ("OTP 123456", "OTP ***"),
@@ -346,8 +346,8 @@ def test_a_secret_that_straddles_a_cut_shows_no_part_of_itself(words: str, monke
         ("postgresql://dovecote@db/x and redis://:S3cr3t:@x@h/0", "postgresql://dovecote@db/x and redis://:***@h/0"),
     ],
 )
-def test_further_kinds_are_masked(words: str, told: str) -> None:
-    assert masked(words) == told
+def test_further_kinds_are_masked(words: str, expected: str) -> None:
+    assert masked(words) == expected
 
 
 def test_a_part_of_a_long_secret_is_masked_too() -> None:

@@ -1,4 +1,4 @@
-"""Somebody who can write to Redis, and has nothing else, makes consumers act, bury, spin or end: none of it happens.
+"""Somebody who can write to Redis, and no more, makes consumers act, dead-letter, spin or end: none of it happens.
 
 A message is acted on only as a relay has made it: signed, for this handler, on its queue, under its id.
 """
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 from dovecote import operations
-from dovecote.consumer import middleware as handing_back
+from dovecote.consumer import middleware
 from dovecote.envelope import read_bundle
 from dovecote.envelope.message_reader import MessageReader, Received, RefusedMessage
 from dovecote.envelope.signatures import MessageKey, MessageKeys, SigningKeys, key_id_of, newest_key, valid_keys
@@ -145,12 +145,12 @@ def test_a_message_that_no_relay_made_is_refused_once(
 ) -> None:
     before = effects_in(attacked.system.engine), set(attacked.system.broker.actors)
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         reasons = attacked.refusals_of(lambda: [attacked.put("test", message(attacked.key)) for _ in range(12)])
 
     assert reasons == {reason}
     assert (effects_in(attacked.system.engine), set(attacked.system.broker.actors)) == before
-    assert len([line for line in told if line["event"].startswith("message refused")]) <= 1
+    assert len([line for line in logged if line["event"].startswith("message refused")]) <= 1
     attacked.honest_event_is_acted_on()
     with attacked.postgres() as connection:
         assert connection.execute("select count(*) from dovecote.deliveries").fetchone() == (0,)
@@ -399,7 +399,7 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
         lambda: attacked.refusals_of(lambda: attacked.put("test", old_message)) == {"unknown_key"}, 5, "the revocation"
     )
     eventually(lambda: 77 in [effect.price for effect in effects_in(engine)], 10, "the event that waited")
-    lines = [(line.action, line.reason) for line in operations.audit.list_entries(engine, action="keys").items]
+    lines = [(line.action, line.reason) for line in operations.audit.list_audit_entries(engine, action="keys").items]
     assert lines == [("keys.revoke", "stolen"), ("keys.rotate", "a test")]
     with attacked.postgres() as connection:
         assert connection.execute(
@@ -416,7 +416,7 @@ def test_what_was_signed_with_a_revoked_key_is_refused_and_sent_again(
 def test_a_message_that_fails_time_after_time_is_refused_in_the_end(
     attacked: Attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handing_back, "_MAX_HAND_BACKS", 3)
+    monkeypatch.setattr(middleware, "_MAX_REQUEUES", 3)
     tried: list[int] = []
 
     def fail(*_: object, **__: object) -> None:

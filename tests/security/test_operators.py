@@ -19,7 +19,7 @@ from dovecote.operations import replays
 from dovecote.operations.deliveries import DeliverySelection
 from dovecote.route import Route
 from dovecote.store.connections import connect
-from dovecote.store.replays import ReplaySelection as ReplayFilter
+from dovecote.store.replays import ReplaySelection
 from tests.conftest import Servers, settings_for
 from tests.security.logins import (
     CLAIMED,
@@ -302,7 +302,7 @@ def test_a_handler_that_has_a_route_is_not_treated_as_one_without(led: Database)
 # The commands, with nothing but the role ------------------------------------------------------------------
 
 
-def test_who_lacks_the_role_is_told_so(database: Database) -> None:
+def test_who_lacks_the_role_is_refused_by_name(database: Database) -> None:
     worker, operator = connect(database.url_of("worker")), connect(database.url_of("operator"))
     refused = f"login {database.name('worker')} may not do this: grant dovecote_operator to it"
     try:
@@ -362,7 +362,7 @@ def _go_through_it_all(
         broken.clear()
         operations.deliveries.retry(operator, DeliverySelection(handler=HANDLER), actor="ada")
         system.until_quiet()
-        asked = replays.Request(handler=HANDLER, mode="reprocess", filter=ReplayFilter(), reason="why", actor="ada")
+        asked = replays.Request(handler=HANDLER, mode="reprocess", filter=ReplaySelection(), reason="why", actor="ada")
         id = replays.start(operator, routes, asked).replay_id
         assert id is not None
         eventually(lambda: replays.get_replay(admin, id).state == "done", 20, "the end of the replay")
@@ -371,10 +371,10 @@ def _go_through_it_all(
         operations.handlers.resume(operator, routes, HANDLER, actor="ada")
         system.until_quiet()
         with database.session() as session:
-            told = session.execute("select distinct replayable, ordered from dovecote.subscriptions").fetchall()
+            allowed = session.execute("select distinct replayable, ordered from dovecote.subscriptions").fetchall()
 
     assert [effect.price for effect in effects_in(admin)] == [1, 2, 3, 4, 1, 2, 3, 4, 5]
-    assert told == [(True, True)]
+    assert allowed == [(True, True)]
     worker, by_hand = database.name("worker"), database.name("operator")
     assert [(line[0], line[1], line[2]) for line in lines(database)] == [
         ("ada", by_hand, "deliveries.retry"),

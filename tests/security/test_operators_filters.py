@@ -60,11 +60,14 @@ HOSTILE: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("filter", "told"), HOSTILE)
+@pytest.mark.parametrize(("filter", "message"), HOSTILE)
 @pytest.mark.parametrize("verb", ["retry", "discard"])
-def test_a_filter_that_is_none_is_refused_in_words(database: Database, verb: str, filter: Any, told: str) -> None:
+def test_a_filter_that_is_none_is_refused_in_words(database: Database, verb: str, filter: Any, message: str) -> None:
     before = state_of(database)
-    with database.session("operator") as operator, pytest.raises(errors.InvalidParameterValue, match=told) as refused:
+    with (
+        database.session("operator") as operator,
+        pytest.raises(errors.InvalidParameterValue, match=message) as refused,
+    ):
         operator.execute(
             f"select dovecote.{verb}_deliveries('ada', 'why', %s::jsonb)",
             (filter,),
@@ -76,21 +79,21 @@ def test_a_filter_that_is_none_is_refused_in_words(database: Database, verb: str
 
 
 @pytest.mark.parametrize(
-    ("filter", "told"),
+    ("filter", "message"),
     [
-        ({"since": "yesterday"}, "since must be a moment"),
-        ({"since": "infinity"}, "since must be a moment"),
-        ({"since": "2026-13-45T00:00:00Z"}, "since must be a moment"),
+        ({"since": "yesterday"}, "since must be a timestamp"),
+        ({"since": "infinity"}, "since must be a timestamp"),
+        ({"since": "2026-13-45T00:00:00Z"}, "since must be a timestamp"),
         ({"since": "2026-01-01T00:00:00"}, "as ISO 8601 with its zone"),
         ({"since": "1999-01-01T00:00:00Z"}, "from the year 2000 on"),
-        ({"since": 7}, "since must be a moment"),
+        ({"since": 7}, "since must be a timestamp"),
         ({"event_id": "1' or '1'='1", "handler": HANDLER}, "event_id must be a UUID"),
         ({"event_id": str(UUID(int=1))}, "named by its handler and its event"),
         ({"without_route": "yes", "handler": HANDLER}, "without_route must be true or false"),
     ],
 )
-def test_a_value_that_is_none_is_refused_in_words(database: Database, filter: Any, told: str) -> None:
-    with database.session("operator") as operator, pytest.raises(errors.InvalidParameterValue, match=told):
+def test_a_value_that_is_none_is_refused_in_words(database: Database, filter: Any, message: str) -> None:
+    with database.session("operator") as operator, pytest.raises(errors.InvalidParameterValue, match=message):
         operator.execute("select dovecote.discard_deliveries('ada', 'why', %s)", (Jsonb(filter),))
 
     assert lines(database) == []
@@ -108,7 +111,7 @@ def test_sql_in_a_filter_is_text_that_nothing_matches(database: Database, key: s
 
 
 @pytest.mark.parametrize(
-    ("filter", "more", "told"),
+    ("filter", "more", "message"),
     [
         ({"colour": "red"}, {}, "unknown key"),
         ({"event_types": []}, {}, "event_types must be a list"),
@@ -121,8 +124,8 @@ def test_sql_in_a_filter_is_text_that_nothing_matches(database: Database, key: s
         ({"from_position": 1.5}, {}, "from_position must be a position"),
         ({"upto_position": "1"}, {}, "upto_position must be a position"),
         ({"aggregate_id": "7"}, {}, "needs its type too"),
-        ({}, {"mode": "twice"}, "missing, or again"),
-        ({}, {"mode": None}, "missing, or again"),
+        ({}, {"mode": "twice"}, "is backfill or reprocess"),
+        ({}, {"mode": None}, "is backfill or reprocess"),
         ({}, {"handler": None}, "no handler without a name"),
         ({}, {"rate": 0}, "at least 1"),
         ({}, {"rate": -(2**31)}, "at least 1"),
@@ -131,11 +134,11 @@ def test_sql_in_a_filter_is_text_that_nothing_matches(database: Database, key: s
     ],
 )
 def test_a_replay_that_makes_no_sense_is_refused_in_words(
-    database: Database, filter: Any, more: Mapping[str, Any], told: str
+    database: Database, filter: Any, more: Mapping[str, Any], message: str
 ) -> None:
     asked = {"handler": HANDLER, "mode": "backfill", "event_ids": None, "rate": None, **more}
     before = state_of(database)
-    with database.session("operator") as operator, pytest.raises(errors.InvalidParameterValue, match=told):
+    with database.session("operator") as operator, pytest.raises(errors.InvalidParameterValue, match=message):
         operator.execute(
             "select dovecote.start_replay('ada', 'why', %(handler)s, %(mode)s, %(filter)s, %(types)s,"
             " %(event_ids)s::uuid[], %(rate)s)",
@@ -150,7 +153,7 @@ def test_a_batch_has_its_bounds(database: Database) -> None:
         for most in (None, 0, -1, 5_001, 2**31 - 1):
             with pytest.raises(errors.InvalidParameterValue, match="1 to 5000"):
                 operator.execute("select dovecote.retry_deliveries('ada', 'why', '{}', now(), %s)", (most,))
-        with pytest.raises(errors.InvalidParameterValue, match="before a moment"):
+        with pytest.raises(errors.InvalidParameterValue, match="before a given time"):
             operator.execute("select dovecote.retry_deliveries('ada', 'why', '{}', null)")
 
     assert lines(database) == []

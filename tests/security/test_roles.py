@@ -17,7 +17,7 @@ import pytest
 from domain import billing, pricing, verification
 from dovecote import operations
 from dovecote.events.money import Money
-from dovecote.operations.events import follow
+from dovecote.operations.events import tail_events
 from dovecote.privacy import Keyring
 from dovecote.store.connections import connect, sessions_for
 from dovecote.store.engines import engine_during
@@ -179,7 +179,7 @@ def test_a_viewer_follows_what_is_written(urls: Mapping[str, str], scene: Mappin
     def write() -> None:
         written.append(one(urls["writer"], "select dovecote.append_event('order', '1', 'shop.order_placed.v1', '{}')"))
 
-    followed = next(follow(urls["viewer"], write))
+    followed = next(tail_events(urls["viewer"], write))
 
     assert followed.id in written
 

@@ -156,7 +156,7 @@ _COLUMNS = {"aggregate_type": "'a'", "aggregate_id": "'b'", "event_type": "'a.b.
 @pytest.mark.parametrize(
     ("column", "value"), [("created_at", "1970-01-01"), ("created_at", "infinity"), ("position", "1")]
 )
-def test_moment_and_position_are_the_server_s(
+def test_time_and_position_are_the_server_s(
     urls: Mapping[str, str], role: str, verb: str, column: str, value: str
 ) -> None:
     names = ", ".join([*_COLUMNS, column])
@@ -173,9 +173,9 @@ def test_a_writer_writes_each_other_column(urls: Mapping[str, str], role: str) -
     with session(urls[role]) as writer, writer.transaction(force_rollback=True):
         writer.execute(_WRITE, (one(writer, "select dovecote.uuid_v7()"),))
         last = one(writer, "select last_value from dovecote.outbox_position")
-        floors = writer.execute(
+        keys = writer.execute(
             "select ((classid::bigint & 65535) << 32) | objid::bigint from pg_locks"
             " where locktype = 'advisory' and classid::bigint >> 16 = 17602 and pid = pg_backend_pid()"
         ).fetchall()
 
-        assert floors == [(last - 1,)], "announced once, at what was the last position"
+        assert keys == [(last - 1,)], "announced once, at what was the last position"

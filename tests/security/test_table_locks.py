@@ -56,7 +56,7 @@ def test_who_keeps_others_from_a_table_without_a_right_to_is_named(
 
     assert found.level == "warning"
     assert f"pid {pid} (login {login}" in found.found
-    assert "Whoever uses those tables waits" in found.advice
+    assert "Every statement on those tables waits" in found.advice
 
 
 def test_who_may_lock_a_table_and_the_engine_are_not(urls: Mapping[str, str]) -> None:

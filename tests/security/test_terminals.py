@@ -62,17 +62,17 @@ EVIL = (
 DATABASE_EVIL = EVIL.replace("\ud800", "")
 
 
-def assert_harmless(told: str) -> None:
-    assert not [line for line in told.split("\n") if not line.isprintable()], ascii(told)
-    assert not [line for line in told.split("\n") if line.startswith(("FORGED", "2026-11-28 FORGED"))]
+def assert_harmless(seen: str) -> None:
+    assert not [line for line in seen.split("\n") if not line.isprintable()], ascii(seen)
+    assert not [line for line in seen.split("\n") if line.startswith(("FORGED", "2026-11-28 FORGED"))]
 
 
 def printed(work: Callable[[], object]) -> str:
     """Return what the work prints, to stdout and stderr."""
-    told = io.StringIO()
-    with redirect_stdout(told), redirect_stderr(told):
+    seen = io.StringIO()
+    with redirect_stdout(seen), redirect_stderr(seen):
         work()
-    return told.getvalue()
+    return seen.getvalue()
 
 
 # Any text -----------------------------------------------------------------------------------------
@@ -170,11 +170,11 @@ def test_rich_itself_may_still_draw_and_colour() -> None:
 
     screen.print(output.Legible(output.cell(EVIL, "bold red")))
 
-    told = screen.file.getvalue()  # type: ignore[attr-defined] # a StringIO
-    assert told.startswith("\x1b[1;31m")
-    assert "]0;title" in told
-    assert "\x1b]0;" not in told
-    assert_harmless(told.replace("\x1b[1;31m", "").replace("\x1b[0m", ""))
+    seen = screen.file.getvalue()  # type: ignore[attr-defined] # a StringIO
+    assert seen.startswith("\x1b[1;31m")
+    assert "]0;title" in seen
+    assert "\x1b]0;" not in seen
+    assert_harmless(seen.replace("\x1b[1;31m", "").replace("\x1b[0m", ""))
 
 
 def test_a_terminal_without_utf_8_gets_what_it_has() -> None:
@@ -190,9 +190,9 @@ def test_a_wide_cell_does_not_push_the_others_out_of_sight() -> None:
     table = Table("a", "b", box=None)
     output.add_row(table, "w" * 10_000, "here")
 
-    told = printed(lambda: output.print_table(table, ""))
+    seen = printed(lambda: output.print_table(table, ""))
 
-    assert max(map(len, told.splitlines())) < 400
+    assert max(map(len, seen.splitlines())) < 400
 
 
 # Every command ------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_no_command_lets_anything_through(hostile_url: str, tmp_path: Path, monk
         "DOVECOTE_DATABASE__CONNECT_TIMEOUT_SECONDS": "1",
         "DOVECOTE_COMMAND": "dovecote",
     }
-    told = {}
+    seen = {}
 
     for words in LISTINGS:
         line = [word.format(*found, file=file) if "{" in word else word for word in words]
@@ -305,9 +305,9 @@ def test_no_command_lets_anything_through(hostile_url: str, tmp_path: Path, monk
                 with patch.dict(os.environ, variables), words_of_line, pytest.raises(SystemExit):
                     cli.main()
 
-            told[(*words, *given_words[len(line) :])] = printed(run)
+            seen[(*words, *given_words[len(line) :])] = printed(run)
 
-    for each, text in told.items():
+    for each, text in seen.items():
         assert_harmless(text)
         assert text, each
         assert "Traceback (most" not in text, each
@@ -318,8 +318,8 @@ def test_no_command_lets_anything_through(hostile_url: str, tmp_path: Path, monk
         ("status",),
         ("ingest", "prices", "{file}"),
     ):
-        assert "x1b" in told[listing], listing
-    assert "4915112345678" not in told["events", "show", "{0}"]
+        assert "x1b" in seen[listing], listing
+    assert "4915112345678" not in seen["events", "show", "{0}"]
 
 
 def test_a_wrong_word_and_a_wrong_setting_are_shown_and_not_obeyed(tmp_path: Path) -> None:
@@ -349,21 +349,21 @@ def test_log_lines_for_people_are_harmless(capsys: pytest.CaptureFixture[str]) -
         except ValueError:
             log.exception(EVIL, symbol=EVIL, nested={EVIL: [EVIL]}, **{EVIL: 1})
             logging.getLogger("dramatiq").error("said %s", EVIL)
-        told = capsys.readouterr().err
+        seen = capsys.readouterr().err
     finally:
         structlog.reset_defaults()
 
-    assert "x1b" in told
-    assert_harmless(told)
+    assert "x1b" in seen
+    assert_harmless(seen)
 
 
 def test_lines_of_supervised_processes_are_harmless() -> None:
-    told = io.StringIO()
+    seen = io.StringIO()
 
-    prefixed(["relay"], told)("relay", EVIL)
+    prefixed(["relay"], seen)("relay", EVIL)
 
-    assert_harmless(told.getvalue())
-    assert told.getvalue().count("\n") == 1
+    assert_harmless(seen.getvalue())
+    assert seen.getvalue().count("\n") == 1
 
 
 # The next command ---------------------------------------------------------------------------------

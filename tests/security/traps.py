@@ -179,7 +179,7 @@ _HONEST = [
 def trapped(connection: Connection, *settings: str) -> list[str]:
     """Call everything that the login may call in such a session; return what a trap has said."""
     said: list[str] = []
-    connection.add_notice_handler(lambda told: said.append(told.message_primary or ""))
+    connection.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
     calls = connection.execute(_CALLS).fetchall()
     for setting in settings:
         connection.execute(setting)

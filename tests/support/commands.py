@@ -82,7 +82,7 @@ def _ready() -> socket.socket:
 
 
 def _become_a_command(connection: socket.socket) -> bool:
-    """Fork for every request; tell in the fork, where everything is as the request says, that it is one."""
+    """Fork for every request; return True in the fork, where everything is as the request says."""
     while True:
         request, streams, _, _ = socket.recv_fds(connection, _MAX_BYTES, 3)
         if not request:

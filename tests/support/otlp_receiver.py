@@ -30,7 +30,7 @@ class Receiver(BaseHTTPRequestHandler):
                 resource = _values(of_process.resource.attributes)
                 for of_scope in of_process.scope_spans:
                     for span in of_scope.spans:
-                        file.write(json.dumps(_told(span, resource, self.path)) + "\n")
+                        file.write(json.dumps(_as_json(span, resource, self.path)) + "\n")
         self.send_response(200)
         self.send_header("content-type", "application/x-protobuf")
         self.end_headers()
@@ -40,7 +40,7 @@ class Receiver(BaseHTTPRequestHandler):
         """Keep still."""
 
 
-def _told(span: Any, resource: dict[str, Any], path: str) -> dict[str, Any]:
+def _as_json(span: Any, resource: dict[str, Any], path: str) -> dict[str, Any]:
     return {
         "path": path,
         "name": span.name,

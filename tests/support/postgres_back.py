@@ -12,16 +12,18 @@ import psycopg
 
 from dovecote.local.child_server import Server
 from dovecote.local.servers import Postgres
+from tests.support.clusters import put_cluster
 
 
 class PostgresThatGoesBack:
-    """One server; every start is at the same address.
+    """One server, migrated; every start is at the same address.
 
     Errors: those of ChildServer; CalledProcessError when a copy fails.
     """
 
     def __init__(self, place: Path, settings: Mapping[str, str] | None = None) -> None:
         """`place` is a directory that the server's user can reach: tests.support.processes.a_place_for_servers()."""
+        put_cluster(place / "postgres")
         self._postgres = Postgres(place / "postgres", {"fsync": "off", **(settings or {})})
         self._snapshots = place / "snapshots"
         self._snapshots.mkdir()
@@ -32,7 +34,7 @@ class PostgresThatGoesBack:
         return self.server.url
 
     def snapshot(self, name: str = "snapshot") -> Path:
-        """Copy the disk of the running server, as a storage would: at one moment, whatever it is doing."""
+        """Copy the disk of the running server, as a storage would: at one point in time, whatever it is doing."""
         snapshot = self._snapshots / name
         with frozen(self.server.pid):
             _copy(self._postgres.data, snapshot)

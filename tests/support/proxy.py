@@ -35,7 +35,7 @@ class Link:
 
 
 class Proxy:
-    """Leads to a port of this machine until told otherwise; to be used from any thread.
+    """Leads to a port of this machine until a fault is asked for; to be used from any thread.
 
     links     connections open now
     accepted  connections ever taken
@@ -78,7 +78,7 @@ class Proxy:
         """Hold up everything that goes this way from now on."""
         self._run(self._set_delay(seconds, way))
 
-    def black_hole(self, way: Way = Way.BOTH) -> None:
+    def stall(self, way: Way = Way.BOTH) -> None:
         """Take what comes and let nothing out, ends of connections neither; `heal` lets it all out."""
         self._run(self._shut(way))
 
@@ -128,7 +128,7 @@ class Proxy:
         for link in self._links:
             _reset(link.client)
             _reset(link.server)
-        # The sockets are closed in the loop's next round: whoever asked may count on it.
+        # The sockets are closed in the loop's next round: the caller may count on it.
         await asyncio.sleep(0)
 
     async def _refuse(self) -> None:

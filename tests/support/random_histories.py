@@ -13,7 +13,7 @@ from dovecote.store.subscriptions import SUBSCRIBE
 NO_JIT = "-c jit=off"
 TYPES = ["s.a.v1", "s.b.v1", "s.b.v2", "s.c.v1"]
 
-# Of every event at or below `examined` and not in `open`: is it settled?
+# Of every event at or below `examined` and not in `open`: is it done with?
 UNSOUND = """
     select p.handler_name, array_agg(o.position order by o.position)
     from dovecote.progress p
@@ -39,7 +39,7 @@ TRUTH = """
                           where d.event_id = o.id and d.handler_name = s.handler_name)) o on o.handler_name = h.name
     group by 1
 """
-# The first event that is not settled, a version among them that newer code will ask for.
+# The first event that is not done with, a version among them that newer code will ask for.
 FIRST = """
     select p.handler_name, min(o.position)
     from dovecote.progress p
@@ -51,7 +51,7 @@ FIRST = """
       and not exists (select from dovecote.deliveries d where d.event_id = o.id and d.handler_name = p.handler_name)
     group by 1
 """
-OBSTACLES = """
+PARTITION_BLOCKERS = """
     select handler_name, sum(events)::bigint
     from dovecote.partition_blockers('00000000-0000-0000-0000-000000000000', 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     where blocker = 'unprocessed' group by 1
@@ -252,7 +252,7 @@ class History:
             for handler, mark in self.checks.execute("select handler_name, low_water_mark from dovecote.progress"):
                 assert mark >= self._low.get(handler, 0), f"the mark of {handler} went back"
                 self._low[handler] = mark
-            blockers: dict[str, int] = dict(self.checks.execute(OBSTACLES).fetchall())
+            blockers: dict[str, int] = dict(self.checks.execute(PARTITION_BLOCKERS).fetchall())
             for handler, events, first in self.checks.execute(TRUTH).fetchall():
                 assert blockers.get(handler, 0) == events
                 kinds = [

@@ -21,8 +21,8 @@ class Answer(NamedTuple):
 
     @property
     def report(self) -> dict[str, Any]:
-        told: dict[str, Any] = json.loads(self.body)
-        return told
+        report: dict[str, Any] = json.loads(self.body)
+        return report
 
 
 def get(port: int, path: str) -> Answer | None:
@@ -70,7 +70,7 @@ def numbers_in(registry: CollectorRegistry) -> Numbers:
 
 
 def of_all(directory: Path) -> Numbers:
-    """Return what the workers that share this directory tell."""
+    """Return the metrics of all workers that share this directory."""
     return numbers_in(merged_registry(directory))
 
 
@@ -82,11 +82,11 @@ def scrape(port: int) -> Numbers:
 
 
 def scrape_until(port: int, condition: Callable[[Numbers], object], what: str) -> Numbers:
-    """Return the first scrape that fulfils the condition; a survey may be some seconds old."""
+    """Return the first scrape that fulfils the condition; what a relay has collected may be some seconds old."""
 
     def look() -> Numbers | None:
-        told = scrape(port)
-        return told if condition(told) else None
+        numbers = scrape(port)
+        return numbers if condition(numbers) else None
 
     found = eventually(look, 15, what)
     assert found
@@ -94,4 +94,4 @@ def scrape_until(port: int, condition: Callable[[Numbers], object], what: str) -
 
 
 def status_of(dependencies: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    return {name: told["status"] for name, told in dependencies.items()}
+    return {name: each["status"] for name, each in dependencies.items()}

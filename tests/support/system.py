@@ -21,7 +21,7 @@ from dovecote.consumer.consumer import Consumer
 from dovecote.consumer.middleware import RequeueWhatFails
 from dovecote.relay.fence import Claim, RedisFence
 from dovecote.relay.relay import Relay
-from dovecote.route import Route, queues
+from dovecote.route import Dovecote, Purge, Route, queues
 from dovecote.settings import Settings
 from dovecote.store.connections import sessions_for
 from dovecote.store.engines import engine_for
@@ -55,9 +55,11 @@ class System:
         return self.status()
 
     @contextmanager
-    def relay(self, instrumentation: RelayInstrumentation | None = None) -> Iterator[Relay]:
+    def relay(
+        self, instrumentation: RelayInstrumentation | None = None, purges: Sequence[Purge] = ()
+    ) -> Iterator[Relay]:
         """Run a relay until the end of the block."""
-        relay = relay_for(self.settings, self.routes, instrumentation)
+        relay = relay_for(self.settings, Dovecote(routes=self.routes, purges=purges), instrumentation)
         thread = threading.Thread(target=relay.run, name="relay")
         thread.start()
         try:

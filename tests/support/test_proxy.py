@@ -56,7 +56,7 @@ class Client:
     def hear(self) -> bytes:
         return self._socket.recv(100)
 
-    def patience(self, seconds: float) -> None:
+    def set_timeout(self, seconds: float) -> None:
         self._socket.settimeout(seconds)
 
 
@@ -93,15 +93,15 @@ def test_it_refuses_and_keeps_its_port(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("way", [Way.UP, Way.DOWN, Way.BOTH])
-def test_a_black_hole_lets_nothing_out_until_it_is_healed(proxy: Proxy, echo: EchoServer, way: Way) -> None:
+def test_a_stalled_proxy_lets_nothing_out_until_it_is_healed(proxy: Proxy, echo: EchoServer, way: Way) -> None:
     client = Client(proxy)
     client.ask(b"hello\n")
-    proxy.black_hole(way)
+    proxy.stall(way)
 
-    client.patience(0.1)
+    client.set_timeout(0.1)
     with pytest.raises(TimeoutError):
         client.ask(b"lost?\n")
-    client.patience(5)
+    client.set_timeout(5)
 
     assert (b"lost?\n" in echo.heard) == (way is Way.DOWN)
     proxy.heal()
@@ -112,10 +112,10 @@ def test_a_delay_holds_up_each_way(proxy: Proxy) -> None:
     client = Client(proxy)
     proxy.delay(0.15)
 
-    client.patience(0.25)
+    client.set_timeout(0.25)
     with pytest.raises(TimeoutError):
         client.ask(b"slow\n")
-    client.patience(5)
+    client.set_timeout(5)
 
     assert client.hear() == b"slow\n"
 

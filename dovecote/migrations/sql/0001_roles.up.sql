@@ -1,12 +1,12 @@
--- Six roles that log in as nobody: grant them to the logins of your services and of people.
+-- Six roles without a login of their own: grant them to the logins of your services and operators.
 --
 --   dovecote_owner     owns every object; migrations run as it
 --   dovecote_writer    an upstream service: appends to the outbox, nothing more
 --   dovecote_service   a service that owns slices: the tables of the slices, and appends to the outbox; nothing of the
 --                      engine
 --   dovecote_worker    relay and consumers
---   dovecote_operator  looks at everything, retries, replays, pauses
---   dovecote_viewer    looks at everything but keys, encrypted numbers and hashes of codes; changes nothing
+--   dovecote_operator  reads everything, retries, replays, pauses
+--   dovecote_viewer    reads everything but keys, encrypted numbers and hashes of codes; changes nothing
 --
 -- Roles belong to the whole cluster, so another Dovecote database may have made them already.
 

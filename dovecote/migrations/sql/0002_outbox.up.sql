@@ -72,14 +72,14 @@ create index outbox_aggregate_idx on dovecote.outbox (aggregate_type, aggregate_
 -- A wake-up never fails the transaction that it follows.
 --
 -- Postgres has one queue of notifications for the whole cluster. It is as long as its slowest listener makes it: one that
--- stays in a transaction keeps all of it, and when it is full every NOTIFY fails, at COMMIT. What nobody was woken for
--- is found by polling, so from half of the queue on nobody is woken. The other half is room for those who have
--- asked and not committed yet: with Postgres's own size, 8 GB, for some 100 million of them.
+-- stays in a transaction keeps all of it, and when it is full every NOTIFY fails, at COMMIT. Polling finds
+-- events without a notification, so from half of the queue on none is sent. The other half is room for notifications
+-- of open transactions: with Postgres's default size, 8 GB, for some 100 million of them.
 
 create function dovecote.wake(channel text) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
--- Notify, unless that might fail. Asking how full the queue is also frees what everybody has read: Postgres does it
--- in a NOTIFY that commits, and while none can, nobody does.
+-- Notify, unless that might fail. The query for the usage also frees what every listener has read: otherwise only
+-- a NOTIFY that commits does that, and none can while the queue is full.
 begin
     if pg_catalog.float8lt(pg_catalog.pg_notification_queue_usage(), 0.5) then
         perform pg_catalog.pg_notify(channel, '');
@@ -92,9 +92,9 @@ create function dovecote.wakeup_key() returns bigint
 language sql immutable parallel safe return 17603::bigint << 48;
 
 -- Announcing a low-water mark ------------------------------------------------------------------
--- What every writer pays for. In each transaction plpgsql sets every expression that it evaluates up anew, so the size
--- of an expression costs more than its result. What is always evaluated is therefore short, and the words of a refusal
--- are looked for only when there is one.
+-- Every writer pays for this. In each transaction plpgsql prepares every expression that it evaluates anew, so the size
+-- of an expression costs more than its evaluation. The ordinary path is therefore short, and the text of a refusal is
+-- made only when there is one.
 
 -- One advisory lock key is 64 bits: 16 name the purpose, 48 carry a position (2.8e14 of them).
 create function dovecote.writer_key(low_water_mark bigint) returns bigint
@@ -121,13 +121,13 @@ begin
             return null;
         end if;
     end if;
-    -- The number of the transaction first: dovecote.active_writers() takes an announcement without one for over.
+    -- The number of the transaction first: dovecote.active_writers() treats an announcement without one as ended.
     last_position := case when pg_current_xact_id() is not null
                      then coalesce(pg_sequence_last_value('dovecote.outbox_position'), 0) end;
     announced := last_position;
     if not pg_try_advisory_xact_lock_shared(dovecote.writer_key(announced)) then
-        -- A stranger has it. A session cannot hold so many locks that it has most of those below, and none can have
-        -- most of those that say no more than that somebody writes.
+        -- A foreign session holds the lock. A session cannot hold most of the locks below, and none can hold most of
+        -- those from 2^47 on, which announce a writer at an unknown position.
         for try in 1 .. 10 loop
             announced := case when try <= 2 then last_position - floor(random() * least(last_position, 100000))::bigint
                          else (1::bigint << 47) + floor(random() * (1::bigint << 47))::bigint end;
@@ -193,7 +193,7 @@ end $$;
 
 create function dovecote.refusal(event dovecote.outbox) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' as $$
--- Why the outbox refuses an event, in words; null when it takes it. The rules are check_event's.
+-- The reason for which the outbox refuses an event; null when it accepts it. The rules are check_event's.
 declare
     bytes bigint;
 begin
@@ -289,8 +289,8 @@ comment on function dovecote.append_event is
     'Write one event in the transaction at hand and return its id. What the outbox refuses, it refuses in words.';
 
 -- Rights ---------------------------------------------------------------------------------------
--- On the parents only: a row put straight into a partition would not announce its low-water mark. Neither the position, which
--- could lie where the relay has already been, nor the time, which is the server's own word, is a writer's choice.
+-- On the parents only: an insert directly into a partition would not announce a low-water mark. A writer chooses neither
+-- the position, which could lie where the relay has already read, nor the time, which the server sets.
 
 grant select on dovecote.outbox to dovecote_worker, dovecote_operator, dovecote_viewer;
 grant insert (id, aggregate_type, aggregate_id, event_type, payload, headers)

@@ -1,5 +1,5 @@
--- What the relay keeps, reads and asks: how far it is, who leads, who writes, which run of Postgres this is, and
--- what it sends.
+-- The relay's state and queries: its checkpoint, the leader, the active writers, the run of Postgres, and the
+-- envelopes that it sends.
 
 -- How far it is --------------------------------------------------------------------------------
 
@@ -15,8 +15,8 @@ create table dovecote.relay_state (
     instance     text,
     stands_back_for text,
     refused_since timestamptz,
-    -- The last leadership that signed. One that follows a relay that does not know the column finds it older than it
-    -- should be: what that relay has queued, nobody acts on.
+    -- The last epoch whose leader signed its messages. A relay of an older version does not write it, so the next leader
+    -- finds it too old: consumers refuse what that relay has queued.
     signed_epoch bigint,
     constraint relay_state_pkey primary key (only_row),
     constraint relay_state_has_one_row check (only_row)
@@ -83,14 +83,14 @@ comment on column dovecote.postponed.after_position is
     'when its queue has room.';
 
 -- Who leads ------------------------------------------------------------------------------------
--- Locks that need a privilege (docs/adr/0036). Anybody who may connect takes any advisory lock. A table lock is for those
--- with a right on the table. Each lock of ours is on a view of its own, taken in SHARE UPDATE EXCLUSIVE mode:
+-- Locks that need a privilege (docs/adr/0036). Every login that may connect can take any advisory lock. A table lock
+-- needs a privilege on the table. Each lock of ours is on a view of its own, taken in SHARE UPDATE EXCLUSIVE mode:
 --
---   a view    has no rows, so no vacuum ever waits for a lock that is held for months, and none freezes its numbers
---   the mode  conflicts with itself, and not with what PREPARE takes without any right: ACCESS SHARE, ROW SHARE, ROW
+--   a view    has no rows, so it needs no vacuum and no freezing, which would wait for a lock that is held for months
+--   the mode  conflicts with itself, and not with what PREPARE takes without any privilege: ACCESS SHARE, ROW SHARE, ROW
 --             EXCLUSIVE
 --
--- A transaction that holds nothing else has neither a number nor a snapshot: it does not hold back vacuum.
+-- A transaction that holds nothing else has neither an xid nor a snapshot: it does not delay vacuum.
 
 create view dovecote.relay_leader as select 'held by the relay that leads' as purpose;
 
@@ -125,13 +125,13 @@ end;
 -- dovecote/relay/leader.py.
 --
 -- A shared lock announces a position if its transaction also has the lock on dovecote.outbox that every INSERT takes
--- before its triggers are called, and keeps. Nobody has that one without a right on the outbox or the schema.
+-- before its triggers are called, and keeps. That one needs a privilege on the outbox or the schema.
 --
--- pg_locks looks at relations first: of a transaction whose lock on the outbox it has not seen, the positions are above
--- the sequence as it was read before. PREPARE TRANSACTION hands the locks over one by one, and each keeps the number of
--- the virtual transaction.
+-- pg_locks reads relation locks first: if it misses the lock of a transaction on the outbox, its positions are above the
+-- sequence as it was read before. PREPARE TRANSACTION transfers the locks one by one, and each keeps the number of the
+-- virtual transaction.
 --
--- From 2^47 on, above all positions there can be, it announces an active writer and not its position.
+-- From 2^47 on, above all possible positions, it announces an active writer at an unknown position.
 
 create function dovecote.low_watermark(out last_position bigint, out safe_position bigint)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -298,10 +298,10 @@ return '{"specversion":"1.0","id":"' || event.id::text
     || ',"data":' || event.payload::text || '}';
 
 -- The envelope of a row that is small as it is stored; null for the others, which `envelopes` makes one by one. A
--- plain expression, so that it becomes part of the statement that reads. It is `envelope` without what costs most there,
--- to escape words: an aggregate type that is no word is for `envelopes`, and a type that is none is in no route, so that
--- nobody is sent what is made of it.
--- To quote an identifier is the cheapest question for a word; with the underscore it is no key word such as `order`.
+-- plain expression, so that it becomes part of the statement that reads. It is `envelope` without its most
+-- expensive part, escaping: an aggregate type that is not a plain word is left to `envelopes`, and an event type that is
+-- not one is in no route, so its envelope is never sent.
+-- quote_ident is the cheapest test for a plain word; with the underscore it is no keyword such as `order`.
 create function dovecote.small_envelope(event dovecote.outbox) returns text
 language sql stable parallel safe
 return case

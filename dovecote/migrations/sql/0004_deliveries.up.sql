@@ -1,4 +1,4 @@
--- What became of the events, handler by handler: who wants which, what is done, what did not go well, what is paused.
+-- The state of events per handler: subscriptions, processed events, deliveries, paused handlers.
 
 create table dovecote.processed_events (
     event_id     uuid        not null,
@@ -116,8 +116,8 @@ create function dovecote.processed_lately(seconds integer, pages integer default
 returns table (handler_name text, events_per_second float8)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 -- How fast each handler acts. New rows lie at the end of a partition's file, however old their event is: the last
--- pages show it, without an index on the time and without a look at the rest. Definer's rights because nobody
--- else may read a partition by its name.
+-- pages show it, without an index on the time and without reading the rest. Security definer, because only the
+-- owner may read a partition by its name.
 declare
     part record;
 begin

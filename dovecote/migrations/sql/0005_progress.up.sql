@@ -1,4 +1,4 @@
--- How far each handler is: its low-water mark, and what is open above it.
+-- The progress of each handler: its low-water mark, and what is open above it.
 --
 -- A row says one thing, and it is true in every snapshot that sees the row: an event that the handler wants, at or below
 -- `examined` and not in `open`, is recorded. Recorded is what the handler has processed, and what is in `deliveries`
@@ -25,11 +25,12 @@ comment on column dovecote.progress.examined is
 comment on column dovecote.progress.open is 'Positions at or below `examined` that may not be recorded yet.';
 comment on column dovecote.progress.low_water_mark is 'Below it nothing is open.';
 
--- One at a time moves the low-water marks, adds subscriptions and opens ranges: each takes this lock until its transaction ends.
+-- Moving low-water marks, adding subscriptions and opening ranges exclude each other: each takes this lock until its
+-- transaction ends.
 create view dovecote.progress_lock as select 'held while low-water marks are moved or opened' as purpose;
 
--- What handlers want of types: what is above `since_position` and not in `published_above`. A version that nobody has
--- subscribed to yet, of an event that the handler wants, counts as wanted since that event: the code that knows it will
+-- What handlers want of types: what is above `since_position` and not in `published_above`. A version without a
+-- subscription so far, of an event that the handler wants, counts as wanted since that event: the code that knows it will
 -- subscribe to it from there on (dovecote/relay/relay.py, _SUBSCRIBE).
 create function dovecote.wanted_since(handlers text[], event_types text[])
 returns table (handler_name text, event_type text, since_position bigint, published_above int8multirange)
@@ -42,8 +43,8 @@ begin atomic
     order by s.handler_name, t.name, s.event_type <> t.name, s.since_position, s.event_type;
 end;
 
--- The same positions and more, in `max_ranges` ranges: the smallest gaps are closed. What was known of them is
--- found out again when the low-water mark comes there.
+-- The same positions and more, in `max_ranges` ranges: the smallest gaps are closed. They are examined
+-- again when the low-water mark arrives there.
 create function dovecote.coarser(ranges int8multirange, max_ranges integer) returns int8multirange
 language sql immutable parallel safe
 begin atomic
@@ -201,17 +202,17 @@ begin
     end loop;
 end $$;
 
--- One step of the low-water marks: look at what is above them, at most `max_events` events for all handlers that are at the
--- same place, and at the head of what a handler has had open for long.
+-- One step of the low-water marks: examine what is above them, at most `max_events` events for all handlers that are at
+-- the same position, and the head of what a handler has had open for long.
 --
---     events_read  how many were looked at
+--     events_read  how many were examined
 --     outstanding  how many of those are outstanding, for all handlers
 --     has_moved    whether any row has changed
---     is_behind    whether another step now would find out more
---     is_open      whether anything is left to find out: something is open, or nobody has examined it
+--     is_behind    whether another step now would move them further
+--     is_open      whether anything is open or not examined yet
 --
--- READ COMMITTED only, a transaction of its own. The order of the looks is the proof: first the checkpoint (what is not
--- there at or below it is gone for ever), then the outbox, then what is recorded. Each snapshot sees all that the one
+-- READ COMMITTED only, a transaction of its own. Correctness depends on the order of reads: first the checkpoint (a
+-- position missing at or below it never appears), then the outbox, then what is recorded. Each snapshot sees all that the one
 -- before it saw, and what is recorded stays recorded.
 create function dovecote.move_low_water_marks(
     leading_epoch bigint, published_upto bigint, max_events integer default 5000, max_ranges integer default 100,
@@ -243,8 +244,8 @@ begin
     to_examine := greatest(published_upto, at_checkpoint);
     select max(p.examined) into front from dovecote.progress p;
 
-    -- Forward, for all together from the lowest low-water mark near the front. Those that are further behind have a look of
-    -- their own. What has been open for long is no place to begin: the look would read the same events for ever.
+    -- Forward, for all together from the lowest low-water mark near the front. Those that are further behind are read
+    -- separately. A position that has been open for long is no place to begin: the same events would be read every time.
     for part in
         select array_agg(p.handler_name) as names, min(p.begins) as begins
         from (select q.handler_name, case when q.examined - q.low_water_mark <= max_events / 2 then q.low_water_mark else q.examined end as begins
@@ -284,7 +285,7 @@ begin
     end loop;
 
     -- What has been open for long: a backlog, or one event that takes its time. A backlog is acted on in order, so its
-    -- head is where things change. A second look somewhere inside finds what was done behind a head that stands still.
+    -- head is where rows change. A second read at a random place finds what was done behind a head that does not move.
     for part in
         select p.handler_name as name, lower(p.open) as low, upper(p.open) as high from dovecote.progress p
         where p.examined - p.low_water_mark > max_events / 2 order by p.handler_name
@@ -305,8 +306,8 @@ begin
     select coalesce(bool_or(not isempty(p.open) or p.examined < to_examine), false) into is_open from dovecote.progress p;
 end $$;
 
--- How many events a handler wants and has outstanding, and when the first of them in writing order was written. Looked
--- at is what is open and what nobody has examined; `of_types`: of these types only.
+-- How many events a handler wants and has outstanding, and when the first of them in writing order was written. It
+-- reads what is open and what is not examined yet; `of_types`: of these types only.
 --
 -- `at_least`: there may be more. It stops at `bound` events, and after reading some times as many; a handler that has no
 -- row, or whose history is not examined yet, is not said to have nothing before it.
@@ -397,7 +398,7 @@ create trigger widen_progress after update on dovecote.subscriptions
     when (new.since_position < old.since_position or not new.published_above @> old.published_above)
     execute function dovecote.widen_progress();
 
--- Everything is examined again: to be called when events may have appeared below the low-water marks, such as after a restore.
+-- Examine everything again: called when events may have appeared below the low-water marks, such as after a restore.
 create function dovecote.reopen_progress() returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare

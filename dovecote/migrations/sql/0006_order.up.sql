@@ -157,9 +157,9 @@ end $$;
 
 create function dovecote.release_parked(handler text, event_types text[], event_ids uuid[]) returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
--- Release those of the events that were parked while the one before them was being committed; return how many. In a
--- transaction of its own, after the one that parked them: who takes the lock later sees them, who took it earlier has
--- committed by now. It does not queue for the lock, or a frozen worker that has it would stop all others.
+-- Release those of the events that were parked while their predecessor was committing; return how many. Run it in a
+-- transaction of its own, after the one that parked them: a session that takes the lock later sees them, one that took
+-- it earlier has committed. It only tries the lock: otherwise a frozen worker that holds it would stop all others.
 declare
     give_up_at timestamptz := pg_catalog.clock_timestamp() + interval '1 second';
 begin
@@ -215,7 +215,7 @@ begin
         room := room - size;
         left_over := left_over - 1;
         return next due;
-        -- Failed before, or sent before: it goes as it is. What waits behind one that failed goes on waiting for it.
+        -- Failed before, or sent before: it is sent alone. What waits behind one that failed keeps waiting.
         continue when due.attempts > 0 or due.error is not null or due.leased_until is not null;
         behind := least(wanted.bundle_size - 1, left_over);
         continue when behind < 1;

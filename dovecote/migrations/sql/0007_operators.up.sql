@@ -228,7 +228,7 @@ begin
     end if;
     possible := '{dead,retrying}';
     if verb = 'discard' and coalesce((filter ->> 'without_route')::boolean, false) then
-        -- Nobody acts on what comes after, so its order is nobody's business any more.
+        -- No handler receives the following events, so their order no longer matters.
         if not filter ? 'handler' or dovecote.is_routed(filter ->> 'handler') then
             raise exception '% has a route in the relay that leads: only what it has tried can be discarded',
                             coalesce(filter ->> 'handler', 'some handler')
@@ -387,8 +387,8 @@ comment on function dovecote.discard_deliveries is
     'Operators: give failed deliveries up, a batch of at most 5,000, with its line in the audit log.';
 
 -- Rights ---------------------------------------------------------------------------------------
--- Not the time, not the login, not the id of an audit line: those are the database's own word.
--- An operator changes nothing but through a verb. What it would do is counted with the rights of who asks.
+-- Not on the time, the login and the id of an audit line: the database sets those.
+-- An operator changes rows only through these functions. A dry run counts with the caller's privileges.
 
 grant select on dovecote.audit_log to dovecote_worker, dovecote_operator, dovecote_viewer;
 grant insert (actor, action, reason, details, affected) on dovecote.audit_log to dovecote_worker;

@@ -14,7 +14,7 @@ language sql immutable parallel safe return to_date(week, 'IYYY"w"IW')::timestam
 create view dovecote.retention_lock as select 'held while weeks are kept in order' as purpose;
 
 -- Made ahead -------------------------------------------------------------------------------------
--- Nobody says here who he is: the line has the login twice.
+-- There is no argument for the actor: the audit line has the login twice.
 
 create function dovecote.make_partitions(weeks_ahead integer default 4) returns integer
 language plpgsql security definer
@@ -41,7 +41,7 @@ begin
         return 0;
     end if;
     begin
-        -- Two at once would collide on the names. Attaching takes the same lock; nobody else may take it by hand.
+        -- Concurrent calls would collide on the names. Attaching takes the same lock; no other role may take it.
         lock table only dovecote.outbox in share update exclusive mode;
     exception when lock_not_available then
         raise warning 'no partitions are made: %', sqlerrm;
@@ -67,7 +67,7 @@ begin
             end loop;
             made := made + 1;
         exception
-            -- The default partition has taken in rows of that week already, or somebody reads in a long transaction.
+            -- The default partition has rows of that week already, or a long transaction reads the table.
             when check_violation or lock_not_available then
                 raise warning 'the partitions of week % are not made: %', suffix, sqlerrm;
         end;

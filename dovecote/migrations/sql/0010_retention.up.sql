@@ -1,13 +1,13 @@
 -- Old weeks are dropped whole, once nothing needs them any more.
 
--- What holds a week back ------------------------------------------------------------------------
+-- What prevents that a week is dropped ----------------------------------------------------------
 
 -- At or below a handler's low-water mark nothing is unprocessed, and of no unknown version.
 create function dovecote.partition_blockers(lower_id uuid, upper_id uuid)
 returns table (handler_name text, blocker text, events bigint, example uuid)
 language sql stable set search_path = pg_catalog, pg_temp as $$
-    -- Everything that somebody may still want to do with events of these ids. A replay is taken to want all
-    -- of them until it has passed them.
+    -- Everything for which events of these ids may still be needed. A replay is assumed to need all of them until
+    -- its cursor is beyond them.
     with
     last as (select o.position from dovecote.outbox o where o.id >= lower_id and o.id < upper_id
              order by o.position desc limit 1),
@@ -43,7 +43,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
                           where d.event_id = o.id and d.handler_name = s.handler_name)
         group by s.handler_name
     ),
-    -- A version that nobody subscribes to, of an event that somebody does: newer code will ask for it.
+    -- A version without a subscription, of an event with one: newer code will subscribe to it.
     names as (
         select distinct on (1, 2) s.handler_name, dovecote.event_name(s.event_type) as name, s.since_position,
                s.published_above, s.low_water_mark

@@ -7,8 +7,8 @@ create function dovecote.sequence_state(
     out handed_out bigint, out highest_known bigint, out cache bigint, out increment bigint, out cycles boolean)
 language sql stable
 begin atomic
-    -- What is above the sequence is asked for by index. There is nothing in a system that is well, however large it is:
-    -- the snapshot is older than the look at the sequence, so all that it shows was handed out before.
+    -- What is above the sequence is asked for by index. A healthy system has no such row, however large it is:
+    -- the snapshot is older than the read of the sequence, so every visible position was assigned before.
     select s.handed_out,
            greatest(
                s.handed_out,
@@ -67,7 +67,7 @@ begin atomic
     where o.id >= (select dovecote.uuid_v7_lower_bound(greatest(begin_at, timestamptz '1971-01-01') - interval '1 hour') from since)
       and o.created_at >= (select begin_at from since)
       and coalesce(not batch.was_read, o.position <= (select checkpoint from since))
-      -- A clock that was set back makes an event look younger than its batch: what was acted on or failed was read.
+      -- A clock that was set back makes an event look younger than its batch: what was processed or failed was read.
       and not exists (select from dovecote.processed_events p where p.event_id = o.id)
       and not exists (select from dovecote.deliveries d where d.event_id = o.id);
 end;

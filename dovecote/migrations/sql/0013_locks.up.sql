@@ -4,9 +4,9 @@ create function dovecote.look_at_advisory_locks()
 returns table (lock text, kind bigint, mode text, pid integer, login text, application text, prepared text)
 language sql volatile
 begin atomic
-    -- The locks with keys of ours whose holder has no use for them, if this look at them all was taken at one time.
-    -- And locks on our tables that keep others out, of who may not say LOCK TABLE (kind 0): CREATE TRIGGER, CREATE RULE
-    -- and REFERENCES wait for theirs before Postgres asks for the right to, and later sessions wait behind.
+    -- The locks with keys of ours whose holder does not use the engine, as far as one read of pg_locks can show. And
+    -- exclusive locks on our tables of logins without the privilege for LOCK TABLE (kind 0): CREATE TRIGGER, CREATE RULE
+    -- and REFERENCES wait for theirs before Postgres checks the privilege, and later sessions wait behind.
     with held as materialized (
         select l.virtualtransaction as holder, l.pid, l.locktype, l.mode, l.transactionid, l.relation,
                case when l.locktype = 'relation' then 0 else l.classid::bigint >> 16 end as kind,
@@ -49,14 +49,14 @@ end;
 create function dovecote.foreign_locks()
 returns table (purpose text, locks bigint, pid integer, login text, application text, prepared text, mode text)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
--- Who holds, or waits for, locks of ours and has no use for them: a row for each session, purpose and mode.
+-- Sessions that hold, or wait for, locks of ours without using the engine: a row for each session, purpose and mode.
 --
---     announcement  a shared one is not heeded; beside an exclusive one writers announce a lower position
+--     announcement  a shared one is ignored; beside an exclusive one writers announce a lower position
 --     wake-up       the relay cannot sleep, and polls as often as its settings let it; or each writer sends a NOTIFY
---     release       a consumer goes on without the lock, and the relay releases what it has left
---     table         writers wait until it is ended, also behind one that waits itself
+--     release       a consumer continues without the lock, and the relay releases the rest
+--     table         writers wait until the session ends, also behind a session that waits itself
 --
--- Two looks: a writer that has just begun may be seen with the second of its locks and without the first.
+-- Two reads: a writer that has just begun may be listed with the second of its locks and without the first.
 declare
     seen text[];
 begin

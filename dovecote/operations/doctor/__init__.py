@@ -7,6 +7,7 @@ and the doctor never hangs.
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from dovecote.operations.doctor import flow, postgres, redis
 from dovecote.operations.doctor.finding import Examination, Finding, Subject, error
@@ -23,11 +24,12 @@ def examine(
     settings: Settings,
     routes: Sequence[Route],
     *,
+    migration_locations: Sequence[Path] = (),
     now: Callable[[], float] = time.time,
     limit_seconds: float = _MAX_SECONDS,
 ) -> Examination:
     """Return what was found, all checks side by side. `now` is this machine's clock, in Unix seconds."""
-    subject = Subject(settings, routes, now)
+    subject = Subject(settings, routes, now, migration_locations)
     groups: dict[str, Callable[[Subject], list[Finding]]] = {
         "postgres": postgres.findings,
         "redis": redis.findings,

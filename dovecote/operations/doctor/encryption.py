@@ -40,7 +40,7 @@ def postgres(connection: psycopg.Connection[Any]) -> Finding:
         return ok("postgres.encrypted", "by GSSAPI")
     if not connection.pgconn.ssl_in_use or not has_tls:
         where = "to the server" if not connection.pgconn.ssl_in_use else "from a pooler to the server"
-        found = f"not encrypted {where}: whoever is on the way reads and changes everything"
+        found = f"not encrypted {where}: anybody on the network path reads and changes everything"
         return warning("postgres.encrypted", found, _POSTGRES_ADVICE)
     mode, binding = described.get(b"sslmode", ""), described.get(b"channel_binding", "")
     if mode in _VERIFIED or binding == "require":
@@ -66,7 +66,7 @@ def _redis(pool: Any) -> tuple[bool, str]:
         return True, "on the loopback of this machine"
     requirements = getattr(connection, "cert_reqs", None)
     if requirements is None:
-        return False, "not encrypted: whoever is on the way reads and changes everything"
+        return False, "not encrypted: anybody on the network path reads and changes everything"
     # By the value of ssl.CERT_REQUIRED: kept as a text or as that.
     if str(requirements).lower().removeprefix("verifymode.cert_") not in ("required", "2") or not getattr(
         connection, "check_hostname", True

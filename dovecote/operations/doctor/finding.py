@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from dovecote.route import Route
@@ -39,6 +40,7 @@ class Subject:
     settings: Settings
     routes: Sequence[Route]
     now: Callable[[], float]
+    migration_locations: Sequence[Path] = ()
 
 
 def ok(check: str, found: str) -> Finding:
@@ -56,7 +58,7 @@ def error(check: str, found: str, advice: str) -> Finding:
 def skew(check: str, of: str, seconds: float) -> Finding:
     """Judge how far a server's clock is ahead of this machine's."""
     found = f"{of} is {abs(seconds):.1f} s {'ahead of' if seconds > 0 else 'behind'} this machine"
-    advice = "Let NTP (chrony, systemd-timesyncd) keep the clocks of all machines: ids and retries tell time by them."
+    advice = "Let NTP (chrony, systemd-timesyncd) keep the clocks of all machines: ids and retries depend on them."
     if abs(seconds) >= 5:
         return error(check, found, advice)
     return warning(check, found, advice) if abs(seconds) >= 1 else ok(check, found)

@@ -16,7 +16,7 @@ from dovecote.route import queues
 from dovecote.store.checks import POSTPONED
 
 _SOCKET_SECONDS = 5.0
-_LOOK_AGAIN_SECONDS = 1.0
+_SECOND_CHECK_SECONDS = 1.0
 
 
 class _Held(NamedTuple):
@@ -27,7 +27,7 @@ class _Held(NamedTuple):
 
 
 def findings(subject: Subject) -> list[Finding]:
-    """Return what every check of this group says; nothing when Redis is away, which another check tells."""
+    """Return the findings of this group; none when Redis is away, which another check reports."""
     client: Any = connect_redis(subject.settings.redis.url.get_secret_value(), _SOCKET_SECONDS)
     try:
         held = list(_held(client, subject))
@@ -61,7 +61,7 @@ def unserved(client: Any, subject: Subject, held: list[_Held]) -> Finding:
     heads = {queue: _head(client, subject, queue) for queue in queues(subject.routes) if queue not in served}
     waiting = {queue: head for queue, head in heads.items() if head is not None}
     if waiting:
-        time.sleep(_LOOK_AGAIN_SECONDS)  # what has just come is taken by then
+        time.sleep(_SECOND_CHECK_SECONDS)  # what has just come is taken by then
         served = {one.queue for one in _held(client, subject) if one.is_alive}
         waiting = {
             queue: head
@@ -93,7 +93,7 @@ def dead_workers(held: list[_Held], subject: Subject) -> Finding:
 
 
 def postponed(client: Any, subject: Subject) -> list[Finding]:
-    """Say which queues are full; nothing when Postgres is away or not migrated, which another check tells."""
+    """Report which queues are full; nothing when Postgres is away or not migrated, which another check reports."""
     try:
         with session(subject) as connection:
             rows = connection.execute(POSTPONED).fetchall()

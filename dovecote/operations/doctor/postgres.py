@@ -33,7 +33,7 @@ _RECENT_EVENTS = 10_000
 # From half of the queue on, nothing of ours notifies (migration 0018).
 _MUCH_OF_NOTIFY_QUEUE, _NO_WAKEUPS_FROM = 0.25, 0.5
 
-# A moment as text: psycopg reads one DateStyle only, and behind a pool of transactions we set none.
+# A timestamp as text: psycopg reads one DateStyle only, and behind a pool of transactions we set none.
 # A frozen relay keeps its lock and asks nothing any more. Who may not see others' statements gets null.
 _RELAY = """
     select s.owner, s.epoch, s.history, s.instance, s.stands_back_for,
@@ -177,7 +177,7 @@ def is_migrated(subject: Subject) -> Finding:
     )
     try:
         with engine.connect() as connection:
-            missing = schema.pending(connection)
+            missing = schema.pending(connection, locations=subject.migration_locations)
     except ValueError as caught:
         # The revision in the database is none that this version knows.
         return error("postgres.schema", f"the schema is newer than this version ({caught})", "Upgrade Dovecote here.")
@@ -211,7 +211,7 @@ def relay(connection: Connection, subject: Subject) -> Finding:
             "That database is newer. If it is the one to go on with, point DATABASE_URL to it everywhere. If not, stop "
             "its relays: ours leads 10 s later. If both are wanted, give each a Redis or a DOVECOTE_REDIS__NAMESPACE.",
         )
-    since = f"{row.owned_since} UTC" if row.owned_since else "this moment"
+    since = f"{row.owned_since} UTC" if row.owned_since else "just now"
     found = f"{row.owner or 'somebody'} leads since {since}, backend {row.pid}, login {row.login}, epoch {row.epoch}"
     if row.history:
         found += f", history {row.history} of {Run.read(row.instance)}"

@@ -13,7 +13,7 @@ Connection = psycopg.Connection[Any]
 
 _LONG_SECONDS = 30.0
 # What an old transaction has just committed looks old, and is published by then.
-_LOOK_AGAIN_SECONDS = 2.0
+_SECOND_CHECK_SECONDS = 2.0
 
 # Positions from the checkpoint on that are in no batch, gap by gap, and the first of each that has a row. Bounded: the
 # relay publishes in order, so what it stands still at is the first row in one of the first gaps, or the first row
@@ -76,7 +76,7 @@ def relay(connection: Connection) -> Finding:
     """Look for an event that is committed, can be read, and is not published for a long time."""
     row = _oldest(connection)
     if row is not None and row.seconds > _LONG_SECONDS:
-        time.sleep(_LOOK_AGAIN_SECONDS)
+        time.sleep(_SECOND_CHECK_SECONDS)
         again = _oldest(connection)
         if again is not None and again.position == row.position:
             found = f"event {again.id} at position {again.position} is {again.seconds:.0f} s old and not published"

@@ -35,7 +35,7 @@ def foreign(connection: psycopg.Connection[Any]) -> Finding:
         return ok("locks.foreign", "nobody holds locks of ours that he has no use for")
     cures = "; ".join(dict.fromkeys(lock.cure for lock in found))
     effect = (
-        "Whoever uses those tables waits"
+        "Every statement on those tables waits"
         if any(lock.purpose == "table" for lock in found)
         else "Writers and relays go on, more slowly"
     )

@@ -1,4 +1,4 @@
-"""The facts of billing as they are written and read: old examples stay readable for ever."""
+"""The events of billing as they are written and read: old examples stay readable for ever."""
 
 import json
 import typing
@@ -55,7 +55,7 @@ def test_money_survives_the_way_through_the_payload(
 
 
 @given(amount=money)
-def test_a_refund_is_positive_as_a_fact_and_negative_in_the_history(amount: Money) -> None:
+def test_a_refund_is_positive_as_an_event_and_negative_in_the_history(amount: Money) -> None:
     refunded = PaymentRefunded(
         membership_id=uuid7(),
         user_id="user-1",
@@ -83,7 +83,7 @@ def test_a_refund_is_positive_as_a_fact_and_negative_in_the_history(amount: Mone
         ("billing.payment_refunded.v1", "Monthly membership, March 2026"),
     ],
 )
-def test_every_fact_has_a_line_in_words(type_: str, description: str) -> None:
+def test_every_event_has_a_line_in_words(type_: str, description: str) -> None:
     event_id = uuid7()
     event = read_event(type_, event_id, json.loads((EXAMPLES / f"{type_}.json").read_text()))
 

@@ -1,4 +1,4 @@
-"""The billing history: one line for each fact, whatever is replayed."""
+"""The billing history: one line for each event, whatever is replayed."""
 
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -51,7 +51,7 @@ def test_a_line_comes_back_as_it_was_written(sessions: Sessions, amount: Money |
     assert history_of(sessions, line.membership_id) == [line]
 
 
-def test_a_fact_told_twice_is_one_line(sessions: Sessions) -> None:
+def test_an_event_recorded_twice_is_one_line(sessions: Sessions) -> None:
     paid = PaymentRecorded(
         membership_id=uuid7(),
         user_id="user-1",
@@ -72,10 +72,10 @@ def test_a_fact_told_twice_is_one_line(sessions: Sessions) -> None:
 def test_what_was_paid_and_paid_back_adds_up_to_nothing(sessions: Sessions) -> None:
     membership_id = uuid7()
     with unit_of_work(sessions) as uow:
-        for fact in (PaymentRecorded, PaymentRefunded):
+        for event_class in (PaymentRecorded, PaymentRefunded):
             History(uow).write(
                 line_for(
-                    fact(
+                    event_class(
                         membership_id=membership_id,
                         user_id="user-1",
                         amount=Money(1_999, "EUR"),
@@ -97,13 +97,13 @@ def test_what_was_paid_and_paid_back_adds_up_to_nothing(sessions: Sessions) -> N
 
 def test_lines_are_read_in_the_order_things_happened(sessions: Sessions) -> None:
     membership_id = uuid7()
-    moments = [NOON + timedelta(minutes=minutes) for minutes in (3, 1, 2)]
+    times = [NOON + timedelta(minutes=minutes) for minutes in (3, 1, 2)]
 
     with unit_of_work(sessions) as uow:
-        for moment in moments:
-            History(uow).write(a_line(membership_id, at=moment))
+        for time in times:
+            History(uow).write(a_line(membership_id, at=time))
 
-    assert [line.occurred_at for line in history_of(sessions, membership_id)] == sorted(moments)
+    assert [line.occurred_at for line in history_of(sessions, membership_id)] == sorted(times)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The stories of billing against a real Postgres: state and fact leave together, in order."""
+"""The use cases of billing against a real Postgres: state and event leave together, in order."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -53,7 +53,7 @@ def the_stored(sessions: Sessions, membership_id: UUID) -> Membership:
         return Memberships(uow).get(membership_id)
 
 
-def facts_of(sessions: Sessions, membership_id: UUID) -> list[tuple[str, dict[str, Any]]]:
+def events_of(sessions: Sessions, membership_id: UUID) -> list[tuple[str, dict[str, Any]]]:
     with sessions() as session:
         rows = session.execute(
             select(outbox.c.event_type, outbox.c.payload)
@@ -183,12 +183,12 @@ def test_a_change_of_something_read_before_somebody_else_changed_it_is_refused(s
     assert the_stored(sessions, membership_id).status is Status.ACTIVE
 
 
-# Stories --------------------------------------------------------------------------------------
+# Use cases --------------------------------------------------------------------------------------
 
 
-def test_the_life_of_a_membership_is_told_in_order(sessions: Sessions) -> None:
+def test_the_life_of_a_membership_is_recorded_in_order(sessions: Sessions) -> None:
     membership_id = a_stored_membership(sessions)
-    story: list[Callable[[UnitOfWork], None]] = [
+    steps: list[Callable[[UnitOfWork], None]] = [
         lambda uow: activate_membership(uow, membership_id, NOON, until=IN_A_MONTH),
         lambda uow: record_payment(uow, membership_id, TEN_EUROS, "in_1", "March", NOON),
         lambda uow: renew_membership(uow, membership_id, IN_TWO_MONTHS, IN_A_MONTH),
@@ -198,11 +198,11 @@ def test_the_life_of_a_membership_is_told_in_order(sessions: Sessions) -> None:
         lambda uow: expire_membership(uow, membership_id, IN_TWO_MONTHS),
     ]
 
-    for chapter in story:
+    for step in steps:
         with unit_of_work(sessions) as uow:
-            chapter(uow)
+            step(uow)
 
-    assert [type_ for type_, _ in facts_of(sessions, membership_id)] == [
+    assert [type_ for type_, _ in events_of(sessions, membership_id)] == [
         "billing.membership_started.v1",
         "billing.membership_activated.v1",
         "billing.payment_recorded.v1",
@@ -215,14 +215,14 @@ def test_the_life_of_a_membership_is_told_in_order(sessions: Sessions) -> None:
     assert the_stored(sessions, membership_id).status is Status.EXPIRED
 
 
-def test_a_whole_life_in_one_transaction_is_told_in_order_too(sessions: Sessions) -> None:
+def test_a_whole_life_in_one_transaction_is_recorded_in_order_too(sessions: Sessions) -> None:
     with unit_of_work(sessions) as uow:
         membership_id = start_membership(uow, "user-1", Tier.FREE, NOON).id
         activate_membership(uow, membership_id, NOON)
         cancel_membership(uow, membership_id, NOON)
         expire_membership(uow, membership_id, NOON)
 
-    assert [type_ for type_, _ in facts_of(sessions, membership_id)] == [
+    assert [type_ for type_, _ in events_of(sessions, membership_id)] == [
         "billing.membership_started.v1",
         "billing.membership_activated.v1",
         "billing.membership_cancelled.v2",
@@ -231,18 +231,18 @@ def test_a_whole_life_in_one_transaction_is_told_in_order_too(sessions: Sessions
     assert the_stored(sessions, membership_id).status is Status.EXPIRED
 
 
-def test_a_payment_is_told_with_its_money(sessions: Sessions) -> None:
+def test_a_payment_is_recorded_with_its_money(sessions: Sessions) -> None:
     membership_id = a_stored_membership(sessions)
 
     with unit_of_work(sessions) as uow:
         record_payment(uow, membership_id, TEN_EUROS, "in_1", "March", NOON)
 
-    _, payload = facts_of(sessions, membership_id)[-1]
+    _, payload = events_of(sessions, membership_id)[-1]
     assert payload["amount"] == {"amount_minor": 1_000, "currency": "EUR"}
     assert (payload["invoice_id"], payload["user_id"]) == ("in_1", "user-1")
 
 
-def test_a_refused_story_leaves_neither_state_nor_fact(sessions: Sessions) -> None:
+def test_a_refused_use_case_leaves_neither_state_nor_event(sessions: Sessions) -> None:
     membership_id = a_stored_membership(sessions)
 
     def activate_renew_and_activate_again() -> None:
@@ -255,20 +255,20 @@ def test_a_refused_story_leaves_neither_state_nor_fact(sessions: Sessions) -> No
         activate_renew_and_activate_again()
 
     assert the_stored(sessions, membership_id).status is Status.PENDING
-    assert len(facts_of(sessions, membership_id)) == 1
+    assert len(events_of(sessions, membership_id)) == 1
 
 
-def test_a_fact_the_outbox_cannot_keep_is_refused_before_anything_is_written(sessions: Sessions) -> None:
+def test_an_event_the_outbox_cannot_keep_is_refused_before_anything_is_written(sessions: Sessions) -> None:
     membership_id = a_stored_membership(sessions)
 
     with pytest.raises(InvalidEvent, match="NUL"), unit_of_work(sessions) as uow:
         record_payment(uow, membership_id, TEN_EUROS, "in_1", "March\x00", NOON)
 
-    assert len(facts_of(sessions, membership_id)) == 1
+    assert len(events_of(sessions, membership_id)) == 1
 
 
 @pytest.mark.parametrize(
-    "story",
+    "use_case",
     [
         lambda uow, nobody: activate_membership(uow, nobody, NOON),
         lambda uow, nobody: renew_membership(uow, nobody, IN_A_MONTH, NOON),
@@ -279,13 +279,13 @@ def test_a_fact_the_outbox_cannot_keep_is_refused_before_anything_is_written(ses
         lambda uow, nobody: record_refund(uow, nobody, TEN_EUROS, "in_1", "March", NOON),
     ],
 )
-def test_no_story_is_told_of_a_membership_that_is_not_there(
-    sessions: Sessions, story: Callable[[UnitOfWork, UUID], None]
+def test_no_use_case_works_on_a_membership_that_is_not_there(
+    sessions: Sessions, use_case: Callable[[UnitOfWork, UUID], None]
 ) -> None:
     nobody = uuid7()
 
     with pytest.raises(NotFound, match=str(nobody)), unit_of_work(sessions) as uow:
-        story(uow, nobody)
+        use_case(uow, nobody)
 
 
 @pytest.mark.parametrize("record", [record_payment, record_refund])
@@ -300,4 +300,4 @@ def test_money_locks_its_membership_until_the_end(
         with pytest.raises(OperationalError, match="lock timeout"):
             record(UnitOfWork(session), membership_id, TEN_EUROS, "in_2", "April", NOON)
 
-    assert [payload["invoice_id"] for _, payload in facts_of(sessions, membership_id)[1:]] == ["in_1"]
+    assert [payload["invoice_id"] for _, payload in events_of(sessions, membership_id)[1:]] == ["in_1"]

@@ -89,7 +89,7 @@ def test_after_three_wrong_codes_even_the_right_one_is_refused() -> None:
     assert challenge.tries_at(NOON) == 0
 
 
-def test_a_code_works_for_five_minutes_and_not_a_moment_longer() -> None:
+def test_a_code_works_for_five_minutes_and_no_longer() -> None:
     (early, early_code), (late, late_code) = a_challenge(), a_challenge()
     end = NOON + timedelta(minutes=5)
 
@@ -254,7 +254,7 @@ def test_a_challenge_needs_a_user(user_id: str) -> None:
         Challenge.issue(KEYS, user_id, PHONE, NOON)
 
 
-# Facts ----------------------------------------------------------------------------------------
+# Events ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

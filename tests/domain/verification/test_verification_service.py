@@ -1,4 +1,4 @@
-"""The stories of verification against a real Postgres: one success, three tries, nothing in the clear."""
+"""The use cases of verification against a real Postgres: one success, three tries, nothing in the clear."""
 
 import logging
 import threading
@@ -88,7 +88,7 @@ def tries(sessions: Sessions, challenge_id: UUID, at: datetime = NOON) -> int:
         return tries_left(uow, challenge_id, at)
 
 
-def facts_of(sessions: Sessions, challenge_id: UUID) -> list[str]:
+def events_of(sessions: Sessions, challenge_id: UUID) -> list[str]:
     with sessions() as session:
         return list(
             session.scalars(
@@ -119,7 +119,7 @@ def test_every_field_of_a_challenge_comes_back(sessions: Sessions, user: str) ->
         assert getattr(stored, column.name) == getattr(issued, column.name), column.name
 
 
-def test_a_request_is_told_without_the_number(sessions: Sessions, user: str) -> None:
+def test_a_request_is_recorded_without_the_number(sessions: Sessions, user: str) -> None:
     challenge_id = a_request(sessions, user)
 
     with sessions() as session:
@@ -201,7 +201,7 @@ def test_a_right_answer_proves_the_phone_and_cleans_up(sessions: Sessions, user:
 
     assert isinstance(verdict, PhoneVerified)
     assert open_challenges_of(sessions, user) == []
-    assert facts_of(sessions, challenge_id) == [
+    assert events_of(sessions, challenge_id) == [
         "verification.code_requested.v1",
         "verification.phone_verified.v1",
     ]
@@ -236,7 +236,7 @@ def test_the_try_a_wrong_answer_costs_is_committed(sessions: Sessions, user: str
 
     assert isinstance(verdict, CodeRejected)
     assert tries(sessions, challenge_id) == verdict.tries_left == 2
-    assert facts_of(sessions, challenge_id)[1:] == ["verification.code_rejected.v1"]
+    assert events_of(sessions, challenge_id)[1:] == ["verification.code_rejected.v1"]
 
 
 def test_after_three_wrong_answers_the_right_one_is_refused(sessions: Sessions, user: str) -> None:
@@ -248,7 +248,7 @@ def test_after_three_wrong_answers_the_right_one_is_refused(sessions: Sessions, 
         answer_rightly(sessions, user, challenge_id)
 
     assert tries(sessions, challenge_id) == 0
-    assert len(facts_of(sessions, challenge_id)) == 4
+    assert len(events_of(sessions, challenge_id)) == 4
     with unit_of_work(sessions) as uow:
         assert VerifiedPhones(uow).verified_at(user, phone_hash(KEYS, PHONE)) is None
 
@@ -261,7 +261,7 @@ def test_a_late_answer_is_refused_and_costs_nothing(sessions: Sessions, user: st
             answer(sessions, user, challenge_id, code, AFTER)
 
     assert tries(sessions, challenge_id) == 3
-    assert facts_of(sessions, challenge_id) == ["verification.code_requested.v1"]
+    assert events_of(sessions, challenge_id) == ["verification.code_requested.v1"]
 
 
 def test_many_answers_at_once_cost_three_tries_and_no_more(sessions: Sessions, user: str) -> None:
@@ -398,7 +398,7 @@ def test_an_operator_cannot_read_the_encrypted_number_or_the_code(sessions: Sess
             session.execute(text(f"select {column} from dovecote.challenges"))
 
 
-def test_an_operator_can_look_at_challenges(sessions: Sessions, user: str) -> None:
+def test_an_operator_can_see_challenges(sessions: Sessions, user: str) -> None:
     a_request(sessions, user)
 
     with sessions() as session:
@@ -450,16 +450,16 @@ def test_neither_number_nor_code_is_in_any_row_or_any_log(
         a_request(sessions, user, phone + "0000000000")
 
     rows = everything_stored(sessions)
-    told = everything_logged.text
+    logs = everything_logged.text
 
     assert str(left_open) in rows
-    assert str(left_open) in told
+    assert str(left_open) in logs
     for secret in (phone.lstrip("+"), phone.removeprefix("+49")):
         assert secret not in rows
-        assert secret not in told
+        assert secret not in logs
     for code in codes:
         assert f'"{code}"' not in rows
-        assert f"'{code}'" not in told
+        assert f"'{code}'" not in logs
 
 
 def everything_stored(sessions: Sessions) -> str:

@@ -118,6 +118,7 @@ def working(broker: OutboxBroker, threads: int = 1, timeout: int = 100) -> Itera
 # Waiting ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_an_idle_worker_takes_a_message_at_once(broker_with: Brokers) -> None:
     broker = broker_with(poll_interval_ms=1_000)
     taken: list[float] = []
@@ -162,6 +163,7 @@ def test_a_redis_that_has_forgotten_the_scripts_gets_them_again(broker_with: Bro
     assert ids(take(consumer, 1)) == ["a"]
 
 
+@pytest.mark.alone
 def test_a_full_redis_gives_what_it_has_and_is_not_asked_without_a_pause(broker_with: Brokers) -> None:
     broker = broker_with(poll_interval_ms=500)
     publish(broker, a_bundle("a"))
@@ -240,7 +242,7 @@ def test_an_epoch_that_somebody_has_made_up_is_a_lost_marker_and_no_newer_relay(
         publisher.publish(3, [a_bundle("a")])
 
 
-def test_redis_is_claimed_only_where_it_remembers_what_it_was_told(broker_with: Brokers) -> None:
+def test_redis_is_claimed_only_where_it_remembers_what_was_written_to_it(broker_with: Brokers) -> None:
     broker = broker_with()
     fence = RedisFence(publisher_of(broker))
 
@@ -399,7 +401,7 @@ def test_a_message_that_cannot_be_read_stops_no_other(broker_with: Brokers) -> N
     assert client.zrange(f"{broker.namespace}:{QUEUE}.XQ", 0, -1) == [b"bad"]
 
 
-def test_a_dead_worker_s_messages_are_taken_back_and_a_living_one_s_are_not(broker_with: Brokers) -> None:
+def test_a_dead_worker_s_messages_are_requeued_and_a_living_one_s_are_not(broker_with: Brokers) -> None:
     dead, living, relay = broker_with(), broker_with(), broker_with(heartbeat_timeout=300)
     publish(relay, *(a_bundle(id) for id in "abcd"))
     take(a_consumer(dead, prefetch=2), 2)
@@ -425,14 +427,14 @@ def test_each_crash_is_counted_in_the_messages_of_the_dead_and_a_clean_return_is
         assert client.hget(f"{relay.namespace}:{QUEUE}.msgs", "a") == message, "every byte is signed"
         return dict(client.hgetall(f"{relay.namespace}:{QUEUE}.crashes"))
 
-    def taken_back() -> bool:
+    def requeued() -> bool:
         publisher_of(relay).reap()
         return queued(relay) == ["a"]
 
     assert crashes() == {}
     for number in (b"1", b"2"):
         take(a_consumer(broker_with()), 1)
-        eventually(taken_back, 5, "the dead worker's message")
+        eventually(requeued, 5, "the dead worker's message")
         assert crashes() == {b"a": number}
 
     consumer = a_consumer(broker_with())
@@ -460,6 +462,7 @@ def test_a_relay_whose_clock_is_ahead_takes_no_living_worker_for_dead(
     assert queued(relay) == []
 
 
+@pytest.mark.alone
 def test_a_busy_worker_with_no_room_for_more_still_says_that_it_lives(broker_with: Brokers) -> None:
     busy, relay = broker_with(), broker_with(heartbeat_timeout=300)
     publish(relay, a_bundle("a"), a_bundle("b"))

@@ -116,6 +116,7 @@ def their_tests() -> str:
         return member.read().decode()
 
 
+@pytest.mark.long
 def test_dramatiq_s_own_tests_pass_with_our_broker(their_tests: str, servers: Servers, tmp_path: Path) -> None:
     package = tmp_path / "theirs"
     package.mkdir()
@@ -135,16 +136,16 @@ def test_dramatiq_s_own_tests_pass_with_our_broker(their_tests: str, servers: Se
         start(tmp_path, package, redis_database(servers, number), report, selected)
         for number, report, selected in ((11, "one.xml", SLOWEST), (12, "others.xml", f"not {SLOWEST}"))
     ]
-    told = "".join(half.communicate()[0] for half in halves)
+    printed = "".join(half.communicate()[0] for half in halves)
     cases = {**cases_in(tmp_path / "one.xml"), **cases_in(tmp_path / "others.xml")}
     if unwell := [name for name, well in cases.items() if not well]:
         # Some of them sleep and count: on a busy machine they deserve a second try, alone.
         again = start(tmp_path, package, redis_database(servers, 12), "again.xml", " or ".join(unwell))
-        told += again.communicate()[0]
+        printed += again.communicate()[0]
         cases |= cases_in(tmp_path / "again.xml")
 
-    assert len(cases) >= 20, told
-    assert {name for name, well in cases.items() if not well} == set(EXCUSED), told
+    assert len(cases) >= 20, printed
+    assert {name for name, well in cases.items() if not well} == set(EXCUSED), printed
 
 
 def redis_database(servers: Servers, number: int) -> str:

@@ -26,6 +26,7 @@ from dovecote.unit_of_work import unit_of_work
 from tests.conftest import Servers
 from tests.support import commands
 from tests.support.keys import KEYS
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers, are_there
 from tests.support.system import system_for
 from workers.routes import ROUTES
@@ -105,7 +106,7 @@ def test_status_of_a_system_that_nobody_leads_shows_what_waits(tmp_path: Path, f
     assert billing_handler["oldest_unprocessed_seconds"] > 0
 
 
-def test_status_of_a_system_at_work_shows_its_leader_and_what_is_done(tmp_path: Path, settings: Settings) -> None:
+def test_status_of_a_running_system_shows_its_leader_and_what_is_done(tmp_path: Path, settings: Settings) -> None:
     url = settings.database.url.get_secret_value()
 
     with system_for(settings, ROUTES) as system, system.running():
@@ -132,7 +133,9 @@ def test_status_of_a_system_at_work_shows_its_leader_and_what_is_done(tmp_path: 
     assert re.search(r"^billing\.write_history +1 +0\.\d+ +0 +0 +0 +0 *$", people, re.MULTILINE)
 
 
-def test_a_watched_status_is_a_line_a_look_and_ends_well_on_ctrl_c(tmp_path: Path, fresh_database_url: str) -> None:
+def test_a_watched_status_is_one_line_each_time_and_ends_well_on_ctrl_c(
+    tmp_path: Path, fresh_database_url: str
+) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "dovecote", "status", "--watch", "--every-seconds", "0.2", "--json"],
         env=environment(tmp_path, {"DATABASE_URL": fresh_database_url}),
@@ -219,7 +222,7 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], code: int, *says
 def test_without_a_system_a_command_says_what_is_missing(tmp_path: Path, command: list[str]) -> None:
     done = dovecote(tmp_path, *command)
 
-    assert_one_sentence(done, 2, "DATABASE_URL is missing", "./dev up")
+    assert_one_sentence(done, 2, "DATABASE_URL is missing", "`dovecote up`")
 
 
 @pytest.mark.parametrize("command", [["status"], ["migrate"], ["demo"], ["ingest", "prices", "a.csv"]], ids=" ".join)
@@ -374,10 +377,11 @@ def test_migrating_can_be_tried_first_and_twice_changes_nothing(tmp_path: Path, 
     first = dovecote(tmp_path, "migrate", DATABASE_URL=empty_database_url)
     again = dovecote(tmp_path, "migrate", DATABASE_URL=empty_database_url)
 
-    assert json.loads(rehearsal.stdout) == {"dry_run": True, "revisions": revisions()}
+    assert json.loads(rehearsal.stdout) == {"dry_run": True, "revisions": revisions(locations=LOCATIONS)}
     assert (first.returncode, first.stdout) == (0, "the schema is up to date\n")
     assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
     with psycopg.connect(empty_database_url) as connection:
         assert connection.execute("select count(*) from dovecote.outbox").fetchone() == (0,)
-    back = dovecote(tmp_path, "migrate", "--down-to", revisions()[-3], "--dry-run", DATABASE_URL=empty_database_url)
-    assert back.stdout == f"would be taken back: {', '.join(revisions()[:-3:-1])}; nothing was changed\n"
+    *_, target, second, last = revisions(locations=LOCATIONS)
+    back = dovecote(tmp_path, "migrate", "--down-to", target, "--dry-run", DATABASE_URL=empty_database_url)
+    assert back.stdout == f"would be undone: {last}, {second}; nothing was changed\n"

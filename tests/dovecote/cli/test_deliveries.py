@@ -28,9 +28,9 @@ def own_engine(fresh_database_url: str) -> Iterator[Engine]:
         connection.execute(
             text(
                 "insert into dovecote.deliveries (handler_name, event_id, position, aggregate_type, aggregate_id,"
-                " event_type, state, attempts, error_type, error_fingerprint, headline)"
+                " event_type, state, attempts, error_type, error_fingerprint, error, headline)"
                 " select :handler, dovecote.uuid_v7(), n, 'price', 's' || n, 'pricing.price_quoted.v1', 'dead', 8,"
-                " 'Refused', 'aaa' || n % 2, 'no [/markup]' from generate_series(1, 10) n"
+                " 'Refused', 'aaa' || n % 2, 'no [/markup]', 'no [/markup]' from generate_series(1, 10) n"
             ),
             {"handler": HANDLER},
         )
@@ -110,8 +110,8 @@ def test_what_waits_is_a_kind_of_its_own_and_no_more_kinds_are_shown_than_asked_
     with own_engine.begin() as connection:
         connection.execute(
             text(
-                "update dovecote.deliveries set state = 'waiting', error_fingerprint = null, headline = null"
-                " where position <= 3"
+                "update dovecote.deliveries set state = 'waiting', error_fingerprint = null, error = null,"
+                " headline = null where position <= 3"
             )
         )
 

@@ -20,7 +20,7 @@ HANDLER = "billing.write_history"
 
 @pytest.fixture
 def database(fresh_database_url: str) -> str:
-    """A database with three facts of billing, of which one was acted on."""
+    """A database with three events of billing, of which one was acted on."""
     engine = connect(fresh_database_url)
     with unit_of_work(sessions_for(engine)) as uow:
         for user in ("ada", "bob", "cyd"):
@@ -36,7 +36,7 @@ def database(fresh_database_url: str) -> str:
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Told = Callable[..., dict[str, Any]]
+AsJson = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -45,36 +45,36 @@ def run(tmp_path: Path, database: str) -> Run:
 
 
 @pytest.fixture
-def told(run: Run) -> Told:
-    def told(*words: str) -> dict[str, Any]:
+def as_json(run: Run) -> AsJson:
+    def as_json(*words: str) -> dict[str, Any]:
         done = run(*words, "--json")
         assert (done.returncode, done.stderr) == (0, "")
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    return told
+    return as_json
 
 
-def test_a_dry_run_tells_and_does_nothing(run: Run, told: Told) -> None:
-    plan = told("start", "--handler", HANDLER, "--reason", "a test", "--dry-run")
+def test_a_dry_run_reports_and_changes_nothing(run: Run, as_json: AsJson) -> None:
+    plan = as_json("start", "--handler", HANDLER, "--reason", "a test", "--dry-run")
 
     assert (plan["events"], plan["mode"], plan["replay_id"]) == (2, "backfill", None)
     assert len(plan["sample"]) == 2
-    assert told("list") == {"replays": [], "before": None}
+    assert as_json("list") == {"replays": [], "before": None}
     words = run("start", "--handler", HANDLER, "--reason", "a test", "--mode", "reprocess", "--dry-run")
     assert "would replay 1 events for billing.write_history (reprocess), positions 1 to 1" in words.stdout
 
 
-def test_a_replay_is_started_looked_at_paused_resumed_and_cancelled(database: str, run: Run, told: Told) -> None:
-    id = told("start", "--handler", HANDLER, "--reason", "INC-7", "--rate", "5", "--actor", "ada")["replay_id"]
+def test_a_replay_is_started_looked_at_paused_resumed_and_cancelled(database: str, run: Run, as_json: AsJson) -> None:
+    id = as_json("start", "--handler", HANDLER, "--reason", "INC-7", "--rate", "5", "--actor", "ada")["replay_id"]
 
-    shown = told("show", id)
+    shown = as_json("show", id)
     assert (shown["state"], shown["total"], shown["done"], shown["rate"]) == ("pending", 2, 0, 5)
     assert (shown["actor"], shown["reason"]) == ("ada", "INC-7")
-    assert [one["id"] for one in told("list", "--handler", HANDLER)["replays"]] == [id]
-    assert told("pause", id, "--dry-run")["state"] == "pending"
-    assert told("pause", id)["state"] == "paused"
-    assert told("resume", id)["state"] == "running"
+    assert [one["id"] for one in as_json("list", "--handler", HANDLER)["replays"]] == [id]
+    assert as_json("pause", id, "--dry-run")["state"] == "pending"
+    assert as_json("pause", id)["state"] == "paused"
+    assert as_json("resume", id)["state"] == "running"
     assert "cancelled" in run("cancel", id, "--reason", "enough").stdout
     again = run("cancel", id)
     assert_one_sentence(again, 1, "there is nothing to cancel")
@@ -86,13 +86,13 @@ def test_a_replay_is_started_looked_at_paused_resumed_and_cancelled(database: st
     assert [row[0] for row in found] == ["replay.start", "replay.pause", "replay.resume", "replay.cancel"]
 
 
-def test_ids_come_from_a_file(database: str, told: Told, tmp_path: Path) -> None:
+def test_ids_come_from_a_file(database: str, as_json: AsJson, tmp_path: Path) -> None:
     with psycopg.connect(database) as connection:
         rows = connection.execute("select id from dovecote.outbox order by position offset 2").fetchall()
     file = tmp_path / "ids"
     file.write_text("".join(f"{id}\n" for (id,) in rows) + "\n")
 
-    plan = told("start", "--handler", HANDLER, "--reason", "a test", "--ids-from", str(file), "--dry-run")
+    plan = as_json("start", "--handler", HANDLER, "--reason", "a test", "--ids-from", str(file), "--dry-run")
 
     assert (plan["events"], plan["first_position"]) == (1, 3)
 
@@ -127,10 +127,10 @@ def test_what_cannot_be_is_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-def test_a_reason_is_printed_as_it_was_given_and_a_list_goes_on_where_a_page_ended(run: Run, told: Told) -> None:
-    first = told("start", "--handler", HANDLER, "--reason", "no [/markup]")["replay_id"]
+def test_a_reason_is_printed_as_it_was_given_and_a_list_goes_on_where_a_page_ended(run: Run, as_json: AsJson) -> None:
+    first = as_json("start", "--handler", HANDLER, "--reason", "no [/markup]")["replay_id"]
     run("cancel", first)
-    told("start", "--handler", HANDLER, "--since", "1h", "--reason", "ages are taken")
+    as_json("start", "--handler", HANDLER, "--since", "1h", "--reason", "ages are taken")
 
     listed = run("list", "--limit", "1").stdout
 

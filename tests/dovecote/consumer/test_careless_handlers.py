@@ -81,7 +81,7 @@ def leaves_a_savepoint_open(uow: UnitOfWork) -> None:
 
 
 def emits_and_rolls_back(uow: UnitOfWork) -> None:
-    uow.emit(a_quote("told", 1))
+    uow.emit(a_quote("dropped", 1))
     uow.session.rollback()
 
 
@@ -266,7 +266,7 @@ ALLOWED: dict[str, Act] = {
     "set constraints": run("set constraints all deferred"),
     "words in literals": run("select '; commit', $$; rollback$$, E'\\'; begin' -- ; commit\n /* ; /* set */ commit */"),
     "streams": reads_from_a_server_cursor,
-    "emit": lambda uow: uow.emit(a_quote("told", 1)),
+    "emit": lambda uow: uow.emit(a_quote("dropped", 1)),
     "orm": lambda uow: uow.session.add(Customer(email=str(uow.session.scalar(text("select gen_random_uuid()"))))),
 }
 
@@ -332,7 +332,7 @@ def test_what_a_handler_does_to_its_transaction_is_its_failure_and_its_mates_go_
         assert (state, attempts, error_type) == ("retrying", 1, "EndedTransaction"), error
         assert f"{name} {words}" in error
     assert prices_by(bench, "sneaked") == []
-    assert all(envelope.aggregate_id != "told" for envelope in bench.envelopes())
+    assert all(envelope.aggregate_id != "dropped" for envelope in bench.envelopes())
 
 
 @pytest.mark.once

@@ -1,4 +1,4 @@
-"""A bundle of events is acted on once, whatever fails; what fails is kept, retried, and buried with its cause."""
+"""A bundle of events is acted on once, whatever fails; what fails is retried, then dead-lettered with its cause."""
 
 import asyncio
 import threading
@@ -243,7 +243,7 @@ def test_the_no_of_the_business_is_final(bench: Bench) -> None:
     assert act.calls == [1]
 
 
-def test_a_refusal_that_may_pass_is_tried_again(bench: Bench) -> None:
+def test_a_transient_refusal_is_tried_again(bench: Bench) -> None:
     act = Failing({1: 2}, lambda: NotFound("not yet"))
     route = a_route(function=act, transient_errors=(NotFound,))
     bench.consumer.consume(Bundle(route, bench.write(1)))
@@ -378,7 +378,7 @@ def test_an_event_of_an_unknown_type_is_kept(bench: Bench) -> None:
     assert (delivery.state, delivery.error_type) == ("retrying", "UnknownEvent")
 
 
-def test_an_error_s_text_tells_no_phone_number_and_no_password(bench: Bench) -> None:
+def test_an_error_s_text_contains_no_phone_number_and_no_password(bench: Bench) -> None:
     def leak(event: Any, uow: UnitOfWork, _gateways: object) -> None:
         try:
             raise ValueError("cannot call +1 201 555 0123")
@@ -387,14 +387,14 @@ def test_an_error_s_text_tells_no_phone_number_and_no_password(bench: Bench) -> 
 
     bench.consumer.consume(Bundle(a_route(function=leak), bench.write(1)))
 
-    told = bench.deliveries()[0].error
-    assert told is not None
-    assert "RuntimeError" in told
+    recorded = bench.deliveries()[0].error
+    assert recorded is not None
+    assert "RuntimeError" in recorded
     for secret in ("hunter2", "2015550123", "201 555 0123"):
-        assert secret not in told
+        assert secret not in recorded
 
 
-def test_a_failure_s_log_line_tells_no_secret(bench: Bench) -> None:
+def test_a_failure_s_log_line_contains_no_secret(bench: Bench) -> None:
     act = Failing({1: FOR_EVER}, lambda: ValueError("token=abcdef123456 for +12015550123"))
 
     with capture_logs() as logs:
@@ -556,7 +556,7 @@ def test_an_event_parked_while_its_predecessor_commits_is_found_and_sent_on(benc
     assert bench.deliveries() == []
 
 
-def test_a_handler_added_later_is_not_blocked_by_what_was_told_before_it(bench: Bench) -> None:
+def test_a_handler_added_later_is_not_blocked_by_events_from_before_it(bench: Bench) -> None:
     route = a_route(ordered=True)
     (before,) = bench.write(1, symbol="A")
     with bench.engine.begin() as connection:
@@ -697,7 +697,7 @@ def test_the_limit_is_for_each_event_of_a_bundle(bench: Bench) -> None:
 def test_many_handlers_that_end_just_in_time_are_each_done_or_cut_off(bench: Bench) -> None:
     def nearly(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         note_as("test.note", event, uow)
-        time.sleep(0.05 + int(event.price) / 100)  # around the moment of the cut
+        time.sleep(0.05 + int(event.price) / 100)  # around the time limit
 
     route = a_route(function=nearly, time_limit_seconds=0.05)
     bundles = [bench.write(price, symbol=f"S{price}") for price in range(24)]
@@ -724,19 +724,19 @@ def terminate_consumers(url: str) -> None:
         )
 
 
-@pytest.mark.parametrize("moment", ["before the effect", "after the effect", "at the commit"])
-def test_losing_postgres_spends_no_attempt_and_doubles_nothing(bench: Bench, moment: str) -> None:
+@pytest.mark.parametrize("when", ["before the effect", "after the effect", "at the commit"])
+def test_losing_postgres_spends_no_attempt_and_doubles_nothing(bench: Bench, when: str) -> None:
     calls = []
 
     def interrupted(event: PriceQuoted, uow: UnitOfWork, _gateways: object) -> None:
         calls.append(event)
         first = len(calls) == 1
-        if first and moment == "before the effect":
+        if first and when == "before the effect":
             terminate_consumers(bench.url)
         note_as("test.note", event, uow)
-        if first and moment == "after the effect":
+        if first and when == "after the effect":
             terminate_consumers(bench.url)
-        if first and moment == "at the commit":
+        if first and when == "at the commit":
             listen(uow.session, "before_commit", lambda _session: terminate_consumers(bench.url))
 
     # Alone, so that a failure of the bundle would be its own.
@@ -910,7 +910,7 @@ def test_a_conflict_that_never_ends_is_a_failure_in_the_end(bench: Bench) -> Non
 
 
 @pytest.mark.once
-def test_being_told_to_stop_ends_the_wait_for_postgres(bench: Bench) -> None:
+def test_a_request_to_stop_ends_the_wait_for_postgres(bench: Bench) -> None:
     nowhere = connect("postgresql://nobody@127.0.0.1:1/nothing")
     consumer = Consumer(sessions_for(nowhere), bench.gateways, bench.stopping, outage_max_backoff_seconds=60)
     bundle = bench.write(1)

@@ -163,7 +163,7 @@ def test_pausing_is_audited_needs_a_reason_and_can_be_tried_dry(system_with: Sys
     assert done.paused is not None
     assert (done.paused.actor, done.paused.reason) == ("tester", "INC-1")
     assert resumed.paused is None
-    entries = operations.audit.list_entries(system.engine, action="handlers").items
+    entries = operations.audit.list_audit_entries(system.engine, action="handlers").items
     assert [(one.action, one.actor, one.reason, one.details["handler"]) for one in entries] == [
         ("handlers.resume", "tester", None, "test.note"),
         ("handlers.pause", "tester", "INC-1", "test.note"),
@@ -209,11 +209,11 @@ def test_handlers_that_no_route_has_are_listed_with_what_is_left_of_them(
     monkeypatch.setenv("DATABASE_URL", system.settings.database.url.get_secret_value())
 
     left = json.loads(CliRunner().invoke(cli.app, ["handlers", "list", "--json"]).stdout)["without_route"]
-    told = CliRunner().invoke(cli.app, ["handlers", "list"]).stdout
+    printed = CliRunner().invoke(cli.app, ["handlers", "list"]).stdout
 
     assert [(one["name"], one["dead"], one["event_types"], one["is_paused"]) for one in left] == [
         ("gone.handler", 0, ["pricing.price_quoted.v1"], True),
         ("older.handler", 3, [], False),
     ]
-    assert "no route has these any more" in told
-    assert "older.handler" in told
+    assert "no route has these any more" in printed
+    assert "older.handler" in printed

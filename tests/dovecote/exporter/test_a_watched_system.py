@@ -79,9 +79,9 @@ class Watched:
         raise AssertionError("nobody serves")
 
 
-def ports_told_in(log: Path) -> dict[str, int]:
-    told = re.search(r"^ +metrics +(.+?) *$", log.read_text(), re.MULTILINE)
-    return {name: int(port) for name, port in (pair.split() for pair in told[1].split(", "))} if told else {}
+def ports_in(log: Path) -> dict[str, int]:
+    line = re.search(r"^ +metrics +(.+?) *$", log.read_text(), re.MULTILINE)
+    return {name: int(port) for name, port in (pair.split() for pair in line[1].split(", "))} if line else {}
 
 
 def is_ready(port: int) -> bool:
@@ -112,7 +112,7 @@ def watched(database_url: str, servers: Servers, tmp_path_factory: pytest.TempPa
             stderr=log,
         )
     try:
-        ports = eventually(partial(ports_told_in, home / "log"), 60, "an introduction with ports")
+        ports = eventually(partial(ports_in, home / "log"), 60, "an introduction with ports")
         client = redis.Redis.from_url(servers.redis_url)
         watched = Watched(process, home / "log", engine, ports, client, namespace)
         for port in ports.values():
@@ -149,44 +149,46 @@ def test_the_numbers_are_those_of_postgres(watched: Watched) -> None:
     assert consumers("dovecote_handler_duration_seconds_count", handler=HANDLER) >= 3
     assert len(consumers.by("pid", "dovecote_heartbeat_timestamp_seconds")) == 2
     for port in watched.relays():
-        told = scrape_until(
-            port, lambda now: now("dovecote_deliveries", handler=HANDLER, state="dead"), "a survey that knows the dead"
+        numbers = scrape_until(
+            port,
+            lambda now: now("dovecote_deliveries", handler=HANDLER, state="dead"),
+            "a collection that knows the dead",
         )
-        assert told("dovecote_deliveries", handler=HANDLER, state="dead") == dead
-        assert told("dovecote_unprocessed_events", handler=HANDLER) == 0
-        assert told("dovecote_lag_events") == told("dovecote_lag_seconds") == 0
-        assert told("dovecote_leader_present") == 1
-        assert told.by("server", "dovecote_up") == {"postgres": 1, "redis": 1}
-        assert max(map(abs, told.by("server", "dovecote_clock_skew_seconds").values())) < 1
-        assert 3 * 604_800 < told("dovecote_partition_headroom_seconds") <= 5 * 604_800
+        assert numbers("dovecote_deliveries", handler=HANDLER, state="dead") == dead
+        assert numbers("dovecote_unprocessed_events", handler=HANDLER) == 0
+        assert numbers("dovecote_lag_events") == numbers("dovecote_lag_seconds") == 0
+        assert numbers("dovecote_leader_present") == 1
+        assert numbers.by("server", "dovecote_up") == {"postgres": 1, "redis": 1}
+        assert max(map(abs, numbers.by("server", "dovecote_clock_skew_seconds").values())) < 1
+        assert 3 * 604_800 < numbers("dovecote_partition_headroom_seconds") <= 5 * 604_800
 
 
-def test_of_two_relays_one_leads_and_both_tell_of_the_system(watched: Watched) -> None:
-    told = [scrape(port) for port in watched.relays()]
+def test_of_two_relays_one_leads_and_both_report_on_the_system(watched: Watched) -> None:
+    scrapes = [scrape(port) for port in watched.relays()]
 
-    states = {state for one in told for state, value in one.by("state", "dovecote_relay_state").items() if value}
+    states = {state for one in scrapes for state, value in one.by("state", "dovecote_relay_state").items() if value}
     assert states == {"leading", "standing_by"}
-    assert [one("dovecote_leader_present") for one in told] == [1, 1]
+    assert [one("dovecote_leader_present") for one in scrapes] == [1, 1]
 
 
-def test_a_writer_that_wakes_the_relay_is_a_ring_of_the_bell(watched: Watched) -> None:
+def test_a_writer_that_wakes_the_relay_is_counted_as_a_wakeup(watched: Watched) -> None:
     leader = watched.leader()
     before = scrape(leader)("dovecote_wakeups_total")
 
-    def rings() -> float:
+    def wakeups() -> float:
         watched.write(a_quote())
         return scrape(leader)("dovecote_wakeups_total") - before
 
-    eventually(rings, 20, "a ring")
+    eventually(wakeups, 20, "a wake-up")
 
 
-def test_an_open_transaction_of_a_writer_is_a_floor(watched: Watched) -> None:
+def test_an_open_transaction_of_a_writer_is_an_active_writer(watched: Watched) -> None:
     port = watched.ports["relay"]
     with unit_of_work(sessions_for(watched.engine)) as uow:
         uow.emit(a_quote())
         uow.session.flush()
         uow.session.execute(text("select dovecote.append_event('a', '1', 'pricing.price_quoted.v1', '{}')"))
-        held = scrape_until(port, lambda now: now("dovecote_active_writers"), "a survey with a floor in it")
+        held = scrape_until(port, lambda now: now("dovecote_active_writers"), "a collection with an active writer")
         uow.session.rollback()
 
     assert held("dovecote_oldest_writer_seconds") > 0
@@ -223,7 +225,7 @@ def test_promtool_has_no_complaint(watched: Watched, process: str) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_ready_tells_of_each_thing_a_process_needs(watched: Watched) -> None:
+def test_ready_reports_each_thing_a_process_needs(watched: Watched) -> None:
     reports = {name: answer.report for name, port in watched.ports.items() if (answer := get(port, "/health/ready"))}
 
     for name, report in reports.items():
@@ -231,8 +233,8 @@ def test_ready_tells_of_each_thing_a_process_needs(watched: Watched) -> None:
         assert report["status"] == "ready"
         assert report["missing"] == []
         assert status_of(report["dependencies"]) == dict.fromkeys(["postgres", "schema", "redis", last], "up")
-        for told in (report["timestamp"], *(one["since"] for one in report["dependencies"].values())):
-            assert abs((datetime.now(UTC) - datetime.fromisoformat(told)).total_seconds()) < 180
+        for timestamp in (report["timestamp"], *(one["since"] for one in report["dependencies"].values())):
+            assert abs((datetime.now(UTC) - datetime.fromisoformat(timestamp)).total_seconds()) < 180
     assert {reports[name]["dependencies"]["relay"]["detail"] for name in ("relay", "relay-2")} == {
         "leading",
         "standing by",
@@ -259,9 +261,9 @@ def test_the_port_comes_back_when_the_worker_that_serves_it_is_killed(watched: W
 
     def serves_without_it() -> Numbers | None:
         answer = get(port, "/metrics")
-        told = Numbers(answer.body) if answer else None
-        alive = told.by("pid", "dovecote_heartbeat_timestamp_seconds") if told else {}
-        return told if len(alive) == 2 and str(killed.pid) not in alive else None
+        numbers = Numbers(answer.body) if answer else None
+        alive = numbers.by("pid", "dovecote_heartbeat_timestamp_seconds") if numbers else {}
+        return numbers if len(alive) == 2 and str(killed.pid) not in alive else None
 
     eventually(serves_without_it, 60, "two workers, neither of them the killed one")
     assert watched.serving().pid != killed.pid

@@ -1,4 +1,4 @@
-"""A scrape of any relay tells how the whole system stands, also when a server is away."""
+"""A scrape of any relay reports on the whole system, also when a server is away."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine, event, text
 
 from dovecote.broker.redis_client import connect_redis
-from dovecote.exporter import collector as survey
+from dovecote.exporter import collector
 from dovecote.settings import Settings
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work
@@ -32,7 +32,7 @@ def engine(settings: Settings) -> Iterator[Engine]:
 
 def found(settings: Settings) -> Numbers:
     registry = CollectorRegistry()
-    registry.register(survey.SystemCollector(settings, ROUTES))
+    registry.register(collector.SystemCollector(settings, ROUTES))
     return numbers_in(registry)
 
 
@@ -61,9 +61,9 @@ def deliver(engine: Engine, handler: str, state: str, upto: int) -> None:
 
 
 def test_an_empty_system_has_weeks_ahead_and_nothing_else(settings: Settings) -> None:
-    told = found(settings)
+    numbers = found(settings)
 
-    assert told.by("server", "dovecote_up") == {"postgres": 1, "redis": 1}
+    assert numbers.by("server", "dovecote_up") == {"postgres": 1, "redis": 1}
     for name in (
         "lag_events",
         "lag_seconds",
@@ -73,11 +73,11 @@ def test_an_empty_system_has_weeks_ahead_and_nothing_else(settings: Settings) ->
         "oldest_writer_seconds",
         "notify_queue_usage",
     ):
-        assert told(f"dovecote_{name}") == 0, name
-    assert told("dovecote_default_partition_in_use") == 0
-    assert told("dovecote_partition_headroom_seconds") > 4 * 604_800
-    assert set(told.by("handler", "dovecote_paused_seconds").values()) == {0}
-    assert set(told.by("handler", "dovecote_postponed_seconds").values()) == {0}
+        assert numbers(f"dovecote_{name}") == 0, name
+    assert numbers("dovecote_default_partition_in_use") == 0
+    assert numbers("dovecote_partition_headroom_seconds") > 4 * 604_800
+    assert set(numbers.by("handler", "dovecote_paused_seconds").values()) == {0}
+    assert set(numbers.by("handler", "dovecote_postponed_seconds").values()) == {0}
 
 
 def test_what_waits_is_dead_or_lags_is_counted(settings: Settings, engine: Engine) -> None:
@@ -86,18 +86,18 @@ def test_what_waits_is_dead_or_lags_is_counted(settings: Settings, engine: Engin
     deliver(engine, "ordered", "waiting", upto=5)
     deliver(engine, "any.order", "dead", upto=2)
 
-    told = found(settings)
+    numbers = found(settings)
 
-    assert told("dovecote_lag_events") == 6
-    assert told("dovecote_lag_seconds") > 0
-    assert told("dovecote_blocked_aggregates", handler="ordered") == 2
-    assert told("dovecote_deliveries", handler="ordered", state="waiting") == 5
-    assert told("dovecote_deliveries", handler="any.order", state="dead") == 2
-    assert told("dovecote_unprocessed_events", handler="any.order") == 4
-    assert told("dovecote_oldest_unprocessed_seconds", handler="any.order") > 0
+    assert numbers("dovecote_lag_events") == 6
+    assert numbers("dovecote_lag_seconds") > 0
+    assert numbers("dovecote_blocked_aggregates", handler="ordered") == 2
+    assert numbers("dovecote_deliveries", handler="ordered", state="waiting") == 5
+    assert numbers("dovecote_deliveries", handler="any.order", state="dead") == 2
+    assert numbers("dovecote_unprocessed_events", handler="any.order") == 4
+    assert numbers("dovecote_oldest_unprocessed_seconds", handler="any.order") > 0
 
 
-def test_a_pause_a_stray_row_and_a_type_without_a_route_are_told(settings: Settings, engine: Engine) -> None:
+def test_a_pause_a_misplaced_row_and_a_type_without_a_route_are_reported(settings: Settings, engine: Engine) -> None:
     run(
         engine,
         "insert into dovecote.paused_handlers (handler_name, actor, reason, paused_at)"
@@ -120,13 +120,13 @@ def test_a_pause_a_stray_row_and_a_type_without_a_route_are_told(settings: Setti
         " values ('any.order', 0, now() - interval '1 hour')",
     )
 
-    told = found(settings)
+    numbers = found(settings)
 
-    assert told("dovecote_postponed_seconds", handler="any.order") == pytest.approx(3_600, abs=60)
-    assert told("dovecote_paused_seconds", handler="any.order") == pytest.approx(172_800, abs=60)
-    assert told("dovecote_paused_seconds", handler="ordered") == 0
-    assert told("dovecote_unrouted_events") == 7
-    assert told("dovecote_default_partition_in_use") == 1
+    assert numbers("dovecote_postponed_seconds", handler="any.order") == pytest.approx(3_600, abs=60)
+    assert numbers("dovecote_paused_seconds", handler="any.order") == pytest.approx(172_800, abs=60)
+    assert numbers("dovecote_paused_seconds", handler="ordered") == 0
+    assert numbers("dovecote_unrouted_events") == 7
+    assert numbers("dovecote_default_partition_in_use") == 1
 
 
 def test_dead_messages_in_redis_are_counted(settings: Settings) -> None:
@@ -155,21 +155,21 @@ def test_a_server_that_is_away_is_a_number_and_no_failure(settings: Settings, tm
     urls = {"postgres": settings.database.url.get_secret_value(), "redis": settings.redis.url.get_secret_value()}
     urls[away] = {"postgres": "postgresql://me@127.0.0.1:1/x", "redis": "redis://127.0.0.1:1/0"}[away]
 
-    told = found(settings_for(urls["postgres"], urls["redis"], tmp_path))
+    numbers = found(settings_for(urls["postgres"], urls["redis"], tmp_path))
 
     (there,) = urls.keys() - {away}
-    assert told.by("server", "dovecote_up") == {away: 0, there: 1}
-    assert set(told.by("server", "dovecote_clock_skew_seconds")) == {there}
-    assert ("dovecote_lag_events" in told.text) == (away == "redis")
+    assert numbers.by("server", "dovecote_up") == {away: 0, there: 1}
+    assert set(numbers.by("server", "dovecote_clock_skew_seconds")) == {there}
+    assert ("dovecote_lag_events" in numbers.text) == (away == "redis")
 
 
 def test_several_scrapers_ask_postgres_once(settings: Settings) -> None:
     registry = CollectorRegistry()
-    asking = survey.SystemCollector(settings, ROUTES)
-    registry.register(asking)
+    system_collector = collector.SystemCollector(settings, ROUTES)
+    registry.register(system_collector)
     statements: list[str] = []
 
-    @event.listens_for(asking._engine, "after_cursor_execute")
+    @event.listens_for(system_collector._engine, "after_cursor_execute")
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         statements.append(statement)
 

@@ -14,6 +14,7 @@ from dovecote.local.servers import Redis
 from dovecote.migrations import schema
 from dovecote.settings import Settings
 from tests.conftest import settings_for
+from tests.support.migrations import LOCATIONS
 from tests.support.processes import a_place_for_servers, eventually
 from tests.support.scraping import Answer, status_of
 
@@ -30,7 +31,7 @@ def redis() -> Iterator[Redis]:
 
 
 def ready(settings: Settings) -> Answer:
-    page = health(servers(settings), "ready")()
+    page = health(servers(settings, LOCATIONS), "ready")()
     return Answer(page.status, page.body.decode())
 
 
@@ -38,23 +39,23 @@ def test_a_redis_that_stops_is_named_and_so_is_its_return(
     redis: Redis, fresh_database_url: str, tmp_path: Path
 ) -> None:
     server = redis.start()
-    page = health(servers(settings_for(fresh_database_url, server.url, tmp_path)), "ready")
+    page = health(servers(settings_for(fresh_database_url, server.url, tmp_path), LOCATIONS), "ready")
 
-    def told() -> Answer:
+    def report() -> Answer:
         answer = page()
         return Answer(answer.status, answer.body.decode())
 
-    def told_with(status: int) -> Answer:
-        found = eventually(lambda: now if (now := told()).status == status else None, 10, f"a report with {status}")
+    def report_with(status: int) -> Answer:
+        found = eventually(lambda: now if (now := report()).status == status else None, 10, f"a report with {status}")
         assert found
         return found
 
-    at_first = told()
+    at_first = report()
     redis.stop()
-    without = told_with(503)
-    still_without = told()
+    without = report_with(503)
+    still_without = report()
     redis.start(server.port)
-    again = told_with(200)
+    again = report_with(200)
 
     assert at_first.report["status"] == again.report["status"] == "ready"
     assert (without.report["status"], without.report["missing"]) == ("not ready", ["redis"])
@@ -82,13 +83,13 @@ def test_a_server_that_takes_connections_and_is_silent_is_missing_within_seconds
 def test_a_schema_that_is_older_than_this_code_is_missing(
     empty_database_url: str, settings: Settings, tmp_path: Path
 ) -> None:
-    schema.upgrade(empty_database_url, schema.revisions()[-2])
+    schema.upgrade(empty_database_url, schema.revisions(locations=LOCATIONS)[-2], locations=LOCATIONS)
 
     with capture_logs() as logged:
         report = ready(settings_for(empty_database_url, settings.redis.url.get_secret_value(), tmp_path)).report
 
     assert report["missing"] == ["schema"]
-    assert [schema.revisions()[-1] in line["error"] for line in logged] == [True]
+    assert [schema.revisions(locations=LOCATIONS)[-1] in line["error"] for line in logged] == [True]
 
 
 def test_asked_often_a_server_is_asked_once() -> None:

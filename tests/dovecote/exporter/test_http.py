@@ -75,7 +75,7 @@ def test_an_unknown_page_is_not_found_and_one_that_breaks_is_an_error(capfd: pyt
     assert found == {"/": 200, "/?a=b": 200, "/elsewhere": 404, "/broken": 500}
 
 
-def test_whoever_goes_away_before_the_answer_is_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_client_that_goes_away_before_the_answer_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
     port = a_free_port()
     serve("127.0.0.1", port, {"/": lambda: Page(200, "text/plain", b"x" * 10_000_000)})
     eventually(lambda: get(port, "/"), 10, "the page")

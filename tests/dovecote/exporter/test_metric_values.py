@@ -1,4 +1,4 @@
-"""Relay and consumers tell of what befalls them: failures, waiting, dead workers, a Redis that forgets."""
+"""Relay and consumers report what befalls them: failures, waiting, dead workers, a Redis that forgets."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -73,13 +73,13 @@ def test_failures_retries_and_what_waits_behind_them_are_counted(
         is_mended.set()
         system.until_quiet()
 
-    told = of_all(directory)
-    assert told("dovecote_processed_events_total", handler=HANDLER) == 2
-    assert told("dovecote_failed_events_total", handler=HANDLER, state="dead") == 1
+    numbers = of_all(directory)
+    assert numbers("dovecote_processed_events_total", handler=HANDLER) == 2
+    assert numbers("dovecote_failed_events_total", handler=HANDLER, state="dead") == 1
     assert numbers_in(registry)("dovecote_retried_events_total") >= 2
-    assert told("dovecote_commit_to_effect_seconds_count", handler=HANDLER) == 2
-    calls = told("dovecote_handler_duration_seconds_count", handler=HANDLER)
-    assert calls >= 2 + 1 + told("dovecote_failed_events_total", handler=HANDLER, state="retrying")
+    assert numbers("dovecote_commit_to_effect_seconds_count", handler=HANDLER) == 2
+    calls = numbers("dovecote_handler_duration_seconds_count", handler=HANDLER)
+    assert calls >= 2 + 1 + numbers("dovecote_failed_events_total", handler=HANDLER, state="retrying")
 
 
 def test_an_ordinary_handler_is_called_once_an_event(system_with: Callable[[Route], System], directory: Path) -> None:
@@ -97,11 +97,11 @@ def test_a_bulk_handler_is_called_once_a_bundle(system_with: Callable[[Route], S
         write_quotes(system, range(20))
         system.until_quiet()
 
-    told = of_all(directory)
-    assert told("dovecote_handler_duration_seconds_count", handler=HANDLER) == told(
+    numbers = of_all(directory)
+    assert numbers("dovecote_handler_duration_seconds_count", handler=HANDLER) == numbers(
         "dovecote_bundle_events_count", handler=HANDLER
     )
-    assert told("dovecote_bundle_events_sum", handler=HANDLER) == 20
+    assert numbers("dovecote_bundle_events_sum", handler=HANDLER) == 20
 
 
 def test_messages_of_dead_workers_and_those_that_redis_lost_are_counted(
@@ -115,7 +115,7 @@ def test_messages_of_dead_workers_and_those_that_redis_lost_are_counted(
         system.broker.do_fetch("test", 3)
         heartbeats = f"{system.settings.redis.namespace}:__heartbeats__"
         client.zadd(heartbeats, {system.broker.broker_id: current_millis() - 3_600_000})
-        eventually(lambda: numbers_in(registry)("dovecote_reaped_messages_total") == 3, 10, "three taken back")
+        eventually(lambda: numbers_in(registry)("dovecote_reaped_messages_total") == 3, 10, "three requeued")
 
         for key in keys(system, "*"):
             client.delete(key)
@@ -123,7 +123,7 @@ def test_messages_of_dead_workers_and_those_that_redis_lost_are_counted(
         eventually(lambda: numbers_in(registry)("dovecote_republished_bundles_total") == 5, 10, "all sent again")
 
 
-def test_a_relay_tells_for_which_server_it_waits(fresh_database_url: str, tmp_path: Path) -> None:
+def test_a_relay_reports_for_which_server_it_waits(fresh_database_url: str, tmp_path: Path) -> None:
     metrics = RelayMetrics(CollectorRegistry())
     with a_place_for_servers() as place:
         redis = Redis(place / "redis")
@@ -140,7 +140,7 @@ def test_a_relay_tells_for_which_server_it_waits(fresh_database_url: str, tmp_pa
             redis.stop()
 
 
-def test_a_relay_tells_that_postgres_is_away(settings: Settings, tmp_path: Path) -> None:
+def test_a_relay_reports_that_postgres_is_away(settings: Settings, tmp_path: Path) -> None:
     metrics = RelayMetrics(CollectorRegistry())
     nowhere = settings_for("postgresql://me@127.0.0.1:1/x", settings.redis.url.get_secret_value(), tmp_path)
 

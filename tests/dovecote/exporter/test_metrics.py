@@ -1,4 +1,4 @@
-"""What relay and consumers tell becomes numbers, in one process and in files that many share."""
+"""What relay and consumers report becomes numbers, in one process and in files that many share."""
 
 import subprocess
 import sys
@@ -85,7 +85,7 @@ def an_envelope(age: timedelta) -> Envelope:
     )
 
 
-def test_idle_and_stuck_are_told_apart(directory: Path) -> None:
+def test_idle_and_stuck_are_distinguished(directory: Path) -> None:
     metrics = ConsumerMetrics(["h"])
     started, finish = threading.Event(), threading.Event()
 
@@ -105,8 +105,8 @@ def test_idle_and_stuck_are_told_apart(directory: Path) -> None:
         (seconds,) = of_all(directory).by("pid", "dovecote_in_flight_seconds").values()
         return seconds
 
-    first = eventually(in_flight, 5, "a bundle that is at work")
-    eventually(lambda: in_flight() > first, 5, "a bundle that stays at work")
+    first = eventually(in_flight, 5, "a bundle in flight")
+    eventually(lambda: in_flight() > first, 5, "a bundle that stays in flight")
     finish.set()
     thread.join()
 
@@ -144,14 +144,14 @@ def test_time_from_commit_to_effect_is_that_of_each_event_and_of_no_replay(direc
     metrics.acted("h", [an_envelope(timedelta(seconds=age)) for age in (-5, 0.3, 20, 20)], again=False)
     metrics.acted("h", [an_envelope(timedelta(days=9))], again=True)
 
-    told = of_all(directory)
-    assert told("dovecote_processed_events_total", handler="h") == 5
+    numbers = of_all(directory)
+    assert numbers("dovecote_processed_events_total", handler="h") == 5
     counts = {
-        bound: told("dovecote_commit_to_effect_seconds_bucket", handler="h", le=bound)
+        bound: numbers("dovecote_commit_to_effect_seconds_bucket", handler="h", le=bound)
         for bound in ("0.25", "0.5", "30.0", "+Inf")
     }
     assert counts == {"0.25": 1, "0.5": 2, "30.0": 4, "+Inf": 4}
-    assert told("dovecote_commit_to_effect_seconds_sum", handler="h") == pytest.approx(40.3, abs=0.2)
+    assert numbers("dovecote_commit_to_effect_seconds_sum", handler="h") == pytest.approx(40.3, abs=0.2)
 
 
 def test_a_worker_that_is_gone_has_done_its_work_and_has_no_heartbeat(directory: Path) -> None:
@@ -161,9 +161,9 @@ def test_a_worker_that_is_gone_has_done_its_work_and_has_no_heartbeat(directory:
     program = f"import os; os.getppid = lambda: {int(directory.name.split('-')[3])}\n{WORK_AND_DIE}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
 
-    told = of_all(directory)
+    numbers = of_all(directory)
 
-    assert told("dovecote_failed_events_total", handler="h", state="dead") == 1
+    assert numbers("dovecote_failed_events_total", handler="h", state="dead") == 1
     assert int(done.stdout) not in heartbeats(directory)
     assert len(heartbeats(directory)) == 1
 
@@ -180,7 +180,7 @@ def test_what_a_master_left_that_is_gone_is_removed(directory: Path) -> None:
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
-def test_nobody_else_may_look_into_the_files(directory: Path) -> None:
+def test_nobody_else_may_read_the_files(directory: Path) -> None:
     assert directory.stat().st_mode & 0o066 == 0
     _, pid, start, _ = directory.name.rsplit("-", 3)
     assert started_at(int(pid)) == int(start)

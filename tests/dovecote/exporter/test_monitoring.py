@@ -54,8 +54,8 @@ def test_every_alert_has_a_summary_and_ends_with_a_command_that_exists() -> None
 
 
 def dashboard() -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((MONITORING / "grafana" / "dashboard.json").read_text(encoding="utf-8"))
-    return told
+    dashboard: dict[str, Any] = json.loads((MONITORING / "grafana" / "dashboard.json").read_text(encoding="utf-8"))
+    return dashboard
 
 
 def queries() -> Iterator[str]:
@@ -94,8 +94,8 @@ def test_panels_have_a_title_and_their_own_place() -> None:
 
 def test_prometheus_scrapes_every_process_of_the_compose_file() -> None:
     (port,) = re.findall(r"DOVECOTE_TELEMETRY__HTTP_PORT: (\d+)", COMPOSE)
-    told = yaml.safe_load((MONITORING / "prometheus.yml").read_text(encoding="utf-8"))
-    (scrape,) = told["scrape_configs"]
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text(encoding="utf-8"))
+    (scrape,) = config["scrape_configs"]
 
     # By DNS: a name stands for every container of its service.
     assert "static_configs" not in scrape

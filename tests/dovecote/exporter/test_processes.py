@@ -100,7 +100,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def write(engine: Engine, trace_id: str, span_id: str) -> None:
-    """Commit a quote and a fact that no handler can read, both from one sampled span."""
+    """Commit a quote and an event that no handler can read, both from one sampled span."""
     headers = {"traceparent": f"00-{trace_id}-{span_id}-01", "correlation_id": "request-17"}
     with unit_of_work(sessions_for(engine), headers=headers) as uow:
         uow.emit(a_quote("EUR", 1))

@@ -176,7 +176,7 @@ def test_nobody_outside_this_machine_can_connect(place: Path) -> None:
             assert {each.ip for each in listening if each and each.port == server.port} == {"127.0.0.1"}
 
 
-def test_postgres_is_durable_unless_told_otherwise(place: Path) -> None:
+def test_postgres_is_durable_unless_set_otherwise(place: Path) -> None:
     with servers(place / "durable") as (postgres, _):
         assert setting(postgres, "fsync") == "on"
         assert setting(postgres, "synchronous_commit") == "on"
@@ -307,7 +307,7 @@ def test_a_named_binary_that_is_not_there_is_an_error_and_not_a_fallback(place: 
         Redis(place, environ={"DOVECOTE_REDIS_BIN": "/nowhere"}).start()
 
 
-def test_a_machine_without_binaries_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_binaries_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("dovecote.local.binaries.SYSTEM_POSTGRES", Path("/nowhere"))
 

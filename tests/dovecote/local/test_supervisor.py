@@ -234,8 +234,8 @@ def test_a_signal_stops_it_in_order(sig: signal.Signals) -> None:
     assert not are_there([pid])
 
 
-def test_a_background_job_born_deaf_to_ctrl_c_hears_it() -> None:
-    with a_runner(POLITE, deaf_to=signal.SIGINT) as (runner, _):
+def test_a_background_job_that_inherits_sigint_ignored_stops_on_it() -> None:
+    with a_runner(POLITE, ignoring=signal.SIGINT) as (runner, _):
         runner.send_signal(signal.SIGINT)
         said, _ = runner.communicate()
 
@@ -243,7 +243,7 @@ def test_a_background_job_born_deaf_to_ctrl_c_hears_it() -> None:
 
 
 def test_nohup_is_respected() -> None:
-    with a_runner(POLITE, deaf_to=signal.SIGHUP) as (runner, _):
+    with a_runner(POLITE, ignoring=signal.SIGHUP) as (runner, _):
         runner.send_signal(signal.SIGHUP)
         runner.send_signal(signal.SIGTERM)
         said, _ = runner.communicate()
@@ -281,14 +281,14 @@ def test_children_are_started_from_the_main_thread_only() -> None:
 
 
 @contextmanager
-def a_runner(script: str, deaf_to: signal.Signals | None = None) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def a_runner(script: str, ignoring: signal.Signals | None = None) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Run one process under a supervisor of its own process; yield that and the child's pid."""
-    before = signal.signal(deaf_to, signal.SIG_IGN) if deaf_to else None
+    before = signal.signal(ignoring, signal.SIG_IGN) if ignoring else None
     procfile = f"relay: /bin/sh -c {shlex.quote(script)}"
     command = [sys.executable, "-c", RUNNER, procfile]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as runner:
-        if deaf_to:
-            signal.signal(deaf_to, before)
+        if ignoring:
+            signal.signal(ignoring, before)
         assert runner.stdout is not None
         try:
             yield runner, int(runner.stdout.readline().split()[-1])

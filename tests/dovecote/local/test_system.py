@@ -1,4 +1,4 @@
-"""A system on this machine keeps its ports and its database to itself, whatever and whoever else is here."""
+"""A system on this machine keeps its ports and its database to itself, whatever else runs here."""
 
 import socket
 
@@ -22,7 +22,7 @@ def test_port_zero_turns_metrics_off() -> None:
         assert ports == {}
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104 - free ports, held for a moment
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104 - free ports, held for a short time
 def test_a_port_is_kept_from_strangers_and_free_for_the_process_it_is_meant_for(host: str) -> None:
     with _ports(NAMES, host, None) as ports:
         port = ports["relay"]

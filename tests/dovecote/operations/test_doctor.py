@@ -26,6 +26,7 @@ from dovecote.operations.doctor.finding import Finding
 from dovecote.settings import Settings
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, make_room_for_effects, write_quotes
+from tests.support.migrations import LOCATIONS
 from tests.support.pooling import PGBOUNCER, pooled_url
 from tests.support.processes import eventually
 from tests.support.system import System, system_for
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.servers
 @pytest.fixture
 def system(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[System]:
     """A system whose relay does not run yet."""
-    monkeypatch.setattr(flow, "_LOOK_AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(flow, "_SECOND_CHECK_SECONDS", 0.2)
     monkeypatch.setattr(postgres, "_HEARD_WITHIN_SECONDS", 1.0)
     with system_for(settings, (a_route(),)) as system:
         make_room_for_effects(system.engine)
@@ -149,7 +150,7 @@ def test_a_schema_that_is_missing_or_old_is_an_error(empty_database_url: str, se
     settings = settings_for(empty_database_url, servers.redis_url, tmp_path)
     for revision in (None, "dovecote_0004"):
         if revision:
-            schema.upgrade(empty_database_url, revision)
+            schema.upgrade(empty_database_url, revision, locations=LOCATIONS)
 
         found = {finding.check: finding for finding in doctor.examine(settings, (a_route(),)).findings}
 
@@ -173,7 +174,7 @@ def test_a_pool_of_transactions_is_found_out(system: System, tmp_path: Path) -> 
 
 @pytest.mark.once
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed (apt-get install pgbouncer)")
-def test_a_pool_that_refuses_our_connections_is_told_apart_from_an_old_schema(system: System, tmp_path: Path) -> None:
+def test_a_pool_that_refuses_our_connections_is_not_taken_for_an_old_schema(system: System, tmp_path: Path) -> None:
     with pooled_url(system.settings.database.url.get_secret_value(), takes_options=False) as url:
         settings = settings_for(url, system.settings.redis.url.get_secret_value(), tmp_path)
 
@@ -343,7 +344,7 @@ def test_what_is_left_of_handlers_and_of_events_that_are_gone_is_found(system: S
     found = examined(system)
     assert "gone.handler (2 waiting, 0 dead, 0 subscriptions)" in found["handlers.known"].found
     assert "1 deliveries whose event is not in the outbox: test.note" in found["deliveries.events"].found
-    (left,) = operations.handlers.list_without_route(system.engine, system.routes)
+    (left,) = operations.handlers.list_handlers_without_route(system.engine, system.routes)
     assert (left.name, left.retrying, left.at_least) == ("gone.handler", 2, [])
 
     # As the advice says.

@@ -164,9 +164,9 @@ def test_no_listing_reads_the_outbox_from_end_to_end(own_engine: Engine) -> None
         operations.events.list_events(own_engine, ROUTES, EventSelection(event_type=QUOTED))
         operations.events.list_events(own_engine, ROUTES, EventSelection(aggregate_type="price", aggregate_id="EUR"))
         operations.events.get_event(own_engine, ROUTES, order)
-        operations.aggregates.list_blocked(own_engine, ROUTES)
+        operations.aggregates.list_blocked_aggregates(own_engine, ROUTES)
         operations.deliveries.list_deliveries(own_engine, operations.deliveries.DeliverySelection())
-        operations.deliveries.list_groups(own_engine, operations.deliveries.DeliverySelection())
+        operations.deliveries.list_delivery_groups(own_engine, operations.deliveries.DeliverySelection())
 
 
 @pytest.mark.once
@@ -204,7 +204,7 @@ def test_tail_shows_what_commits_even_out_of_order_and_ends_well_on_ctrl_c(
 def is_tailed(engine: Engine) -> bool:
     query = (
         "select exists (select from pg_stat_activity where application_name = 'dovecote events tail'"
-        " and query ~ 'horizon|from dovecote.outbox' and datname = current_database())"
+        " and query ~ 'low_watermark|from dovecote.outbox' and datname = current_database())"
     )
     with engine.connect() as connection:
         return bool(connection.execute(text(query)).scalar_one())

@@ -51,7 +51,7 @@ def two_old_weeks(engine: Engine, handler: str = "pricing.apply_quotes") -> None
         fail(connection, dead, "dead", handler)
 
 
-def told(result: Result) -> dict[str, Any]:
+def printed(result: Result) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(result.stdout)
     return found
 
@@ -72,8 +72,8 @@ def test_maintain_in_json(engine: Engine, run: Run) -> None:
     two_old_weeks(engine)
     run("maintain")
 
-    dry = told(run("maintain", "--keep-weeks", "2", "--dry-run", "--json"))
-    wet = told(run("maintain", "--keep-weeks", "2", "--json"))
+    dry = printed(run("maintain", "--keep-weeks", "2", "--dry-run", "--json"))
+    wet = printed(run("maintain", "--keep-weeks", "2", "--json"))
 
     assert dry["dry_run"] is True
     assert [week["week"] for week in dry["dropped"]] == [suffix(8)]
@@ -81,7 +81,7 @@ def test_maintain_in_json(engine: Engine, run: Run) -> None:
     assert wet["held"][0]["blockers"][0]["handler"] == "pricing.apply_quotes"
 
 
-def test_maintain_drops_nothing_unless_told_how_much_to_keep(engine: Engine, run: Run) -> None:
+def test_maintain_drops_nothing_without_a_number_of_weeks_to_keep(engine: Engine, run: Run) -> None:
     two_old_weeks(engine)
 
     result = run("maintain")
@@ -115,7 +115,7 @@ def test_partitions_for_people_and_machines(engine: Engine, run: Run) -> None:
     run("maintain")
 
     result = run("partitions", "--keep-weeks", "2")
-    found = told(run("partitions", "--keep-weeks", "2", "--json"))
+    found = printed(run("partitions", "--keep-weeks", "2", "--json"))
 
     assert result.exit_code == 0
     assert "nothing at a glance" in result.stdout

@@ -1,4 +1,4 @@
-"""The doctor tells of an event that is committed and not published, and of nothing that is as it should be."""
+"""The doctor reports an event that is committed and not published, and nothing that is as it should be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.servers
 
 @pytest.fixture
 def connection(fresh_database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[psycopg.Connection[Any]]:
-    monkeypatch.setattr(progress, "_LOOK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "_SECOND_CHECK_SECONDS", 0.01)
     with psycopg.connect(fresh_database_url, autocommit=True, row_factory=namedtuple_row) as connection:
         yield connection
 
@@ -63,7 +63,7 @@ def test_gaps_of_open_transactions_and_young_events_are_as_they_should_be(connec
     assert progress.relay(connection).level == "ok"
 
 
-def test_a_look_past_twenty_thousand_gaps_is_quick(connection: psycopg.Connection[Any]) -> None:
+def test_a_check_across_twenty_thousand_gaps_is_quick(connection: psycopg.Connection[Any]) -> None:
     connection.execute(
         """
         insert into dovecote.published_batches (positions, events, epoch)

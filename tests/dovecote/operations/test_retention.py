@@ -1,4 +1,4 @@
-"""Old weeks go whole, once nothing of them is owed; until then they stay, and say why."""
+"""Old weeks are dropped whole once nothing needs them; until then they stay, and say why."""
 
 import gzip
 import json
@@ -176,7 +176,7 @@ def test_what_a_handler_was_never_to_have_holds_nothing_back(engine: Engine) -> 
     assert maintain(engine).held == []
 
 
-def test_an_unknown_version_of_a_known_fact_holds_its_week_back(engine: Engine) -> None:
+def test_an_unknown_version_of_a_known_event_holds_its_week_back(engine: Engine) -> None:
     subscribe(engine)
     an_old_week(engine)
     with engine.begin() as connection:
@@ -472,7 +472,7 @@ def test_the_relay_and_operators_may_do_all_of_it(engine: Engine, role: str, tmp
             connection.execute(text(f"drop role {login}"))
 
 
-def test_partitions_tells_what_is_there(engine: Engine) -> None:
+def test_partitions_lists_what_is_there(engine: Engine) -> None:
     subscribe(engine)
     an_old_week(engine)
     maintain(engine, keep_weeks=0)
@@ -484,7 +484,7 @@ def test_partitions_tells_what_is_there(engine: Engine) -> None:
             connection.execute(text("analyze"))
         return retention.list_partitions(engine, keep_weeks=2)
 
-    # A session tells the statistics some seconds later what it inserted: until the next look it counts twice.
+    # A session reports its inserts to the statistics some seconds later: until the next check they count twice.
     eventually(lambda: (analyzed().weeks[0].events, analyzed().weeks[0].processed) == (6, 5), 30, "true statistics")
     found = analyzed()
 

@@ -1,4 +1,4 @@
-"""Weeks of events in every state, and `maintain` at any moment: nothing that is owed is dropped, all else is."""
+"""Weeks of events in every state, and `maintain` at any time: nothing that is needed is dropped, all else is."""
 
 import shutil
 import tempfile
@@ -42,7 +42,7 @@ class World:
     knows_newer: bool = False
     replay_at: int | None = None
 
-    def is_owed(self, event: Known) -> bool:
+    def is_needed(self, event: Known) -> bool:
         if not event.published or event.state in ("retrying", "waiting", "dead"):
             return True
         if self.replay_at is not None and self.replay_at < event.position:
@@ -162,19 +162,19 @@ class Weeks(RuleBasedStateMachine):
     def maintain(self, dry_run: bool) -> None:
         world = self.world
         old = [event for event in world.events if event.week > KEEP_WEEKS]
-        owed = {suffix(event.week) for event in old if world.is_owed(event)}
-        free = {suffix(event.week) for event in old} - owed
+        needed = {suffix(event.week) for event in old if world.is_needed(event)}
+        free = {suffix(event.week) for event in old} - needed
         if dry_run:  # it sees partitions only; what has none yet is seen by the next real one
             before = self.present()
             done = retention.maintain(self.engine, actor="a test", keep_weeks=KEEP_WEEKS, dry_run=True)
-            assert not owed & {week.week for week in done.dropped}
+            assert not needed & {week.week for week in done.dropped}
             assert self.present() == before
             return
 
         done = retention.maintain(self.engine, actor="a test", keep_weeks=KEEP_WEEKS, archive_dir=self.place)
 
         assert {week.week for week in done.dropped if week.events} == free
-        assert {week.week for week in done.held} == owed
+        assert {week.week for week in done.held} == needed
         for week in done.dropped:
             went = {str(event.id): event for event in old if suffix(event.week) == week.week}
             archived = list(archive.rows(Path(str(week.archive)), "outbox"))
@@ -192,7 +192,7 @@ class Weeks(RuleBasedStateMachine):
             return set(connection.execute(text("select id from dovecote.outbox")).scalars())
 
     @invariant()
-    def everything_owed_is_there_with_its_dedup(self) -> None:
+    def everything_needed_is_there_with_its_dedup(self) -> None:
         assert self.present() == {event.id for event in self.world.events}
         with self.engine.connect() as connection:
             marked = set(connection.execute(text("select event_id from dovecote.processed_events")).scalars())
@@ -212,7 +212,7 @@ class Weeks(RuleBasedStateMachine):
             process(connection, [event.id for event in self.world.dropped])
 
 
-def test_nothing_owed_is_dropped_and_nothing_else_is_kept(engine: Engine) -> None:
+def test_nothing_needed_is_dropped_and_nothing_else_is_kept(engine: Engine) -> None:
     class WeeksHere(Weeks):
         def __init__(self) -> None:
             super().__init__(engine)

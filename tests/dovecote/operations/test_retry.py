@@ -1,4 +1,4 @@
-"""Failures are found, retried and given up; what waits behind them goes on in order, and the audit log tells."""
+"""Failures are found, retried and discarded; what waits behind them goes on in order, and the audit log has it."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +59,7 @@ def prices(system: System) -> list[int]:
 
 
 def actions(engine: Engine) -> list[tuple[str, str, int | None]]:
-    return [(one.action, one.actor, one.affected) for one in operations.audit.list_entries(engine).items]
+    return [(one.action, one.actor, one.affected) for one in operations.audit.list_audit_entries(engine).items]
 
 
 def the_dead(system: System) -> list[operations.deliveries.Delivery]:
@@ -72,9 +72,9 @@ def test_a_mended_failure_is_found_retried_and_releases_what_waits_in_order(orde
         write_quotes(ordered, [1, 2, 3, 4])
         eventually(lambda: ordered.status().handlers[HANDLER].waiting == 2, 20, "two that wait behind the second")
 
-        (group,) = operations.deliveries.list_groups(ordered.engine, DeliverySelection()).groups
-        (blocked,) = operations.aggregates.list_blocked(ordered.engine, ordered.routes).items
-        story = operations.deliveries.get_delivery(ordered.engine, ordered.routes, HANDLER, group.example)
+        (group,) = operations.deliveries.list_delivery_groups(ordered.engine, DeliverySelection()).groups
+        (blocked,) = operations.aggregates.list_blocked_aggregates(ordered.engine, ordered.routes).items
+        detail = operations.deliveries.get_delivery(ordered.engine, ordered.routes, HANDLER, group.example)
         mood.broken.clear()
         rehearsal = operations.deliveries.retry(
             ordered.engine, DeliverySelection(handler=HANDLER), actor="ada", dry_run=True
@@ -88,8 +88,8 @@ def test_a_mended_failure_is_found_retried_and_releases_what_waits_in_order(orde
     assert (group.count, group.state, group.error_type) == (1, "dead", "Refused")
     assert group.error == "Refused: the account is closed"
     assert (blocked.event_id, blocked.state, blocked.waiting) == (group.example, "dead", 2)
-    assert story.waiting_behind == 2
-    assert "Traceback" in (story.traceback or "")
+    assert detail.waiting_behind == 2
+    assert "Traceback" in (detail.traceback or "")
     assert (rehearsal.affected, [one.event_id for one in rehearsal.sample], before) == (1, [group.example], [])
     assert (change.affected, change.busy) == (1, 0)
     assert prices(ordered) == [1, 2, 3, 4]
@@ -111,7 +111,7 @@ def test_a_discarded_failure_lets_those_behind_it_go_on_in_order(ordered: System
     assert (change.affected, change.released) == (1, 3)
     assert prices(ordered) == [2, 3, 4]
     assert ordered.status().handlers[HANDLER].discarded == 1
-    (entry,) = operations.audit.list_entries(ordered.engine, action="deliveries").items
+    (entry,) = operations.audit.list_audit_entries(ordered.engine, action="deliveries").items
     assert (entry.action, entry.reason, entry.affected) == ("deliveries.discard", "test data", 1)
     assert entry.details["filter"] == {"handler": HANDLER, "event_id": str(dead.event_id)}
 
@@ -199,7 +199,7 @@ def test_a_group_is_one_kind_and_the_rest_stays(own_engine: Engine) -> None:
 
     assert {
         (group.fingerprint, group.count)
-        for group in operations.deliveries.list_groups(own_engine, DeliverySelection()).groups
+        for group in operations.deliveries.list_delivery_groups(own_engine, DeliverySelection()).groups
     } == {
         ("aaa", 10),
         ("ccc", 10),
@@ -228,10 +228,10 @@ def test_a_failed_audit_line_takes_the_change_back(own_engine: Engine) -> None:
     with pytest.raises(Exception, match="nobody"):
         operations.deliveries.retry(own_engine, DeliverySelection(), actor="mallory")
 
-    assert operations.deliveries.list_groups(own_engine, DeliverySelection()).groups[0].count == 3
+    assert operations.deliveries.list_delivery_groups(own_engine, DeliverySelection()).groups[0].count == 3
 
 
-def test_a_group_leaves_alone_what_a_worker_tries_at_that_moment(own_engine: Engine, fresh_database_url: str) -> None:
+def test_a_group_leaves_alone_what_a_worker_is_trying(own_engine: Engine, fresh_database_url: str) -> None:
     some_dead(own_engine, 5)
     with psycopg.connect(fresh_database_url) as worker:
         worker.execute("select from dovecote.deliveries where position = 3 for update")
@@ -303,9 +303,9 @@ def test_pages_of_blocked_aggregates_show_each_one_once(ordered: System, mood: M
         for price, symbol in ((1, "EUR"), (2, "USD"), (3, "GBP")):
             write_quotes(ordered, [price, 10, 11], symbol)
         eventually(lambda: ordered.status().handlers[HANDLER].waiting == 6, 20, "six that wait")
-    first = operations.aggregates.list_blocked(ordered.engine, ordered.routes, limit=2)
+    first = operations.aggregates.list_blocked_aggregates(ordered.engine, ordered.routes, limit=2)
 
-    second = operations.aggregates.list_blocked(ordered.engine, ordered.routes, limit=2, after=first.next)
+    second = operations.aggregates.list_blocked_aggregates(ordered.engine, ordered.routes, limit=2, after=first.next)
 
     assert [one.aggregate_id for one in (*first.items, *second.items)] == ["EUR", "GBP", "USD"]
     assert second.next is None
@@ -319,7 +319,7 @@ def test_an_error_is_listed_by_its_headline_without_its_traceback(own_engine: En
         connection.execute(text("update dovecote.deliveries set headline = :headline, error = :error"), stored)
 
     (one,) = operations.deliveries.list_deliveries(own_engine, DeliverySelection()).items
-    (kind,) = operations.deliveries.list_groups(own_engine, DeliverySelection()).groups
+    (kind,) = operations.deliveries.list_delivery_groups(own_engine, DeliverySelection()).groups
 
     assert (one.error, kind.error) == (headline[:300], headline[:300])
 
@@ -345,7 +345,7 @@ def test_an_operator_needs_no_more_than_the_role(operator_engine: Engine, own_en
     routes: Sequence[Route] = [a_route(HANDLER, ordered=True)]
 
     operations.status.get_status(operator_engine, routes)
-    operations.aggregates.list_blocked(operator_engine, routes)
+    operations.aggregates.list_blocked_aggregates(operator_engine, routes)
     (newest, *_) = operations.deliveries.list_deliveries(operator_engine, DeliverySelection()).items
     operations.deliveries.get_delivery(operator_engine, routes, HANDLER, newest.event_id)
     operations.deliveries.retry(
@@ -353,7 +353,9 @@ def test_an_operator_needs_no_more_than_the_role(operator_engine: Engine, own_en
     )
     operations.deliveries.discard(operator_engine, DeliverySelection(), actor="ada", reason="test data")
 
-    assert [(one.action, one.actor, one.login) for one in operations.audit.list_entries(operator_engine).items] == [
+    assert [
+        (one.action, one.actor, one.login) for one in operations.audit.list_audit_entries(operator_engine).items
+    ] == [
         ("deliveries.discard", "ada", "night_shift"),
         ("deliveries.retry", "ada", "night_shift"),
     ]

@@ -1,4 +1,4 @@
-"""Status tells where everything is, and costs the same however long the history is."""
+"""Status shows where everything is, and costs the same however long the history is."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -184,9 +184,9 @@ def test_codes_that_nobody_sends_are_seen_behind_thousands_of_prices(own_engine:
     if are_examined:
         move_low_water_marks(own_engine, 4_300)
 
-    told = operations.status.get_status(own_engine, ROUTES).handlers
+    found = operations.status.get_status(own_engine, ROUTES).handlers
 
-    codes, prices = told["verification.send_code"], told[HANDLER]
+    codes, prices = found["verification.send_code"], found[HANDLER]
     assert (codes.unprocessed, codes.at_least) == (300, [])
     assert codes.oldest_unprocessed_seconds >= 1_200
     assert (prices.unprocessed, prices.at_least) == (0, [])
@@ -233,5 +233,5 @@ def test_status_counts_what_a_count_of_everything_finds(own_engine: Engine) -> N
     counted = count_everything(own_engine, ROUTES)
 
     assert (counted.unprocessed[HANDLER], counted.processed[HANDLER], counted.is_quiet) == (5, 20, False)
-    told = operations.status.get_status(own_engine, ROUTES).handlers
-    assert {handler: one.unprocessed for handler, one in told.items()} == counted.unprocessed
+    found = operations.status.get_status(own_engine, ROUTES).handlers
+    assert {handler: one.unprocessed for handler, one in found.items()} == counted.unprocessed

@@ -11,7 +11,6 @@ from structlog.testing import capture_logs
 
 from domain.pricing import PriceQuoted
 from dovecote.local.servers import servers
-from dovecote.migrations import schema
 from dovecote.operations import doctor
 from dovecote.operations.deliveries import DeliverySelection, retry
 from dovecote.operations.handlers import pause, resume
@@ -21,6 +20,7 @@ from dovecote.relay import leader as leading
 from dovecote.settings import Settings
 from dovecote.unit_of_work import UnitOfWork
 from tests.conftest import settings_for
+from tests.support.clusters import put_cluster
 from tests.support.effects import a_route, effects_in, make_room_for_effects, note_as, write_quotes
 from tests.support.processes import a_place_for_servers, eventually
 from tests.support.system import System, system_for
@@ -34,14 +34,16 @@ _PAGES = "64"
 
 @pytest.fixture(scope="module")
 def small_queue() -> Iterator[tuple[str, str]]:
-    """The URLs of a Postgres whose queue of notifications is full after a moment, and of a Redis."""
+    """The URLs of a Postgres whose queue of notifications is soon full, and of a Redis."""
     with a_place_for_servers() as place:
-        with servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis):
-            with psycopg.connect(postgres.url, autocommit=True) as connection:
-                if connection.info.server_version < 170_000:
-                    pytest.skip("max_notify_queue_pages is of Postgres 17: before, the queue has 8 GB")
-                connection.execute(f"alter system set max_notify_queue_pages = {_PAGES}".encode())
-            schema.upgrade(postgres.url)
+        put_cluster(place / "postgres")
+        with (
+            servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis),
+            psycopg.connect(postgres.url, autocommit=True) as connection,
+        ):
+            if connection.info.server_version < 170_000:
+                pytest.skip("max_notify_queue_pages is of Postgres 17: before, the queue has 8 GB")
+            connection.execute(f"alter system set max_notify_queue_pages = {_PAGES}".encode())
         with servers(place, postgres_settings={"fsync": "off"}) as (postgres, redis):
             yield postgres.url, redis.url
 

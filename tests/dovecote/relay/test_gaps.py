@@ -73,7 +73,7 @@ def test_gaps_are_looked_into_no_more_while_nobody_ends_who_could_fill_them(open
     assert len(watched.looks) == before
 
 
-def test_only_what_lies_above_the_floor_of_the_writer_that_ended_is_looked_into(
+def test_only_what_lies_above_the_low_water_mark_of_the_writer_that_ended_is_looked_into(
     opened: Opened, watched: Watched
 ) -> None:
     reader = Reader(watched.connection, 0, 100)
@@ -93,7 +93,7 @@ def test_only_what_lies_above_the_floor_of_the_writer_that_ended_is_looked_into(
     assert all(first > gaps[-1] for look in watched.looks for first in look)
 
 
-def test_a_savepoint_that_is_open_does_not_make_its_transaction_look_over(opened: Opened, watched: Watched) -> None:
+def test_a_savepoint_that_is_open_does_not_make_its_transaction_seem_over(opened: Opened, watched: Watched) -> None:
     reader = Reader(watched.connection, 0, 100)
     writer, other = opened(), opened()
     insert(writer, "A")
@@ -117,7 +117,7 @@ def test_a_savepoint_that_is_open_does_not_make_its_transaction_look_over(opened
 # What is found ------------------------------------------------------------------------------------
 
 
-def test_a_writer_that_no_look_has_shown_is_found(opened: Opened, relays: Connection) -> None:
+def test_a_writer_that_the_locks_never_showed_is_found(opened: Opened, relays: Connection) -> None:
     reader = Reader(relays, 0, 100)
     unseen, other = opened(), opened()
     reader.read()
@@ -132,7 +132,7 @@ def test_a_writer_that_no_look_has_shown_is_found(opened: Opened, relays: Connec
     assert reader.checkpoint == passed
 
 
-def test_an_event_comes_before_its_successor_although_its_writer_was_at_work_at_the_last_look(
+def test_an_event_comes_before_its_successor_although_its_writer_was_active_at_the_last_look(
     opened: Opened, relays: Connection
 ) -> None:
     reader = Reader(relays, 0, 100)
@@ -145,7 +145,7 @@ def test_an_event_comes_before_its_successor_although_its_writer_was_at_work_at_
     later = insert(second, "A")
     second.commit()
 
-    # By the same look at the locks: pg_locks would still say that the first is at work.
+    # By the same look at the locks: pg_locks would still show the first as active.
     assert positions_in(reader.read(at_once=True)) == [earlier, later]
 
 
@@ -167,7 +167,7 @@ def test_of_a_writer_that_ends_while_gaps_are_looked_into_nothing_is_taken_befor
         first, passed = insert(writer, "A"), insert(other, "B")
         other.commit()
         assert positions_in(reader.read()) == [passed]
-        # Above the sequence as it was read then: it is looked into whoever is over.
+        # Above the sequence as it was read then: it is looked into whichever writer is over.
         second, passed = insert(writer, "A"), insert(other, "B")
         other.commit()
         assert positions_in(reader.read(at_once=True)) == [passed]
@@ -177,7 +177,7 @@ def test_of_a_writer_that_ends_while_gaps_are_looked_into_nothing_is_taken_befor
         assert positions_in(reader.read()) == [first, second]
 
 
-def test_an_event_comes_before_its_successor_although_its_floor_is_still_held(
+def test_an_event_comes_before_its_successor_although_its_writer_key_is_still_held(
     opened: Opened, relays: Connection
 ) -> None:
     reader = Reader(relays, 0, 100)
@@ -185,7 +185,7 @@ def test_an_event_comes_before_its_successor_although_its_floor_is_still_held(
     earlier, unrelated = insert(first, "A"), insert(second, "B")
     second.commit()
     assert positions_in(reader.read()) == [unrelated]
-    # Between the moment a commit is seen and the one its floor is given back; here for as long as the session likes.
+    # Between the commit's being seen and the release of its writer key; here for as long as the session likes.
     first.execute("select pg_advisory_lock_shared(dovecote.writer_key(0))")
 
     first.commit()
@@ -220,7 +220,7 @@ def test_a_transaction_prepared_and_looked_at_again_and_again_is_found_when_it_c
     assert positions_in(reader.read()) == [prepared]
 
 
-def test_each_writer_is_shown_with_its_floor_and_its_transaction(opened: Opened, relays: Connection) -> None:
+def test_each_writer_is_shown_with_its_low_water_mark_and_its_transaction(opened: Opened, relays: Connection) -> None:
     first, second, other = opened(), opened(), opened()
     insert(other, "B")
     other.commit()

@@ -55,7 +55,7 @@ def has_published(system: System, events: int) -> bool:
 
 
 def versions(system: System, table: str) -> int:
-    """How many versions of rows the table has got so far; sessions tell when they end, and now and then before."""
+    """How many versions of rows the table has got so far; sessions report when they end, and now and then before."""
     found: int = asked(system, f"select n_tup_upd + n_tup_ins from pg_stat_user_tables where relname = '{table}'")
     return found
 
@@ -114,7 +114,7 @@ def test_a_batch_leaves_no_version_of_the_relay_s_row_nor_of_an_unrouted_type(
     assert events == 60
     # One a second and one at the end; a leader's first three are its take-over.
     for table in ("relay_state", "unrouted_types"):
-        eventually(partial(versions, system, table), 10, "sessions told what they did")
+        eventually(partial(versions, system, table), 10, "sessions that reported what they did")
         assert versions(system, table) <= took + 6
 
 
@@ -177,7 +177,7 @@ def test_a_writer_that_sleeps_in_its_transaction_keeps_nobody_busy(system_with: 
     with system.relay():
         eventually(lambda: is_asleep(system), 10, "a sleeping relay")
         write_quotes(system, range(5))
-    insert(held)  # no relay sleeps, so it rings for none
+    insert(held)  # no relay sleeps, so it notifies none
     with system.relay():
         eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
         time.sleep(3)  # what it has taken so far decides how often is looked
@@ -197,12 +197,12 @@ def test_an_event_beside_a_writer_that_sleeps_is_sent_at_once(system_with: Syste
             other.commit()
             eventually(partial(has_published, system, number), 10, "the event")
 
-    # Beside the writer it also looks by itself, and may be awake in the very moment.
+    # Beside the writer it also looks by itself, and may be awake just then.
     assert wake_ups.count >= 3
 
 
 @pytest.mark.once
-def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_found_soon(
+def test_what_a_writer_commits_that_was_active_when_the_relay_fell_asleep_is_found_soon(
     system_with: SystemWith, opened: Opened
 ) -> None:
     system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
@@ -210,11 +210,11 @@ def test_what_a_writer_commits_that_was_at_work_when_the_relay_fell_asleep_is_fo
     insert(silent)
     with system.relay():
         eventually(lambda: is_asleep(system), 10, "a relay that sleeps beside the writer")
-        time.sleep(1)  # how long it has been at work decides how soon it is found
+        time.sleep(1)  # how long it has been active decides how soon it is found
 
         silent.commit()
 
-        eventually(lambda: published(system) == 1, 2, "the event that nobody rang for")
+        eventually(lambda: published(system) == 1, 2, "the event without a notification")
 
 
 @pytest.mark.once
@@ -234,7 +234,7 @@ def test_a_relay_sleeps_for_its_whole_poll_once_the_last_silent_writer_is_over(
         assert transactions_per_second(system, 3) < 12
 
 
-def test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_rings_once_it_sleeps(
+def test_a_writer_keeps_no_lock_that_a_relay_must_have_to_sleep_and_notifies_once_it_sleeps(
     opened: Opened, relays: Connection
 ) -> None:
     in_flight, another = opened(), opened()

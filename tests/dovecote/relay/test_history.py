@@ -1,4 +1,4 @@
-"""Redis and Postgres tell the same story, or a new history begins: what is queued goes, what is not done is sent."""
+"""Redis and Postgres agree, or a new history begins: what is queued goes, what is not done is sent."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +13,6 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
-from dovecote.migrations import schema
 from dovecote.operations.doctor import postgres as doctor
 from dovecote.operations.doctor.finding import Subject
 from dovecote.relay import history as history_module
@@ -145,7 +144,7 @@ NOT_AS_IT_WAS: dict[str, Callable[[System], object]] = {
     "Redis went back with its memory": lambda system: change_heartbeat(system, -2),
     "Postgres went back with its memory": lambda system: change_heartbeat(system, 1),
     "Redis is in a history that Postgres does not know": lambda system: change(system, history="another"),
-    "Redis was told by another run of Postgres": lambda system: change(system, instance="1 1 1"),
+    "Redis was written to by another run of Postgres": lambda system: change(system, instance="1 1 1"),
     "Postgres has begun anew": lambda system: value(
         system, "update dovecote.relay_state set instance = '1 1 1' returning epoch"
     ),
@@ -244,7 +243,7 @@ def test_the_beat_stands_still_while_nothing_is_under_way(system_on: SystemOn) -
         before, seen = heartbeat(system), in_redis(system)
         time.sleep(2.2)  # two ticks
         assert heartbeat(system) == before
-        assert in_redis(system).silent_ms < 2_000 < seen.silent_ms + 2_200, "Redis is told that the leader lives"
+        assert in_redis(system).silent_ms < 2_000 < seen.silent_ms + 2_200, "Redis knows that the leader lives"
 
 
 def test_both_sessions_of_a_leader_are_of_one_run(system_on: SystemOn) -> None:
@@ -264,10 +263,10 @@ class States(RelayInstrumentation):
     """Remembers what the relay said it was doing."""
 
     def __init__(self) -> None:
-        self.told: list[RelayState] = []
+        self.reported: list[RelayState] = []
 
     def alive(self, state: RelayState) -> None:
-        self.told.append(state)
+        self.reported.append(state)
 
 
 def test_a_relay_stands_back_while_one_of_a_newer_postgres_lives(system_on: SystemOn) -> None:
@@ -287,7 +286,7 @@ def test_a_relay_stands_back_while_one_of_a_newer_postgres_lives(system_on: Syst
             said = doctor.relay(connection, Subject(system.settings, system.routes, time.time))
         assert "stands back" in said.found
         assert said.level == "error"
-        assert set(states.told) <= {"standing_back"}
+        assert set(states.reported) <= {"standing_back"}
         assert in_redis(system).history == "theirs"
 
         change(system, seen=0)
@@ -360,7 +359,6 @@ def postgres() -> Iterator[PostgresThatGoesBack]:
     # What is committed without asking for more reaches the disk ten seconds later.
     lazy = {"synchronous_commit": "off", "wal_writer_delay": "10s", "bgwriter_delay": "10s", "autovacuum": "off"}
     with a_place_for_servers() as place, postgres_that_goes_back(place, lazy) as postgres:
-        schema.upgrade(postgres.url)
         yield postgres
 
 
@@ -417,9 +415,9 @@ def test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event(
         before = heartbeat(system)
         eventually(lambda: heartbeat(system) > before + 1, 10, "heartbeats")
         client: Any = system.broker.client
-        told = int(client.hget(system.publisher.fence_keys[1], "heartbeat"))
+        published = int(client.hget(system.publisher.fence_keys[1], "heartbeat"))
         crash(system, postgres)
-        assert heartbeat(system) >= told, "Redis was told of a heartbeat that was not on disk"
+        assert heartbeat(system) >= published, "Redis had a heartbeat that was not on disk"
         eventually(lambda: history(system), 20, "a Redis that is known")
     postgres.forget_from_now_on()
     with system.workers():

@@ -183,13 +183,13 @@ def test_a_delivery_whose_event_is_gone_is_dead_and_says_so(
         eventually(lambda: len(effects_in(system.engine)) == 2, 10, "its neighbours")
         eventually(lambda: deliveries(system) == [(NOTE, "dead", 1)], 10, "the one without an event")
 
-    told = [line for line in capsys.readouterr().out.splitlines() if str(gone) in line]
-    assert len(told) == 1
-    assert "is not in the outbox" in told[0]
-    assert NOTE in told[0]
-    story = operations.deliveries.get_delivery(system.engine, system.routes, NOTE, gone)
-    assert story.delivery.error_type == "EventIsGone"
-    assert "is not in dovecote.outbox any more" in (story.traceback or "")
+    logged = [line for line in capsys.readouterr().out.splitlines() if str(gone) in line]
+    assert len(logged) == 1
+    assert "is not in the outbox" in logged[0]
+    assert NOTE in logged[0]
+    detail = operations.deliveries.get_delivery(system.engine, system.routes, NOTE, gone)
+    assert detail.delivery.error_type == "EventIsGone"
+    assert "is not in dovecote.outbox any more" in (detail.traceback or "")
     # Asked to send it again, we say why not, and change nothing.
     with pytest.raises(operations.deliveries.CannotChange, match="not in the outbox any more"):
         operations.deliveries.retry(system.engine, DeliverySelection(handler=NOTE, event_id=gone), actor="ada")

@@ -86,7 +86,7 @@ def outbox(relays: Connection) -> Outbox:
     return Outbox(relays)
 
 
-def test_every_event_is_looked_at_once_and_a_backlog_costs_a_look_at_its_head(outbox: Outbox) -> None:
+def test_every_event_is_read_once_and_a_backlog_costs_a_read_of_its_head(outbox: Outbox) -> None:
     outbox.subscribe("quick", "s.a.v1")
     outbox.subscribe("paused", "s.a.v1")
     outbox.process("quick", 0, outbox.write(3_000))
@@ -114,7 +114,7 @@ def test_what_a_handler_begins_to_want_below_its_mark_is_open(outbox: Outbox) ->
     outbox.step()
     assert outbox.marks() == {"one": 9}
 
-    # Both versions of a fact at once: neither has been wanted because of the other.
+    # Both versions of an event at once: neither has been wanted because of the other.
     outbox.subscribe("one", "s.b.v1", "s.b.v2", since=2)
 
     assert outbox.marks() == {"one": 2}
@@ -126,7 +126,7 @@ def test_what_a_handler_begins_to_want_below_its_mark_is_open(outbox: Outbox) ->
     assert outbox.marks() == {"one": 0}
 
 
-def test_a_new_version_of_a_wanted_fact_was_waited_for_before_anybody_knew_it(outbox: Outbox) -> None:
+def test_a_new_version_of_a_wanted_event_was_waited_for_before_anybody_knew_it(outbox: Outbox) -> None:
     outbox.subscribe("one", "s.b.v1")
     outbox.process("one", 0, outbox.write(3, "s.b.v1"))
     outbox.write(1, "s.b.v2")
@@ -216,7 +216,7 @@ def test_the_checkpoint_is_read_before_the_outbox(outbox: Outbox, opened: Callab
         step.result()
     mover.commit()
 
-    assert outbox.marks() == {"one": 1}, "the event that was committed late is not settled"
+    assert outbox.marks() == {"one": 1}, "the event that was committed late is still open"
 
 
 def waits(connection: Connection, waiting: Connection) -> bool:

@@ -73,7 +73,7 @@ def with_new(settings: Settings, new: Route, let_it_commit: Callable[[], None]) 
             let_it_commit()
             eventually(lambda: client.hlen(f"{settings.redis.namespace}:new.msgs") == 1, 10, "its message")
             assert system.status().handlers["test.new"].unprocessed == 1
-            assert owed_to(system, "test.new") == 1
+            assert unprocessed_by(system, "test.new") == 1
             wipe(system)
             eventually(lambda: client.hlen(f"{settings.redis.namespace}:new.msgs") == 1, 10, "its message once more")
             with system.workers():
@@ -82,7 +82,7 @@ def with_new(settings: Settings, new: Route, let_it_commit: Callable[[], None]) 
             assert prices_of(system, "test.new") == [77]
             assert prices_of(system, "test.old") == [1, 2, 77]
             assert system.status().handlers["test.new"].unprocessed == 0
-            assert owed_to(system, "test.new") == 0
+            assert unprocessed_by(system, "test.new") == 0
 
 
 SUBSCRIBED = """
@@ -90,15 +90,15 @@ SUBSCRIBED = """
 """
 
 
-def owed_to(system: System, handler: str) -> int:
-    """How many events keep weeks from being dropped because this handler has not acted on them."""
-    owed: int = one_value(
+def unprocessed_by(system: System, handler: str) -> int:
+    """How many events keep partitions from being dropped because this handler has not acted on them."""
+    count: int = one_value(
         system,
         "select coalesce(sum(events), 0) from dovecote.partition_blockers('00000000-0000-0000-0000-000000000000',"
         " 'ffffffff-ffff-ffff-ffff-ffffffffffff') where handler_name = :handler and blocker = 'unprocessed'",
         handler=handler,
     )
-    return owed
+    return count
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_replay_of_missing_events_says_where_its_order_begins(beside_a_gap: Sy
         plan(beside_a_gap.engine, beside_a_gap.routes, asked)
 
 
-def test_a_new_version_of_a_fact_begins_where_the_fact_did(beside_a_gap: System) -> None:
+def test_a_new_version_of_an_event_begins_where_the_event_did(beside_a_gap: System) -> None:
     with beside_a_gap.engine.begin() as connection:
         connection.execute(text("update dovecote.subscriptions set event_type = 'pricing.price_quoted.v9'"))
 

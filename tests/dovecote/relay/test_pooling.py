@@ -7,6 +7,7 @@ import pytest
 
 from dovecote.bootstrap import relay_for
 from dovecote.relay.relay import NoSession
+from dovecote.route import Dovecote
 from dovecote.settings import Settings
 from tests.conftest import settings_for
 from tests.support.pooling import PGBOUNCER, pooled_url
@@ -23,4 +24,4 @@ def pooled(settings: Settings, tmp_path: Path) -> Iterator[Settings]:
 
 def test_a_relay_behind_a_transaction_pool_says_what_is_wrong(pooled: Settings) -> None:
     with pytest.raises(NoSession, match="a proxy that pools transactions"):
-        relay_for(pooled, ()).run()
+        relay_for(pooled, Dovecote(routes=())).run()

@@ -44,8 +44,8 @@ class Seen:
 
     def add(self, rows: Sequence[Row]) -> None:
         for position, _, envelope in rows:
-            told = json.loads(envelope)
-            self.events.append((position, told["subject"], int(Decimal(told["data"]["price"]))))
+            content = json.loads(envelope)
+            self.events.append((position, content["subject"], int(Decimal(content["data"]["price"]))))
 
     @property
     def positions(self) -> list[int]:
@@ -243,7 +243,7 @@ def test_an_old_foreign_transaction_holds_nothing(opened: Callable[[], Connectio
     assert reader.checkpoint == written
 
 
-def test_the_hole_of_a_writer_that_rolled_back_is_forgotten(
+def test_the_gap_of_a_writer_that_rolled_back_is_forgotten(
     opened: Callable[[], Connection], relays: Connection
 ) -> None:
     reader = Reader(relays, 0, 100)
@@ -300,7 +300,7 @@ def test_a_rollback_to_a_savepoint_does_not_hide_what_is_written_after_it(
     assert positions_in(reader.read()) == [written]
 
 
-def test_a_savepoint_given_up_later_leaves_the_first_floor_in_place(
+def test_a_savepoint_given_up_later_leaves_the_first_low_water_mark_in_place(
     opened: Callable[[], Connection], relays: Connection
 ) -> None:
     reader = Reader(relays, 0, 100)
@@ -319,7 +319,7 @@ def test_a_savepoint_given_up_later_leaves_the_first_floor_in_place(
     assert positions_in(reader.read()) == [first]
 
 
-def test_ten_thousand_single_inserts_take_one_floor(opened: Callable[[], Connection]) -> None:
+def test_ten_thousand_single_inserts_take_one_writer_key(opened: Callable[[], Connection]) -> None:
     writer = opened()
 
     writer.execute(
@@ -333,14 +333,14 @@ def test_ten_thousand_single_inserts_take_one_floor(opened: Callable[[], Connect
         """
     )
 
-    floors = writer.execute(
+    keys = writer.execute(
         """
         select count(*) from pg_locks
         where locktype = 'advisory' and pid = pg_backend_pid()
           and classid::bigint >> 16 = dovecote.writer_key(0) >> 48
         """
     ).fetchone()
-    assert floors == (1,)
+    assert keys == (1,)
 
 
 def test_a_new_reader_hands_out_only_what_was_not_recorded(

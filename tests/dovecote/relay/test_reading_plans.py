@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dovecote.bootstrap import relay_for
+from dovecote.route import Dovecote
 from dovecote.store import gaps
 from dovecote.store import reader as reading
 from tests.conftest import Servers, settings_for
@@ -39,7 +40,7 @@ def test_every_read_finds_its_rows_by_their_position_in_every_partition(
     query, types, arguments = READS[read]
     for number in range(1, query.count("%s") + 1):
         query = query.replace("%s", f"${number}", 1)
-    with relay_for(settings_for(url, servers.redis_url, tmp_path), ROUTES)._session() as connection:
+    with relay_for(settings_for(url, servers.redis_url, tmp_path), Dovecote(routes=ROUTES))._session() as connection:
         _fill(connection, events)
         partitions = {name for (name,) in connection.execute(_PARTITIONS)}
         connection.execute(f"prepare reading ({types}) as {query}")

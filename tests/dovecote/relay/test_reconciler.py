@@ -100,7 +100,7 @@ def published_long_ago(system: System, age: str = "1 hour") -> None:
 
 
 def open_events(system: System) -> int:
-    """How many positions are not known to be settled."""
+    """How many positions are not known to be done."""
     statement = text("select max((select last_value from dovecote.outbox_position) - mark) from dovecote.progress")
     with system.engine.connect() as connection:
         return int(connection.scalar(statement) or 0)
@@ -165,8 +165,8 @@ def test_what_was_lost_by_hand_comes_back_by_itself_and_is_counted(system_with: 
     with system.relay(RelayMetrics(registry)):
         write_quotes(system, range(10))
         eventually(lambda: len(messages_of(system)) == 5, 10, "the messages")
-        told = numbers_in(registry)
-        assert told("dovecote_reconciled_events_total", handler=HANDLER) == 0
+        numbers = numbers_in(registry)
+        assert numbers("dovecote_reconciled_events_total", handler=HANDLER) == 0
         gone, placeless, of_a_stranger, *_ = messages = messages_of(system)
         lose(system, gone)
         lose_its_place(system, placeless)
@@ -331,7 +331,7 @@ def test_a_message_in_the_middle_of_a_long_queue_is_not_lost(
     assert sorted(messages_of(system)) == sorted(messages)
 
 
-def test_what_a_worker_finishes_during_the_look_is_not_lost(system_with: Callable[..., System]) -> None:
+def test_what_a_worker_finishes_during_reconciling_is_not_lost(system_with: Callable[..., System]) -> None:
     system = system_with()
     publish(system, 6)
     published_long_ago(system)

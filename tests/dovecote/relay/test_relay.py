@@ -1,4 +1,4 @@
-"""The relay as a whole: woken by the bell, replaced when it dies, and never the cause of a loss."""
+"""The relay as a whole: woken by writers, replaced when it dies, and never the cause of a loss."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.fence import Claim, RedisFence
 from dovecote.relay.history import History
 from dovecote.relay.leader import Leader
-from dovecote.route import Route
+from dovecote.route import Dovecote, Route
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader
 from dovecote.store.relay_state import TakenOver
@@ -89,7 +89,7 @@ def leader_pid(system: System) -> int | None:
 
 
 def is_asleep(system: System) -> bool:
-    """Whether somebody holds the bell for itself."""
+    """Whether somebody holds the wake-up lock for itself."""
     held: bool = one_value(
         system,
         """
@@ -115,6 +115,7 @@ def terminate(system: System, application: str) -> None:
 # Wakeup up ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.once
 def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: SystemWith) -> None:
     system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
@@ -134,7 +135,7 @@ def test_an_event_written_while_the_relay_sleeps_arrives_at_once(system_with: Sy
     assert sorted(waits)[2] < 1.0, "a single one may meet a machine that is busy"
 
 
-def test_append_event_rings_the_bell_too(system_with: SystemWith) -> None:
+def test_append_event_wakes_the_relay_too(system_with: SystemWith) -> None:
     system = system_with(RELAY__POLL_INTERVAL_SECONDS=60)
     with system.relay():
         eventually(lambda: is_asleep(system), 5, "a sleeping relay")
@@ -171,7 +172,7 @@ def test_a_standby_takes_over_when_the_leader_s_backend_is_terminated(system_wit
 
 def test_both_ends_of_a_relay_s_connection_notice_that_the_other_is_gone(system_with: SystemWith) -> None:
     system = system_with()
-    with relay_for(system.settings, system.routes)._session() as connection:
+    with relay_for(system.settings, Dovecote(routes=system.routes))._session() as connection:
         ends = socket.socket(fileno=os.dup(connection.fileno()))
         theirs = [connection.execute(f"show {name}").fetchone() for name in ("tcp_keepalives_idle", "tcp_user_timeout")]
         ours = ends.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
@@ -187,7 +188,7 @@ def test_a_statement_of_the_relay_may_take_long_whatever_the_database_allows_oth
     with system.engine.begin() as connection:
         connection.execute(text(f'alter database "{database}" set statement_timeout = 1000'))
 
-    with relay_for(system.settings, system.routes)._session() as relay:
+    with relay_for(system.settings, Dovecote(routes=system.routes))._session() as relay:
         assert relay.execute("show statement_timeout").fetchone() == ("0",)
 
 
@@ -255,7 +256,7 @@ def test_a_relay_whose_record_is_refused_ends(
     write_quotes(system, [1])
 
     with pytest.raises(NewerRelay):
-        leader._publish(leader._reader.read())  # Redis takes it: nobody has told it of the newer epoch yet
+        leader._publish(leader._reader.read())  # Redis takes it: it does not know of the newer epoch yet
 
     assert queued_positions(system) == [1]
     assert leader.published_upto == 0
@@ -302,6 +303,7 @@ def test_a_batch_is_one_call_to_redis(system_with: SystemWith) -> None:
     assert batches <= made <= batches + 8, "a few more are the reaper's"
 
 
+@pytest.mark.alone
 def test_stopping_ends_after_the_batch_at_hand(system_with: SystemWith) -> None:
     system = system_with(RELAY__BATCH_SIZE=50)
     write_quotes(system, range(5_000))
@@ -315,7 +317,7 @@ def test_stopping_ends_after_the_batch_at_hand(system_with: SystemWith) -> None:
     recorded = one_value(system, "select range_agg(positions)::text from dovecote.published_batches")
     published = queued_positions(system)
     assert recorded == multirange(published)
-    assert 0 < len(published) < 5_000, "it was done before it was told to stop"
+    assert 0 < len(published) < 5_000, "it was done before the request to stop"
 
 
 # What breaks --------------------------------------------------------------------------------------
@@ -487,10 +489,12 @@ def test_a_relay_waits_for_no_worker_that_holds_a_delivery(system_with: SystemWi
         with system.relay():
             eventually(lambda: queued_positions(system) == [1, 1, 2], 10, "another event, while the worker is stuck")
             write_quotes(system, [3])
-            eventually(lambda: queued_positions(system) == [1, 1, 2, 3], 10, "one more, after a look for strays")
+            eventually(
+                lambda: queued_positions(system) == [1, 1, 2, 3], 10, "one more, after a look for misplaced rows"
+            )
 
 
-def test_a_retry_let_go_on_before_its_last_message_is_acknowledged_is_sent_at_once(system_with: SystemWith) -> None:
+def test_a_retry_released_before_its_last_message_is_acknowledged_is_sent_at_once(system_with: SystemWith) -> None:
     system = system_with(RELAY__RETRY_LEASE_SECONDS=3_600)
     write_quotes(system, [1])
     make_it_retry(system)
@@ -550,7 +554,7 @@ def test_the_loss_of_redis_cuts_no_backoff_short(system_with: SystemWith) -> Non
         wipe(system)
 
         eventually(lambda: queued_positions(system) == [2], 20, "the one that never failed")
-        eventually(lambda: one_value(system, "select redis_run_id from dovecote.relay_state"), 20, "a Redis greeted")
+        eventually(lambda: one_value(system, "select redis_run_id from dovecote.relay_state"), 20, "a verified Redis")
     assert queued_positions(system) == [2]
     assert one_value(system, "select next_attempt_at > now() + interval '50 minutes' from dovecote.deliveries")
 

@@ -164,10 +164,10 @@ def test_a_message_in_a_living_workers_hands_stays_there(broker: OutboxBroker) -
 
     assert numbers_in(broker, "new") == [2]
     assert redis_of(broker).hlen(f"{broker.namespace}:old.msgs") == 1
-    assert renamed.next_look < time.monotonic() + 10, "its worker may hand it back"
+    assert renamed.next_look < time.monotonic() + 10, "its worker may requeue it"
 
 
-def test_what_a_dead_worker_held_of_the_old_queue_is_taken_back_and_remembers_the_crash(broker: OutboxBroker) -> None:
+def test_what_a_dead_worker_held_of_the_old_queue_is_requeued_and_remembers_the_crash(broker: OutboxBroker) -> None:
     publisher_of(broker).publish(1, messages(OLD, [1]))
     broker.await_and_fetch("old", 1, 0.1)
     (id,) = redis_of(broker).hkeys(f"{broker.namespace}:old.msgs")
@@ -241,7 +241,9 @@ def test_what_workers_of_older_code_hold_after_the_deploy_follows_when_it_is_res
         ids = [one.id.decode() for one in fetched]
         with system.running():
             eventually(lambda: system.status().relay.leading, 10, "a leader")
-            eventually(lambda: redis_of(system.broker).exists(f"{system.broker.namespace}:__relay__"), 10, "greeted")
+            eventually(
+                lambda: redis_of(system.broker).exists(f"{system.broker.namespace}:__relay__"), 10, "a verified Redis"
+            )
             broker_of_old_code.hold("old", "test.note", ids)
             resume(system.engine, system.routes, "test.note", actor="ada")
             system.until_quiet()

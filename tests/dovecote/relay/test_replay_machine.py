@@ -316,7 +316,7 @@ def machine_on(stage: Stage) -> type[RuleBasedStateMachine]:
 def test_replays_hold_their_promises_whatever_happens(settings: Settings, ordered: bool) -> None:
     def note(event: PriceQuoted, uow: UnitOfWork, _gateways: Gateways) -> None:
         if (event.symbol, int(event.price)) in stage.failing:
-            raise RuntimeError("as told")
+            raise RuntimeError("as asked")
         uow.session.execute(
             text(
                 "insert into replay_effects (event_id, symbol, price, replay_id) select event_id, :symbol, :price,"

@@ -87,12 +87,12 @@ def change(system: System, query: str, **parameters: object) -> None:
         connection.execute(text(query), parameters)
 
 
-def moment_between(system: System) -> datetime:
-    """A moment that lies between the ids made before and after this call."""
-    time.sleep(0.005)  # an id tells the millisecond
-    moment: datetime = value(system, "select clock_timestamp()")
+def time_between(system: System) -> datetime:
+    """A time that lies between the ids made before and after this call."""
+    time.sleep(0.005)  # an id has the millisecond
+    between: datetime = value(system, "select clock_timestamp()")
     time.sleep(0.005)  # as above
-    return moment
+    return between
 
 
 # What is asked for --------------------------------------------------------------------------------
@@ -122,9 +122,9 @@ def test_each_filter_takes_exactly_its_events(system_with: SystemWith) -> None:
     system = system_with()
     with system.running():
         write_quotes(system, range(5))
-        first = moment_between(system)
+        first = time_between(system)
         write_quotes(system, range(5, 10))
-        second = moment_between(system)
+        second = time_between(system)
         write_quotes(system, range(10, 15), "USD")
         system.until_quiet()
         ids = tuple(
@@ -403,10 +403,10 @@ def test_pausing_and_cancelling_take_effect_after_one_wave(system_with: SystemWi
         assert len(effects_in(system.engine)) == cancelled < 4_000
 
     assert max(Counter(prices(system)).values()) == 2
-    told = value(
+    audited = value(
         system, "select string_agg(action || ':' || coalesce(reason, ''), ' ' order by id) from dovecote.audit_log"
     )
-    assert told == "replay.start:a test replay.pause:lunch replay.resume: replay.cancel:enough"
+    assert audited == "replay.start:a test replay.pause:lunch replay.resume: replay.cancel:enough"
     with pytest.raises(ReplayRefused, match="is cancelled: there is nothing to resume"):
         replays.resume(system.engine, id, actor="tester")
 
@@ -468,6 +468,7 @@ def test_a_rate_is_kept(system_with: SystemWith) -> None:
         assert time.monotonic() - began > 1.5
 
 
+@pytest.mark.alone
 @pytest.mark.once
 def test_live_events_are_not_kept_waiting_by_a_replay(system_with: SystemWith) -> None:
     system = system_with(a_replayable_route(function=slow, bundle_size=100))
@@ -540,7 +541,7 @@ def test_a_replay_goes_on_in_the_next_relay(system_with: SystemWith) -> None:
     assert Counter(prices(system)) == dict.fromkeys(range(400), 2)
 
 
-def test_time_ranges_and_moments_survive_the_row() -> None:
+def test_time_ranges_and_positions_survive_the_row() -> None:
     asked = ReplaySelection(event_types=("a.b.v1",), since=datetime(2026, 11, 20, tzinfo=UTC), upto_position=7)
 
     assert ReplaySelection.from_json(asked.as_json()) == asked

@@ -174,7 +174,7 @@ def one_number(system: System, query: str) -> int:
         return int(connection.execute(text(query)).one()[1])
 
 
-def test_a_handler_that_is_new_is_told_from_now_on_only(deploy: Deploy) -> None:
+def test_a_new_handler_gets_only_events_from_now_on(deploy: Deploy) -> None:
     first = deploy(a_route("test.first"))
     with first.running():
         write_quotes(first, [1, 2])
@@ -211,11 +211,11 @@ def test_what_a_route_allows_is_known_to_the_database_from_each_deploy_on(deploy
 
 
 def _await_known(system: System, query: TextClause, allowed: list[tuple[bool, bool]]) -> None:
-    def told() -> bool:
+    def is_known() -> bool:
         with system.engine.connect() as connection:
             return [tuple(row) for row in connection.execute(query)] == allowed
 
-    eventually(told, 20, f"{allowed} in the table of subscriptions")
+    eventually(is_known, 20, f"{allowed} in the table of subscriptions")
 
 
 def test_what_nobody_wants_is_shown_and_stays(deploy: Deploy) -> None:

@@ -34,7 +34,7 @@ Connection = psycopg.Connection[TupleRow]
 
 
 class States(RelayInstrumentation):
-    """Remembers what the relay does at the moment."""
+    """Remembers what the relay does now."""
 
     now: RelayState = "starting"
 
@@ -123,12 +123,12 @@ def test_a_relay_refuses_a_sequence_that_is_behind_and_leads_once_it_is_recovere
         assert of("test.new", system) == list(range(100, 105)), "in order, and nothing from before it subscribed"
         assert system.status().relay.fault is None
         assert metric(settings, "dovecote_sequence_fault") == 0
-        (line,) = operations.audit.list_entries(system.engine, action="sequence.recover").items
+        (line,) = operations.audit.list_audit_entries(system.engine, action="sequence.recover").items
         assert (line.reason, line.affected, line.details["handed_out"]) == ("restored", 5, 5)
 
         again = recover(system)
         assert (again.fault, again.unread, again.changed) == (None, 0, False)
-        assert len(operations.audit.list_entries(system.engine, action="sequence").items) == 1
+        assert len(operations.audit.list_audit_entries(system.engine, action="sequence").items) == 1
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_recovering_waits_for_who_has_written_and_then_gives_up(settings: Settin
         with pytest.raises(CannotRecover, match="stays open"):
             recover(system)
 
-        assert operations.audit.list_entries(system.engine).items == []
+        assert operations.audit.list_audit_entries(system.engine).items == []
         database.execute("alter function dovecote.recover_sequence set lock_timeout = '10s'")
         with ThreadPoolExecutor(1) as pool:
             recovering = pool.submit(recover, system)
@@ -327,12 +327,12 @@ def test_the_command_says_in_words_and_numbers_what_it_would_do_and_does(
     database.execute("update dovecote.relay_state set checkpoint = 40")
     insert(database)
 
-    def told(*arguments: str) -> str:
+    def run_recover(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["recover", *arguments])
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "would go on after 40" in told("--dry-run")
-    assert '"unread": 1' in told("--dry-run", "--json")
-    assert "1 events that the relay had passed now get new positions" in told("--reason", "restored")
-    assert told().startswith("nothing to do: positions are handed out in order, 41 was the last")
+    assert "would go on after 40" in run_recover("--dry-run")
+    assert '"unread": 1' in run_recover("--dry-run", "--json")
+    assert "1 events that the relay had passed now get new positions" in run_recover("--reason", "restored")
+    assert run_recover().startswith("nothing to do: positions are handed out in order, 41 was the last")

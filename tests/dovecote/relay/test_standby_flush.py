@@ -45,7 +45,7 @@ class Replica(Postgres):
 
 
 class States(RelayInstrumentation):
-    """Remembers what the relay does at the moment."""
+    """Remembers what the relay does now."""
 
     now: RelayState = "starting"
 

@@ -17,7 +17,7 @@ from dovecote.operations.deliveries import DeliverySelection as Failures
 from dovecote.operations.deliveries import discard as discard_matching
 from dovecote.operations.deliveries import retry
 from dovecote.operations.replays import Request
-from dovecote.route import Route
+from dovecote.route import Dovecote, Route
 from dovecote.store.replays import ReplaySelection
 from tests.conftest import Servers, settings_for
 from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
@@ -68,7 +68,7 @@ def prices(system: System, symbol: str = "EUR") -> list[int]:
     return [effect.price for effect in effects_in(system.engine) if effect.symbol == symbol]
 
 
-#: Name -> how such a row is put there, and the words that tell of it.
+#: Name -> how such a row is put there, and the words that report it.
 UNREADABLE: dict[str, tuple[Callable[[System], int], str]] = {
     # 2.6 kB in the column, 1.18 GB as text: Postgres cannot make it.
     "a text of more than a gigabyte": (lambda system: past_the_trigger(system, numbers(131071, 9_000)), "as text"),
@@ -105,7 +105,7 @@ def damaged(system: System, storage: str, kilobytes: int) -> int:
         system, "select reltoastrelid, reltoastrelid::regclass::text from pg_class where oid = %s::regclass", part
     )
     with psycopg.connect(system.settings.database.url.get_secret_value()) as connection:
-        # Nobody may change a TOAST table, so it is an ordinary one for a moment.
+        # Nobody may change a TOAST table, so it is an ordinary one for a short time.
         connection.execute("set allow_system_table_mods = on")
         connection.execute("update pg_class set relkind = 'r' where oid = %s", (oid,))
         connection.execute(sql.SQL("delete from {}").format(sql.Identifier(*toast.split("."))))
@@ -164,7 +164,7 @@ def relay_once(system: System) -> None:
     """Run a relay in this thread, which ends with an error."""
     from dovecote.bootstrap import relay_for
 
-    relay_for(system.settings, system.routes).run()
+    relay_for(system.settings, Dovecote(routes=system.routes)).run()
 
 
 def test_where_no_handler_wants_it_it_is_passed_and_logged(
@@ -284,7 +284,7 @@ def test_what_redis_had_lost_is_sent_again_past_it(system_with: SystemWith) -> N
     assert [letter[1:4] for letter in letters(system)] == [(2, "dead", "UnreadableRow")]
 
 
-def test_hundreds_of_them_are_all_set_aside(system_with: SystemWith) -> None:
+def test_hundreds_of_them_are_all_recorded_as_unreadable(system_with: SystemWith) -> None:
     system = system_with()
     with psycopg.connect(system.settings.database.url.get_secret_value()) as connection:
         for _ in range(250):

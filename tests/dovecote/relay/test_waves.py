@@ -70,7 +70,7 @@ def test_the_events_of_an_aggregate_in_one_wave_are_one_bundle(system: System) -
     for wave in waves:
         bundles_with = [{envelope.aggregate_id for envelope in bundle} for bundle in wave]
         assert sum(map(len, bundles_with)) == len(set().union(*bundles_with)), f"in two bundles: {bundles_with}"
-    # A wave of one bundle would tell nothing.
+    # A wave of one bundle would prove nothing.
     assert max(map(len, waves)) > 1
     assert len(effects_in(system.engine)) == 2 * PRICES * len(SYMBOLS)
 

@@ -93,8 +93,8 @@ def test_the_whole_circle_under(setting: str, settings: Settings) -> None:
             stands = system.status().handlers["test.note"]
             assert (stands.processed, stands.unprocessed, stands.dead) == (4, 0, 0)
             assert operations.status.get_status(system.engine, [route]).relay.epoch == 1, "no leadership was lost"
-            told = {one.check: one for one in doctor.examine(settings, [route]).findings}
-            assert told["relay.alive"].level == told["postgres.schema"].level == "ok"
+            findings = {one.check: one for one in doctor.examine(settings, [route]).findings}
+            assert findings["relay.alive"].level == findings["postgres.schema"].level == "ok"
 
 
 def test_a_silence_costs_neither_a_leadership_nor_a_writer_s_unit_of_work(settings: Settings) -> None:

@@ -161,7 +161,7 @@ def test_a_missing_server_is_one_sentence_that_says_what_to_do(tmp_path: Path, m
         load(tmp_path, {name: url for name, url in WELL.items() if name != missing})
 
     assert str(refusal.value).startswith(f"{missing} is missing: it wants ")
-    assert "./dev up" in str(refusal.value)
+    assert "`dovecote up`" in str(refusal.value)
 
 
 @pytest.mark.parametrize("missing", ["HASH_KEY", "ENCRYPTION_KEYS", "CODE_KEY"])

@@ -121,8 +121,8 @@ def test_what_is_not_in_the_outbox_is_passed_over_and_its_neighbours_are_not(
     assert sorted(looking.prices()) == [1, 3]
     assert looking.marks_and_deliveries_of(phantom) == 0
     assert looking.instrumentation.passed_over == 1
-    told = [line for line in logs if "not in the outbox" in line["event"]]
-    assert [(line["handler"], line["event_id"], line["position"]) for line in told] == [
+    logged = [line for line in logs if "not in the outbox" in line["event"]]
+    assert [(line["handler"], line["event_id"], line["position"]) for line in logged] == [
         ("test.note", str(phantom.event_id), phantom.position)
     ]
 

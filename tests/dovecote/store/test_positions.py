@@ -22,7 +22,7 @@ def disjoint_ranges(draw: st.DrawFn) -> list[range]:
 
 
 @given(positions, st.integers(0, 30), st.integers(0, 30))
-def test_holes_are_the_positions_that_are_not_there(there: list[int], after: int, length: int) -> None:
+def test_gaps_are_the_positions_that_are_not_there(there: list[int], after: int, length: int) -> None:
     upto = after + length
     seen = [position for position in there if after < position <= upto]
 
@@ -41,10 +41,10 @@ def test_without_takes_positions_out_of_ranges(ranges: list[range], taken: list[
 
 
 @given(disjoint_ranges(), st.integers(0, 61))
-def test_above_keeps_what_lies_above_the_floor(ranges: list[range], floor: int) -> None:
-    left = above(ranges, floor)
+def test_above_keeps_what_lies_above_the_bound(ranges: list[range], bound: int) -> None:
+    left = above(ranges, bound)
 
-    assert numbers_in(left) == [number for number in numbers_in(ranges) if number > floor]
+    assert numbers_in(left) == [number for number in numbers_in(ranges) if number > bound]
     assert all(left)
 
 

@@ -91,7 +91,7 @@ def ordered(settings: Settings, mood: Mood) -> Iterator[Make]:
 
 
 def updates_of_deliveries(system: System) -> int:
-    """Row versions that were made by updates; Postgres tells them when the sessions have."""
+    """Row versions that were made by updates; Postgres counts them when the sessions report."""
     with system.engine.connect() as connection:
         return int(
             connection.scalar(
@@ -100,8 +100,8 @@ def updates_of_deliveries(system: System) -> int:
         )
 
 
-def let_sessions_tell(system: System) -> None:
-    """Statistics are told by a session at its next pause, and by one that ends in any case."""
+def end_sessions(system: System) -> None:
+    """A session reports its statistics at its next pause, and at its end in any case."""
     system.engine.dispose()
 
 
@@ -123,7 +123,7 @@ def block(system: System, mood: Mood, events: int) -> None:
             write_quotes(system, range(first, min(events, first + 500)))
         eventually(lambda: states(system) == {"dead": 1, "waiting": events - 1}, 60, f"blocked: {states(system)}")
     mood.broken.clear()
-    let_sessions_tell(system)
+    end_sessions(system)
 
 
 def unblock(system: System) -> None:
@@ -147,7 +147,7 @@ def test_a_released_event_is_written_once_and_sent_in_full_bundles(
         unblock(system)
         eventually(lambda: len(prices(system)) == events, 60, f"all acted on: {states(system)}")
         eventually(lambda: not states(system), 10, "no delivery")
-    let_sessions_tell(system)
+    end_sessions(system)
 
     assert prices(system) == list(range(events))
     bundles = -(-(events - 1) // bundle_size)
@@ -236,7 +236,7 @@ def test_one_that_fails_again_and_again_takes_nothing_along(ordered: Make, mood:
         unblock(system)
         eventually(lambda: states(system) == {"retrying": 1, "waiting": 10}, 10, "tried again")
         eventually(lambda: states(system) == {"dead": 1, "waiting": 10}, 20, "given up")
-    let_sessions_tell(system)
+    end_sessions(system)
 
     # Of itself: asked for, and leased and recorded for each attempt.
     eventually(lambda: updates_of_deliveries(system) - before >= 13, 10, "the statistics")

@@ -1,4 +1,4 @@
-"""Every line says which component wrote it, and what was at work when it did."""
+"""Every line says which component wrote it, and what was in flight when it did."""
 
 import json
 import logging
@@ -169,7 +169,7 @@ def test_the_level_holds_for_structlog_and_for_the_standard_library(lines: Lines
     assert [line["event"] for line in lines.read()] == ["debug", "info", "warning", "error"][-shown:] * 2
 
 
-def test_a_collector_that_is_away_is_told_of_once_a_minute(lines: Lines) -> None:
+def test_a_collector_that_is_away_is_reported_once_a_minute(lines: Lines) -> None:
     lines.configure()
     exporter = logging.getLogger("opentelemetry.exporter.otlp")
 

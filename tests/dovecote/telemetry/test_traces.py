@@ -189,7 +189,7 @@ def test_a_message_for_each_handler_is_sent_and_processed(spans: Spans, carry: C
 
 
 @pytest.mark.parametrize("bulk", [False, True])
-def test_a_failure_is_told_in_the_event_s_trace_without_secrets(spans: Spans, carry: Carry, bulk: bool) -> None:
+def test_a_failure_is_recorded_in_the_event_s_trace_without_secrets(spans: Spans, carry: Carry, bulk: bool) -> None:
     def act(_: object, *__: object) -> None:
         try:
             raise LookupError("no route to +12015550123")
@@ -206,11 +206,11 @@ def test_a_failure_is_told_in_the_event_s_trace_without_secrets(spans: Spans, ca
     assert processed.attributes["error.type"] == "ValueError"
     assert processed.status.status_code is StatusCode.ERROR
     assert processed.status.description == "ValueError: redis://:***@cache said no to +***78"
-    (told,) = processed.events
-    assert told.attributes
-    assert told.attributes["exception.type"] == "ValueError"
-    assert told.attributes["exception.message"] == "redis://:***@cache said no to +***78"
-    assert "LookupError: no route to +***23" in str(told.attributes["exception.stacktrace"])
+    (exception,) = processed.events
+    assert exception.attributes
+    assert exception.attributes["exception.type"] == "ValueError"
+    assert exception.attributes["exception.message"] == "redis://:***@cache said no to +***78"
+    assert "LookupError: no route to +***23" in str(exception.attributes["exception.stacktrace"])
     with system.engine.connect() as connection:
         recorded = connection.exec_driver_sql("select trace_id from dovecote.deliveries").scalars().all()
     assert recorded == [f"{requests[0].trace_id:032x}"]
@@ -241,9 +241,9 @@ def test_what_a_handler_puts_into_its_own_spans_is_masked(spans: Spans, carry: C
     carry(lambda system: write(system, KEPT, 1), a_route(function=act, max_attempts=1))
 
     (called,) = spans.named("call +***23")
-    told = called.to_json()
-    assert "2015550123" not in told
-    assert "hunter2" not in told
+    exported = called.to_json()
+    assert "2015550123" not in exported
+    assert "hunter2" not in exported
     assert [event.name for event in called.events] == ["dialled +***23", "exception"]
 
 

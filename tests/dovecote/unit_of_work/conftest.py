@@ -39,7 +39,7 @@ def transact(request: pytest.FixtureRequest, engine: Engine, async_url: str) -> 
             session.commit()
 
     def with_an_async_session(session_class: Any, work: Callable[[Session], object]) -> None:
-        async def story() -> None:
+        async def scenario() -> None:
             async_engine = create_async_engine(async_url)
             try:
                 async with AsyncSession(async_engine, sync_session_class=session_class) as session:
@@ -48,7 +48,7 @@ def transact(request: pytest.FixtureRequest, engine: Engine, async_url: str) -> 
             finally:
                 await async_engine.dispose()
 
-        asyncio.run(story())
+        asyncio.run(scenario())
 
     return with_a_session if request.param == "Session" else with_an_async_session
 

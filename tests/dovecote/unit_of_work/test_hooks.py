@@ -165,7 +165,7 @@ def test_a_session_that_said_nothing_to_postgres_before_its_commit_loses_nothing
     assert written(engine) == ["of the hook"]
 
 
-def test_an_object_added_by_a_hook_of_the_commit_tells_its_event_too(engine: Engine, transact: Transact) -> None:
+def test_an_object_added_by_a_hook_of_the_commit_emits_its_event_too(engine: Engine, transact: Transact) -> None:
     class Hooked(Session):
         pass
 
@@ -173,18 +173,18 @@ def test_an_object_added_by_a_hook_of_the_commit_tells_its_event_too(engine: Eng
         if any(row.name == "new" for row in session.new):
             session.add(Row(name="audit"))
 
-    def tell(_mapper: Any, _connection: Any, row: Row) -> None:
+    def emit_event(_mapper: Any, _connection: Any, row: Row) -> None:
         emit(object_session(row), row.name)
 
     event.listen(Hooked, "after_flush_postexec", lambda session, _: session.add(Row(name="last")) if not last else None)
     event.listen(Hooked, "after_flush_postexec", lambda *_: last.append(1))
     event.listen(Hooked, "before_flush", audit)
-    event.listen(Row, "after_insert", tell)
+    event.listen(Row, "after_insert", emit_event)
     last: list[int] = []
     try:
         transact(Hooked, lambda session: session.add(Row(name="new")))
     finally:
-        event.remove(Row, "after_insert", tell)
+        event.remove(Row, "after_insert", emit_event)
 
     assert state(engine) == {"new", "audit", "last"}
     assert sorted(written(engine)) == ["audit", "last", "new"]
@@ -212,11 +212,11 @@ def test_an_event_of_the_commits_own_flush_is_written_after_the_state(
 
 
 def test_a_hook_still_sees_what_is_new_when_no_event_waits(engine: Engine, theirs: sessionmaker[Session]) -> None:
-    def tell(session: Session) -> None:
+    def emit_event(session: Session) -> None:
         for row in session.new:
             emit(session, row.name)
 
-    event.listen(theirs, "before_commit", tell)
+    event.listen(theirs, "before_commit", emit_event)
 
     with theirs() as session:
         session.add_all([Row(name="a"), Row(name="b")])
@@ -226,11 +226,11 @@ def test_a_hook_still_sees_what_is_new_when_no_event_waits(engine: Engine, their
 
 
 def test_two_sessions_keep_their_events_apart_in_their_hooks_too(engine: Engine, theirs: sessionmaker[Session]) -> None:
-    def tell(session: Session, *_: Any) -> None:
+    def emit_event(session: Session, *_: Any) -> None:
         for row in session.new:
             emit(session, row.name)
 
-    event.listen(theirs, "before_flush", tell)
+    event.listen(theirs, "before_flush", emit_event)
 
     with theirs() as kept, theirs() as given_up:
         kept.add(Row(name="kept"))
@@ -261,11 +261,11 @@ def test_a_two_phase_commit_writes_its_events(engine: Engine, theirs: sessionmak
 
 
 def test_a_session_goes_on_after_a_commit_with_late_events(engine: Engine, theirs: sessionmaker[Session]) -> None:
-    def tell(session: Session, *_: Any) -> None:
+    def emit_event(session: Session, *_: Any) -> None:
         for row in session.new:
             emit(session, row.name)
 
-    event.listen(theirs, "before_flush", tell)
+    event.listen(theirs, "before_flush", emit_event)
 
     with theirs() as session:
         uow = UnitOfWork(session)
@@ -288,22 +288,22 @@ OLD = UUID("017f22e2-79b0-7cc3-98c4-dc0c0c07398f")  # RFC 9562's own example: re
 def test_a_late_event_that_the_database_refuses_leaves_nothing_behind_not_even_in_the_pool(
     engine: Engine, database_url: str, hook: str
 ) -> None:
-    # An engine of the service's own: ours takes back whatever comes to its pool in a transaction.
+    # An engine of the service's own: ours rolls back whatever comes to its pool in a transaction.
     alone = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"), pool_size=1, max_overflow=0)
     theirs = sessionmaker(alone)
 
-    def tell(*arguments: Any) -> None:
+    def emit_event(*arguments: Any) -> None:
         session: Any = object_session(arguments[2]) if hook == "after_insert" else arguments[0]
         refused = PriceQuoted(event_id=OLD, occurred_at=NOON, symbol="A", price=a_quote().price, as_of=NOON)
         UnitOfWork(session).emit(refused)
 
-    event.listen(Row if hook == "after_insert" else theirs, hook, tell)
+    event.listen(Row if hook == "after_insert" else theirs, hook, emit_event)
     session = theirs()
     session.add(Row(name="refused"))
     with pytest.raises(sqlalchemy.exc.IntegrityError, match="the outbox refuses the event"):
         session.commit()
-    event.remove(Row if hook == "after_insert" else theirs, hook, tell)
-    with suppress(Warning):  # nobody rolls back; the warning tells of the event
+    event.remove(Row if hook == "after_insert" else theirs, hook, emit_event)
+    with suppress(Warning):  # nobody rolls back; the warning names the event
         session.close()
 
     with theirs() as session:
@@ -319,11 +319,11 @@ def test_a_late_event_that_the_database_refuses_leaves_nothing_behind_not_even_i
 def test_a_savepoint_rolled_back_drops_what_its_own_hooks_emitted(
     engine: Engine, theirs: sessionmaker[Session]
 ) -> None:
-    def tell(session: Session, *_: Any) -> None:
+    def emit_event(session: Session, *_: Any) -> None:
         for row in session.new:
             emit(session, row.name)
 
-    event.listen(theirs, "before_flush", tell)
+    event.listen(theirs, "before_flush", emit_event)
 
     with theirs.begin() as session:
         outer = session.begin_nested()
@@ -345,7 +345,7 @@ def test_savepoints_inside_of_a_hook_of_the_commit_keep_their_meaning(
 ) -> None:
     called: list[int] = []
 
-    def tell(session: Session, *_: Any) -> None:
+    def emit_event(session: Session, *_: Any) -> None:
         if called:
             return
         called.append(1)
@@ -358,7 +358,7 @@ def test_savepoints_inside_of_a_hook_of_the_commit_keep_their_meaning(
             emit(session, "kept")
         emit(session, "after")
 
-    event.listen(theirs, hook, tell)
+    event.listen(theirs, hook, emit_event)
 
     with theirs() as session:
         session.add(Row(name="new"))
@@ -379,7 +379,7 @@ def test_a_savepoint_left_open_at_the_end_of_a_block_loses_nothing_of_the_hooks(
     assert (state(engine), written(engine)) == ({"new"}, ["of the hook"])
 
 
-def test_a_savepoint_that_a_failed_flush_has_rolled_back_tells_nothing(
+def test_a_savepoint_that_a_failed_flush_has_rolled_back_emits_nothing(
     engine: Engine, sessions: sessionmaker[Session]
 ) -> None:
     with unit_of_work(sessions) as uow:
@@ -395,7 +395,7 @@ def test_a_savepoint_that_a_failed_flush_has_rolled_back_tells_nothing(
     assert (state(engine), written(engine)) == (set(), ["before", "after"])
 
 
-def test_a_savepoint_that_is_closed_tells_nothing(engine: Engine, sessions: sessionmaker[Session]) -> None:
+def test_a_savepoint_that_is_closed_emits_nothing(engine: Engine, sessions: sessionmaker[Session]) -> None:
     with unit_of_work(sessions) as uow:
         savepoint = uow.session.begin_nested()
         uow.emit(a_quote("inside"))

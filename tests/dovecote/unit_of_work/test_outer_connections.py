@@ -169,7 +169,7 @@ def test_savepoints_of_the_session_keep_their_meaning_on_an_outer_connection(
 
 
 def test_an_async_session_on_an_outer_connection_keeps_its_event(engine: Engine, async_url: str) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async_engine = create_async_engine(async_url)
         async with async_engine.begin() as connection:
             session = AsyncSession(bind=connection)
@@ -179,7 +179,7 @@ def test_an_async_session_on_an_outer_connection_keeps_its_event(engine: Engine,
         await session.close()
         await async_engine.dispose()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
     assert (state(engine), written(engine)) == ({"new"}, ["outer"])
 

@@ -1,4 +1,4 @@
-"""An event that nothing would write is refused where it is emitted; one that is dropped is told of."""
+"""An event that nothing would write is refused where it is emitted; one that is dropped is reported."""
 
 import asyncio
 import gc
@@ -34,12 +34,12 @@ pytestmark = [pytest.mark.servers, pytest.mark.filterwarnings("error::dovecote.e
 def test_an_event_of_a_hook_after_the_end_is_refused(engine: Engine, theirs: sessionmaker[Session], hook: str) -> None:
     refusals = []
 
-    def tell(session: Session) -> None:
+    def emit_event(session: Session) -> None:
         with pytest.raises(NoTransaction, match="in a transaction that has ended") as refusal:
             emit(session, "too late")
         refusals.append(refusal)
 
-    event.listen(theirs, hook, tell)
+    event.listen(theirs, hook, emit_event)
 
     with theirs() as session:
         session.add(Row(name="new"))
@@ -96,7 +96,7 @@ def test_an_event_after_a_run_unit_of_work_is_refused(sessions: sessionmaker[Ses
     uows: list[UnitOfWork] = []
     run_unit_of_work(sessions, uows.append)
 
-    async def story() -> None:
+    async def scenario() -> None:
         async def work(uow: UnitOfWork, _session: AsyncSession) -> None:
             uows.append(uow)
 
@@ -104,7 +104,7 @@ def test_an_event_after_a_run_unit_of_work_is_refused(sessions: sessionmaker[Ses
         await run_unit_of_work_async(async_sessionmaker(async_engine), work)
         await async_engine.dispose()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
     assert len(uows) == 2
     for uow in uows:
@@ -196,7 +196,7 @@ def test_a_scoped_session_is_the_session_at_hand(engine: Engine, async_url: str)
     registry.commit()
     registry.remove()
 
-    async def story() -> None:
+    async def scenario() -> None:
         async_engine = create_async_engine(async_url)
         scoped = async_scoped_session(async_sessionmaker(async_engine), scopefunc=asyncio.current_task)
         UnitOfWork(scoped).emit(a_quote("async"))
@@ -205,7 +205,7 @@ def test_a_scoped_session_is_the_session_at_hand(engine: Engine, async_url: str)
         await scoped.remove()
         await async_engine.dispose()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
     assert state(engine) == {"scoped", "async"}
     assert written(engine) == ["scoped", "async"]
@@ -244,26 +244,26 @@ def test_a_session_that_nobody_closes_says_what_it_drops(sessions: sessionmaker[
     session = sessions()
     emit(session, "forgotten")
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         del session
         gc.collect()
 
-    assert [one.category for one in told] == [EventsDropped]
+    assert [one.category for one in caught] == [EventsDropped]
 
 
 def test_an_async_session_closed_without_a_commit_says_what_it_drops(async_url: str) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async_engine: AsyncEngine = create_async_engine(async_url)
         async with AsyncSession(async_engine) as session:
             UnitOfWork(session).emit(a_quote("forgotten"))
         await async_engine.dispose()
 
     with pytest.warns(EventsDropped, match="drops 1 event"):
-        asyncio.run(story())
+        asyncio.run(scenario())
 
 
-def test_whoever_rolls_back_or_has_an_exception_knows_it_already(
+def test_a_rollback_or_an_exception_drops_events_without_a_warning(
     engine: Engine, sessions: sessionmaker[Session]
 ) -> None:
     with sessions() as session:
@@ -349,7 +349,7 @@ def test_a_block_that_caught_a_database_error_does_not_end_as_if_it_had_committe
     with pytest.raises(AbortedTransaction, match="begin_nested"):
         run_unit_of_work(sessions, work)
 
-    async def story() -> None:
+    async def scenario() -> None:
         async def async_work(uow: UnitOfWork, session: AsyncSession) -> None:
             await session.run_sync(lambda _: work(uow))
 
@@ -358,7 +358,7 @@ def test_a_block_that_caught_a_database_error_does_not_end_as_if_it_had_committe
             await run_unit_of_work_async(async_sessionmaker(async_engine), async_work)
         await async_engine.dispose()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
     assert (state(engine), written(engine)) == (set(), [])
 
@@ -382,7 +382,7 @@ def test_a_session_of_the_services_own_with_events_already_written_is_refused_to
         swallow(session)
 
     with warnings.catch_warnings():
-        # Nothing tells an AsyncSession that is closed of the exception on its way.
+        # An AsyncSession that is closed does not learn of the exception on its way.
         warnings.simplefilter("ignore", EventsDropped)
         with pytest.raises(AbortedTransaction, match="begin_nested"):
             transact(Session, work)

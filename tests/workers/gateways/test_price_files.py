@@ -71,7 +71,7 @@ def test_columns_are_found_by_name_wherever_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "moment"),
+    ("text", "as_of"),
     [
         ("2024-05-01", datetime(2024, 5, 1, tzinfo=UTC)),
         ("2024-05-01T12:30", datetime(2024, 5, 1, 12, 30, tzinfo=UTC)),
@@ -81,11 +81,11 @@ def test_columns_are_found_by_name_wherever_they_are() -> None:
         (" 2024-05-01 ", datetime(2024, 5, 1, tzinfo=UTC)),
     ],
 )
-def test_a_moment_without_a_zone_is_utc(text: str, moment: datetime) -> None:
+def test_a_time_without_a_zone_is_utc(text: str, as_of: datetime) -> None:
     ((_, quote),) = csv_lines(io.StringIO(f"{HEADER}EUR,1,{text}\n"), COLUMNS)
 
     assert isinstance(quote, Quote)
-    assert quote.as_of == moment
+    assert quote.as_of == as_of
 
 
 def test_a_price_keeps_its_digits_as_text_and_as_json_number() -> None:
@@ -166,7 +166,7 @@ BAD_ROWS = {
     "no date": ("EUR,1,", "at is not an ISO 8601 date or time: ''"),
     "a date of elsewhere": ("EUR,1,01.05.2024", "at is not an ISO 8601 date or time: '01.05.2024'"),
     "a day that never was": ("EUR,1,2023-02-29", "at is not an ISO 8601 date or time: '2023-02-29'"),
-    "a moment before time": ("EUR,1,0001-01-01T00:00+14:00", "at is not an ISO 8601 date or time"),
+    "before the year 1": ("EUR,1,0001-01-01T00:00+14:00", "at is not an ISO 8601 date or time"),
     "a huge field": (f"EUR,1,2024-05-01{'x' * 140_000}", "not CSV: field larger than field limit"),
     "a huge price": (f"EUR,{'x' * 100_000},2024-05-01", "price is not a number: 'xxx"),
     "text behind a quote": ('"EUR"x,1,2024-05-01', "not CSV: ',' expected after '\"'"),
@@ -290,7 +290,7 @@ def test_strict_writes_what_comes_before_the_first_bad_row_and_stops(clean: sess
     assert written_symbols(clean) == ["S0", "S1", "S2", "S3", "S4"]
 
 
-def test_the_same_quote_twice_in_one_file_is_two_facts_and_the_last_word_counts(clean: sessionmaker[Session]) -> None:
+def test_the_same_quote_twice_in_one_file_is_two_events_and_the_last_one_counts(clean: sessionmaker[Session]) -> None:
     source = io.StringIO(f"{HEADER}EUR,1,2024-05-01\nEUR,2,2024-05-01\n")
 
     ingest(csv_lines(source, COLUMNS), clean, per_transaction=500)
@@ -510,11 +510,11 @@ def test_when_postgres_goes_away_it_is_said_how_many_rows_are_in(tmp_path: Path,
         with suppress(BrokenPipeError):
             running.stdin.write(rows[half:])
             running.stdin.close()
-        told = running.stderr.read().decode()
+        printed = running.stderr.read().decode()
         assert running.wait(20) == 1
         count = count_of(watching, "dovecote.outbox")
 
-    first, second = told.splitlines()
+    first, second = printed.splitlines()
     said = int(first.split()[1])
     assert first == (
         f"dovecote: {said} rows are in, up to line {said + 1}; "

@@ -1,4 +1,4 @@
-"""What follows from the facts of billing."""
+"""What follows from the events of billing."""
 
 from datetime import UTC, datetime
 
@@ -23,7 +23,7 @@ GATEWAYS = Gateways(
 )
 
 
-def test_a_refund_told_twice_is_one_line_of_history(sessions: Sessions) -> None:
+def test_a_refund_recorded_twice_is_one_line_of_history(sessions: Sessions) -> None:
     refunded = PaymentRefunded(
         membership_id=uuid7(),
         user_id="user-1",

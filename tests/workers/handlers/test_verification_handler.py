@@ -1,4 +1,4 @@
-"""What follows from the facts of verification: a code on a phone, and tries that are shown rightly."""
+"""What follows from the events of verification: a code on a phone, and tries that are shown rightly."""
 
 import re
 from dataclasses import replace
@@ -105,9 +105,9 @@ def answer(sessions: Sessions, challenge: Challenge, code: str) -> PhoneVerified
         return answer_challenge(uow, KEYS, challenge.id, code, datetime.now(UTC), user_id=challenge.user_id)
 
 
-def update(sessions: Sessions, fact: PhoneVerified | CodeRejected, gateways: Gateways) -> None:
+def update(sessions: Sessions, event: PhoneVerified | CodeRejected, gateways: Gateways) -> None:
     with unit_of_work(sessions) as uow:
-        update_cache(fact, uow, gateways)
+        update_cache(event, uow, gateways)
 
 
 def test_the_code_on_the_phone_is_the_one_that_is_right(
@@ -207,7 +207,7 @@ def test_the_cache_follows_every_answer(sessions: Sessions, phone: Phone, cache:
     assert cache.known == {}
 
 
-def test_a_fact_that_comes_late_shows_what_is_true_now(sessions: Sessions, cache: Cache, gateways: Gateways) -> None:
+def test_an_event_that_comes_late_shows_what_is_true_now(sessions: Sessions, cache: Cache, gateways: Gateways) -> None:
     challenge, _ = a_request(sessions)
     first = answer(sessions, challenge, "000000")
     answer(sessions, challenge, "000000")
@@ -226,7 +226,7 @@ def test_neither_number_nor_code_is_logged(sessions: Sessions, phone: Phone, gat
         update(sessions, answer(sessions, challenge, phone.code), gateways)
         send(sessions, requested, gateways)
 
-    told = repr(logged)
-    assert str(challenge.id) in told
-    assert PHONE.lstrip("+") not in told
-    assert not re.search(rf"\b{phone.code}\b", told)
+    logs = repr(logged)
+    assert str(challenge.id) in logs
+    assert PHONE.lstrip("+") not in logs
+    assert not re.search(rf"\b{phone.code}\b", logs)
