@@ -15,6 +15,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
@@ -125,5 +126,5 @@ def _with_connection(url: str, locations: Sequence[Path], work: Callable[[Config
 def _one_sentence() -> Iterator[None]:
     try:
         yield
-    except CommandError as error:
+    except (CommandError, RevisionError) as error:
         raise SchemaError(f"the schema cannot be migrated: {error}") from error
