@@ -1,4 +1,4 @@
-"""An event that kills or blocks its process is found and buried; everything else goes through."""
+"""An event that kills or blocks its process is found and dead-lettered; everything else goes through."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_an_event_that_kills_its_process_is_dead_after_three_starts_and_its_mate
     with running(settings, ["exits"], starts) as system:
         write(system, mates[0], mates[1], ("exits", DEADLY), mates[2])
 
-        eventually(lambda: dead(system), 60, "a dead-lettered event")
+        eventually(lambda: dead(system), 60, "a dead letter")
         eventually(lambda: effects(system, "exits") == mates, 20, "the effects of its mates")
         eventually(lambda: keys_left(system) == [], 20, "nothing left in Redis")
 
@@ -130,7 +130,7 @@ def test_poison_is_found_in_bulk_in_order_and_among_retries_at_once(settings: Se
     with running(settings, handlers, starts) as system:
         write(system, *quotes)
 
-        eventually(lambda: sorted(dead(system)) == sorted(handlers), 90, "three buried events")
+        eventually(lambda: sorted(dead(system)) == sorted(handlers), 90, "three dead letters")
         for handler in handlers:
             expected = [quote for quote in quotes if quote != (handler, DEADLY)]
             if handler == "in.order":
@@ -152,7 +152,7 @@ def test_an_event_in_flight_beside_poison_is_not_dead_lettered(settings: Setting
     with running(settings, ["exits", "in.order"], starts, threads=4) as system:
         write(system, ("exits", DEADLY), *[(f"S{number}", 5) for number in range(20)])
 
-        eventually(lambda: dead(system), 60, "a dead-lettered event")
+        eventually(lambda: dead(system), 60, "a dead letter")
         eventually(lambda: len(effects(system, "in.order")) == 21, 20, "all effects of the other handler")
 
         assert dead(system) == ["exits"]
@@ -164,7 +164,7 @@ def test_a_handler_that_hangs_in_c_ends_its_process_and_its_mates_go_through(set
     with running(settings, handlers, starts) as system:
         write(system, *quotes)
 
-        eventually(lambda: sorted(dead(system)) == handlers, 90, "two buried events")
+        eventually(lambda: sorted(dead(system)) == handlers, 90, "two dead letters")
         for handler in handlers:
             expected = [quote for quote in quotes if quote != (handler, HANGING)]
             eventually(lambda h=handler, e=expected: effects(system, h) == e, 20, f"the effects of {handler}")  # type: ignore[misc]

@@ -136,7 +136,7 @@ GOING_BACK = (
         f"{BROKER}::test_redis_is_claimed_only_where_it_remembers_what_was_written_to_it",
     ),
     Mutant(
-        "a leader does not notice that Redis went back by a beat",
+        "a leader does not notice that Redis went back by a heartbeat",
         "dovecote/broker/lua/heartbeat.lua",
         "or heartbeat < tonumber(ARGV[4]) or",
         "or",
@@ -192,14 +192,14 @@ GOING_BACK = (
         f"{HISTORY}::test_a_crash_that_forgets_what_was_acknowledged_forgets_no_event",
     ),
     Mutant(
-        "the beat moves while nothing is under way",
+        "the heartbeat moves while nothing is under way",
         "dovecote/relay/history.py",
         "or not (self._under_way or self._broker.sent != self._sent):",
         "or False:",
         f"{HISTORY}::test_the_beat_stands_still_while_nothing_is_under_way",
     ),
     Mutant(
-        "the beat stands still while messages wait",
+        "the heartbeat stands still while messages wait",
         "dovecote/relay/history.py",
         "self._under_way or usage.under_way",
         "False",

@@ -221,7 +221,7 @@ LOSSES = (
         f"{RECONCILING}::test_a_message_that_somebody_will_get_is_not_put_back",
     ),
     Mutant(
-        "a message in a worker's hands is put back",
+        "a message in flight is requeued",
         REQUEUE_LUA,
         "ARGV[2]) == 1 then\n        return 0\n    end\nend",
         "ARGV[2]) == 2 then\n        return 0\n    end\nend",

@@ -1,4 +1,4 @@
-"""Somebody who can write to Redis, and has nothing else, makes consumers act, bury, spin or end: none of it happens.
+"""Somebody who can write to Redis, and no more, makes consumers act, dead-letter, spin or end: none of it happens.
 
 A message is acted on only as a relay has made it: signed, for this handler, on its queue, under its id.
 """

@@ -80,13 +80,13 @@ def test_a_marker_of_any_size_does_not_fill_the_relay(attacked: Attacked, field:
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize("beat", [float("-inf"), -1, 9e15, float("inf")])
-def test_who_is_made_up_and_never_dies_holds_no_message(attacked: Attacked, beat: float) -> None:
+@pytest.mark.parametrize("heartbeat", [float("-inf"), -1, 9e15, float("inf")])
+def test_who_is_made_up_and_never_dies_holds_no_message(attacked: Attacked, heartbeat: float) -> None:
     """With a heartbeat in the far future, or before all time, it was alive for ever, and so was what it held."""
     broker, queue = attacked.system.broker, "test"
     attacked.redis.hset(f"{attacked.prefix}{queue}.msgs", "kept", b"junk")
     attacked.redis.sadd(f"{attacked.prefix}__acks__.nobody.{queue}", "kept")
-    attacked.redis.zadd(f"{attacked.prefix}__heartbeats__", {"nobody": beat})
+    attacked.redis.zadd(f"{attacked.prefix}__heartbeats__", {"nobody": heartbeat})
 
     publisher_of(broker).reap([queue])
 

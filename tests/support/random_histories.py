@@ -13,7 +13,7 @@ from dovecote.store.subscriptions import SUBSCRIBE
 NO_JIT = "-c jit=off"
 TYPES = ["s.a.v1", "s.b.v1", "s.b.v2", "s.c.v1"]
 
-# Of every event at or below `examined` and not in `open`: is it settled?
+# Of every event at or below `examined` and not in `open`: is it done with?
 UNSOUND = """
     select p.handler_name, array_agg(o.position order by o.position)
     from dovecote.progress p
@@ -39,7 +39,7 @@ TRUTH = """
                           where d.event_id = o.id and d.handler_name = s.handler_name)) o on o.handler_name = h.name
     group by 1
 """
-# The first event that is not settled, a version among them that newer code will ask for.
+# The first event that is not done with, a version among them that newer code will ask for.
 FIRST = """
     select p.handler_name, min(o.position)
     from dovecote.progress p

@@ -1,4 +1,4 @@
-"""A bundle of events is acted on once, whatever fails; what fails is kept, retried, and buried with its cause."""
+"""A bundle of events is acted on once, whatever fails; what fails is retried, then dead-lettered with its cause."""
 
 import asyncio
 import threading

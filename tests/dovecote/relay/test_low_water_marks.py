@@ -216,7 +216,7 @@ def test_the_checkpoint_is_read_before_the_outbox(outbox: Outbox, opened: Callab
         step.result()
     mover.commit()
 
-    assert outbox.marks() == {"one": 1}, "the event that was committed late is not settled"
+    assert outbox.marks() == {"one": 1}, "the event that was committed late is still open"
 
 
 def waits(connection: Connection, waiting: Connection) -> bool:

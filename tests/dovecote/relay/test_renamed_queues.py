@@ -164,7 +164,7 @@ def test_a_message_in_a_living_workers_hands_stays_there(broker: OutboxBroker) -
 
     assert numbers_in(broker, "new") == [2]
     assert redis_of(broker).hlen(f"{broker.namespace}:old.msgs") == 1
-    assert renamed.next_look < time.monotonic() + 10, "its worker may hand it back"
+    assert renamed.next_look < time.monotonic() + 10, "its worker may requeue it"
 
 
 def test_what_a_dead_worker_held_of_the_old_queue_is_requeued_and_remembers_the_crash(broker: OutboxBroker) -> None:
