@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from dovecote.local.supervisor import parse_procfile
-from dovecote.migrations import schema
+from dovecote.migrations.revisions import revisions
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ REVISION = f"""
 from alembic import op
 revision = "shop_0001"
 down_revision = None
-depends_on = "{schema.revisions(locations=())[-1]}"
+depends_on = "{revisions(locations=())[-1]}"
 branch_labels = ("application",)
 
 def upgrade() -> None:

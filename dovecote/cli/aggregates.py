@@ -1,4 +1,4 @@
-"""`dovecote aggregates`: those that stand still."""
+"""`dovecote aggregates`: list blocked aggregates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dovecote.cli.options import Handler, Limit
 from dovecote.cli.output import AsJson, render
 from dovecote.cli.system import database, routes
 
-aggregates = typer.Typer(no_args_is_help=True, help="Look at aggregates that stand still.")
+aggregates = typer.Typer(no_args_is_help=True, help="Look at blocked aggregates.")
 
 
 @aggregates.command()
@@ -21,7 +21,7 @@ def blocked(
     after: Annotated[str | None, typer.Option(help="Go on where a page ended.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show aggregates that stand still: which event holds each up, and how many wait behind it.
+    """Show blocked aggregates: the event that blocks each, and how many events wait behind it.
 
     Example: dovecote aggregates blocked
     """

@@ -36,7 +36,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "events": Command("dovecote.cli.events:events", "Look at events."),
     "deliveries": Command("dovecote.cli.deliveries:deliveries", "Look at failed deliveries; retry or discard them."),
-    "aggregates": Command("dovecote.cli.aggregates:aggregates", "Look at aggregates that stand still."),
+    "aggregates": Command("dovecote.cli.aggregates:aggregates", "Look at blocked aggregates."),
     "handlers": Command("dovecote.cli.handlers:handlers", "Handlers: list them, pause and resume them."),
     "audit": Command("dovecote.cli.audit:audit", "Show who did what, why and to how much, newest first."),
     "replay": Command("dovecote.cli.replays:replay", "Send events to a handler again."),
@@ -63,7 +63,7 @@ COMMANDS: Mapping[str, Command] = {
 
 
 class Commands(TyperGroup):
-    """The commands of Dovecote and of the application. What is asked for by name is imported then."""
+    """The commands of Dovecote and of the application. A command is imported when it is called."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**{**attributes, "commands": None})
@@ -84,7 +84,7 @@ class Commands(TyperGroup):
 
 
 def described(name: str) -> Command | None:
-    """Return what is said of a command; None for what is none."""
+    """Return a command's entry; None for an unknown name."""
     return COMMANDS.get(name) or _of_the_application().get(name)
 
 

@@ -26,7 +26,7 @@ handlers = typer.Typer(no_args_is_help=True, help="Handlers: list them, pause an
 
 @handlers.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """List the handlers, what each wants and which are paused. How far each is, `dovecote status` shows.
+    """List handlers, their event types and pauses. `dovecote status` shows their progress.
 
     And those that no route has any more, with what is left of them in Postgres.
 

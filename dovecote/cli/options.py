@@ -1,4 +1,4 @@
-"""Options that many commands share: times, filters, who is asking, completion."""
+"""Options that many commands share: times, filters, the actor, completion."""
 
 import getpass
 import os
@@ -38,7 +38,7 @@ def identifier(given: str) -> UUID:
 
 
 def default_actor() -> str:
-    """Return who sits here, as the operating system knows it: user@host."""
+    """Return the operating system's user and host: user@host."""
     try:
         name = getpass.getuser()
     except (OSError, KeyError):  # a container may run as a number that no name belongs to; KeyError before Python 3.13

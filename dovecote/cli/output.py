@@ -64,7 +64,7 @@ def note(sentence: str, before: str = "dovecote: ") -> None:
 
 
 def document(ours: str) -> None:
-    """Print a text of our own as it is."""
+    """Print a trusted text as it is."""
     terminal.write(sys.stdout, ours)
 
 
@@ -160,7 +160,7 @@ def show(screen: RenderableType) -> None:
 
 @contextmanager
 def live_screen() -> Iterator[Live]:
-    """Give a screen that is drawn anew with each `update(Legible(...), refresh=True)`."""
+    """Yield a screen that is drawn anew with each `update(Legible(...), refresh=True)`."""
     with Live(console=out, auto_refresh=False) as live:
         yield live
 
@@ -190,7 +190,7 @@ def _as_text(value: object) -> str:
 
 
 def shows_progress() -> bool:
-    """Return whether somebody sees a progress bar."""
+    """Return whether a progress bar is visible: stderr is a terminal."""
     return _err.is_terminal
 
 
@@ -209,7 +209,7 @@ def progress_bar(as_json: bool, *columns: ProgressColumn) -> Progress:
 
 @contextmanager
 def until_ctrl_c() -> Iterator[None]:
-    """Run the block until it ends or Ctrl-C ends it, which is a good end."""
+    """Run the block until it ends or Ctrl-C ends it; both are success."""
     # Explicit: a command that was started in the background of a script has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""`dovecote recover`: after Postgres went back in time, or somebody changed the sequence of positions."""
+"""`dovecote recover`: repair after a restore of Postgres or a changed sequence of positions."""
 
 from __future__ import annotations
 

@@ -309,5 +309,5 @@ def _standstill(replay: Replay) -> str:
     if replay.handler_is_paused and not replay.is_over:
         return "; waits: its handler is paused"
     if replay.stalled_seconds is not None:
-        return f"; nothing was settled for {replay.stalled_seconds:.0f} s: see `dovecote doctor`"
+        return f"; no event has finished for {replay.stalled_seconds:.0f} s: see `dovecote doctor`"
     return ""

@@ -1,4 +1,4 @@
-"""Commands that look after the weeks: partitions ahead, old weeks archived and dropped."""
+"""Commands for weekly partitions: make them ahead, archive and drop old ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def maintain(
 
 
 def _purge(engine: Engine) -> int | None:
-    """Return how many rows were removed; None for a login that may not remove them, which is no fault of the weeks."""
+    """Return how many rows were removed; None where the login may not. Partitions are maintained all the same."""
     from psycopg.errors import InsufficientPrivilege
     from sqlalchemy.exc import ProgrammingError
 

@@ -1,4 +1,4 @@
-"""`dovecote status`: the first look, and the one to leave open."""
+"""`dovecote status`: the state of relay and handlers; --watch keeps it current."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from dovecote.broker.redis_client import connect_redis
 from dovecote.errors import DovecoteError
 from dovecote.exporter.http import Page
 from dovecote.masking import masked
-from dovecote.migrations import schema
+from dovecote.migrations import revisions
 from dovecote.processes.threads import begin
 from dovecote.settings import Settings
 from dovecote.store.connections import connection_parameters
@@ -122,7 +122,7 @@ def servers(settings: Settings, migration_locations: Sequence[Path]) -> dict[str
     def schema_() -> str:
         nonlocal is_current
         if not is_current:  # it never gets older
-            pending = schema.pending_for(ask(schema.HEADS), locations=migration_locations)
+            pending = revisions.pending_for(ask(revisions.HEADS), locations=migration_locations)
             if pending:
                 raise Missing(f"not applied: {', '.join(pending)}; run `dovecote migrate`")
             is_current = True

@@ -11,7 +11,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from dovecote.local.binaries import Program, ServerError
 from dovecote.processes.children import ServerUser, dying_with_us, runs_as
+from dovecote.processes.ownership import write_private
 from dovecote.processes.state_directory import ensure_private_directory
 
 # Crash recovery of a large log takes its time; an idle start takes a tenth of a second.
@@ -300,11 +300,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def write_private(file: Path, content: str) -> None:
-    """Write a file that only we can read, whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent)  # 0600
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(content)
-    Path(temporary).replace(file)

@@ -21,8 +21,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from dovecote.local.binaries import NoBinary, Program, ServerError, find_postgres, find_redis
-from dovecote.local.child_server import ChildServer, Server, StartFailed, WrongVersion, bare_environment, write_private
+from dovecote.local.child_server import ChildServer, Server, StartFailed, WrongVersion, bare_environment
 from dovecote.processes.children import dying_with_us, listens, runs_as
+from dovecote.processes.ownership import write_private
 from dovecote.processes.state_directory import ensure_private_directory
 
 __all__ = ["NoBinary", "Postgres", "Redis", "Server", "ServerError", "WrongVersion", "servers"]

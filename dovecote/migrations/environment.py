@@ -10,10 +10,8 @@ from alembic import context
 from sqlalchemy import Connection, MetaData, text
 
 from dovecote.database import SCHEMA
+from dovecote.migrations.revisions import VERSION_TABLE
 from dovecote.store.connections import connect
-
-#: Not `alembic_version`, which a service's own tables in the same database may have.
-VERSION_TABLE = "dovecote_version"
 
 
 def migrate(metadata: MetaData, url: Callable[[], str]) -> None:

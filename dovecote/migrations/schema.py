@@ -15,23 +15,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from dovecote.database import SCHEMA
-from dovecote.errors import DovecoteError
-from dovecote.migrations.environment import VERSION_TABLE
+from dovecote.migrations.revisions import LIBRARY, VERSION_TABLE, SchemaError, pending_for, revisions
 from dovecote.store.connections import ONLY_OUR_NAMES, connect
-
-LIBRARY = Path(__file__).parent
-
-#: One row with one array: what is applied, as the version table has it.
-HEADS = f"select array_agg(version_num) from {SCHEMA}.{VERSION_TABLE}"  # noqa: S608 - two constants
-
-
-class SchemaError(DovecoteError):
-    """The schema cannot be brought to where it was asked to go; the message says why."""
-
 
 _KEEP_STRANGERS_OUT = """
     do $$
@@ -50,6 +40,7 @@ _KEEP_STRANGERS_OUT = """
 
 def upgrade(url: str, revision: str = "heads", *, locations: Sequence[Path]) -> None:
     """Apply what is missing, each revision in a transaction of its own. Errors: SchemaError."""
+    revisions(locations=locations)  # what relays and consumers could not read is not applied
     _with_connection(url, locations, lambda config: command.upgrade(config, revision))
 
 
@@ -71,20 +62,9 @@ def steps_back(url: str, revision: str, *, locations: Sequence[Path]) -> list[st
         return [step.revision.revision for step in _script(tuple(locations))._downgrade_revs(revision, applied)]
 
 
-def revisions(*, locations: Sequence[Path]) -> list[str]:
-    """Return all that this code knows, in the order they are applied. The first call reads and imports each of them."""
-    return _above((), tuple(locations))
-
-
 def pending(connection: Connection, *, locations: Sequence[Path]) -> list[str]:
     """Return the revisions that are not applied yet, in their order; empty when the schema is up to date."""
     return pending_for(_heads(connection), locations=locations)
-
-
-def pending_for(applied: Sequence[str] | None, *, locations: Sequence[Path]) -> list[str]:
-    """Return the revisions above these, of HEADS; none where a newer deploy's is one we do not know."""
-    known = set(revisions(locations=locations))
-    return _above(tuple(applied or ()), tuple(locations)) if known.issuperset(applied or ()) else []
 
 
 def keep_strangers_out(url: str) -> None:
@@ -146,5 +126,5 @@ def _with_connection(url: str, locations: Sequence[Path], work: Callable[[Config
 def _one_sentence() -> Iterator[None]:
     try:
         yield
-    except CommandError as error:
+    except (CommandError, RevisionError) as error:
         raise SchemaError(f"the schema cannot be migrated: {error}") from error

@@ -9,7 +9,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from dovecote.migrations.schema import HEADS, pending_for
+from dovecote.migrations.revisions import HEADS, pending_for
 from dovecote.telemetry.failures import is_transient
 
 log = structlog.get_logger()

@@ -1,4 +1,4 @@
-"""Aggregates that stand still: one line each, not one for every event behind."""
+"""Blocked aggregates: one line each, not one for every event that waits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _MAX_COUNTED = 10_000
 
 @dataclass(frozen=True)
 class Blocked:
-    """One aggregate that one handler cannot go on with.
+    """One aggregate that is blocked for one handler.
 
     event_id  the event that holds it up; None once nothing does and the relay has not noticed yet
     state     dead, retrying, or under way when a consumer or the queue has it
@@ -116,7 +116,7 @@ def list_blocked_aggregates(
 
 
 def count_blocked(connection: Connection, routes: Sequence[Route], most: int = 1_000) -> dict[str, int]:
-    """Return how many aggregates stand still by handler, at most so many of each."""
+    """Return how many aggregates are blocked, by handler; each count is bounded."""
     first = {"after_type": "", "after_id": "", "limit": most}
     return {
         route.handler: connection.execute(_COUNT_BLOCKED, {"handler": route.handler, **first}).scalar_one()

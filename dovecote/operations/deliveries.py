@@ -27,19 +27,19 @@ _BATCH = 5_000
 
 
 class CannotChange(DovecoteError):
-    """The delivery is in no state for this; the message says what to do instead."""
+    """The delivery's state does not allow this; the message says what to do instead."""
 
 
 _STATES_WITH_ERROR = (DeliveryState.RETRYING, DeliveryState.DEAD, DeliveryState.DISCARDED)
 
 
 class NotThere(DovecoteError):
-    """There is no such delivery: the event went well, or never came to this handler."""
+    """No such delivery: the event was processed, or the handler never received it."""
 
 
 @dataclass(frozen=True)
 class DeliverySelection:
-    """Which deliveries. What is None is not asked; `since` is about the last change."""
+    """A filter of deliveries. None matches everything; `since` compares the last change."""
 
     handler: str | None = None
     state: str | None = None
@@ -51,7 +51,7 @@ class DeliverySelection:
     event_id: UUID | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return what is asked, as the verbs take it: times as ISO 8601 with their zone, UTC where there is none."""
+        """Return the filter as the SQL functions take it: times as ISO 8601 with a zone, UTC by default."""
         asked = {name: value for name, value in asdict(self).items() if value is not None}
         if self.since is not None:
             asked["since"] = (self.since if self.since.tzinfo else self.since.replace(tzinfo=UTC)).isoformat()
@@ -60,7 +60,7 @@ class DeliverySelection:
 
 @dataclass(frozen=True)
 class Delivery:
-    """One event that one handler has not done. `error` is the headline: type and message."""
+    """One event that one handler has not processed. `error` is the headline: type and message."""
 
     handler: str
     event_id: UUID
@@ -99,7 +99,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The largest first; `more` when there are more kinds than were asked for."""
+    """The largest first; `more` when there are more kinds than the limit."""
 
     groups: list[Group]
     more: bool
@@ -107,7 +107,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class DeliveryDetail:
-    """One delivery with all that is known of it.
+    """One delivery in full.
 
     waiting_behind  events of its aggregate that wait behind it; a lower bound from 10,000 on
     waits_for       the event it waits behind
@@ -294,7 +294,7 @@ def list_delivery_groups(
 
 
 def get_delivery(engine: Engine, routes: Sequence[Route], handler: str, event_id: UUID) -> DeliveryDetail:
-    """Return all that is known of one delivery. Errors: NotThere."""
+    """Return one delivery in full. Errors: NotThere."""
     with snapshot(engine) as connection:
         row = connection.execute(_SHOW, {"handler": handler, "event_id": event_id, "most": _MAX_COUNTED}).one_or_none()
         if row is None:
@@ -393,7 +393,7 @@ def _change(
 
 
 def _explain(engine: Engine, wanted: DeliverySelection, verb: str) -> None:
-    """Say why a single one was left as it is. Errors: NotThere, CannotChange."""
+    """Explain why a single delivery was not changed. Errors: NotThere, CannotChange."""
     assert wanted.handler is not None, "a single delivery is named by handler and event"
     assert wanted.event_id is not None
     found = get_delivery(engine, (), wanted.handler, wanted.event_id)

@@ -1,4 +1,4 @@
-"""Events: listed newest first, shown in full, followed as they commit.
+"""Events: list them newest first, show one in full, tail them as they commit.
 
 No index serves a filter by type alone, so a page looks at a bounded number of rows and says how far back it got.
 """
@@ -34,7 +34,7 @@ class NoSuchEvent(DovecoteError):
 
 @dataclass(frozen=True)
 class EventSelection:
-    """Which events. What is None is not asked. An aggregate's id needs its type."""
+    """A filter of events. None matches everything. An aggregate's id needs its type."""
 
     event_type: str | None = None
     aggregate_type: str | None = None
@@ -45,7 +45,7 @@ class EventSelection:
 
 @dataclass(frozen=True)
 class EventLine:
-    """One event and how it stands with each handler that wants it.
+    """One event and its state for each handler that subscribes to its type.
 
     handlers  handler -> processed, retrying, waiting, dead, discarded; pending when none of these
     """
@@ -94,7 +94,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class EventLife:
-    """Everything that is known of one event. The payload is as it is in the row: what is encrypted stays encrypted.
+    """One event in full. The payload is as it is in the row: what is encrypted stays encrypted.
 
     published_at  when the relay recorded the batch of `batch_events` events it went out with; None before that
     """
@@ -272,7 +272,7 @@ def _states(connection: Connection, routes: Sequence[Route], ids: Sequence[UUID]
 
 
 def get_event(engine: Engine, routes: Sequence[Route], event_id: UUID) -> EventLife:
-    """Return one event's whole life. Errors: NoSuchEvent; Archived when its week was dropped."""
+    """Return one event in full. Errors: NoSuchEvent; Archived when its week was dropped."""
     with snapshot(engine) as connection:
         row = connection.execute(_EVENT, {"id": event_id}).one_or_none()
         if row is None:

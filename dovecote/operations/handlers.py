@@ -1,4 +1,4 @@
-"""Handlers: list, pause and resume them; and what is left of those that no route has any more.
+"""Handlers: list, pause and resume them; list what Postgres still keeps for handlers without a route.
 
 A paused handler's events are kept: held as they come, and resumed in order.
 """

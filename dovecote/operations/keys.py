@@ -50,7 +50,7 @@ def rotate(engine: Engine, *, actor: str, reason: str | None = None, dry_run: bo
 
 
 def revoke(engine: Engine, id: str, *, actor: str, reason: str | None, dry_run: bool = False) -> KnownKey:
-    """Let nothing that this key has signed be acted on, from ten seconds later at the latest; return the key.
+    """Revoke the key: within ten seconds handlers act on nothing that it has signed. Return the key.
 
     A dry run finds out whether the database would do it.
     Errors: WrongRequest where there is no such key, or where it is the only one that all processes know.

@@ -1,4 +1,4 @@
-"""Once an hour the leading relay looks after the weeks and removes personal data whose time is over.
+"""Once an hour the leading relay maintains partitions and removes expired personal data.
 
 Beside its own work and on a connection of its own.
 """
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class Maintainer:
-    """Runs `dovecote maintain` as the settings say; one run at a time, whatever becomes of it."""
+    """Runs `dovecote maintain` as the settings say; one run at a time, whether or not it succeeds."""
 
     def __init__(self, settings: Settings, routes: Sequence[Route], purges: Sequence[Purge] = ()) -> None:
         self._settings = settings
@@ -29,7 +29,7 @@ class Maintainer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin a run, unless the last one is still at it. Returns at once."""
+        """Start a run unless the last one is still running. Returns at once."""
         if self._thread is None or not self._thread.is_alive():
             # A daemon: the relay need not wait for it. Killed at any point it leaves nothing half done.
             self._thread = threading.Thread(target=self._run, name="maintenance", daemon=True)

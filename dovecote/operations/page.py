@@ -28,7 +28,7 @@ class Page(Generic[Item]):
 
 
 def cursor(*key: object) -> str:
-    """Return the cursor for what comes after this key."""
+    """Return the cursor of the page after this key."""
     return urlsafe_b64encode(json.dumps([str(part) for part in key]).encode()).decode().rstrip("=")
 
 

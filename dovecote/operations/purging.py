@@ -1,4 +1,4 @@
-"""Remove personal data whose time is over: what a slice says may go, in short transactions."""
+"""Remove expired personal data by the functions that slices register, in short transactions."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from dovecote.unit_of_work import unit_of_work
 
 
 def purge(engine: Engine, purges: Sequence[Purge]) -> int:
-    """Let each remove what is over by now, and return how many rows that were. A kill leaves whole batches done.
+    """Run each purge until nothing is expired; return the number of rows removed. A kill loses no finished batch.
 
     Errors: DBAPIError, InsufficientPrivilege among them for a login that may not remove them.
     """

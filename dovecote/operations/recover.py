@@ -16,7 +16,7 @@ _MAX_EVENTS = 100_000
 
 
 class CannotRecover(DovecoteError):
-    """Somebody is in the way; the message says who. Nothing was changed."""
+    """An open transaction prevents it; the message names it. Nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ _RECOVER = text("select renumbered from dovecote.recover(:actor, :reason)")
 def recover(
     engine: Engine, routes: Sequence[Route], *, actor: str, reason: str | None = None, dry_run: bool = False
 ) -> Recovery:
-    """Let positions be handed out above all that are known, one by one, and what was not read be read.
+    """Set the sequence above every known position, and have the relay read what it has not seen.
 
     Writers wait until it ends. A leading relay begins anew within ten seconds.
     On a system that is well nothing is changed.

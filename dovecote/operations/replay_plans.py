@@ -1,4 +1,4 @@
-"""What an operator asks to replay: checked as far as only code knows, then counted and started by the database."""
+"""Requests for replays: code validates what only code knows; the database counts and starts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ MAX_SINGLE_EVENTS = 100_000
 
 
 class ReplayRefused(DovecoteError):
-    """It cannot be replayed like this; the message says why and what to do."""
+    """This request cannot be replayed; the message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What an operator asks for. `rate` is in events a second, None for as fast as they are acted on."""
+    """A request for a replay. `rate` is in events a second; None is unlimited."""
 
     handler: str
     mode: Mode
@@ -129,7 +129,7 @@ def planned(connection: Connection, routes: Sequence[Route], request: Request, *
 
 
 def _require_present(connection: Connection, request: Request) -> None:
-    """Refuse what was dropped, with the name of its archive, and ids that never were."""
+    """Refuse dropped events, with the name of their archive, and unknown ids."""
     asked = request.filter
     retention.require_present(
         connection,
@@ -171,5 +171,5 @@ def _route(routes: Sequence[Route], request: Request) -> Route:
 
 
 def run(connection: Connection, query: str, fields: Mapping[str, Any] | None = None) -> CursorResult[Any]:
-    """Execute in the driver's own words: the relay asks with the same SQL on a connection without SQLAlchemy."""
+    """Execute through the driver: the relay uses the same SQL on a connection without SQLAlchemy."""
     return connection.exec_driver_sql(query, dict(fields or {}))

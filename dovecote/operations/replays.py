@@ -30,7 +30,7 @@ __all__ = [
     "start",
 ]
 
-#: An event that is not settled for so long means that nobody acts.
+#: Without a finished event for this long, a running replay counts as stalled.
 STALLED_SECONDS = 10.0
 
 
@@ -38,12 +38,12 @@ STALLED_SECONDS = 10.0
 class Replay:
     """How a replay stands.
 
-    done     events settled: acted on, or in `deliveries`
+    done     events finished: acted on, or in `deliveries`
     acted    events acted on
     events_per_second  since it began; None before the first wave
-    stalled_seconds    how long no event has been settled although it runs; None while all is well
+    stalled_seconds    seconds without a finished event while it runs; None while events finish
     handler_is_paused  it waits until its handler is resumed
-    problem  why the relay leaves it alone, or has refused it; None where it does not
+    problem  why the relay skips or has refused it; None otherwise
     """
 
     id: UUID

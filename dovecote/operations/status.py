@@ -180,7 +180,8 @@ _DELIVERIES = text(
 _AGE = text(
     """
     select coalesce(greatest(0, extract(epoch from clock_timestamp() - least(
-        cast(:unsettled as timestamptz), dovecote.uuid_v7_time(:retrying), dovecote.uuid_v7_time(:waiting)))), 0)::float
+        cast(:unprocessed as timestamptz),
+        dovecote.uuid_v7_time(:retrying), dovecote.uuid_v7_time(:waiting)))), 0)::float
     """
 )
 
@@ -244,14 +245,14 @@ def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, Hand
             _DELIVERIES, {"handlers": handlers, "states": list(DeliveryState), "most": _MAX_DELIVERIES}
         )
     }
-    unsettled = unprocessed(connection, routes)
+    open_by_handler = unprocessed(connection, routes)
     pauses = paused(connection)
     found = {}
     for handler in handlers:
         states = {state: deliveries[handler, state] for state in DeliveryState}
         counts = {state: row.events for state, row in states.items()}
         at_least: list[str] = [state for state, count in counts.items() if count == _MAX_DELIVERIES]
-        done, open_ = processed.get(handler), unsettled[handler]
+        done, open_ = processed.get(handler), open_by_handler[handler]
         if any(row.is_bounded for row in processed.values()):
             at_least.append("processed")
         if open_.at_least or not {DeliveryState.RETRYING, DeliveryState.WAITING}.isdisjoint(at_least):
@@ -262,7 +263,7 @@ def _handlers(connection: Connection, routes: Sequence[Route]) -> dict[str, Hand
             oldest_unprocessed_seconds=connection.execute(
                 _AGE,
                 {
-                    "unsettled": open_.oldest,
+                    "unprocessed": open_.oldest,
                     "retrying": states[DeliveryState.RETRYING].oldest,
                     "waiting": states[DeliveryState.WAITING].oldest,
                 },

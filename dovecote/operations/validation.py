@@ -30,7 +30,7 @@ _NOTHING_BEFORE = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 class NoReason(WrongRequest):
-    """The verb changes what cannot be changed back, and nobody said why."""
+    """An irreversible change needs a reason, and none was given."""
 
 
 class NoActor(WrongRequest):

@@ -1,9 +1,13 @@
-"""Whose is a file, and who else may write to it? What decides about code or settings has to be ours alone."""
+"""Files of our own: read where nobody else may write, written where nobody else may read.
+
+What decides about code or settings has to be ours alone.
+"""
 
 import grp
 import os
 import pwd
 import stat
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +43,24 @@ def read_ours(path: Path) -> str | None:
     if len(content) > _MAX_BYTES:
         raise NotOurs(f"{path} is larger than {_MAX_BYTES} bytes")
     return content.decode()
+
+
+def write_private(path: Path, content: str, *, replace: bool = True) -> None:
+    """Write a file that only we can read, whole or not at all. Without `replace` one that is there stays."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            Path(temporary).replace(path)
+        else:
+            # Unlike a rename, a link never overwrites: of two first starts one's secrets win.
+            with suppress(FileExistsError):
+                path.hardlink_to(temporary)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _require_directory(directory: Path) -> None:

@@ -12,16 +12,15 @@ import hashlib
 import json
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dovecote.errors import DovecoteError
 from dovecote.processes.children import ServerUser, started_at
-from dovecote.processes.ownership import NotOurs, read_ours, require_ours, require_ours_up_to_root
+from dovecote.processes.ownership import NotOurs, read_ours, require_ours, require_ours_up_to_root, write_private
 
 # For root, whose own home is closed to the user the servers run as. Not /tmp: it may be memory.
 VAR_TMP = Path("/var/tmp")  # noqa: S108 - names below it are ours or refused, see ensure_private_directory()
@@ -125,7 +124,7 @@ class StateDirectory:
         """Announce to other commands that this process runs here, and with which environment."""
         pid = os.getpid()
         system = RunningSystem(pid, started_at(pid) or 0, dict(environment))
-        self._write("system.json", asdict(system))
+        write_private(self.path / "system.json", json.dumps(asdict(system), indent=2))
 
     def withdraw(self) -> None:
         (self.path / "system.json").unlink(missing_ok=True)
@@ -144,7 +143,7 @@ class StateDirectory:
     def secrets(self) -> dict[str, str]:
         """Return this home's own secrets, as environment; made at the first call and kept."""
         if not (self.path / "secrets.json").exists():
-            self._write("secrets.json", _new_secrets(), replace=False)
+            write_private(self.path / "secrets.json", json.dumps(_new_secrets(), indent=2), replace=False)
         return self._read("secrets.json") or {}
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -165,23 +164,6 @@ class StateDirectory:
         except ValueError as error:
             raise StateDirectoryError(f"{self.path / name} is not JSON: move it away ({error})") from error
         return said if isinstance(said, dict) else None
-
-    def _write(self, name: str, content: Mapping[str, object], *, replace: bool = True) -> None:
-        """Put the whole file there at once, readable by its owner only."""
-        descriptor, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")  # 0600
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            if replace:
-                Path(temporary).replace(self.path / name)
-            else:
-                # Unlike a rename, a link never overwrites: of two first starts one's secrets win.
-                with suppress(FileExistsError):
-                    (self.path / name).hardlink_to(temporary)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def ensure_private_directory(directory: Path) -> None:

@@ -17,7 +17,7 @@ from redis import RedisError
 from dovecote.broker.publisher import Publisher
 from dovecote.envelope.signatures import NoMessageKey
 from dovecote.errors import DovecoteError, NewerRelay, RedisLost
-from dovecote.migrations import schema
+from dovecote.migrations import revisions
 from dovecote.migrations.waiting import WAITING
 from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.history import History, StandsBack, await_right_of_way
@@ -98,7 +98,7 @@ def _applied(connection: Connection) -> list[str] | None:
     """Return the heads in the version table; None before the first revision, which grants the right to look."""
     try:
         applied: list[str] | None
-        (applied,) = connection.execute(schema.HEADS).fetchone() or (None,)
+        (applied,) = connection.execute(revisions.HEADS).fetchone() or (None,)
     except psycopg.errors.InsufficientPrivilege:
         return None
     return applied
@@ -125,7 +125,6 @@ class Relay:
         self._schema_is_current = False
         self._refused: str | None = None
         self._locations = migration_locations
-        schema.revisions(locations=migration_locations)  # imports take time: not during a leadership
 
     def stop(self) -> None:
         """End after the current batch."""
@@ -202,7 +201,7 @@ class Relay:
             return
         tries = 0
         while not self._stop.is_set() and (
-            pending := schema.pending_for(_applied(connection), locations=self._locations)
+            pending := revisions.pending_for(_applied(connection), locations=self._locations)
         ):
             if tries % 60 == 0:
                 log.warning(WAITING, newest=pending[-1])

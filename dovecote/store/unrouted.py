@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import sqlalchemy
 from sqlalchemy import text
 
-from dovecote.store.reader import Connection, Row
+if TYPE_CHECKING:
+    from dovecote.store.reader import Connection, Row
 
 #: Types that are kept in the database. Each costs a row; a look at the status reads them all.
 MAX_TYPES = 1_000
@@ -73,7 +75,7 @@ class Unrouted:
         self._met: dict[str, tuple[int, int, int]] = {}
         self._written: set[str] = set()
 
-    def meet(self, rows: Sequence[Row]) -> None:
+    def meet(self, rows: "Sequence[Row]") -> None:
         """Count the types among these rows that are not routed. Rows published twice count twice."""
         if {event_type for _, event_type, _ in rows} <= self._routed:
             return  # the usual case, at a microsecond for twenty rows
@@ -87,7 +89,7 @@ class Unrouted:
         """Whether a type was met that this leadership has not written down yet. It should: a crash would lose it."""
         return not self._met.keys() <= self._written
 
-    def write(self, connection: Connection) -> None:
+    def write(self, connection: "Connection") -> None:
         """Write what was counted since the last time."""
         if self._met:
             events, first, last = zip(*self._met.values(), strict=True)

@@ -23,10 +23,11 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.pricing import Quote
 from dovecote import cli
-from dovecote.cli import app
+from dovecote.cli import commands
 from dovecote.envelope import read_bundle, read_message
 from dovecote.relay.bundler import Bundler
 from tests.support.profiles import examples
+from workers.app import app as application
 from workers.gateways.price_files import Columns, NotReadable, Refusal, ingest, opened, prices
 from workers.routes import ROUTES
 
@@ -179,7 +180,7 @@ def test_a_payload_that_cannot_be_read_takes_no_other_event_along(payload: str, 
 # The command ------------------------------------------------------------------------------------
 
 # These start something that goes on; asked for what they cannot do, they must say so at once.
-GOES_ON = [["up"], ["relay"], ["demo"], ["bench"], ["events", "tail"]]
+GOES_ON = [["up"], ["relay"], ["demo"], ["events", "tail"]]
 ENDS = [[], ["status"], ["migrate"], ["settings"], ["maintain"], ["partitions"], ["ingest"], ["ingest", "prices"]]
 ENDS += [["audit"], ["doctor"], ["recover"], ["aggregates", "blocked"], ["events", "list"], ["events", "show"]]
 ENDS += [["deliveries", verb] for verb in ("list", "show", "retry", "discard")]
@@ -246,8 +247,7 @@ def test_whatever_is_typed_the_command_ends_with_a_sentence_and_a_code(home: Pat
 
 
 def test_every_command_is_among_those_that_are_tried() -> None:
-    names = {one.name or one.callback.__name__ for one in app.registered_commands if one.callback}
-    names |= {str(group.name) for group in app.registered_groups}
+    names = {*commands.COMMANDS, *application.commands}
 
     assert names - {"exec"} == {words[0] for words in [*GOES_ON, *ENDS] if words}
 

@@ -17,12 +17,13 @@ from psycopg.rows import TupleRow
 from sqlalchemy import Connection, create_engine, make_url
 
 from dovecote.migrations import schema
+from dovecote.migrations.revisions import pending_for, revisions
 from tests.support.migrations import LOCATIONS
 
 pytestmark = pytest.mark.servers
 
-REVISIONS = schema.revisions(locations=LOCATIONS)
-LIBRARY = schema.revisions(locations=())
+REVISIONS = revisions(locations=LOCATIONS)
+LIBRARY = revisions(locations=())
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,7 +167,7 @@ def test_a_migrated_database_has_nothing_pending(fresh_database_url: str, empty_
 
     assert pending(fresh_database_url) == []
     assert pending(empty_database_url) == REVISIONS
-    assert schema.pending_for(["of_a_newer_deploy"], locations=LOCATIONS) == []
+    assert pending_for(["of_a_newer_deploy"], locations=LOCATIONS) == []
 
 
 # Partitions ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 from alembic.script import ScriptDirectory
 
 from dovecote.migrations import schema
+from dovecote.migrations.revisions import revisions
 from tests.conftest import Servers
 from tests.support.keys import KEYS
 from tests.support.migrations import LOCATIONS
@@ -140,7 +141,7 @@ def count(url: str, query: str) -> int:
 def test_relay_and_consumers_wait_for_a_schema_that_is_older_and_writers_do_not(
     empty_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
-    schema.upgrade(empty_database_url, schema.revisions(locations=LOCATIONS)[-2], locations=LOCATIONS)
+    schema.upgrade(empty_database_url, revisions(locations=LOCATIONS)[-2], locations=LOCATIONS)
     variables = {
         "DATABASE_URL": empty_database_url,
         "REDIS_URL": servers.redis_url,

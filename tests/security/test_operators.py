@@ -265,7 +265,7 @@ def ask(session: Connection, handler: str, mode: str, **filter: Any) -> Any:
 
 def test_what_must_not_act_again_does_not_whatever_the_client_says(led: Database) -> None:
     with led.session("operator") as operator:
-        with pytest.raises(errors.ObjectNotInPrerequisiteState, match=r"test\.note may not act again"):
+        with pytest.raises(errors.ObjectNotInPrerequisiteState, match=r"test\.note may not process events again"):
             ask(operator, "test.note", "reprocess")
         with pytest.raises(errors.ObjectNotInPrerequisiteState, match="ask with --from-position"):
             ask(operator, "test.note", "backfill")

@@ -21,7 +21,7 @@ _REDIS_ADVICE = (
 
 
 def postgres(connection: psycopg.Connection[Any]) -> Finding:
-    """Judge this very session: what the URL allows is one thing, what came of it another."""
+    """Examine this session itself: the URL may allow less than was negotiated."""
     info = connection.info
     if info.host.startswith(("/", "@")):
         return ok("postgres.encrypted", "a socket of this machine")

@@ -56,7 +56,7 @@ def findings(subject: Subject) -> list[Finding]:
 
 
 def unserved(client: Any, subject: Subject, held: list[_Held]) -> Finding:
-    """A consumer takes messages ahead: where there are some, and nobody holds any, nobody is there."""
+    """Consumers prefetch messages: a queue with messages, none of them prefetched, has no consumer."""
     served = {one.queue for one in held if one.is_alive}
     heads = {queue: _head(client, subject, queue) for queue in queues(subject.routes) if queue not in served}
     waiting = {queue: head for queue, head in heads.items() if head is not None}

@@ -61,7 +61,7 @@ _GONE = """
 
 
 def unknown_queues(client: Any, subject: Subject) -> Finding:
-    """Messages on queues that no route names: of our handlers, of handlers that are gone, of somebody else."""
+    """Messages on queues without a route: of current handlers, of removed handlers, of other programs."""
     known = {name for queue in queues(subject.routes) for name in (queue, dq_name(queue))}
     strangers = sorted(name for name in _queues(client, subject) if name not in known and not name.endswith(".XQ"))
     queue_of = {route.handler: route.queue for route in subject.routes}
@@ -100,7 +100,7 @@ def unknown_queues(client: Any, subject: Subject) -> Finding:
 
 
 def dead_letters(client: Any, subject: Subject) -> Finding:
-    """Messages that a consumer refused, or that Dramatiq gave up. Nobody looks at them again."""
+    """Messages that a consumer refused or Dramatiq dead-lettered. No process reads them again."""
     names = sorted(name for name in _queues(client, subject) if name.endswith(".XQ"))
     if not names:
         return ok("queues.dead_letters", "no message is dead")
@@ -125,7 +125,7 @@ def dead_letters(client: Any, subject: Subject) -> Finding:
 
 
 def handlers(connection: psycopg.Connection[Any], subject: Subject) -> Finding:
-    """Handlers that Postgres knows and no route has. Nobody waits for their rows."""
+    """Handlers that Postgres knows and no route has."""
     rows = connection.execute(WITHOUT_ROUTE, parameters_without_route(subject.routes)).fetchall()
     if not rows:
         return ok("handlers.known", "each handler that Postgres knows has a route")

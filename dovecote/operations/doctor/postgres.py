@@ -54,7 +54,7 @@ _IN_TRANSACTION = """
     order by xact_start limit 3
 """
 
-# The newest only: nobody waits for a look through ten million.
+# The newest only: reading ten million rows would take too long.
 _RECENT_TYPES = """
     select event_type, count(*) as events
     from (select event_type from dovecote.outbox order by position desc limit %s) as recent
@@ -63,7 +63,7 @@ _RECENT_TYPES = """
 
 
 def findings(subject: Subject) -> list[Finding]:
-    """Return what every check of this group says; without a connection there is one to make."""
+    """Return the findings of this group; without a connection, that is the only finding."""
     try:
         with session(subject) as connection:
             found = [ok("postgres.reachable", _address(connection)), version(connection), clock(connection, subject)]

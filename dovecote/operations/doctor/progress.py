@@ -1,4 +1,4 @@
-"""Does the relay get on, and each handler? A checkpoint may stand still for an open transaction; an event may not."""
+"""Check that relay and handlers make progress. An open transaction may hold the checkpoint, but not an event."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _LONG_SECONDS = 30.0
 _SECOND_CHECK_SECONDS = 2.0
 
 # Positions from the checkpoint on that are in no batch, gap by gap, and the first of each that has a row. Bounded: the
-# relay publishes in order, so what it stands still at is the first row in one of the first gaps, or the first row
+# relay publishes in order, so the row that stops it is the first row in one of the first gaps, or the first row
 # above everything published. Gaps without a row are transactions that are open or were rolled back.
 _OLDEST_UNPUBLISHED = """
     with state as materialized (
@@ -54,7 +54,7 @@ _BEFORE_HANDLERS = """
 
 
 def handlers(connection: Connection, routes: Sequence[Route]) -> Finding:
-    """Look for a handler that stands still, however many events others have behind it."""
+    """Look for a handler without progress, however many events others process."""
     names = [route.handler for route in routes]
     rows = connection.execute(_BEFORE_HANDLERS, {"handlers": names, "most": _MAX_EVENTS}).fetchall()
     described = ", ".join(

@@ -16,7 +16,7 @@ _MAX_KEYS = 20_000
 
 
 def findings(subject: Subject) -> list[Finding]:
-    """Return what every check of this group says; without a connection there is one to make."""
+    """Return the findings of this group; without a connection, that is the only finding."""
     client: Any = connect_redis(subject.settings.redis.url.get_secret_value(), _SOCKET_SECONDS)
     try:
         info: dict[str, Any] = client.info()

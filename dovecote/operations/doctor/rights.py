@@ -1,4 +1,4 @@
-"""Checks of what those may do who have no role of ours: hold locks, connect, create."""
+"""Checks of logins without a Dovecote role: their locks, and their right to connect and create."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ _PUBLIC = """
 
 
 def foreign(connection: psycopg.Connection[Any]) -> Finding:
-    """Who holds advisory locks of ours that nobody but the engine has a use for."""
+    """Find foreign sessions that hold Dovecote's advisory locks."""
     found = [ForeignLock(*row) for row in connection.execute(QUERY)]
     if not found:
         return ok("locks.foreign", "nobody holds locks of ours that he has no use for")

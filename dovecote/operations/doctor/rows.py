@@ -24,7 +24,7 @@ _BATCHES = """
 
 
 def replays(connection: psycopg.Connection[Any], routes: Sequence[Route]) -> Finding:
-    """Which replays the relay has left alone."""
+    """Replays that the relay has skipped."""
     handlers = [route.handler for route in routes]
     found = [
         f"replay {id} of {handler!a}: {problem}"
@@ -40,7 +40,7 @@ def replays(connection: psycopg.Connection[Any], routes: Sequence[Route]) -> Fin
 
 
 def batches(connection: psycopg.Connection[Any]) -> Finding:
-    """Whether something else than a relay has written into published_batches."""
+    """Whether anything but a relay has written into published_batches."""
     (odd,) = connection.execute(_BATCHES).fetchone() or (0,)
     if not odd:
         return ok("rows.batches", "every published batch has an end")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from domain import billing
 from dovecote.cli import app
-from dovecote.migrations.schema import revisions
+from dovecote.migrations.revisions import revisions
 from dovecote.settings import Settings
 from dovecote.store.connections import connect, sessions_for
 from dovecote.unit_of_work import unit_of_work

@@ -186,7 +186,7 @@ def test_the_command_line_pauses_lists_and_resumes(
     assert [one["paused"] for one in run("list")["handlers"]] == [None] * len(ROUTES)
     run("pause", handler, "--reason", "INC-2", "--actor", "anna")
     paused = {one["name"]: one["paused"] for one in run("list")["handlers"]}
-    assert paused[handler]["by"] == "anna"
+    assert paused[handler]["actor"] == "anna"
     assert CliRunner().invoke(cli.app, ["status"]).stdout.count(f"paused: {handler}, by anna") == 1
     assert run("resume", handler)["paused"] is None
 

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from dovecote.exporter.health import FRESH_SECONDS, Missing, health, require_fresh, servers
 from dovecote.local.servers import Redis
 from dovecote.migrations import schema
+from dovecote.migrations.revisions import revisions
 from dovecote.settings import Settings
 from tests.conftest import settings_for
 from tests.support.migrations import LOCATIONS
@@ -83,13 +84,13 @@ def test_a_server_that_takes_connections_and_is_silent_is_missing_within_seconds
 def test_a_schema_that_is_older_than_this_code_is_missing(
     empty_database_url: str, settings: Settings, tmp_path: Path
 ) -> None:
-    schema.upgrade(empty_database_url, schema.revisions(locations=LOCATIONS)[-2], locations=LOCATIONS)
+    schema.upgrade(empty_database_url, revisions(locations=LOCATIONS)[-2], locations=LOCATIONS)
 
     with capture_logs() as logged:
         report = ready(settings_for(empty_database_url, settings.redis.url.get_secret_value(), tmp_path)).report
 
     assert report["missing"] == ["schema"]
-    assert [schema.revisions(locations=LOCATIONS)[-1] in line["error"] for line in logged] == [True]
+    assert [revisions(locations=LOCATIONS)[-1] in line["error"] for line in logged] == [True]
 
 
 def test_asked_often_a_server_is_asked_once() -> None:
