@@ -50,7 +50,7 @@ _MAX_NAME_LENGTH = 200
 _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 # Dramatiq's rule for a queue.
 _QUEUE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-# Dramatiq's and our own, for what belongs to a queue: messages that wait, are dead, are at work, were in a
+# Dramatiq's and our own, for what belongs to a queue: messages that wait, are dead, are in flight, were in a
 # crash, are held.
 _SUFFIXES = (".DQ", ".XQ", ".msgs", ".in_flight", ".crashes")
 _HELD = ".held."

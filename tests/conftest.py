@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def is_long(request: pytest.FixtureRequest) -> bool:
-    """Tell if there is time: tests that get stronger by their length ask this."""
+    """Whether there is time: tests that get stronger by their length ask this."""
     return THOROUGH or bool(request.config.getoption("--long"))
 
 

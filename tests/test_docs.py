@@ -156,8 +156,8 @@ def test_each_way_to_write_from_python_commits_an_order_and_its_event(
     printed = run_as_a_program(tmp_path, "\n\n".join([*ways, AGREE_ON_A_SALARY]), DATABASE_URL=fresh_database_url)
 
     assert printed == "Decimal('4200.00')\n"
-    sealed = shop.execute("select payload ->> 'salary' from dovecote.outbox where aggregate_type = 'employee'")
-    assert "4200" not in str(sealed.fetchall())
+    stored = shop.execute("select payload ->> 'salary' from dovecote.outbox where aggregate_type = 'employee'")
+    assert "4200" not in str(stored.fetchall())
     assert orders_and_events(shop) == [
         ("4711", "shop.order_placed.v1", "order", "4711", "1999"),
         ("4712", "shop.order_placed.v1", "order", "4712", "500"),

@@ -19,7 +19,7 @@ _PER_TRANSACTION = 20
 
 #: Writes exactly one event.
 UseCase = Callable[[UnitOfWork, datetime], None]
-#: Told how many events are written and how many processed.
+#: Gets how many events are written and how many processed.
 Progress = Callable[[int, int], None]
 
 

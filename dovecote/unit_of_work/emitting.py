@@ -157,7 +157,7 @@ class _AtCommit:
 
     On the session's own Connection (`is_ours`) it is what was emitted during the commit, or inside of savepoints. On a
     Connection that the session was given, others decide: their savepoints are its boundaries as well, so that Postgres
-    itself takes back what was written inside one that is rolled back.
+    itself undoes what was written inside one that is rolled back.
 
     Made only where it is needed: to listen to each Connection anew costs a transaction 2 % of its time.
     """
