@@ -99,7 +99,7 @@ def orders_and_events(shop: psycopg.Connection[TupleRow]) -> list[TupleRow]:
 
 
 def test_the_application_of_the_readme_runs_as_it_is_shown(
-    fresh_database_url: str, servers: Servers, tmp_path: Path
+    empty_database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
     (shop,), (procfile,), (shown,) = (README.blocks(language) for language in ("python", "text", "sh"))
     (tmp_path / "shop.py").write_text(shop)
@@ -109,7 +109,7 @@ def test_the_application_of_the_readme_runs_as_it_is_shown(
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DOVECOTE_HOME": str(tmp_path / "state"),
         "DOVECOTE_REDIS__NAMESPACE": f"test-{uuid4().hex[:8]}",
-        "DATABASE_URL": fresh_database_url,
+        "DATABASE_URL": empty_database_url,
         "REDIS_URL": servers.redis_url,
         # Where it is not installed, as in a clone that is tested with another's environment, it is in the checkout.
         **dict(word.split("=") for word in exports.replace("$PWD", f"{tmp_path}:{ROOT}").split()[1:]),
@@ -122,7 +122,7 @@ def test_the_application_of_the_readme_runs_as_it_is_shown(
         subprocess.run(
             ["/bin/sh", "-e", "-c", "\n".join(others)], env=environment, cwd=tmp_path, check=True, timeout=60
         )
-        with psycopg.connect(fresh_database_url, autocommit=True) as connection:
+        with psycopg.connect(empty_database_url, autocommit=True) as connection:
             counted = "select orders from public.orders_by_day"
             eventually(lambda: connection.execute(counted).fetchall() == [(1,)], 30, "the order is counted")
     finally:

@@ -58,8 +58,9 @@ def standbys(system: System) -> int:
     """Sessions of relays that ask again and again whether anybody leads."""
     with system.engine.connect() as connection:
         query = text(
-            "select count(*) from pg_stat_activity where datname = current_database()"
-            " and application_name = 'dovecote relay' and query like '%dovecote.leader()%'"
+            # Each relay that leads or stands by has a session for the leader's lock.
+            "select count(*) - 1 from pg_stat_activity where datname = current_database()"
+            " and application_name = 'dovecote relay lock'"
         )
         return int(connection.execute(query).scalar_one())
 

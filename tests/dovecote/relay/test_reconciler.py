@@ -101,7 +101,9 @@ def published_long_ago(system: System, age: str = "1 hour") -> None:
 
 def open_events(system: System) -> int:
     """How many positions are not known to be done."""
-    statement = text("select max((select last_value from dovecote.outbox_position) - mark) from dovecote.progress")
+    statement = text(
+        "select max((select last_value from dovecote.outbox_position) - low_water_mark) from dovecote.progress"
+    )
     with system.engine.connect() as connection:
         return int(connection.scalar(statement) or 0)
 
