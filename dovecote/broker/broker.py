@@ -134,8 +134,7 @@ class OutboxBroker(RedisBroker):
             if isinstance(reply, Exception):
                 raise reply
         if is_full and not fetched:
-            # In place of BLMOVE's own wait: an idle consumer must not ask a full Redis without a pause.
-            time.sleep(wait_seconds)
+            time.sleep(wait_seconds)  # for BLMOVE, which a full Redis refuses: an idle consumer asks with a pause
         fields = iter(fetched)
         return [
             Fetched(id, size, data, _crashes(crashes))

@@ -138,6 +138,7 @@ def tail(
     url = settings(needs_redis=False).database.url.get_secret_value()
     with until_ctrl_c():
         # The pace of a pair of eyes; the database is asked five times a second and never left a lock.
+        # The pace of the display: a tail is read-only, and no channel is notified of every event.
         for one in operations.events.tail_events(url, lambda: time.sleep(_TAIL_SECONDS)):
             if event_type not in (None, one.event_type) or aggregate_type not in (None, one.aggregate_type):
                 continue

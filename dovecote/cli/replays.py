@@ -238,7 +238,7 @@ def _watch(engine: Engine, id: UUID, as_json: bool) -> None:
             found = operations.replays.get_replay(engine, id)
             task = bar.add_task(plain(found.handler), total=found.total, completed=found.done)
             while not found.is_over:
-                time.sleep(_WATCH_SECONDS)
+                time.sleep(_WATCH_SECONDS)  # the pace of the display
                 found = operations.replays.get_replay(engine, id)
                 bar.update(
                     task,

@@ -131,7 +131,7 @@ class TimeLimits:
                 else:
                     log.warning("handler is cut off", handler=watch.route.handler, time_limit_seconds=watch.seconds)
                     watch.cut_off()
-            time.sleep(_POLL_INTERVAL_SECONDS)
+            time.sleep(_POLL_INTERVAL_SECONDS)  # a watch has no end to await: it is its handlers that end
 
 
 def exceeded(watch: Watch) -> TimeLimitExceeded:

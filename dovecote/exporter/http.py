@@ -63,8 +63,7 @@ def _serve(host: str, port: int, pages: Pages) -> None:
             if error.errno != errno.EADDRINUSE and not is_logged:
                 is_logged = True
                 log.warning("metrics and health cannot be served", host=host, port=port, error=str(error))
-            # There is no notification for a freed port, so poll.
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(_RETRY_SECONDS)  # nothing notifies of a freed port
             continue
         _Server(listener, pages).run()
 

@@ -27,7 +27,7 @@ from dovecote.processes.state_directory import ensure_private_directory
 _READY_WITHIN_SECONDS = 60.0
 # How long a server of a killed parent may take to put its things in order.
 _GONE_WITHIN_SECONDS = 20.0
-_POLL_SECONDS = 0.01
+_POLL_INTERVAL_SECONDS = 0.01
 _PORTS_TRIED = 5
 _LOG_BYTES_KEPT = 10_000_000
 
@@ -216,7 +216,7 @@ class ChildServer(ABC):
                 self._explain_end(logged)
             if name := self._answers(pid):
                 return name
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_INTERVAL_SECONDS)  # a server that starts notifies nobody
         raise StartFailed(f"no answer within {_READY_WITHIN_SECONDS:.0f} s\n{self._log_since(logged)}")
 
     def _explain_end(self, logged: int) -> None:
@@ -260,7 +260,7 @@ def _await_silence_in(data: Path, process_names: tuple[str, ...]) -> None:
     while pids := _servers_in(data, process_names):
         if time.monotonic() > deadline:
             raise StillRunning(f"process {pids[0]} ({process_names[0]}) still works in {data}: end it (kill {pids[0]})")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_INTERVAL_SECONDS)  # they are not our children: nothing notifies of their end
 
 
 def _servers_in(data: Path, process_names: tuple[str, ...]) -> list[int]:

@@ -115,7 +115,7 @@ _PUBLISHED = f"""
 """  # noqa: S608 - put together from constants
 _PROCESSED = f"""
     select count(*) {EVENTS_OF_RUN} and exists (select from dovecote.processed_events p where p.event_id = o.id)
-"""  # noqa: S608
+"""  # noqa: S608 - put together from constants
 _ON_THEIR_WAY = f"""
     select count(*) {EVENTS_OF_RUN} and exists (select from dovecote.deliveries d where d.event_id = o.id)
-"""  # noqa: S608
+"""  # noqa: S608 - put together from constants

@@ -167,7 +167,7 @@ def run_unit_of_work(
         except Exception as error:
             if not is_conflict(error):
                 raise
-        time.sleep(_BACKOFF.pause_seconds(earlier))
+        time.sleep(_BACKOFF.pause_seconds(earlier))  # the other transaction ends meanwhile
     with unit_of_work(sessions, headers, keys) as uow:
         return work(uow)
 

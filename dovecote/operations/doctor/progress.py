@@ -76,7 +76,7 @@ def relay(connection: Connection) -> Finding:
     """Look for an event that is committed, can be read, and is not published for a long time."""
     row = _oldest(connection)
     if row is not None and row.seconds > _LONG_SECONDS:
-        time.sleep(_SECOND_CHECK_SECONDS)
+        time.sleep(_SECOND_CHECK_SECONDS)  # what was on its way is published by then
         again = _oldest(connection)
         if again is not None and again.position == row.position:
             found = f"event {again.id} at position {again.position} is {again.seconds:.0f} s old and not published"

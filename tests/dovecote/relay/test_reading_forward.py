@@ -81,7 +81,7 @@ class Dawdler:
 
     def dawdle(self, likely: float, max_seconds: float) -> None:
         if self._chance.random() < likely:
-            time.sleep(self._chance.random() * max_seconds)
+            time.sleep(self._chance.random() * max_seconds)  # this is the slow writer that the test is about
 
     def with_raw_sql(self) -> None:
         with psycopg.connect(self._url) as connection:

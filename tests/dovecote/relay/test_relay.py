@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -22,43 +21,26 @@ from dovecote.processes.stop_flag import StopFlag
 from dovecote.relay.fence import Claim, RedisFence
 from dovecote.relay.history import History
 from dovecote.relay.leader import Leader
-from dovecote.route import Dovecote, Route
+from dovecote.route import Dovecote
 from dovecote.store.positions import multirange
 from dovecote.store.reader import Reader
 from dovecote.store.relay_state import TakenOver
 from dovecote.store.runs import server_run
 from dovecote.unit_of_work import UnitOfWork, unit_of_work
-from tests.conftest import Servers, settings_for
 from tests.support.effects import (
     Writers,
     a_route,
     each_once,
     effects_in,
-    make_room_for_effects,
     note_as,
     write_quotes,
 )
 from tests.support.processes import eventually
-from tests.support.system import System, claim, publisher_of, system_for
+from tests.support.system import System, claim, publisher_of
 
 pytestmark = pytest.mark.servers
 
 SystemWith = Callable[..., System]
-
-
-@pytest.fixture
-def system_with(fresh_database_url: str, servers: Servers, tmp_path: Path) -> Iterator[SystemWith]:
-    """Builds this test's system; settings are given by their long names without the prefix."""
-    with ExitStack() as stack:
-
-        def build(*routes: Route, **settings: object) -> System:
-            variables = {f"DOVECOTE_{name}": str(value) for name, value in settings.items()}
-            settings_ = settings_for(fresh_database_url, servers.redis_url, tmp_path, **variables)
-            system = stack.enter_context(system_for(settings_, routes or (a_route(),)))
-            make_room_for_effects(system.engine)
-            return system
-
-        yield build
 
 
 def one_value(system: System, query: str, **parameters: object) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -17,32 +15,16 @@ from dovecote.operations.deliveries import DeliverySelection as Failures
 from dovecote.operations.deliveries import discard as discard_matching
 from dovecote.operations.deliveries import retry
 from dovecote.operations.replays import Request
-from dovecote.route import Dovecote, Route
+from dovecote.route import Dovecote
 from dovecote.store.replays import ReplaySelection
-from tests.conftest import Servers, settings_for
-from tests.support.effects import a_route, effects_in, make_room_for_effects, write_quotes
+from tests.support.effects import a_route, effects_in, write_quotes
 from tests.support.past_the_trigger import a_document, insert_past_the_trigger, numbers
 from tests.support.processes import eventually
-from tests.support.system import System, system_for
+from tests.support.system import System
 
 pytestmark = pytest.mark.servers
 
 SystemWith = Callable[..., System]
-
-
-@pytest.fixture
-def system_with(fresh_database_url: str, servers: Servers, tmp_path: Path) -> Iterator[SystemWith]:
-    """Builds this test's system; settings are given by their long names without the prefix."""
-    with ExitStack() as stack:
-
-        def build(*routes: Route, **settings: object) -> System:
-            variables = {f"DOVECOTE_{name}": str(value) for name, value in settings.items()}
-            settings_ = settings_for(fresh_database_url, servers.redis_url, tmp_path, **variables)
-            system = stack.enter_context(system_for(settings_, routes or (a_route(),)))
-            make_room_for_effects(system.engine)
-            return system
-
-        yield build
 
 
 def past_the_trigger(system: System, payload: str, **more: str) -> int:
