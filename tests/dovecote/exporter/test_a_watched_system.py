@@ -226,6 +226,9 @@ def test_promtool_has_no_complaint(watched: Watched, process: str) -> None:
 
 
 def test_ready_reports_each_thing_a_process_needs(watched: Watched) -> None:
+    # Ready is a master with one worker; the second may still be starting.
+    port = watched.ports["pricing"]
+    eventually(lambda: "2 alive" in str(get(port, "/health/ready")), 30, "two workers")
     reports = {name: answer.report for name, port in watched.ports.items() if (answer := get(port, "/health/ready"))}
 
     for name, report in reports.items():
